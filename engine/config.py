@@ -1,0 +1,84 @@
+"""Two frozen values: how the engine is run (`EngineConfig`) and what shape the model has (`ModelConfig`).
+
+Owns sizes and flags. Knows neither where they were read from (`families`, `checkpoint`) nor what is computed
+with them (`model`). No torch: devices and dtypes are strings here, so that the worker can read a model's
+limits without loading it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.request import InvalidParameter
+
+Device = Literal["auto", "cpu", "cuda"]
+DType = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How one engine runs. Raises `InvalidParameter` for values that cannot work."""
+
+    model: str  # a folder of safetensors, a GGUF file, or a hub id
+    revision: str | None = None  # of a hub id
+    device: Device = "auto"
+    dtype: DType = "auto"  # auto: the checkpoint's own, bfloat16 for GGUF
+    kernels: Literal["auto", "reference", "cpu"] = "auto"
+    page_size: int = 16  # KV slots per page, in tokens
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048  # the token budget of one step
+    max_model_len: int | None = None  # None: the model's own
+    kv_cache_memory_bytes: int | None = None  # None: from what is free
+    seed: int = 0  # for requests of `LLM` that bring none
+    threads: int | None = None  # CPU threads; None: torch's own choice
+
+    def __post_init__(self) -> None:
+        if self.page_size < 16 or self.page_size % 16:
+            raise InvalidParameter("page_size", "must be a positive multiple of 16")
+        for name in ("max_num_seqs", "max_num_batched_tokens"):
+            if getattr(self, name) < 1:
+                raise InvalidParameter(name, "must be at least 1")
+        for name in ("max_model_len", "kv_cache_memory_bytes", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidParameter(name, "must be at least 1, or left out")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeScaling:
+    """Rotary frequency scaling. `kind` `llama3` uses all fields, `linear` only `factor`."""
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Sizes and flags of one decoder, read from the checkpoint. Families are data: no code branches on a name."""
+
+    architecture: str  # as the checkpoint calls it, e.g. LlamaForCausalLM
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None = None
+    tied_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # what the checkpoint stores
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+
+    def kv_bytes_per_token(self, dtype_bytes: int) -> int:
+        """Bytes of K and V that one token occupies over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype_bytes

@@ -1,0 +1,168 @@
+"""The words that cross the door between jobs and engine: what is asked for and what came out.
+
+Owns `SamplingParams`, `Request`, `Completion` and the errors that belong to one request. Knows nothing of
+text, SQL, tensors or time: a request is token ids in, a completion is token ids out. Standard library only,
+because the API, the worker and the command line all import it and none of them may load torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+FinishReason = Literal["stop", "length"]
+
+MAX_N = 128  # OpenAI's limit on samples per request
+MAX_TOP_K = 4096  # candidates kept per row; wider filters are indistinguishable from top_k off
+MAX_STOP_STRINGS = 16
+MAX_STOP_STRING_CHARS = 256
+MAX_STOP_TOKEN_IDS = 256
+MAX_SEED = 2**63 - 1
+
+
+class InvalidParameter(ValueError):
+    """A field of a request has a value that cannot be honoured. `param` names the field."""
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(f"{param}: {message}")
+        self.param = param
+        self.message = message
+
+
+class Rejected(ValueError):
+    """A whole request cannot run on this engine (too long for the model, or for the KV memory).
+
+    `code` is stable and machine readable; the message says what is allowed.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to choose tokens. Field names and defaults follow vLLM's class of the same name.
+
+    Validated once, here, for Python, HTTP and Redis alike: raises `InvalidParameter`.
+    """
+
+    n: int = 1
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0  # nucleus sampling (Holtzman et al. 2019); 1 is off
+    top_k: int = 0  # 0 (or -1) is off
+    seed: int | None = None
+    max_tokens: int | None = 16  # None: as many as the context leaves room for
+    min_tokens: int = 0  # no end of sequence, stop token or stop string before so many tokens
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
+        _integer("n", self.n, 1, MAX_N)
+        _number("temperature", self.temperature, 0.0, 2.0)
+        _number("top_p", self.top_p, 0.0, 1.0, above=True)
+        _integer("top_k", self.top_k, 0, MAX_TOP_K)
+        if self.seed is not None:
+            _integer("seed", self.seed, -MAX_SEED - 1, MAX_SEED)
+        if self.max_tokens is not None:
+            _integer("max_tokens", self.max_tokens, 1, 2**31)
+        _integer("min_tokens", self.min_tokens, 0, 2**31)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidParameter("min_tokens", f"must not exceed max_tokens ({self.max_tokens})")
+        if not isinstance(self.ignore_eos, bool):
+            raise InvalidParameter("ignore_eos", "must be true or false")
+        if len(stop) > MAX_STOP_STRINGS:
+            raise InvalidParameter("stop", f"at most {MAX_STOP_STRINGS} strings are allowed")
+        for text in stop:
+            if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_STRING_CHARS:
+                raise InvalidParameter("stop", f"each must be a string of 1 to {MAX_STOP_STRING_CHARS} characters")
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise InvalidParameter("stop_token_ids", f"at most {MAX_STOP_TOKEN_IDS} ids are allowed")
+        for token_id in self.stop_token_ids:
+            _integer("stop_token_ids", token_id, 0, 2**31)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+def _integer(param: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InvalidParameter(param, f"must be an integer from {low} to {high}")
+
+
+def _number(param: str, value: object, low: float, high: float, *, above: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidParameter(param, "must be a number")
+    if not (low < value <= high if above else low <= value <= high):  # also refuses NaN
+        raise InvalidParameter(param, f"must be {'above' if above else 'at least'} {low:g} and at most {high:g}")
+
+
+class RequestId(NamedTuple):
+    """Who asked: the job and the fence of the claim. A stale fence makes a stale answer recognisable."""
+
+    job_id: str
+    fence: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A job as the engine sees it. `sampling.seed` is always set here (`derive_seed`)."""
+
+    id: RequestId
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed from anything with a stable `str`: sample k of seed s is `derive_seed(s, k)`."""
+    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """One sample of a completion.
+
+    `token_ids` are exact and are what is billed. `text_cut`, when a stop string was met, is the number of
+    characters of the decoded text that belong to the answer. `stop_reason` is the stop string or stop token
+    id that ended it; None for end of sequence and for `length`.
+    """
+
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stop_reason: str | int | None = None
+    text_cut: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestError:
+    """Why a single request failed. `code`: `numerics`, `context_length_exceeded`, `kv_capacity_exceeded`, `invalid_request`."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """The answer to one request: `n` outputs, or an error, or the tokens made before an abort.
+
+    `num_generated` counts every generated token of all samples, the discarded surplus after a stop string
+    excluded, so that an aborted or failed request can still be booked.
+    """
+
+    id: RequestId
+    outputs: tuple[Output, ...] = ()
+    error: RequestError | None = None
+    aborted: bool = False
+    num_prompt: int = 0
+    num_generated: int = 0
+    num_cached_tokens: int = field(default=0)
