@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 FinishReason = Literal["stop", "length"]
 
@@ -61,7 +61,8 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        given: Any = self.stop  # callers may also pass one string, a list or None
+        stop = (given,) if isinstance(given, str) else tuple(given or ())
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
         if self.top_k == -1:
@@ -83,7 +84,9 @@ class SamplingParams:
             raise InvalidParameter("stop", f"at most {MAX_STOP_STRINGS} strings are allowed")
         for text in stop:
             if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_STRING_CHARS:
-                raise InvalidParameter("stop", f"each must be a string of 1 to {MAX_STOP_STRING_CHARS} characters")
+                raise InvalidParameter(
+                    "stop", f"each must be a string of 1 to {MAX_STOP_STRING_CHARS} characters"
+                )
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
             raise InvalidParameter("stop_token_ids", f"at most {MAX_STOP_TOKEN_IDS} ids are allowed")
         for token_id in self.stop_token_ids:
@@ -103,7 +106,9 @@ def _number(param: str, value: object, low: float, high: float, *, above: bool =
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InvalidParameter(param, "must be a number")
     if not (low < value <= high if above else low <= value <= high):  # also refuses NaN
-        raise InvalidParameter(param, f"must be {'above' if above else 'at least'} {low:g} and at most {high:g}")
+        raise InvalidParameter(
+            param, f"must be {'above' if above else 'at least'} {low:g} and at most {high:g}"
+        )
 
 
 class RequestId(NamedTuple):
@@ -145,7 +150,8 @@ class Output:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestError:
-    """Why a single request failed. `code`: `numerics`, `context_length_exceeded`, `kv_capacity_exceeded`, `invalid_request`."""
+    """Why one request failed. `code`: `numerics`, `context_length_exceeded`, `kv_capacity_exceeded`,
+    `invalid_request`."""
 
     code: str
     message: str

@@ -1,0 +1,129 @@
+"""Database: one SQLAlchemy engine, two kinds of transaction, and the store's clock.
+
+Owns connections, SQLite's settings and the retry of transactions that the database refused for a passing
+reason (lock, deadlock, serialization, a connection that dropped). Knows no table. Every transaction given to
+`transact` must be safe to run twice, because a lost connection leaves it unknown whether the commit happened:
+all writes here are conditional on a fence, a state or a primary key, so a second run changes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, Double, Engine, create_engine, event
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+BUSY_SECONDS = 30.0  # how long SQLite waits for another writer
+TRANSIENT_SQLSTATES = {"40001", "40P01", "55P03", "57P01", "57P02", "57P03", "53300"}
+
+
+class now(FunctionElement[float]):  # noqa: N801 - reads as a SQL function
+    """Unix seconds on the database's own clock, so that leases do not depend on any worker's."""
+
+    type = Double()
+    inherit_cache = True
+
+
+@compiles(now, "sqlite")
+def _now_sqlite(element: now, compiler: Any, **kw: Any) -> str:
+    # julianday, because SQLite before 3.42 has no unixepoch('subsec').
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+@compiles(now, "postgresql")
+def _now_postgresql(element: now, compiler: Any, **kw: Any) -> str:
+    return "extract(epoch from clock_timestamp())::float8"
+
+
+class Database:
+    """Raises `sqlalchemy.exc.SQLAlchemyError` subclasses; `transact` only after its patience has run out."""
+
+    def __init__(self, url: str, *, pool_size: int = 8) -> None:
+        self.url = url
+        parsed = make_url(url)
+        self.is_sqlite = parsed.get_backend_name() == "sqlite"
+        if self.is_sqlite:
+            if parsed.database:
+                Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+            self.engine: Engine = create_engine(url, connect_args={"timeout": BUSY_SECONDS})
+            event.listen(self.engine, "connect", _configure_sqlite)
+            event.listen(self.engine, "begin", _begin_sqlite)
+        else:
+            self.engine = create_engine(
+                url,
+                pool_size=pool_size,
+                max_overflow=pool_size,
+                pool_pre_ping=True,
+                connect_args={"connect_timeout": 10},
+            )
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A transaction that only reads."""
+        with self.engine.connect() as connection, connection.begin():
+            yield connection
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """A transaction that writes; on SQLite it takes the write lock at once (BEGIN IMMEDIATE)."""
+        with self.engine.connect().execution_options(nightpress_write=True) as connection, connection.begin():
+            yield connection
+
+    def transact(self, work: Callable[[Connection], T], *, patience: float = 30.0) -> T:
+        """Run `work` in a write transaction, again while the database refuses it for a passing reason."""
+        deadline = time.monotonic() + patience
+        delay = 0.02
+        while True:
+            try:
+                with self.write() as connection:
+                    return work(connection)
+            except DBAPIError as error:
+                if not is_transient(error) or time.monotonic() + delay > deadline:
+                    raise
+                log.warning("database.retry delay=%.2f error=%s", delay, type(error.orig).__name__)
+                time.sleep(delay * (0.5 + random.random()))
+                delay = min(delay * 2, 1.0)
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+def is_transient(error: DBAPIError) -> bool:
+    """True when the same transaction may well succeed if it is run again."""
+    if error.connection_invalidated:
+        return True
+    if getattr(error.orig, "sqlstate", None) in TRANSIENT_SQLSTATES:
+        return True
+    text = str(error.orig)
+    if "database is locked" in text or "database table is locked" in text:
+        return True
+    # A PostgreSQL that cannot be reached raises before there is a connection to invalidate.
+    return isinstance(error, OperationalError) and type(error.orig).__module__.startswith("psycopg")
+
+
+def _configure_sqlite(connection: Any, record: Any) -> None:
+    connection.isolation_level = None  # we say BEGIN ourselves
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=FULL")  # an accepted job survives a power cut
+    cursor.execute("PRAGMA foreign_keys=ON")
+    cursor.execute(f"PRAGMA busy_timeout={int(BUSY_SECONDS * 1000)}")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    # A read that later writes would fail at once with SQLITE_BUSY_SNAPSHOT, so writers lock first.
+    writes = connection.get_execution_options().get("nightpress_write", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")

@@ -1,0 +1,146 @@
+"""Settings: the only reader of the environment in the whole project.
+
+Owns every knob a deployment can turn, with its default and its meaning; prefix `NIGHTPRESS_`, nested by `__`
+(`NIGHTPRESS_ENGINE__MAX_NUM_SEQS=64`). Knows nothing of how the values are used. With no variable set the
+result is embedded mode: SQLite and a private Valkey server under `./.nightpress`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+from urllib.parse import quote, unquote, urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from engine.config import EngineConfig
+
+
+class EngineSettings(BaseModel):
+    """The tunable part of `engine.config.EngineConfig`; the model comes from `Settings.model`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    revision: str | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    kernels: Literal["auto", "reference", "cpu"] = "auto"
+    page_size: int = 16
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    max_model_len: int | None = None
+    kv_cache_memory_bytes: int | None = None
+    threads: int | None = None
+
+    def for_model(self, model: str) -> EngineConfig:
+        return EngineConfig(model=model, **self.model_dump())
+
+
+class Settings(BaseSettings):
+    """All of a deployment. Times in seconds, sizes in bytes."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="NIGHTPRESS_",
+        env_nested_delimiter="__",
+        extra="ignore",
+        frozen=True,
+        env_ignore_empty=True,
+        protected_namespaces=(),
+    )
+
+    data_dir: Path = Field(Path(".nightpress"), description="where embedded mode keeps SQLite and Valkey")
+    database_url: str = Field(
+        "", description="sqlite:///… or postgresql+psycopg://…; empty: SQLite in data_dir"
+    )
+    redis_url: str = Field(
+        "", description="redis://…, rediss://… or unix:///path; empty: a private Valkey in data_dir"
+    )
+    model: str = Field("", description="folder of safetensors, GGUF file or hub id that workers serve")
+    model_name: str = Field("", description="the name jobs use for it; empty: the last part of model")
+
+    host: str = Field("127.0.0.1", description="address the API binds")
+    port: int = Field(8000, ge=0, le=65535, description="port the API binds; 0: a free one")
+
+    engine: EngineSettings = EngineSettings()
+
+    lease_seconds: float = Field(15.0, gt=0, description="how long a silent worker keeps its jobs")
+    renew_seconds: float = Field(
+        5.0, gt=0, description="how often a worker renews its lease and hears of cancels"
+    )
+    sweep_seconds: float = Field(5.0, gt=0, description="how often expired leases are looked for")
+    grace_seconds: float = Field(20.0, ge=0, description="how long a drain lets running jobs finish")
+    stall_seconds: float = Field(
+        120.0, gt=0, description="a busy engine without a step for so long is restarted"
+    )
+    claim_window: int = Field(
+        3, ge=1, le=16, description="jobs a worker may hold, in multiples of max_num_seqs"
+    )
+    max_crashes: int = Field(
+        2, ge=1, description="engine deaths after which a job runs alone, to convict or clear it"
+    )
+
+    max_body_bytes: int = Field(1_000_000, gt=0, description="largest body of a single job")
+    max_array_bytes: int = Field(64_000_000, gt=0, description="largest body of a jobs array")
+    max_array_jobs: int = Field(10_000, gt=0, description="most jobs in one array")
+    max_n: int = Field(16, ge=1, le=128, description="most samples per job")
+    default_max_tokens: int = Field(1024, ge=1, description="for jobs that name no max_tokens")
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @field_validator("database_url")
+    @classmethod
+    def _known_database(cls, url: str) -> str:
+        if url.startswith(("postgres://", "postgresql://")):
+            url = "postgresql+psycopg://" + url.split("://", 1)[1]
+        if url and not url.startswith(("sqlite:///", "postgresql+psycopg://")):
+            raise ValueError("must start with sqlite:/// or postgresql://")
+        return url
+
+    @field_validator("redis_url")
+    @classmethod
+    def _known_broker(cls, url: str) -> str:
+        if url and not url.startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("must start with redis://, rediss:// or unix://")
+        return url
+
+    @model_validator(mode="after")
+    def _lease_outlives_renewal(self) -> Settings:
+        if self.renew_seconds * 2 > self.lease_seconds:
+            raise ValueError("renew_seconds must be at most half of lease_seconds")
+        return self
+
+    @property
+    def embedded_broker(self) -> bool:
+        return not self.redis_url
+
+    @property
+    def valkey_socket(self) -> Path:
+        return self.data_dir.absolute() / "valkey.sock"
+
+    @property
+    def database(self) -> str:
+        """SQLAlchemy URL."""
+        return self.database_url or f"sqlite:///{self.data_dir.absolute() / 'nightpress.sqlite3'}"
+
+    @property
+    def redis(self) -> str:
+        """redis-py URL."""
+        return self.redis_url or f"unix://{quote(str(self.valkey_socket))}?db=0"
+
+    @property
+    def broker(self) -> str:
+        """The same server as kombu spells it: unix sockets are `redis+socket://` with a virtual host."""
+        parts = urlsplit(self.redis)
+        if parts.scheme != "unix":
+            return self.redis
+        db = dict(pair.split("=", 1) for pair in parts.query.split("&") if "=" in pair).get("db", "0")
+        return f"redis+socket://{unquote(parts.path)}?virtual_host={db}"
+
+    @property
+    def served_model(self) -> str:
+        """The name that jobs give in their `model` field."""
+        return self.model_name or Path(self.model.rstrip("/")).name.removesuffix(".gguf")
+
+    def engine_config(self) -> EngineConfig:
+        return self.engine.for_model(self.model)

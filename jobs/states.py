@@ -1,0 +1,61 @@
+"""The states of a job and of a batch, and who moves them. Nothing else; every other file asks this one.
+
+            claimer                    writer
+  queued ───────────► in_progress ───────────────► completed | failed
+    │  ▲                 │    │
+    │  └─────────────────┘    │ cancel
+    │   sweeper (lease lost)  ▼
+    │   worker (drain,     cancelling ───────────► cancelled
+    │   engine death)         writer, or the sweeper when the worker is dead
+    │
+    └──────────────► cancelled (cancel)      queued ──► expired (sweeper, past the deadline)
+
+A terminal state never changes: every UPDATE names the state it moves from, and the fence of the claim.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class JobState(StrEnum):
+    QUEUED = "queued"
+    IN_PROGRESS = "in_progress"
+    CANCELLING = "cancelling"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+
+class BatchState(StrEnum):
+    """OpenAI's eight words. `validating` and `finalizing` belong to file batches."""
+
+    VALIDATING = "validating"
+    FAILED = "failed"
+    IN_PROGRESS = "in_progress"
+    FINALIZING = "finalizing"
+    COMPLETED = "completed"
+    EXPIRED = "expired"
+    CANCELLING = "cancelling"
+    CANCELLED = "cancelled"
+
+
+class WorkerState(StrEnum):
+    STARTING = "starting"  # loading the model
+    READY = "ready"
+    DRAINING = "draining"  # SIGTERM: claims nothing more
+    STOPPED = "stopped"  # left in good order
+    LOST = "lost"  # swept: its lease expired; it must take a new name to go on
+
+
+class LedgerKind(StrEnum):
+    BILLED = "billed"  # one per result, the same numbers
+    CANCELLED = "cancelled"  # made before a cancel took effect
+    WASTED = "wasted"  # made by an attempt that did not end in a result
+
+
+TERMINAL = frozenset({JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED, JobState.EXPIRED})
+OPEN = frozenset(JobState) - TERMINAL
+HELD = frozenset({JobState.IN_PROGRESS, JobState.CANCELLING})  # a worker's name stands on it
+LIVE_WORKER = frozenset({WorkerState.STARTING, WorkerState.READY, WorkerState.DRAINING})
