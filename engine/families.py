@@ -1,0 +1,124 @@
+"""Families as data: how the `config.json` of one architecture becomes a `ModelConfig`.
+
+Owns the reading of configuration fields and the refusal of what the decoder cannot compute. Knows no files
+and no tensors. A new Llama-like family is one function in `FAMILIES`; no other code branches on its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, cast
+
+from engine.config import ModelConfig, RopeScaling
+
+DTypeName = Literal["bfloat16", "float16", "float32"]
+
+
+class UnsupportedCheckpoint(ValueError):
+    """These files cannot be run, and the message says why. Raised before any weight is read."""
+
+
+def model_config(config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
+    """`config.json` (and `generation_config.json`, whose end-of-sequence ids win) as a `ModelConfig`.
+
+    Raises `UnsupportedCheckpoint` naming the architecture or the field that is not supported.
+    """
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or len(names) != 1:
+        raise UnsupportedCheckpoint(f"config.json must name one architecture, not {names!r}")
+    family = FAMILIES.get(names[0])
+    if family is None:
+        raise UnsupportedCheckpoint(f"architecture {names[0]} is not supported; known: {', '.join(FAMILIES)}")
+    if config.get("quantization_config"):
+        raise UnsupportedCheckpoint("quantization_config: quantised safetensors are not supported")
+    try:
+        return family(names[0], {**config, **_end_tokens(config, generation or {})})
+    except KeyError as error:
+        raise UnsupportedCheckpoint(f"config.json lacks {error.args[0]}") from None
+    except (TypeError, ArithmeticError) as error:
+        raise UnsupportedCheckpoint(f"config.json has a value of the wrong kind: {error}") from None
+
+
+def llama(architecture: str, config: Mapping[str, Any]) -> ModelConfig:
+    """Llama 1 to 3 and its many relatives under the same name, SmolLM2 among them."""
+    if config.get("hidden_act", "silu") != "silu":
+        raise UnsupportedCheckpoint(f"hidden_act {config['hidden_act']!r} is not supported; allowed: silu")
+    num_heads = int(config["num_attention_heads"])
+    theta, scaling = rope_settings(config)
+    return checked(
+        ModelConfig(
+            architecture=architecture,
+            vocab_size=int(config["vocab_size"]),
+            hidden_size=int(config["hidden_size"]),
+            intermediate_size=int(config["intermediate_size"]),
+            num_layers=int(config["num_hidden_layers"]),
+            num_heads=num_heads,
+            num_kv_heads=int(config.get("num_key_value_heads") or num_heads),
+            head_dim=int(config.get("head_dim") or config["hidden_size"] // num_heads),
+            max_position=int(config.get("max_position_embeddings", 2048)),
+            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            attention_bias=bool(config.get("attention_bias", False)),
+            mlp_bias=bool(config.get("mlp_bias", False)),
+            dtype=_dtype(config),
+            eos_token_ids=config["eos_token_ids"],
+            bos_token_id=config.get("bos_token_id"),
+        )
+    )
+
+
+FAMILIES: Mapping[str, Callable[[str, Mapping[str, Any]], ModelConfig]] = {"LlamaForCausalLM": llama}
+
+
+def rope_settings(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    """Theta and scaling, from `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (4)."""
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    if float(parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise UnsupportedCheckpoint("partial_rotary_factor other than 1 is not supported")
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if kind == "default":
+        return theta, None
+    if kind == "linear":
+        return theta, RopeScaling(kind="linear", factor=float(parameters["factor"]))
+    if kind == "llama3":
+        return theta, RopeScaling(
+            kind="llama3",
+            factor=float(parameters["factor"]),
+            low_freq_factor=float(parameters["low_freq_factor"]),
+            high_freq_factor=float(parameters["high_freq_factor"]),
+            original_max_position=int(parameters["original_max_position_embeddings"]),
+        )
+    raise UnsupportedCheckpoint(f"rope_type {kind!r} is not supported; allowed: default, linear, llama3")
+
+
+def checked(config: ModelConfig) -> ModelConfig:
+    """The same config, or `UnsupportedCheckpoint` when its sizes contradict each other."""
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+        if getattr(config, name) < 1:
+            raise UnsupportedCheckpoint(f"{name} must be at least 1, not {getattr(config, name)}")
+    if config.num_heads % config.num_kv_heads:
+        raise UnsupportedCheckpoint(
+            f"num_attention_heads ({config.num_heads}) must be a multiple of "
+            f"num_key_value_heads ({config.num_kv_heads})"
+        )
+    if config.head_dim < 2 or config.head_dim % 2:
+        raise UnsupportedCheckpoint(f"head_dim must be even, not {config.head_dim}")
+    return config
+
+
+def _end_tokens(config: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    found = generation.get("eos_token_id")
+    if found is None:
+        found = config.get("eos_token_id")
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    return {"eos_token_ids": tuple(int(token_id) for token_id in ids)}
+
+
+def _dtype(config: Mapping[str, Any]) -> DTypeName:
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    if name not in ("bfloat16", "float16", "float32"):
+        raise UnsupportedCheckpoint(f"dtype {name} is not supported; allowed: bfloat16, float16, float32")
+    return cast(DTypeName, name)
