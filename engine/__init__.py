@@ -1,0 +1,27 @@
+"""The engine: token ids in, token ids out, many sequences at once.
+
+Offers the Python door `LLM` and `SamplingParams` (names follow vLLM's). `LLM` is loaded on first use, so that
+`engine.request` and the other planning files can be imported without torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine.llm import LLM
+    from engine.request import SamplingParams
+
+__all__ = ["LLM", "SamplingParams"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LLM":
+        from engine.llm import LLM
+
+        return LLM
+    if name == "SamplingParams":
+        from engine.request import SamplingParams
+
+        return SamplingParams
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,162 @@
+"""Codec: frozen dataclasses to msgpack and back, strictly, by their annotations.
+
+Owns the rule that nothing but annotated dataclasses travels: every field is checked by name and type, so
+bytes can never become anything but what is declared. Knows no message: `wire` does. Nothing is imported by
+name from the bytes and no code runs from them, which is why this is not pickle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, Literal, TypeAlias
+
+import msgpack
+
+
+class DecodeError(ValueError):
+    """Bytes do not have the declared shape. The message names the field and what is allowed there."""
+
+
+def pack(value: object) -> bytes:
+    """msgpack bytes of a dataclass, or of lists, tuples, maps and scalars that hold dataclasses."""
+    packed: bytes = msgpack.packb(value, default=_fields)
+    return packed
+
+
+def unpack(body: bytes) -> Any:
+    """Plain values: lists come back as tuples, so that they can be keys and frozen fields."""
+    try:
+        return msgpack.unpackb(body, use_list=False, strict_map_key=False)
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise DecodeError(f"not msgpack: {error}") from error
+
+
+def build(expected: type[_T], value: Any) -> _T:
+    """`value`, as `unpack` returns it, as an `expected` dataclass. Raises `DecodeError`."""
+    built: _T = _decoder(typing.cast("Hashable", expected))(value, expected.__name__)
+    return built
+
+
+_T = typing.TypeVar("_T")
+_Decode: TypeAlias = Callable[[Any, str], Any]
+
+
+def _fields(value: object) -> dict[str, Any]:
+    """msgpack's hook for what it does not know: a dataclass becomes the map of its non-default fields."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        raise TypeError(f"{type(value).__name__} does not travel over the wire")
+    plain: dict[str, Any] = {}
+    for f in dataclasses.fields(value):
+        item = getattr(value, f.name)
+        if f.default is dataclasses.MISSING or item != f.default:
+            plain[f.name] = item
+    return plain
+
+
+@functools.cache
+def _decoder(expected: Hashable) -> _Decode:
+    """A strict decoder for one annotation. Annotations outside this table are a programming error."""
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if dataclasses.is_dataclass(expected):
+        return _dataclass_decoder(typing.cast("type[Any]", expected))
+    if origin is Literal:
+        return _checked(lambda value: value in arguments, f"one of {', '.join(map(repr, arguments))}")
+    if origin in (typing.Union, types.UnionType):
+        return _union_decoder(arguments)
+    if origin is dict:
+        return _dict_decoder(*arguments)
+    if origin is tuple and arguments[1:] == (Ellipsis,):
+        return _tuple_decoder(arguments[0])
+    if isinstance(expected, type) and issubclass(expected, tuple):  # a NamedTuple
+        return _named_tuple_decoder(expected)
+    if expected is float:
+        return _checked(lambda value: type(value) in (int, float), "a number")
+    if expected in (int, str, bool, types.NoneType):
+        return _checked(lambda value: type(value) is expected, expected.__name__)
+    raise TypeError(f"{expected} does not travel over the wire")
+
+
+def _checked(holds: Callable[[Any], bool], allowed: str) -> _Decode:
+    def decode_scalar(value: Any, path: str) -> Any:
+        if not holds(value):
+            raise DecodeError(f"{path}: must be {allowed}, not {type(value).__name__}")
+        return value
+
+    return decode_scalar
+
+
+def _tuple_decoder(item: Any) -> _Decode:
+    decode_item = None if item is int else _decoder(item)
+
+    def decode_tuple(value: Any, path: str) -> tuple[Any, ...]:
+        if type(value) is not tuple:
+            raise DecodeError(f"{path}: must be a list, not {type(value).__name__}")
+        if decode_item is not None:
+            return tuple(decode_item(one, f"{path}[{i}]") for i, one in enumerate(value))
+        if not set(map(type, value)) <= {int}:  # token ids: thousands, so checked without a Python loop
+            raise DecodeError(f"{path}: must be a list of integers")
+        return value
+
+    return decode_tuple
+
+
+def _named_tuple_decoder(expected: type[Any]) -> _Decode:
+    hints = typing.get_type_hints(expected)
+
+    def decode_named_tuple(value: Any, path: str) -> Any:
+        if type(value) is not tuple or len(value) != len(hints):
+            raise DecodeError(f"{path}: must be a list of {len(hints)}: {', '.join(hints)}")
+        pairs = zip(hints.items(), value, strict=True)
+        return expected(*(_decoder(hint)(one, f"{path}.{name}") for (name, hint), one in pairs))
+
+    return decode_named_tuple
+
+
+def _dict_decoder(key: Any, item: Any) -> _Decode:
+    def decode_dict(value: Any, path: str) -> dict[Any, Any]:
+        if not isinstance(value, Mapping):
+            raise DecodeError(f"{path}: must be a map, not {type(value).__name__}")
+        return {_decoder(key)(k, f"{path} key"): _decoder(item)(v, f"{path}[{k}]") for k, v in value.items()}
+
+    return decode_dict
+
+
+def _union_decoder(members: tuple[Any, ...]) -> _Decode:
+    def decode_union(value: Any, path: str) -> Any:
+        reasons: list[str] = []
+        for member in members:
+            try:
+                return _decoder(member)(value, path)
+            except DecodeError as error:
+                reasons.append(str(error))
+        raise DecodeError("; or ".join(reasons))
+
+    return decode_union
+
+
+def _dataclass_decoder(expected: type[Any]) -> _Decode:
+    hints = typing.get_type_hints(expected)
+    required = {
+        f.name
+        for f in dataclasses.fields(expected)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+
+    def decode_dataclass(value: Any, path: str) -> Any:
+        if not isinstance(value, Mapping):
+            raise DecodeError(f"{path}: must be a map, not {type(value).__name__}")
+        if unknown := value.keys() - hints.keys():
+            raise DecodeError(f"{path}: unknown field {min(map(str, unknown))!r}")
+        if missing := required - value.keys():
+            raise DecodeError(f"{path}: field {min(missing)!r} is missing")
+        fields = {name: _decoder(hints[name])(one, f"{path}.{name}") for name, one in value.items()}
+        try:
+            return expected(**fields)
+        except ValueError as error:  # a value the dataclass itself refuses
+            raise DecodeError(f"{path}: {error}") from error
+
+    return decode_dataclass
