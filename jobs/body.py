@@ -1,0 +1,269 @@
+"""JobBody: what a client may ask of one job, the same over HTTP, Redis and files.
+
+Owns the fields, their names (OpenAI's where OpenAI has one) and every refusal. Refuses to know HTTP, SQL and
+tokens: ranges of sampling fields are `engine.request.SamplingParams`'s own, so that no second opinion about
+them can exist. A field that is not understood is refused, never ignored, because a silently dropped
+`logit_bias` is a wrong answer by morning.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from engine.request import InvalidParameter, SamplingParams
+from jobs.settings import Settings
+
+MAX_CUSTOM_ID_CHARS = 512
+MAX_MODEL_CHARS = 255
+MAX_METADATA_PAIRS = 16
+MAX_METADATA_KEY_CHARS = 64
+MAX_METADATA_VALUE_CHARS = 512
+
+# fmt: off
+# OpenAI's fields that mean something we cannot do yet: told apart from a typing mistake.
+NOT_SUPPORTED_YET = frozenset({
+    "audio", "best_of", "echo", "frequency_penalty", "function_call", "functions", "logit_bias", "logprobs",
+    "modalities", "parallel_tool_calls", "prediction", "presence_penalty", "reasoning_effort",
+    "response_format", "stream", "stream_options", "suffix", "tool_choice", "tools", "top_logprobs",
+    "web_search_options",
+})
+# fmt: on
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class BadField(ValueError):
+    """One field of a body cannot be honoured. `param` is its path, as in `jobs[17].temperature`."""
+
+    def __init__(self, param: str | None, message: str, code: str = "invalid_value") -> None:
+        self.param = None if param is None else _printable(param)
+        self.message = _printable(message, 1000)
+        self.code = code
+        super().__init__(f"{self.param}: {self.message}" if self.param else self.message)
+
+    def inside(self, parent: str) -> BadField:
+        """The same complaint about a field that lies inside `parent`."""
+        return BadField(f"{parent}.{self.param}" if self.param else parent, self.message, self.code)
+
+    def as_error(self) -> dict[str, Any]:
+        """As `models.Job.error` stores it."""
+        return {"code": self.code, "message": self.message, "param": self.param}
+
+
+def _printable(text: str, limit: int = 200) -> str:
+    """Names come from clients: shortened, and without characters that a response cannot carry."""
+    return text[:limit].encode("utf-8", "backslashreplace").decode().replace("\x00", "\\x00")
+
+
+def _storable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("text", "must be valid Unicode, without lone surrogates") from None
+    return text
+
+
+def _without_nul(text: str) -> str:
+    if "\x00" in text:
+        raise PydanticCustomError("text", "must not contain NUL characters")
+    return text
+
+
+def _joined(content: object) -> object:
+    """A list of text parts becomes the one string it means."""
+    if not isinstance(content, list):
+        return content
+    texts: list[str] = []
+    for index, part in enumerate(content):
+        if not isinstance(part, dict) or part.keys() != {"type", "text"} or part["type"] != "text":
+            raise PydanticCustomError(
+                "part",
+                "part {index} must be an object of type text with a text; others are not supported yet",
+                {"index": index},
+            )
+        if not isinstance(part["text"], str):
+            raise PydanticCustomError("part", "part {index} must have a string as its text", {"index": index})
+        texts.append(part["text"])
+    if not texts:
+        raise PydanticCustomError("part", "must be a string or a list of at least one text part")
+    return "".join(texts)
+
+
+def _listed(stop: object) -> object:
+    return [stop] if isinstance(stop, str) else stop
+
+
+def _openai_metadata(pairs: dict[str, str]) -> dict[str, str]:
+    if len(pairs) > MAX_METADATA_PAIRS:
+        raise PydanticCustomError("metadata", f"at most {MAX_METADATA_PAIRS} pairs are allowed")
+    for key, value in pairs.items():
+        if not 1 <= len(key) <= MAX_METADATA_KEY_CHARS:
+            raise PydanticCustomError(
+                "metadata", f"each key must have 1 to {MAX_METADATA_KEY_CHARS} characters"
+            )
+        if len(value) > MAX_METADATA_VALUE_CHARS:
+            raise PydanticCustomError(
+                "metadata", f"each value may have at most {MAX_METADATA_VALUE_CHARS} characters"
+            )
+    return pairs
+
+
+Text = Annotated[str, AfterValidator(_storable)]
+NonEmptyText = Annotated[str, Field(min_length=1), AfterValidator(_storable)]
+ModelName = Annotated[
+    str,
+    Field(min_length=1, max_length=MAX_MODEL_CHARS),
+    AfterValidator(_storable),
+    AfterValidator(_without_nul),
+]
+CustomId = Annotated[
+    str,
+    Field(min_length=1, max_length=MAX_CUSTOM_ID_CHARS),
+    AfterValidator(_storable),
+    AfterValidator(_without_nul),
+]
+Metadata = Annotated[dict[Text, Text], AfterValidator(_openai_metadata)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+class Message(_Strict):
+    role: Literal["system", "user", "assistant"]
+    content: Annotated[Text, BeforeValidator(_joined)]
+
+
+class JobBody(_Strict):
+    """One prompt or chat and how to sample from it. null means the same as leaving a field out."""
+
+    model: ModelName | None = None
+    prompt: NonEmptyText | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None  # OpenAI's newer name of max_tokens
+    min_tokens: int | None = None
+    stop: Annotated[list[Text], BeforeValidator(_listed)] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+
+    custom_id: CustomId | None = None
+    metadata: Metadata | None = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> JobBody:
+        if (self.prompt is None) == (self.messages is None):
+            raise PydanticCustomError("one_of:prompt", "give exactly one of prompt and messages")
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise PydanticCustomError(
+                "one_of:max_completion_tokens", "give max_tokens or max_completion_tokens, not both"
+            )
+        return self
+
+    @property
+    def opening(self) -> str:
+        """The text that jobs of one kind share: the first system message, else the start of the prompt."""
+        if self.messages is None:
+            return self.prompt or ""
+        return next((m.content for m in self.messages if m.role == "system"), self.messages[0].content)
+
+    def stored(self) -> dict[str, Any]:
+        """As `models.Job.body` keeps it; `JobBody.model_validate` reads it back."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    def sampling(self, default_max_tokens: int, max_n: int) -> SamplingParams:
+        """The engine's parameters. `seed` may still be None; the job's stored seed replaces it.
+
+        Raises `engine.request.InvalidParameter` under the name that the client used.
+        """
+        length = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+        given: dict[str, Any] = {
+            name: value
+            for name in ("n", "temperature", "top_p", "top_k", "seed", "min_tokens", "ignore_eos")
+            if (value := getattr(self, name)) is not None
+        }
+        if self.n is not None and self.n > max_n:
+            raise InvalidParameter("n", f"must be an integer from 1 to {max_n}")
+        max_tokens: int | None = getattr(self, length)
+        if max_tokens is None:
+            max_tokens = max(default_max_tokens, self.min_tokens or 0)
+        try:
+            return SamplingParams(
+                max_tokens=max_tokens,
+                stop=tuple(self.stop or ()),
+                stop_token_ids=tuple(self.stop_token_ids or ()),
+                **given,
+            )
+        except InvalidParameter as error:
+            if error.param == "max_tokens":
+                raise InvalidParameter(length, error.message) from None
+            raise
+
+
+def parse_job(data: object, settings: Settings) -> JobBody:
+    """The body of one job, wholly checked. Raises `BadField` for the first thing that is wrong."""
+    body = _validated(JobBody, data)
+    try:
+        body.sampling(settings.default_max_tokens, settings.max_n)
+    except InvalidParameter as error:
+        raise BadField(error.param, error.message) from None
+    return body
+
+
+class _WithMetadata(_Strict):
+    metadata: Metadata | None = None
+
+
+def parse_metadata(data: object) -> dict[str, str]:
+    """A batch's own metadata, under the same rules as a job's. Raises `BadField`."""
+    return _validated(_WithMetadata, {"metadata": data}).metadata or {}
+
+
+def _validated(kind: type[M], data: object) -> M:
+    if not isinstance(data, dict):
+        raise BadField(None, "a job must be a JSON object", "invalid_type")
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        errors = error.errors(include_url=False, include_input=False)
+        # An unknown name is the likelier mistake than the missing field that it was meant to be.
+        errors.sort(key=lambda one: one["type"] != "extra_forbidden")
+        raise _complaint(errors[0]) from None
+
+
+def _complaint(error: Any) -> BadField:
+    kind: str = error["type"]
+    path = ""
+    for part in error["loc"]:
+        if part == "[key]":  # pydantic's mark for a dictionary's key
+            break
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    if kind == "extra_forbidden":
+        name = str(error["loc"][-1])
+        known = name in NOT_SUPPORTED_YET and len(error["loc"]) == 1
+        message = "this OpenAI field is not supported yet" if known else "unknown field"
+        return BadField(path, f"{message}; unknown fields are refused", "unknown_parameter")
+    if kind.startswith("one_of:"):
+        return BadField(kind.removeprefix("one_of:"), error["msg"])
+    if kind == "missing":
+        return BadField(path, "is required", "missing_required_parameter")
+    message = error["msg"][0].lower() + error["msg"][1:]
+    message = message.replace("input should be a valid", "must be a valid").replace("input should", "must")
+    return BadField(path or None, message, "invalid_type" if kind.endswith("_type") else "invalid_value")
