@@ -114,4 +114,6 @@ def _download(model: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))
     except Exception as error:  # the hub's errors share no base class: offline, missing, private, bad id
-        raise UnsupportedCheckpoint(f"{model}: no such folder, and the hub did not give it: {error}") from error
+        raise UnsupportedCheckpoint(
+            f"{model}: no such folder, and the hub did not give it: {error}"
+        ) from error

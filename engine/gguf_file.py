@@ -63,7 +63,7 @@ class GGUFFile:
         try:
             with path.open("rb") as file:
                 data = np.memmap(file, mode="r")
-            metadata, tensors = _Header(memoryview(data)).parse()
+            metadata, tensors = _Header(memoryview(data.data)).parse()
         except (struct.error, ValueError, IndexError, KeyError, OverflowError) as error:
             raise UnsupportedCheckpoint(f"{path}: not a readable GGUF file: {error}") from None
         return cls(path, metadata, tensors)
@@ -124,7 +124,7 @@ class GGUFFile:
                 yield done, future.result()
 
     def tokenizer_metadata(self) -> dict[str, Any]:
-        """All `tokenizer.*` keys: ggml.tokens, ggml.merges, ggml.token_type, ggml.pre, special ids, template."""
+        """All `tokenizer.*` keys: ggml.tokens, .merges, .token_type, .pre, special ids, chat template."""
         return {key: value for key, value in self.metadata.items() if key.startswith("tokenizer.")}
 
     def _end_tokens(self) -> tuple[int, ...]:

@@ -1,0 +1,148 @@
+"""Decoder: the one transformer decoder, driven by the flags of a `ModelConfig`.
+
+Owns the order of operations and the tensors of the weights, under Hugging Face names, with q, k, v merged
+into `qkv_proj` and gate, up into `gate_up_proj` (one product each instead of three and two). Knows no files,
+no requests and no sampling. Weights are plain tensors, not `nn.Module`s: nothing here is trained, and the
+attribute machinery of modules costs more than the small operations of a decode step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.cache import KVCache
+from engine.config import ModelConfig
+from engine.rope import rope_tables
+from engine.step_input import StepInput
+from kernels import Kernels
+
+
+class Linear:
+    """A product: x `[T, in]` → x · weightᵀ + bias `[T, out]`; weight `[out, in]`, bias `[out]`."""
+
+    __slots__ = ("bias", "weight")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight = weight
+        self.bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One block's norms and products."""
+
+    input_norm: Tensor
+    qkv: Linear
+    out: Linear
+    post_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every tensor the decoder holds. A tied head has no tensor of its own."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    heads = config.num_heads * config.head_dim
+    kv_heads = config.num_kv_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    for i in range(config.num_layers):
+        layer = f"model.layers.{i}"
+        shapes[f"{layer}.input_layernorm.weight"] = (hidden,)
+        shapes[f"{layer}.self_attn.qkv_proj.weight"] = (heads + 2 * kv_heads, hidden)
+        shapes[f"{layer}.self_attn.o_proj.weight"] = (hidden, heads)
+        shapes[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
+        shapes[f"{layer}.mlp.gate_up_proj.weight"] = (2 * inner, hidden)
+        shapes[f"{layer}.mlp.down_proj.weight"] = (hidden, inner)
+        if config.attention_bias:
+            shapes[f"{layer}.self_attn.qkv_proj.bias"] = (heads + 2 * kv_heads,)
+            shapes[f"{layer}.self_attn.o_proj.bias"] = (hidden,)
+        if config.mlp_bias:
+            shapes[f"{layer}.mlp.gate_up_proj.bias"] = (2 * inner,)
+            shapes[f"{layer}.mlp.down_proj.bias"] = (hidden,)
+    shapes["model.norm.weight"] = (hidden,)
+    if not config.tied_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    return shapes
+
+
+class Decoder:
+    """`parameters` is uninitialised memory until `weights.load_weights` has filled it; then `prepare` once."""
+
+    def __init__(self, config: ModelConfig, kernels: Kernels, *, dtype: torch.dtype, device: str) -> None:
+        self.config = config
+        self.kernels = kernels
+        self.dtype = dtype
+        self.device = device
+        self.parameters: dict[str, Tensor] = {
+            name: torch.empty(shape, dtype=dtype, device=device)
+            for name, shape in parameter_shapes(config).items()
+        }
+        self._layers: list[Layer] = []
+
+    def prepare(self, max_len: int) -> None:
+        """Bind the loaded weights to their products, and make rope tables for `max_len` positions."""
+        config, get = self.config, self.parameters.get
+
+        def product(name: str) -> Linear:
+            return Linear(self.parameters[f"{name}.weight"], get(f"{name}.bias"))
+
+        self._layers = [
+            Layer(
+                input_norm=self.parameters[f"{layer}.input_layernorm.weight"],
+                qkv=product(f"{layer}.self_attn.qkv_proj"),
+                out=product(f"{layer}.self_attn.o_proj"),
+                post_norm=self.parameters[f"{layer}.post_attention_layernorm.weight"],
+                gate_up=product(f"{layer}.mlp.gate_up_proj"),
+                down=product(f"{layer}.mlp.down_proj"),
+            )
+            for layer in (f"model.layers.{i}" for i in range(config.num_layers))
+        ]
+        self._embedding = self.parameters["model.embed_tokens.weight"]
+        self._norm = self.parameters["model.norm.weight"]
+        head = self._embedding if config.tied_embeddings else self.parameters["lm_head.weight"]
+        self._head = Linear(head, None)
+        self._cos, self._sin = rope_tables(config, max_len, self.device)
+
+    def distinct_products(self) -> list[Linear]:
+        """One product of each shape that occurs: what a check of products must look at."""
+        layer = self._layers[0]
+        return [layer.qkv, layer.out, layer.gate_up, layer.down, self._head]
+
+    def forward(self, step: StepInput, cache: KVCache) -> Tensor:
+        """Run all tokens of the step and store their K and V. Logits `[S, vocab]` of `step.logit_rows`."""
+        config, kernels, eps = self.config, self.kernels, self.config.rms_norm_eps
+        num_tokens = step.token_ids.shape[0]
+        heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+        scale = dim**-0.5
+        cos, sin = self._cos[step.positions], self._sin[step.positions]  # [T, d/2]
+        residual = self._embedding[step.token_ids]  # [T, hidden]
+        x = residual
+        first = True
+        for layer, k_cache, v_cache in zip(self._layers, cache.keys, cache.values, strict=True):
+            if first:
+                x, first = kernels.rms_norm(residual, layer.input_norm, eps), False
+            else:
+                x, residual = kernels.add_rms_norm(x, residual, layer.input_norm, eps)
+            # [T, heads + 2·kv_heads, d]: q, k and v are views, nothing is copied
+            qkv = layer.qkv(x).view(num_tokens, heads + 2 * kv_heads, dim)
+            q, k, v = qkv.split_with_sizes((heads, kv_heads, kv_heads), dim=1)
+            kernels.rope(q, k, cos, sin)
+            kernels.store_kv(k, v, k_cache, v_cache, step.slots)
+            mixed = kernels.paged_attention(
+                q, k_cache, v_cache, step.page_table, step.query_start, step.context_lens, scale
+            )
+            x = layer.out(mixed.view(num_tokens, heads * dim))
+            x, residual = kernels.add_rms_norm(x, residual, layer.post_norm, eps)
+            x = layer.down(kernels.silu_mul(layer.gate_up(x)))
+        if step.logit_rows.shape[0] == 0:
+            return x.new_empty((0, config.vocab_size))
+        # only the rows that sample reach the last norm and the head
+        x, _ = kernels.add_rms_norm(x[step.logit_rows], residual[step.logit_rows], self._norm, eps)
+        return self._head(x)

@@ -1,0 +1,167 @@
+"""ModelRunner: one loaded model on one device, which turns a `Plan` into tokens.
+
+Owns the decoder, the KV memory, the sampler, and the promise that a token does not depend on its crowd.
+Knows nothing of waiting, finishing or text: the scheduler appends the tokens and moves the counters.
+
+Determinism: matrix products may choose another summation order for another number of rows. At load, products
+of this model's own shapes are compared bitwise between row counts; if they differ, or always in fp32, steps
+are padded to a multiple of 16 rows, and compared again. `deterministic` tells the outcome.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from engine.cache import KVCache, fitting_pages
+from engine.checkpoint import Checkpoint
+from engine.config import EngineConfig, ModelConfig
+from engine.model import Decoder
+from engine.plan import Plan
+from engine.request import InvalidParameter
+from engine.sampler import Sampler
+from engine.step_input import StepInput
+from engine.weights import load_weights
+from kernels import kernels_for
+
+logger = logging.getLogger(__name__)
+
+PADDED_ROWS = 16
+_CHECK_FLOPS = 2e10  # bounds the self-check to a fraction of a second on two cores
+
+
+class ModelRunner:
+    """Made by `load`. Attributes are read-only."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: KVCache,
+        *,
+        num_pages: int,
+        page_size: int,
+        max_model_len: int,
+        row_multiple: int,
+        deterministic: bool,
+    ) -> None:
+        self.model_config: ModelConfig = decoder.config
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.max_model_len = max_model_len
+        self.device = decoder.device
+        self.dtype = str(decoder.dtype).removeprefix("torch.")
+        self.kernels_name = decoder.kernels.name
+        self.deterministic = deterministic
+        self._row_multiple = row_multiple
+        self._decoder = decoder
+        self._cache = cache
+        self._sampler = Sampler(decoder.config)
+
+    @classmethod
+    def load(cls, config: EngineConfig, checkpoint: Checkpoint) -> ModelRunner:
+        """Read the weights, allocate the pages, check determinism.
+
+        Raises `InvalidParameter` for a setting that cannot work here, `UnsupportedCheckpoint` for weights.
+        """
+        model = checkpoint.config
+        device = resolve_device(config.device)
+        dtype = resolve_dtype(config.dtype, model, device)
+        max_model_len = config.max_model_len or model.max_position
+        if max_model_len > model.max_position:
+            raise InvalidParameter("max_model_len", f"the model allows at most {model.max_position}")
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        try:
+            kernels = kernels_for(device, config.kernels, dtype=dtype)
+        except ValueError as error:
+            raise InvalidParameter("kernels", str(error)) from None
+        with torch.inference_mode():
+            decoder = Decoder(model, kernels, dtype=dtype, device=device)
+            load_weights(decoder, checkpoint)
+            decoder.prepare(max_model_len)
+            num_pages = fitting_pages(
+                model,
+                page_size=config.page_size,
+                dtype=dtype,
+                device=device,
+                max_num_seqs=config.max_num_seqs,
+                max_model_len=max_model_len,
+                memory_bytes=config.kv_cache_memory_bytes,
+            )
+            cache = KVCache.allocate(model, num_pages, config.page_size, dtype=dtype, device=device)
+            row_multiple, deterministic = row_invariance(decoder)
+        if not deterministic:
+            logger.warning(
+                "products on this machine depend on their row count: tokens may depend on the crowd"
+            )
+        return cls(
+            decoder,
+            cache,
+            num_pages=num_pages,
+            page_size=config.page_size,
+            max_model_len=max_model_len,
+            row_multiple=row_multiple,
+            deterministic=deterministic,
+        )
+
+    def run(self, plan: Plan) -> list[int]:
+        """Compute every row of the plan. One token id per entry of `plan.sampling_rows`, in that order; -1
+        where that row's logits were not finite, which harms no other row."""
+        if not plan.rows:
+            return []
+        sampling_rows = plan.sampling_rows
+        with torch.inference_mode():
+            step = StepInput.build(plan, self.page_size, row_multiple=self._row_multiple, device=self.device)
+            logits = self._decoder.forward(step, self._cache)
+            return self._sampler(logits[: len(sampling_rows)], sampling_rows) if sampling_rows else []
+
+    def logits(self, plan: Plan) -> Tensor:
+        """As `run`, but the logits `[rows that sample, vocab]` before any sampling."""
+        with torch.inference_mode():
+            step = StepInput.build(plan, self.page_size, row_multiple=self._row_multiple, device=self.device)
+            return self._decoder.forward(step, self._cache)[: len(plan.sampling_rows)]
+
+
+def resolve_device(device: str) -> str:
+    """`auto` is the GPU where torch sees one."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InvalidParameter("device", "torch sees no CUDA device here; use cpu or auto")
+    return device
+
+
+def resolve_dtype(dtype: str, model: ModelConfig, device: str) -> torch.dtype:
+    """`auto` is what the checkpoint stores, except that a CPU computes float16 checkpoints in bfloat16."""
+    on_cpu = torch.device(device).type == "cpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if model.dtype == "float16" and on_cpu else model.dtype
+    if dtype == "float16" and on_cpu:
+        raise InvalidParameter("dtype", "float16 needs a GPU; on cpu use bfloat16 or float32")
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[dtype]
+
+
+def row_invariance(decoder: Decoder) -> tuple[int, bool]:
+    """(row multiple to pad steps to, whether products are then bit-equal for any number of rows)."""
+    multiples = (PADDED_ROWS,) if decoder.dtype == torch.float32 else (1, PADDED_ROWS)
+    for multiple in multiples:
+        if _products_invariant(decoder, multiple):
+            return multiple, True
+    return 1, False
+
+
+def _products_invariant(decoder: Decoder, multiple: int) -> bool:
+    products = decoder.distinct_products()
+    elements = sum(product.weight.numel() for product in products)
+    most = max(4, min(512, int(_CHECK_FLOPS / (2 * elements)) // PADDED_ROWS * PADDED_ROWS))
+    generator = torch.Generator().manual_seed(0)
+    for product in products:
+        x = torch.randn(most, product.weight.shape[1], generator=generator).to(decoder.device, decoder.dtype)
+        full = product(x)
+        for few in (1, 2, 3, 5, 16, 31, 33, 96, 128, 250):
+            rows = -(-few // multiple) * multiple
+            if rows < most and not torch.equal(product(x[:rows]), full[:rows]):
+                return False
+    return True

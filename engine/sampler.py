@@ -1,0 +1,148 @@
+"""Sampler: logits to token ids, by each row's own parameters.
+
+Owns masking, filtering and drawing. Knows no pages and no text. A draw depends on the row's logits, its
+seed and its position alone: the noise is a hash, not a stream, sums are in float64, and ties are broken by
+token id, so the crowd in a step changes nothing. A feature that no row asks for costs nothing.
+
+Order of the filters as in vLLM and transformers: min_tokens, temperature, top-k, top-p.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.config import ModelConfig
+from engine.plan import Row
+
+FAILED = -1  # in place of a token: this row's logits were not finite
+TOP_P_CANDIDATES = 1024  # nearly always hold the nucleus; a full sort is the fallback
+_INVERSE_2_53 = 2.0**-53
+
+
+class Sampler:
+    def __init__(self, config: ModelConfig) -> None:
+        self._vocab_size = config.vocab_size
+        self._eos = config.eos_token_ids
+
+    def __call__(self, logits: Tensor, rows: list[Row]) -> list[int]:
+        """logits `[S, vocab]`, any float dtype, overwritten; `rows` has S entries. One token id per row, or
+        `FAILED` where the largest logit is NaN or infinite."""
+        self._mask_early_ends(logits, rows)
+        best, greedy = logits.max(dim=1)  # the lowest index wins a tie; NaN wins everything
+        tokens = torch.where(torch.isfinite(best), greedy, FAILED)
+        drawn = [i for i, row in enumerate(rows) if not row.sequence.request.sampling.greedy]
+        if drawn:
+            self._draw(logits, best, tokens, rows, drawn)
+        result: list[int] = tokens.tolist()
+        return result
+
+    def _mask_early_ends(self, logits: Tensor, rows: list[Row]) -> None:
+        for i, row in enumerate(rows):
+            sampling = row.sequence.request.sampling
+            if row.sequence.num_generated >= sampling.min_tokens:
+                continue
+            ends = sampling.stop_token_ids + (() if sampling.ignore_eos else self._eos)
+            allowed = [token_id for token_id in ends if token_id < self._vocab_size]
+            if allowed:
+                logits[i, allowed] = float("-inf")
+
+    def _draw(self, logits: Tensor, best: Tensor, tokens: Tensor, rows: list[Row], drawn: list[int]) -> None:
+        """Fill `tokens` at the rows `drawn`, each from its own distribution."""
+        sequences = [rows[i].sequence for i in drawn]
+        params = [sequence.request.sampling for sequence in sequences]
+        noise = uniforms([s.seed for s in sequences], [len(s.token_ids) for s in sequences])
+        whole = [j for j, p in enumerate(params) if p.top_k == 0 and p.top_p >= 1.0]
+        narrowed = [j for j, p in enumerate(params) if p.top_k > 0 or p.top_p < 1.0]
+        device = logits.device
+        for chosen in (whole, narrowed):
+            if not chosen:
+                continue
+            index = torch.tensor([drawn[j] for j in chosen], device=device)
+            picked = logits[index].float()  # [n, vocab]
+            top = best[index].double()[:, None]
+            heat = torch.tensor([params[j].temperature for j in chosen], dtype=torch.float64, device=device)
+            u = torch.from_numpy(noise[chosen]).to(device)
+            if chosen is whole:
+                weights = ((picked.double() - top) / heat[:, None]).exp_()
+                found = _inverse_cdf(weights.cumsum(dim=1), u, picked.shape[1])
+            else:
+                top_k = torch.tensor([params[j].top_k for j in chosen], device=device)
+                top_p = torch.tensor([params[j].top_p for j in chosen], dtype=torch.float64, device=device)
+                found = _draw_narrowed(picked, top, heat, u, top_k, top_p)
+            tokens[index] = torch.where(torch.isfinite(best[index]), found, FAILED)
+
+
+def _draw_narrowed(
+    logits: Tensor, top: Tensor, heat: Tensor, u: Tensor, top_k: Tensor, top_p: Tensor
+) -> Tensor:
+    """Top-k (0 is off), then top-p, then one draw. logits `[n, vocab]`, the others `[n]` or `[n, 1]`."""
+    vocab = logits.shape[1]
+    limit = torch.where(top_k > 0, top_k, TOP_P_CANDIDATES).clamp(max=vocab)
+    width = int(limit.max())
+    kept, order = _ranked(logits, width)
+    ranks = torch.arange(width, device=logits.device)
+    weights = ((kept.double() - top) / heat[:, None]).exp_()
+    weights.masked_fill_(ranks >= limit[:, None], 0.0)
+    sums = weights.cumsum(dim=1)
+    # what the nucleus is a share of: the k candidates, or without top-k the whole vocabulary
+    mass = sums[:, -1].clone()
+    unlimited = (top_k == 0).nonzero()[:, 0]
+    if len(unlimited):
+        mass[unlimited] = (
+            ((logits[unlimited].double() - top[unlimited]) / heat[unlimited, None]).exp_().sum(1)
+        )
+    # a token stays if those ranked before it have not yet reached top_p; the first always stays
+    size = (sums - weights < (top_p * mass)[:, None]).logical_and_(ranks < limit[:, None]).sum(dim=1)
+    size.clamp_(min=1)
+    short = (top_k == 0) & (size >= limit) & (limit < vocab)
+    found = order.gather(1, _inverse_cdf(sums, u, size)[:, None])[:, 0]
+    for i in short.nonzero()[:, 0].tolist():  # the nucleus is wider than the candidates: sort this row whole
+        row = slice(i, i + 1)
+        kept, order = _ranked(logits[row], vocab)
+        weights = ((kept.double() - top[row]) / heat[row, None]).exp_()
+        sums = weights.cumsum(dim=1)
+        size = (sums - weights < (top_p * mass)[row, None]).sum(dim=1).clamp_(min=1)
+        found[i] = order[0, _inverse_cdf(sums, u[row], size)[0]]
+    return found
+
+
+def _ranked(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The `width` largest logits of each row, descending, and their token ids; ties by the lower id.
+
+    Sorted by one int64 key per token, unique in its row: the logit's bits made monotone, then the inverted
+    id. `topk` on the logits alone would break ties differently for different row counts.
+    """
+    bits = logits.view(torch.int32)
+    keys = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long() << 32
+    keys += torch.arange(logits.shape[1] - 1, -1, -1, device=logits.device)
+    order = keys.topk(width, dim=1, sorted=True).indices
+    return logits.gather(1, order), order
+
+
+def _inverse_cdf(sums: Tensor, u: Tensor, size: Tensor | int) -> Tensor:
+    """First index whose cumulative weight exceeds u times the total of the first `size` weights. `[n]`."""
+    last = torch.as_tensor(size, device=sums.device).expand(sums.shape[0]) - 1
+    total = sums.gather(1, last[:, None])
+    found = torch.searchsorted(sums, u[:, None] * total, right=True)[:, 0]
+    return torch.minimum(found, last)
+
+
+def uniforms(seeds: list[int], positions: list[int]) -> NDArray[np.float64]:
+    """One number in [0, 1) with 53 bits per (sequence seed, position): SplitMix64's mixer over
+    both (Steele et al. 2014), so no state is carried from token to token."""
+    with np.errstate(over="ignore"):
+        state = np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], dtype=np.uint64)
+        state = _mix(state + np.uint64(0x9E3779B97F4A7C15))
+        state ^= np.array(positions, dtype=np.uint64) * np.uint64(0xD1342543DE82EF95)
+        state = _mix(state + np.uint64(0x9E3779B97F4A7C15))
+    result: NDArray[np.float64] = (state >> np.uint64(11)).astype(np.float64) * _INVERSE_2_53
+    return result
+
+
+def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
