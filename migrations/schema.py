@@ -1,0 +1,59 @@
+"""Schema: Alembic, called from Python. Owns the lock and the transaction around a migration.
+
+There is no alembic.ini: the scripts lie beside this file, and the database comes from `jobs.settings` or from
+the caller. All of an upgrade is one transaction on both databases, so a crash leaves the old shape. Several
+processes may call it at once: one works, the others wait and then find nothing to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Connection, text
+
+from jobs.database import Database
+
+_LOCK = 0x6E69676874  # "night": names our advisory lock in PostgreSQL
+_PATIENCE_SECONDS = 120.0  # how long to wait for another process's migration
+
+
+def upgrade(url: str, revision: str = "head") -> None:
+    """Bring the database at `url` (SQLAlchemy's spelling) to `revision`. Repeating it changes nothing."""
+    _in_transaction(url, lambda config: command.upgrade(config, revision))
+
+
+def downgrade(url: str, revision: str = "base") -> None:
+    """Take the database back to `revision`; `base` leaves no table of ours. Deletes what they hold."""
+
+    def work(config: Config) -> None:
+        command.downgrade(config, revision)
+        if revision == "base":
+            config.attributes["connection"].execute(text("DROP TABLE alembic_version"))
+
+    _in_transaction(url, work)
+
+
+def _in_transaction(url: str, work: Callable[[Config], None]) -> None:
+    database = Database(url, pool_size=1)
+
+    def run(connection: Connection) -> None:
+        if not database.is_sqlite:  # SQLite's BEGIN IMMEDIATE is this lock already
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+        work(alembic_config(connection))
+
+    try:
+        database.transact(run, patience=_PATIENCE_SECONDS)
+    finally:
+        database.close()
+
+
+def alembic_config(connection: Connection | None = None) -> Config:
+    """For `alembic`'s own commands. Without a connection, env.py opens the configured database."""
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    return config

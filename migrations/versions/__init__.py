@@ -1,0 +1,1 @@
+"""One file per change of shape, in the order of their numbers."""
