@@ -22,10 +22,11 @@ class Cancels:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def cancel_job(self, job_id: str) -> JobState | None:
+    def cancel_job(self, job_id: str, *, running: bool = True) -> JobState | None:
         """The state after the call: `cancelled` (was queued), `cancelling` (is held by a worker), or the
-        terminal state that came first. None when there is no such job."""
-        return self._database.transact(lambda connection: _cancel_job(connection, job_id))
+        terminal state that came first. With `running=False` a job that is held goes on. None when there is
+        no such job."""
+        return self._database.transact(lambda connection: _cancel_job(connection, job_id, running))
 
     def cancel_batch(self, batch_id: str) -> BatchState | None:
         """Cancel every open job of a batch. `cancelling` while workers hold some of them, else `cancelled`;
@@ -33,13 +34,14 @@ class Cancels:
         return self._database.transact(lambda connection: _cancel_batch(connection, batch_id))
 
 
-def _cancel_job(connection: Connection, job_id: str) -> JobState | None:
+def _cancel_job(connection: Connection, job_id: str, running: bool) -> JobState | None:
     row = connection.execute(
         select(Job.state, Job.batch_id).where(Job.id == job_id).with_for_update()
     ).one_or_none()
     if row is None:
         return None
-    _cancel_locked(connection, [job_id])
+    if running or row.state == JobState.QUEUED:
+        _cancel_locked(connection, [job_id])
     if row.state == JobState.QUEUED:
         close_batches(connection, [row.batch_id])
     return JobState(connection.scalars(select(Job.state).where(Job.id == job_id)).one())

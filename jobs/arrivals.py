@@ -1,0 +1,145 @@
+"""Arrivals: jobs that come as Celery messages, on their way into SQL.
+
+Owns the thread that commits `nightpress.generate` messages in small groups. A message is reported as
+committed only when its row is there (or was there before: a duplicate is no error), and only then does the
+pool ack it. While the database is away the messages stay unacked, and so in Redis's care.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.exc import SQLAlchemyError
+
+from jobs.body import BadField, JobBody, parse_job
+from jobs.celery_results import CeleryResults
+from jobs.database import Database
+from jobs.intake import Intake, check_task_id
+from jobs.models import Job
+from jobs.settings import Settings
+from jobs.states import TERMINAL
+
+log = logging.getLogger(__name__)
+
+GATHER_SECONDS = 0.005
+GATHER_MESSAGES = 256
+RETRY_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One message: `args` must be empty, `kwargs` is the body of one job. `committed()` is called once."""
+
+    task_id: str
+    args: list[Any]
+    kwargs: dict[str, Any]
+    committed: Callable[[], None]
+
+
+class Arrivals(threading.Thread):
+    def __init__(
+        self,
+        database: Database,
+        settings: Settings,
+        results: CeleryResults,
+        on_jobs: Callable[[set[str]], None],
+    ) -> None:
+        super().__init__(name="arrivals", daemon=True)
+        self.database = database
+        self.settings = settings
+        self.intake = Intake(database, settings)
+        self.results = results
+        self.on_jobs = on_jobs  # told the models that have new work
+        self._inbox: queue.SimpleQueue[Arrival | None] = queue.SimpleQueue()
+        self._stopping = False
+
+    def put(self, arrival: Arrival) -> None:
+        self._inbox.put(arrival)
+
+    def stop(self, timeout: float) -> None:
+        """Commit what has come, within `timeout` seconds; the rest goes back to Redis unacked."""
+        self._stopping = True
+        self._inbox.put(None)
+        if self.is_alive():
+            self.join(timeout)
+
+    def run(self) -> None:
+        last = False
+        while not last:
+            group, last = self._gather()
+            while group:
+                try:
+                    self._accept(group)
+                    break
+                except SQLAlchemyError as error:
+                    log.error("arrivals.database messages=%d error=%s", len(group), type(error).__name__)
+                    if self._stopping:
+                        return
+                    time.sleep(RETRY_SECONDS)
+                except Exception:
+                    log.exception("arrivals.failed messages=%d", len(group))
+                    break
+
+    def _gather(self) -> tuple[list[Arrival], bool]:
+        group: list[Arrival] = []
+        deadline = float("inf")
+        while len(group) < GATHER_MESSAGES:
+            try:
+                arrival = self._inbox.get(timeout=max(0.0, deadline - time.monotonic()) if group else None)
+            except queue.Empty:
+                break
+            if arrival is None:
+                return group, True
+            if not group:
+                deadline = time.monotonic() + GATHER_SECONDS
+            group.append(arrival)
+        return group, False
+
+    def _accept(self, group: list[Arrival]) -> None:
+        good: list[tuple[str, JobBody]] = []
+        for arrival in group:
+            if isinstance(parsed := self._parse(arrival), JobBody):
+                good.append((arrival.task_id, parsed))
+            else:
+                self._refuse(arrival.task_id, parsed)
+        if good:
+            self.intake.accept_messages(good)
+            self._tell_started([task_id for task_id, _ in good])
+        for arrival in group:
+            arrival.committed()
+        if good:
+            self.on_jobs({body.model for _, body in good if body.model})
+
+    def _parse(self, arrival: Arrival) -> JobBody | BadField:
+        try:
+            check_task_id(arrival.task_id)
+            if arrival.args:
+                raise BadField("args", "give the job as keyword arguments only")
+            (body,) = self.intake.name_models([parse_job(arrival.kwargs, self.settings)])
+            return body
+        except BadField as error:
+            return error
+
+    def _refuse(self, task_id: str, error: BadField) -> None:
+        log.warning("arrivals.refused param=%s code=%s", error.param, error.code)
+        try:
+            self.intake.accept_invalid(task_id, error)
+        except BadField:
+            pass  # not even its id can be stored: the sender still hears of it
+        self.results.failed(task_id, error.as_error())
+
+    def _tell_started(self, ids: list[str]) -> None:
+        # A duplicate of a job that has ended must not look started again.
+        with self.database.read() as connection:
+            rows = connection.execute(select(Job.id, Job.state).where(Job.id.in_(ids)))
+            open_ids = {row.id for row in rows if row.state not in TERMINAL}
+        for task_id in ids:
+            if task_id in open_ids:
+                self.results.started(task_id)

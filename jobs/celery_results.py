@@ -1,0 +1,93 @@
+"""CeleryResults: makes `AsyncResult(id)` work for jobs that came in through Redis.
+
+Owns what Celery's result backend is told: STARTED when the job is in SQL, then SUCCESS, FAILURE or REVOKED when
+its end is. A copy for convenience, with an expiry; SQL and the API hold the truth. Its own thread, because a
+Redis that is away must not hold up the writer; what could not be stored is dropped with a word in the log.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from typing import Any
+
+from jobs.broker import NightpressCelery
+from jobs.outcomes import Outcome, Recorded
+from jobs.states import JobState
+
+log = logging.getLogger(__name__)
+
+MAX_PENDING = 10_000
+
+
+class JobFailedError(RuntimeError):
+    """What `AsyncResult.get()` raises for a failed job: code and message in its text."""
+
+
+class CeleryResults(threading.Thread):
+    def __init__(self, app: NightpressCelery) -> None:
+        super().__init__(name="celery-results", daemon=True)
+        self.backend = app.backend
+        self._pending: queue.Queue[tuple[str, str, Any] | None] = queue.Queue(MAX_PENDING)
+
+    def started(self, job_id: str) -> None:
+        self._put((job_id, "STARTED", {}))
+
+    def failed(self, job_id: str, error: dict[str, Any]) -> None:
+        self._put((job_id, "FAILURE", JobFailedError(f"{error['code']}: {error['message']}")))
+
+    def revoked(self, job_id: str) -> None:
+        self._put((job_id, "REVOKED", "cancelled"))
+
+    def ended(self, recorded: Recorded) -> None:
+        outcome = recorded.outcome
+        if recorded.state is JobState.COMPLETED:
+            self._put((outcome.job_id, "SUCCESS", answer(outcome, recorded.model)))
+        elif recorded.state is JobState.FAILED:
+            self.failed(outcome.job_id, outcome.error or {"code": "failed", "message": "the job failed"})
+        elif recorded.state is JobState.CANCELLED:
+            self.revoked(outcome.job_id)
+
+    def stop(self, timeout: float) -> None:
+        """Store what is pending, within `timeout` seconds."""
+        self._put(None)
+        if self.is_alive():
+            self.join(timeout)
+
+    def _put(self, item: tuple[str, str, Any] | None) -> None:
+        try:
+            self._pending.put_nowait(item)
+        except queue.Full:
+            log.warning("celery_results.full: one result is only in SQL")
+
+    def run(self) -> None:
+        while (item := self._pending.get()) is not None:
+            job_id, state, value = item
+            try:
+                if state == "REVOKED":
+                    self.backend.mark_as_revoked(job_id, reason=value)
+                elif state == "FAILURE":
+                    self.backend.mark_as_failure(job_id, value)
+                else:
+                    self.backend.store_result(job_id, value, state)
+            except Exception as error:
+                log.warning("celery_results.failed job=%s error=%s", job_id, type(error).__name__)
+
+
+def answer(outcome: Outcome, model: str) -> dict[str, Any]:
+    """The JSON that `AsyncResult.get()` returns; `text` is the first output's."""
+    return {
+        "id": outcome.job_id,
+        "object": "job",
+        "status": "completed",
+        "model": model,
+        "text": outcome.outputs[0]["text"],
+        "outputs": outcome.outputs,
+        "usage": {
+            "prompt_tokens": outcome.prompt_tokens,
+            "completion_tokens": outcome.completion_tokens,
+            "total_tokens": outcome.prompt_tokens + outcome.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": outcome.cached_tokens},
+        },
+    }

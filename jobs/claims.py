@@ -1,0 +1,70 @@
+"""Claims: how a worker takes queued jobs. One statement, one plain index scan.
+
+Owns the order of work (tier, fair tag, prefix group, id) and the fence. Knows nothing of tokens or engines.
+PostgreSQL skips rows that another worker is claiming; on SQLite the write transaction is the lock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, func, literal_column, select, update
+
+from jobs.database import now
+from jobs.models import Job
+from jobs.states import JobState
+
+# A literal, not a parameter: a partial index serves only statements that visibly imply its condition.
+QUEUED: ColumnElement[bool] = literal_column(f"jobs.state = '{JobState.QUEUED}'")
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One job in this worker's name. Only writes that carry this `fence` count."""
+
+    job_id: str
+    fence: int
+    body: dict[str, Any]
+    seed: int
+    crashes: int
+    source: str
+
+
+def claim(connection: Connection, *, worker_id: str, model: str, limit: int) -> list[Claim]:
+    """Take up to `limit` queued jobs for `model`, in order of work; fewer means the queue is empty now."""
+    chosen = (
+        select(Job.id)
+        .where(Job.model == model, QUEUED)
+        .order_by(Job.tier, Job.fair_tag, Job.prefix_group, Job.id)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    )
+    rows = connection.execute(
+        update(Job)
+        .where(Job.id.in_(chosen), QUEUED)
+        .values(
+            state=JobState.IN_PROGRESS,
+            worker_id=worker_id,
+            fence=Job.fence + 1,
+            started_at=func.coalesce(Job.started_at, now()),
+        )
+        .returning(
+            Job.id,
+            Job.fence,
+            Job.body,
+            Job.seed,
+            Job.crashes,
+            Job.source,
+            Job.tier,
+            Job.fair_tag,
+            Job.prefix_group,
+        )
+    ).all()
+    ordered = sorted(rows, key=lambda row: (row.tier, row.fair_tag, row.prefix_group, row.id))
+    return [Claim(row.id, row.fence, row.body, row.seed, row.crashes, row.source) for row in ordered]
+
+
+def models_with_work(connection: Connection) -> list[str]:
+    """Models that have at least one queued job."""
+    return list(connection.scalars(select(Job.model).where(QUEUED).distinct()))

@@ -1,0 +1,285 @@
+"""Worker: the parts of one worker process put together, their start and their end.
+
+Owns the wiring between Celery's side (`pool`), SQL's side (claimer, writer, lease keeper, sweeper, arrivals)
+and the engine's side (supervisor), and the order in which they stop. Each part owns its thread; none of them
+knows another, they meet here. No torch is loaded in this process.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from engine.tokenizer import Tokenizer
+
+from engine.checkpoint import Checkpoint
+from engine.request import Completion, Request, RequestId
+from engine.wire import Hello
+from jobs.answers import outcome_of
+from jobs.arrivals import Arrivals
+from jobs.body import JobBody
+from jobs.broker import NightpressCelery
+from jobs.cancels import Cancels
+from jobs.celery_results import CeleryResults
+from jobs.claimer import Claimer
+from jobs.claims import Claim
+from jobs.database import Database, now
+from jobs.holdings import Holding, Holdings
+from jobs.lease_keeper import LeaseKeeper
+from jobs.leases import leave, new_worker_id, register
+from jobs.outcomes import Outcome, Recorded
+from jobs.settings import Settings
+from jobs.states import JobState, WorkerState
+from jobs.supervisor import EngineSupervisor
+from jobs.sweeper import Sweeper
+from jobs.wakeups import WakeUps
+from jobs.writer import Writer
+
+log = logging.getLogger(__name__)
+
+HAND_BACK_SECONDS = 10.0  # for the engine to answer aborts, and for SQL to take them, at the end of a drain
+
+
+class Worker:
+    """`start` and `drain` are called from the main thread, everything else from any."""
+
+    def __init__(
+        self, settings: Settings, app: NightpressCelery, *, on_hopeless: Callable[[str], None]
+    ) -> None:
+        checkpoint = Checkpoint.open(settings.model, settings.engine.revision)
+        self.settings = settings
+        self.model = settings.served_model
+        self.tokenizer = Tokenizer.open(checkpoint)
+        self.database = Database(settings.database)
+        self.holdings = Holdings()
+        self.worker_id = new_worker_id()
+        self.draining = False
+        self.results = CeleryResults(app)
+        self.wake_ups = WakeUps(app)
+        self.cancels = Cancels(self.database)
+        self._chores: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._seen_steps: int | float | None = None
+        name = lambda: self.worker_id  # noqa: E731
+        self.writer = Writer(self.database, self.holdings, name, self._on_recorded)
+        self.supervisor = EngineSupervisor(
+            settings.engine_config(),
+            on_ready=self._on_ready,
+            on_completions=self._on_completions,
+            on_progress=self.holdings.progress,
+            on_death=self._on_death,
+            on_hopeless=on_hopeless,
+        )
+        max_num_seqs = settings.engine.max_num_seqs
+        window = settings.claim_window * max_num_seqs
+        self.claimer = Claimer(
+            self.database,
+            self.holdings,
+            self.supervisor,
+            model=self.model,
+            worker_id=name,
+            encode=self._encode,
+            finish=self.writer.put,
+            window=window,
+            low_water=max(window - max_num_seqs // 4 - 1, 0),
+            max_crashes=settings.max_crashes,
+        )
+        self.keeper = LeaseKeeper(
+            self.database,
+            self.holdings,
+            worker_id=name,
+            lease_seconds=settings.lease_seconds,
+            renew_seconds=settings.renew_seconds,
+            report=self._report,
+            end=self._end,
+            finish=self.writer.put,
+            on_lost=self._on_lost,
+            on_renewed=lambda: self.supervisor.kill_if_stalled(settings.stall_seconds),
+        )
+        self.sweeper = Sweeper(self.database, settings.sweep_seconds, self._announce)
+        self.arrivals = Arrivals(self.database, settings, self.results, self._on_arrived)
+        self._chore_thread = threading.Thread(target=self._do_chores, name="chores", daemon=True)
+
+    # --- life -----------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Register and start every thread. Raises when SQL cannot be reached."""
+        self.database.transact(self._register)
+        log.info("worker.start id=%s model=%s", self.worker_id, self.model)
+        for thread in (self.results, self.writer, self.supervisor, self.claimer, self.keeper, self.sweeper):
+            thread.start()
+        self.arrivals.start()
+        self._chore_thread.start()
+
+    def drain(self, grace_seconds: float) -> None:
+        """Claim nothing more, let what runs finish for `grace_seconds`, hand the rest back at once, leave."""
+        if self.draining or not self.supervisor.is_alive():
+            return
+        self.draining = True
+        log.info("worker.drain held=%d grace=%.0f", len(self.holdings), grace_seconds)
+        deadline = time.monotonic() + grace_seconds
+        self.arrivals.stop(HAND_BACK_SECONDS)
+        self.claimer.stop()
+        self.keeper.poke()
+        for holding in self.holdings.all():  # what has not begun can begin elsewhere right now
+            if holding.num_generated == 0:
+                self._end(holding)
+        self.holdings.wait_empty(max(0.0, deadline - time.monotonic()))
+        for holding in self.holdings.all():
+            self._end(holding)
+        if not self.holdings.wait_empty(HAND_BACK_SECONDS):
+            log.error("worker.drain_incomplete held=%d", len(self.holdings))
+        self.supervisor.stop()
+        self.sweeper.stop()
+        self.writer.stop(HAND_BACK_SECONDS)
+        self.keeper.stop()
+        self.database.transact(lambda connection: leave(connection, worker_id=self.worker_id))
+        self._chores.put(None)
+        self._chore_thread.join(HAND_BACK_SECONDS)
+        self.wake_ups.wake(self.model)  # for whoever takes over what was handed back
+        self.wake_ups.close()
+        self.results.stop(HAND_BACK_SECONDS)
+        self.database.close()
+        log.info("worker.left id=%s", self.worker_id)
+
+    def _register(self, connection: Any) -> None:
+        register(
+            connection,
+            worker_id=self.worker_id,
+            model=self.model,
+            lease_seconds=self.settings.lease_seconds,
+        )
+
+    # --- doors ----------------------------------------------------------------------------------------------
+
+    def wake(self) -> None:
+        self.claimer.wake()
+
+    def cancel(self, job_ids: Sequence[str], *, running: bool) -> None:
+        """Cancel in SQL; a job that runs only if `running`. Returns at once."""
+        self._chores.put(lambda: self._cancel(job_ids, running))
+
+    def _cancel(self, job_ids: Sequence[str], running: bool) -> None:
+        for job_id in job_ids:
+            state = self.cancels.cancel_job(job_id, running=running)
+            if state is JobState.CANCELLED:
+                self.results.revoked(job_id)
+            elif state is JobState.CANCELLING:
+                self.keeper.poke()
+
+    def _do_chores(self) -> None:
+        while (chore := self._chores.get()) is not None:
+            try:
+                chore()
+            except Exception:
+                log.exception("worker.chore_failed")
+
+    # --- SQL's side -------------------------------------------------------------------------------------------
+
+    def _encode(self, claim: Claim) -> Request:
+        body = JobBody.model_validate(claim.body)
+        sampling = body.sampling(self.settings.default_max_tokens, self.settings.max_n)
+        if body.messages is not None:
+            messages = [{"role": message.role, "content": message.content} for message in body.messages]
+            ids = self.tokenizer.encode_chat(messages)
+        else:
+            ids = self.tokenizer.encode(body.prompt or "")
+        return Request(
+            id=RequestId(claim.job_id, claim.fence),
+            prompt_token_ids=tuple(ids),
+            sampling=replace(sampling, seed=claim.seed),
+        )
+
+    def _end(self, holding: Holding) -> None:
+        """Abort one job wherever it is; its state in SQL says whether that is a cancel or a hand-back."""
+        if self.holdings.mark_dropped(holding):
+            self.writer.put(Outcome(job_id=holding.claim.job_id, fence=holding.claim.fence, kind="released"))
+        else:
+            self.supervisor.abort([holding.id])
+
+    def _on_recorded(self, recorded: list[Recorded]) -> None:
+        for item in recorded:
+            if item.source == "redis" and item.state in (
+                JobState.COMPLETED,
+                JobState.FAILED,
+                JobState.CANCELLED,
+            ):
+                self.results.ended(item)
+        if not self.draining:
+            if any(item.state is JobState.QUEUED for item in recorded):
+                self.claimer.wake()
+            self.claimer.on_room()
+
+    def _on_lost(self) -> None:
+        """A sweeper took our jobs: forget them, stop computing them, come back under a new name."""
+        held = self.holdings.all()
+        self.holdings.clear()
+        self.supervisor.abort([holding.id for holding in held if holding.sent])
+        if not self.draining:
+            self.worker_id = new_worker_id()
+            self.database.transact(self._register)
+            self.claimer.wake()
+
+    def _on_arrived(self, models: set[str]) -> None:
+        for model in models:
+            self._announce(model)
+
+    def _announce(self, model: str) -> None:
+        if model == self.model:
+            self.claimer.wake()
+        else:
+            self.wake_ups.wake(model)
+
+    def _report(self) -> dict[str, Any]:
+        stats, hello = self.supervisor.stats, self.supervisor.hello
+        state = WorkerState.READY if hello else WorkerState.STARTING
+        report: dict[str, Any] = {
+            "state": WorkerState.DRAINING if self.draining else state,
+            "num_running": int(stats.get("num_running", 0)),
+            "num_waiting": int(stats.get("num_waiting", 0)),
+            "tokens_per_second": float(stats.get("tokens_per_second", 0.0)),
+            "engine_pid": self.supervisor.pid,
+            "engine_starts": self.supervisor.num_starts,
+            "max_model_len": hello.max_model_len if hello else None,
+            "stats": dict(stats),
+        }
+        if (steps := stats.get("num_steps")) != self._seen_steps:
+            self._seen_steps = steps
+            report["last_step_at"] = now()
+        return report
+
+    # --- the engine's side --------------------------------------------------------------------------------------
+
+    def _on_ready(self, hello: Hello) -> None:
+        self.keeper.poke()
+        self.claimer.wake()
+
+    def _on_completions(self, completions: Sequence[Completion]) -> None:
+        for completion in completions:
+            if self.holdings.get(completion.id):
+                self.writer.put(outcome_of(completion, self.tokenizer))
+
+    def _on_death(self, returncode: int, ids: tuple[RequestId, ...]) -> None:
+        for request_id in ids:
+            if holding := self.holdings.get(request_id):
+                self.writer.put(self._crashed(holding, returncode, alone=len(ids) == 1))
+        self.keeper.poke()
+
+    def _crashed(self, holding: Holding, returncode: int, *, alone: bool) -> Outcome:
+        convicted = alone and holding.claim.crashes >= self.settings.max_crashes
+        error = {
+            "code": "engine_crash",
+            "message": f"the engine process died (exit status {returncode}) while running this job alone",
+        }
+        return Outcome(
+            job_id=holding.claim.job_id,
+            fence=holding.claim.fence,
+            kind="failed" if convicted else "released",
+            error=error if convicted else None,
+            completion_tokens=holding.num_generated,
+            crashed=True,
+        )

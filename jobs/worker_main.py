@@ -1,0 +1,40 @@
+"""The worker process from its first line to its exit status.
+
+Owns logging and the start of Celery's worker with our settings. Blocks until the worker has left; SIGTERM and
+SIGINT drain it (exit status 0), a model that cannot be served ends it with a reason.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from jobs.broker import GENERATE_QUEUE, make_app, work_queue
+from jobs.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+def main(settings: Settings) -> int:
+    """Run one worker; returns the process's exit status."""
+    logging.basicConfig(
+        level=settings.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        stream=sys.stderr,
+    )
+    logging.getLogger("celery.worker.strategy").setLevel(logging.WARNING)  # a line per message, with its text
+    if not settings.model:
+        sys.stderr.write("NIGHTPRESS_MODEL: name the model to serve (a folder, a GGUF file or a hub id)\n")
+        return 2
+    app = make_app(settings)
+    worker = app.Worker(
+        queues=[GENERATE_QUEUE, work_queue(settings.served_model)],
+        loglevel=settings.log_level.upper(),
+        without_gossip=True,
+        without_mingle=True,
+        without_heartbeat=True,
+        optimization="fair",
+        quiet=True,
+    )
+    worker.start()
+    return int(worker.exitcode or 0)
