@@ -21,7 +21,7 @@ from jobs.states import HELD, LIVE_WORKER, TERMINAL, BatchState, JobState, Ledge
 CHUNK = 500  # results read at a time
 MAX_LIMIT = 100
 # Spelled out, because a bound parameter would keep the database from using the partial indexes.
-_QUEUED = literal_column(f"'{JobState.QUEUED.value}'")
+_QUEUED: ColumnElement[str] = literal_column(f"'{JobState.QUEUED.value}'")
 
 
 @dataclass(frozen=True, slots=True)
