@@ -73,4 +73,13 @@ def kernels_for(device: str, name: KernelSet = "auto", *, dtype: torch.dtype = t
     on_cpu = torch.device(device).type == "cpu"
     if name == "cpu" and not on_cpu:
         raise ValueError(f"the cpu kernels cannot run on {device}")
-    return reference.KERNELS
+    if name == "reference" or not on_cpu or dtype not in (torch.bfloat16, torch.float32):
+        return reference.KERNELS
+
+    from kernels import cpu
+
+    try:
+        return cpu.kernels()
+    except cpu.BuildError as error:
+        logger.warning("cpu kernels unavailable, using the slow reference set: %s", error)
+        return reference.KERNELS
