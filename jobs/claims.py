@@ -39,10 +39,13 @@ def claim(connection: Connection, *, worker_id: str, model: str, limit: int) -> 
         .order_by(Job.tier, Job.fair_tag, Job.prefix_group, Job.id)
         .limit(limit)
         .with_for_update(skip_locked=True)
+        # A common table expression runs once; as a plain subquery PostgreSQL may run it for each row it
+        # compares, and so claim more than `limit`.
+        .cte("chosen")
     )
     rows = connection.execute(
         update(Job)
-        .where(Job.id.in_(chosen), QUEUED)
+        .where(Job.id.in_(select(chosen.c.id)), QUEUED)
         .values(
             state=JobState.IN_PROGRESS,
             worker_id=worker_id,

@@ -24,7 +24,7 @@ class Base(DeclarativeBase):
             "pk": "pk_%(table_name)s",
         }
     )
-    type_annotation_map = {float: Double, dict[str, Any]: JSON, list[dict[str, Any]]: JSON}  # noqa: RUF012
+    type_annotation_map = {float: Double, dict[str, Any]: JSON(none_as_null=True), list[dict[str, Any]]: JSON}  # noqa: RUF012
 
 
 class Batch(Base):

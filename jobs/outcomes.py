@@ -102,7 +102,7 @@ def _move(connection: Connection, ours: list[Recorded], rows: dict[str, JobRow])
     job = Job.__table__
     statement = (
         update(Job)
-        .where(job.c.id == bindparam("key"), job.c.state.in_(sorted(HELD)))
+        .where(job.c.id == bindparam("key"), job.c.worker_id == bindparam("holder"))
         .values(
             state=bindparam("new_state"),
             worker_id=None,
@@ -118,6 +118,7 @@ def _move(connection: Connection, ours: list[Recorded], rows: dict[str, JobRow])
                 [
                     {
                         "key": item.outcome.job_id,
+                        "holder": rows[item.outcome.job_id].worker_id,
                         "new_state": item.state,
                         "new_error": item.outcome.error if item.state is JobState.FAILED else None,
                         "new_crashes": rows[item.outcome.job_id].crashes + item.outcome.crashed,

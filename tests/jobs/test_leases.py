@@ -1,0 +1,105 @@
+"""Leases and sweeps: what a worker's death leaves behind is repaired, by the database's clock."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+from sqlalchemy import select, update
+
+from jobs.body import parse_job
+from jobs.cancels import Cancels
+from jobs.claims import claim
+from jobs.database import Database, now
+from jobs.intake import Intake
+from jobs.leases import leave, register, renew
+from jobs.models import Batch, Worker
+from jobs.outcomes import Outcome, record
+from jobs.settings import Settings
+from jobs.states import JobState
+from jobs.sweeper import Sweeper
+from tests.support import rows
+
+
+@pytest.fixture
+def worker(database: Database) -> str:
+    database.transact(partial(register, worker_id="w", model="tiny", lease_seconds=60.0))
+    return "w"
+
+
+def expire(database: Database, worker_id: str) -> None:
+    database.transact(
+        lambda c: c.execute(update(Worker).where(Worker.id == worker_id).values(lease_until=now() - 1))
+    )
+
+
+def sweep(database: Database) -> list[str]:
+    announced: list[str] = []
+    Sweeper(database, 1.0, announced.append).sweep()
+    return announced
+
+
+def test_a_living_worker_keeps_its_jobs(database: Database, worker: str, submit) -> None:
+    submit(2)
+    database.transact(partial(claim, worker_id=worker, model="tiny", limit=1))
+    assert sweep(database) == ["tiny"]
+    assert {state: len(ids) for state, ids in rows.jobs_by_state(database).items()} == {
+        "in_progress": 1,
+        "queued": 1,
+    }
+
+
+def test_an_expired_lease_gives_the_jobs_back(database: Database, worker: str, submit) -> None:
+    (job_id,) = submit(1)
+    database.transact(partial(claim, worker_id=worker, model="tiny", limit=1))
+    expire(database, worker)
+    assert sweep(database) == ["tiny"]
+    assert rows.jobs_by_state(database) == {"queued": [job_id]}
+    assert rows.ledger(database) == [(job_id, 1, "wasted", 0, 0)]
+    late = Outcome(job_id=job_id, fence=1, kind="completed", outputs=[{"text": "late"}])
+    (recorded,) = database.transact(partial(record, worker_id=worker, outcomes=[late]))
+    assert recorded.state is None
+    assert rows.results(database) == {}
+
+
+def test_an_expired_lease_that_nobody_swept_is_renewed(database: Database, worker: str) -> None:
+    expire(database, worker)
+    assert database.transact(partial(renew, worker_id=worker, lease_seconds=60.0)) is not None
+    assert sweep(database) == []
+    assert database.transact(partial(renew, worker_id=worker, lease_seconds=60.0)) is not None
+
+
+def test_a_swept_lease_is_gone_for_good(database: Database, worker: str) -> None:
+    expire(database, worker)
+    sweep(database)
+    assert database.transact(partial(renew, worker_id=worker, lease_seconds=60.0)) is None
+
+
+def test_a_renewal_brings_the_cancels(database: Database, worker: str, submit) -> None:
+    first, second = submit(2)
+    database.transact(partial(claim, worker_id=worker, model="tiny", limit=2))
+    Cancels(database).cancel_job(second)
+    renewal = database.transact(partial(renew, worker_id=worker, lease_seconds=60.0))
+    assert renewal is not None
+    assert renewal.held == {(first, 1): False, (second, 1): True}
+
+
+def test_a_dead_workers_cancel_is_ended_and_its_batch_closed(
+    database: Database, worker: str, settings: Settings
+) -> None:
+    batch_id = Intake(database, settings).accept_many([parse_job({"prompt": "x"}, settings)])
+    database.transact(partial(claim, worker_id=worker, model="tiny", limit=1))
+    Cancels(database).cancel_batch(batch_id)
+    expire(database, worker)
+    sweep(database)
+    assert list(rows.jobs_by_state(database)) == [JobState.CANCELLED]
+    with database.read() as connection:
+        assert connection.scalar(select(Batch.state).where(Batch.id == batch_id)) == "cancelled"
+
+
+def test_leaving_frees_what_is_left_at_once(database: Database, worker: str, submit) -> None:
+    (job_id,) = submit(1)
+    database.transact(partial(claim, worker_id=worker, model="tiny", limit=1))
+    database.transact(partial(leave, worker_id=worker))
+    sweep(database)
+    assert rows.jobs_by_state(database) == {"queued": [job_id]}
