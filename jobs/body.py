@@ -120,6 +120,7 @@ def _openai_metadata(pairs: dict[str, str]) -> dict[str, str]:
 
 
 Text = Annotated[str, AfterValidator(_storable)]
+Name = Annotated[str, AfterValidator(_storable), AfterValidator(_without_nul)]
 NonEmptyText = Annotated[str, Field(min_length=1), AfterValidator(_storable)]
 ModelName = Annotated[
     str,
@@ -220,6 +221,10 @@ class JobBody(_Strict):
 def parse_job(data: object, settings: Settings) -> JobBody:
     """The body of one job, wholly checked. Raises `BadField` for the first thing that is wrong."""
     body = _validated(JobBody, data)
+    texts = [body.prompt] if body.messages is None else [message.content for message in body.messages]
+    if sum(len(text or "") for text in texts) > settings.max_body_bytes:
+        param = "prompt" if body.messages is None else "messages"
+        raise BadField(param, f"has more than {settings.max_body_bytes} characters")
     try:
         body.sampling(settings.default_max_tokens, settings.max_n)
     except InvalidParameter as error:
@@ -264,6 +269,8 @@ def _complaint(error: Any) -> BadField:
         return BadField(kind.removeprefix("one_of:"), error["msg"])
     if kind == "missing":
         return BadField(path, "is required", "missing_required_parameter")
+    if kind == "string_unicode":
+        return BadField(path or None, "must be valid Unicode, without lone surrogates")
     message = error["msg"][0].lower() + error["msg"][1:]
     message = message.replace("input should be a valid", "must be a valid").replace("input should", "must")
     return BadField(path or None, message, "invalid_type" if kind.endswith("_type") else "invalid_value")

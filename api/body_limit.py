@@ -1,0 +1,123 @@
+"""Body limits: a JSON body is bounded while it arrives, and understood strictly.
+
+Owns the bytes between the socket and a Python value: sizes, media type, encoding, and the JSON that RFC 8259
+leaves open. Duplicate names, NaN and Infinity are refused, since two readers of such a body may disagree
+about what it says. Refuses to know what a job is, save for one word: a body whose `jobs` has not shown up
+within the limit of a single job cannot be an array and is not read further.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any, NoReturn
+
+from fastapi import Request
+from starlette.concurrency import run_in_threadpool
+
+from api.errors import ApiError
+
+READ_SECONDS = 300.0  # for a whole body, so that a slow sender does not hold its bytes for ever
+
+
+async def read_json(request: Request, *, max_bytes: int, max_array_bytes: int) -> Any:
+    """The body as a Python value. A top-level object with `jobs` may have `max_array_bytes`, others
+    `max_bytes`. Raises `ApiError` 400, 408, 413 or 415."""
+    _refuse_media(request)
+    raw = await _read(request, max_bytes, max_array_bytes)
+    # Off the event loop: 64 MB of JSON take a second.
+    data = await run_in_threadpool(parse_json, raw)
+    if len(raw) > max_bytes and not (isinstance(data, dict) and "jobs" in data):
+        _too_large(max_bytes)
+    return data
+
+
+async def refuse_body(request: Request, *, max_bytes: int) -> None:
+    """For routes that take no fields: an empty body or `{}`."""
+    raw = await _read(request, max_bytes, max_bytes)
+    if not raw.strip():
+        return
+    data = parse_json(raw)
+    if not isinstance(data, dict):
+        raise ApiError(400, "the body must be empty", code="invalid_type")
+    for name in data:
+        shown = name[:80].encode("utf-8", "backslashreplace").decode()
+        raise ApiError(400, f"{shown}: this route takes no fields", code="unknown_parameter", param=shown)
+
+
+async def _read(request: Request, max_bytes: int, max_array_bytes: int) -> bytes:
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit() and int(announced) > max_array_bytes:
+        _too_large(max_array_bytes)
+    raw = bytearray()
+    array = False
+    try:
+        async with asyncio.timeout(READ_SECONDS):
+            async for chunk in request.stream():
+                raw += chunk
+                if not array and len(raw) > max_bytes:
+                    array = b'"jobs"' in raw[:max_bytes]
+                    if not array:
+                        _too_large(max_bytes)
+                if len(raw) > max_array_bytes:
+                    _too_large(max_array_bytes)
+    except TimeoutError:
+        raise ApiError(408, "the body took too long to arrive", code="request_timeout") from None
+    return bytes(raw)
+
+
+def _too_large(limit: int) -> NoReturn:
+    raise ApiError(413, f"the body is too large: at most {limit} bytes are allowed", code="body_too_large")
+
+
+def _refuse_media(request: Request) -> None:
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise ApiError(
+            415, "compressed bodies are not accepted", code="unsupported_encoding", param="content-encoding"
+        )
+    # Also what keeps a web page from posting here: browsers ask first before they send this type.
+    media = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if media != "application/json":
+        raise ApiError(
+            415,
+            "the content-type must be application/json",
+            code="unsupported_media_type",
+            param="content-type",
+        )
+
+
+class _Refused(ValueError):
+    """JSON that is well formed and still not accepted."""
+
+
+def parse_json(raw: bytes) -> Any:
+    """Strict JSON in strict UTF-8. Raises `ApiError` 400."""
+    try:
+        return json.loads(raw.decode(), object_pairs_hook=_object, parse_constant=_constant)
+    except UnicodeDecodeError as error:
+        message = f"the body is not valid UTF-8 at byte {error.start}"
+    except _Refused as error:
+        message = str(error)
+    except json.JSONDecodeError as error:
+        message = f"the body is not valid JSON: {error.msg} at line {error.lineno} column {error.colno}"
+    except RecursionError:
+        message = "the body is nested too deeply"
+    except ValueError:  # an integer of more digits than Python converts
+        message = "the body holds a number that is too long"
+    raise ApiError(400, message, code="invalid_json")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise _Refused(f"the name {name[:80]!a} appears twice in one object")
+            seen.add(name)
+    return made
+
+
+def _constant(name: str) -> NoReturn:
+    raise _Refused(f"{name} is not JSON")

@@ -1,0 +1,129 @@
+"""Errors: every refusal and every failure leaves this service in OpenAI's envelope.
+
+Owns `{"error": {"message", "type", "param", "code"}}`, the mapping of exceptions to status codes, and the
+`x-request-id` header by which a client's report is found in the log. An unforeseen exception is logged under
+that id; its text never leaves the process, because it may hold somebody's prompt or a password.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from jobs.body import BadField
+
+log = logging.getLogger(__name__)
+
+
+class ApiError(Exception):
+    """A refusal with a status code. `param` names the field, `code` is stable and machine readable."""
+
+    def __init__(self, status: int, message: str, *, code: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
+
+
+def not_found(noun: str, name: str) -> ApiError:
+    return ApiError(404, f"there is no {noun} {name[:80]!a}", code="not_found", param=f"{noun}_id")
+
+
+def envelope(
+    status: int,
+    message: str,
+    *,
+    code: str,
+    param: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    error = {"message": message, "type": kind, "param": param, "code": code}
+    return JSONResponse({"error": error}, status, dict(headers or {}))
+
+
+def install(app: FastAPI) -> None:
+    """Make `app` answer in the envelope, whatever happens."""
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(BadField, _bad_field)
+    app.add_exception_handler(RequestValidationError, _bad_query)
+    app.add_exception_handler(HTTPException, _http_error)
+    for kind in (OperationalError, InterfaceError, PoolTimeoutError):
+        app.add_exception_handler(kind, _no_database)
+    app.add_middleware(RequestIds)
+
+
+def _api_error(request: Request, error: Any) -> JSONResponse:
+    return envelope(error.status, error.message, code=error.code, param=error.param)
+
+
+def _bad_field(request: Request, error: Any) -> JSONResponse:
+    return envelope(400, str(error), code=error.code, param=error.param)
+
+
+def _bad_query(request: Request, error: Any) -> JSONResponse:
+    first = error.errors()[0]
+    unknown = first["type"] == "extra_forbidden"
+    param = BadField(".".join(str(part) for part in first["loc"][1:]), "").param
+    message = "unknown query parameter" if unknown else first["msg"]
+    code = "unknown_parameter" if unknown else "invalid_value"
+    return envelope(400, f"{param}: {message}", code=code, param=param)
+
+
+def _http_error(request: Request, error: Any) -> JSONResponse:
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+    message = f"{request.method} is not allowed here" if error.status_code == 405 else str(error.detail)
+    if error.status_code == 404:
+        message = "there is no such route"
+    return envelope(error.status_code, message, code=code, headers=error.headers)
+
+
+def _no_database(request: Request, error: Any) -> JSONResponse:
+    log.error("api.database_unreachable request=%s error=%s", request.state.request_id, type(error).__name__)
+    message = "the database cannot be reached at the moment; try again"
+    return envelope(503, message, code="database_unreachable", headers={"Retry-After": "2"})
+
+
+class RequestIds:
+    """ASGI: gives each request an id, and turns what nobody caught into a plain 500."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = "req_" + secrets.token_hex(12)
+        scope.setdefault("state", {})["request_id"] = request_id
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except ClientDisconnect:
+            log.info("api.client_left request=%s", request_id)
+        except Exception:
+            log.exception("api.failed request=%s method=%s", request_id, scope["method"])
+            if started:
+                raise  # the client must see a broken answer, not a short one
+            answer = envelope(500, f"internal error, see the log for {request_id}", code="internal_error")
+            await answer(scope, receive, send_with_id)
