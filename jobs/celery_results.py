@@ -22,7 +22,7 @@ MAX_PENDING = 10_000
 
 
 class JobFailedError(RuntimeError):
-    """What `AsyncResult.get()` raises for a failed job: code and message in its text."""
+    """What `AsyncResult.get()` raises for a failed job: code, field if one is to blame, and message."""
 
 
 class CeleryResults(threading.Thread):
@@ -35,7 +35,8 @@ class CeleryResults(threading.Thread):
         self._put((job_id, "STARTED", {}))
 
     def failed(self, job_id: str, error: dict[str, Any]) -> None:
-        self._put((job_id, "FAILURE", JobFailedError(f"{error['code']}: {error['message']}")))
+        words = [error["code"], error.get("param"), error["message"]]
+        self._put((job_id, "FAILURE", JobFailedError(": ".join(filter(None, words)))))
 
     def revoked(self, job_id: str) -> None:
         self._put((job_id, "REVOKED", "cancelled"))

@@ -1,0 +1,56 @@
+"""Arrivals: a Redis message is a row before it is acked; duplicates and nonsense are no accident."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from celery import Celery
+from celery.result import AsyncResult
+
+from jobs.arrivals import Arrival, Arrivals
+from jobs.broker import make_app
+from jobs.celery_results import CeleryResults
+from jobs.database import Database
+from jobs.settings import Settings
+from tests.support import rows
+from tests.support.waiting import wait_until
+
+
+@pytest.fixture
+def app(redis_url: str, tmp_path: Path) -> Iterator[Celery]:
+    app = make_app(Settings(data_dir=tmp_path, model="tiny", redis_url=redis_url))
+    yield app
+    app.close()
+
+
+def test_messages_become_rows_and_then_are_committed(database: Database, app: Celery) -> None:
+    results = CeleryResults(app)
+    results.start()
+    models: set[str] = set()
+    arrivals = Arrivals(database, app.settings, results, models.update)
+    arrivals.start()
+    committed: list[str] = []
+
+    def put(task_id: str, args: list[object], **kwargs: object) -> None:
+        arrivals.put(Arrival(task_id, args, kwargs, lambda: committed.append(task_id)))
+
+    put("a", [], prompt="hello")
+    put("a", [], prompt="hello again")
+    put("b", [], messages=[{"role": "user", "content": "hi"}], temperature=0)
+    put("c", [], prompt="x", temperature=99)
+    put("d", ["positional"], prompt="x")
+    put("e", [], prompt="x", model="another")
+    put("\x00", [], prompt="x")
+    wait_until(lambda: len(committed) == 7, "all messages are dealt with")
+    arrivals.stop(10.0)
+    results.stop(10.0)
+    assert rows.jobs_by_state(database) == {"queued": ["a", "b", "e"], "failed": ["c", "d"]}
+    assert rows.job(database, "a").body["prompt"] == "hello"
+    assert rows.job(database, "c").error["param"] == "temperature"
+    assert models == {"tiny", "another"}
+    assert AsyncResult("a", app=app).state == "STARTED"
+    refused = AsyncResult("c", app=app)
+    assert refused.state == "FAILURE"
+    assert "temperature" in str(refused.result)

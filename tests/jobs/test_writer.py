@@ -1,0 +1,65 @@
+"""Writer: groups, and an outcome that the database refuses harms only itself."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from sqlalchemy import event
+
+from engine.request import RequestId
+from jobs.claims import claim
+from jobs.database import Database
+from jobs.holdings import Holdings
+from jobs.outcomes import Outcome, Recorded
+from jobs.states import JobState
+from jobs.writer import Writer
+from tests.support import rows
+
+
+def test_outcomes_are_committed_in_groups_and_let_go(database: Database, submit) -> None:
+    ids = submit(300)
+    holdings = Holdings()
+    claims = database.transact(partial(claim, worker_id="w", model="tiny", limit=300))
+    holdings.add(claims)
+    commits: list[int] = []
+    recorded: list[Recorded] = []
+    event.listen(database.engine, "commit", lambda connection: commits.append(1))
+    writer = Writer(database, holdings, lambda: "w", recorded.extend)
+    for item in claims:
+        writer.put(Outcome(job_id=item.job_id, fence=1, kind="completed", outputs=[{"text": "ok"}]))
+    writer.start()
+    writer.stop(30.0)
+    assert rows.jobs_by_state(database) == {"completed": ids}
+    assert len(recorded) == 300
+    assert len(commits) <= 3
+    assert len(holdings) == 0
+
+
+def test_a_refused_outcome_fails_its_own_job_only(database: Database, submit) -> None:
+    first, second = submit(2)
+    holdings = Holdings()
+    holdings.add(database.transact(partial(claim, worker_id="w", model="tiny", limit=2)))
+    writer = Writer(database, holdings, lambda: "w", lambda recorded: None)
+    # NULL in a NOT NULL column stands for anything that a database will not take.
+    writer.put(
+        Outcome(job_id=first, fence=1, kind="completed", outputs=[{"text": "a"}], prompt_tokens=None)  # type: ignore[arg-type]
+    )
+    writer.put(Outcome(job_id=second, fence=1, kind="completed", outputs=[{"text": "b"}]))
+    writer.start()
+    writer.stop(30.0)
+    assert rows.job(database, first).state == JobState.FAILED
+    assert rows.job(database, first).error["code"] == "unstorable_output"
+    assert rows.job(database, second).state == JobState.COMPLETED
+
+
+def test_stale_outcomes_are_counted_and_dropped(database: Database, submit) -> None:
+    (job_id,) = submit(1)
+    holdings = Holdings()
+    holdings.add(database.transact(partial(claim, worker_id="w", model="tiny", limit=1)))
+    writer = Writer(database, holdings, lambda: "somebody else", lambda recorded: None)
+    writer.put(Outcome(job_id=job_id, fence=1, kind="completed", outputs=[{"text": "a"}]))
+    writer.start()
+    writer.stop(30.0)
+    assert writer.num_stale == 1
+    assert rows.results(database) == {}
+    assert holdings.get(RequestId(job_id, 1)) is None
