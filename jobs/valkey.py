@@ -16,7 +16,9 @@ import time
 from pathlib import Path
 
 from redis import Redis
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
+from redis.retry import Retry
 
 START_SECONDS = 10.0
 STOP_SECONDS = 5.0
@@ -95,7 +97,7 @@ class PrivateValkey:
         return self._process is not None and self._process.poll() is None
 
     def _answers(self) -> bool:
-        client = Redis(unix_socket_path=str(self.socket), socket_timeout=1.0)
+        client = Redis(unix_socket_path=str(self.socket), socket_timeout=1.0, retry=Retry(NoBackoff(), 0))
         try:
             return bool(client.ping())
         except (RedisError, OSError):
