@@ -1,0 +1,226 @@
+"""LLM: the engine as a Python object, for scripts and notebooks. Names follow vLLM's class of the same name.
+
+Owns text in, text out and the order of the results. Runs its engine in this process, so a device error is the
+caller's exception; the service uses `process` instead. Knows no queue outside its own call.
+
+A prompt that cannot run does not spoil the others: its output carries `error` and one sample with
+`finish_reason="error"`. What is wrong with the call itself (types, parameters) raises before any work.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from engine.chat_template import ChatTemplateError, Message
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.request import Completion, Rejected, Request, RequestError, RequestId, SamplingParams, derive_seed
+
+log = logging.getLogger(__name__)
+
+Prompt = str | Mapping[str, Sequence[int]]  # text, or {"prompt_token_ids": [...]}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletionOutput:
+    """One sample. `text` ends before a stop string; `token_ids` are everything that was generated."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: Literal["stop", "length", "error"]
+    stop_reason: str | int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOutput:
+    """The answer to one prompt. `prompt` is None when token ids came in; `error` says why nothing came out."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: tuple[CompletionOutput, ...]
+    num_cached_tokens: int = 0
+    error: RequestError | None = None
+
+
+class LLM:
+    """`model` is a folder, a GGUF file or a hub id; the other settings are those of `EngineConfig`.
+
+    Raises what `Engine.load` raises. Not for several threads at once.
+    """
+
+    def __init__(self, model: str, **settings: Any) -> None:
+        self.config = EngineConfig(model=str(model), **settings)
+        self.engine = Engine.load(self.config)
+        tokenizer = self.engine.tokenizer
+        assert tokenizer is not None  # `load` makes one
+        self.tokenizer = tokenizer
+        self._count = itertools.count()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """One output per prompt, in their order. One `SamplingParams` for all, or one for each."""
+        prompts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        for i, prompt in enumerate(prompts):
+            if not isinstance(prompt, str) and not (
+                isinstance(prompt, Mapping) and "prompt_token_ids" in prompt
+            ):
+                raise TypeError(f"prompts[{i}]: must be a string or {{'prompt_token_ids': [...]}}")
+        return self._ordered(prompts, _per_prompt(sampling_params, len(prompts)), use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """As `generate`, for one conversation or a list of them, through the checkpoint's chat template."""
+        one = bool(messages) and isinstance(messages[0], Mapping)
+        chats: list[Any] = [messages] if one else list(messages)
+        prompts = [self._chat_prompt(chat) for chat in chats]
+        return self._ordered(prompts, _per_prompt(sampling_params, len(prompts)), use_tqdm)
+
+    def stream(
+        self, prompts: Iterable[tuple[Prompt | RequestError, SamplingParams]]
+    ) -> Iterator[tuple[int, RequestOutput]]:
+        """(number of the prompt, its output) as they finish. Prompts are taken only as fast as they are needed.
+
+        Leaving the iterator early aborts what is in it.
+        """
+        source = enumerate(prompts)
+        live: dict[RequestId, tuple[int, str | None, Request]] = {}
+        exhausted = False
+        try:
+            while True:
+                while not exhausted and len(live) < 2 * self.config.max_num_seqs:
+                    entry = next(source, None)
+                    if entry is None:
+                        exhausted = True
+                        break
+                    index, (prompt, sampling) = entry
+                    request_id = RequestId(str(next(self._count)), 0)
+                    text = prompt if isinstance(prompt, str) else None
+                    try:
+                        request = self._request(request_id, prompt, sampling)
+                        self.engine.add(request)
+                    except Rejected as rejected:
+                        error = RequestError(code=rejected.code, message=rejected.message)
+                        yield index, _failed(request_id, text, error)
+                    else:
+                        live[request_id] = index, text, request
+                if not live:
+                    return
+                for completion in self.engine.step():
+                    index, text, request = live.pop(completion.id)
+                    yield index, self._output(completion, text, request)
+        finally:
+            for request_id in live:
+                self.engine.abort(request_id)
+
+    def _ordered(
+        self, prompts: Sequence[Prompt | RequestError], sampling: Sequence[SamplingParams], use_tqdm: bool
+    ) -> list[RequestOutput]:
+        finished: dict[int, RequestOutput] = {}
+        with _ProgressBar(len(prompts), use_tqdm) as bar:
+            for index, output in self.stream(zip(prompts, sampling, strict=True)):
+                finished[index] = output
+                bar.took(output)
+        failed = [index for index, output in sorted(finished.items()) if output.error]
+        for index in failed:
+            log.warning("prompt %d was not generated: %s", index, finished[index].error)
+        return [finished[index] for index in range(len(prompts))]
+
+    def _chat_prompt(self, chat: Sequence[Message]) -> Prompt | RequestError:
+        try:
+            return {"prompt_token_ids": self.tokenizer.encode_chat(chat)}
+        except ChatTemplateError as error:
+            return RequestError(code="invalid_request", message=str(error))
+
+    def _request(
+        self, request_id: RequestId, prompt: Prompt | RequestError, sampling: SamplingParams
+    ) -> Request:
+        if isinstance(prompt, RequestError):
+            raise Rejected(prompt.code, prompt.message)
+        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt["prompt_token_ids"]
+        try:
+            token_ids = tuple(map(operator.index, token_ids))
+        except TypeError:
+            raise Rejected("invalid_request", "prompt_token_ids: must be a list of integers") from None
+        if sampling.seed is None:
+            sampling = replace(sampling, seed=derive_seed(self.config.seed, request_id.job_id))
+        return Request(id=request_id, prompt_token_ids=token_ids, sampling=sampling)
+
+    def _output(self, completion: Completion, text: str | None, request: Request) -> RequestOutput:
+        if completion.error is not None:
+            return _failed(completion.id, text, completion.error, request.prompt_token_ids)
+        return RequestOutput(
+            request_id=completion.id.job_id,
+            prompt=text,
+            prompt_token_ids=request.prompt_token_ids,
+            outputs=tuple(
+                CompletionOutput(
+                    index=index,
+                    text=self.tokenizer.decode(output.token_ids)[: output.text_cut],
+                    token_ids=output.token_ids,
+                    finish_reason=output.finish_reason,
+                    stop_reason=output.stop_reason,
+                )
+                for index, output in enumerate(completion.outputs)
+            ),
+            num_cached_tokens=completion.num_cached_tokens,
+        )
+
+
+def _failed(
+    request_id: RequestId, text: str | None, error: RequestError, prompt_token_ids: tuple[int, ...] = ()
+) -> RequestOutput:
+    sample = CompletionOutput(index=0, text="", token_ids=(), finish_reason="error")
+    return RequestOutput(
+        request_id=request_id.job_id,
+        prompt=text,
+        prompt_token_ids=prompt_token_ids,
+        outputs=(sample,),
+        error=error,
+    )
+
+
+def _per_prompt(
+    sampling: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> Sequence[SamplingParams]:
+    if sampling is None or isinstance(sampling, SamplingParams):
+        return [sampling or SamplingParams()] * count
+    if len(sampling) != count:
+        raise ValueError(f"sampling_params: {len(sampling)} given for {count} prompts")
+    return sampling
+
+
+class _ProgressBar:
+    """tqdm over prompts, with generated tokens per second beside it."""
+
+    def __init__(self, total: int, shown: bool) -> None:
+        from tqdm import tqdm
+
+        self._tqdm = tqdm(total=total, disable=not shown, desc="Generated", unit="prompt")
+        self._num_tokens = 0
+
+    def __enter__(self) -> _ProgressBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tqdm.close()
+
+    def took(self, output: RequestOutput) -> None:
+        self._num_tokens += sum(len(sample.token_ids) for sample in output.outputs)
+        seconds = self._tqdm.format_dict["elapsed"]
+        self._tqdm.set_postfix_str(f"{self._num_tokens / max(seconds, 1e-9):.0f} tok/s", refresh=False)
+        self._tqdm.update()
