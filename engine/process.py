@@ -101,7 +101,9 @@ class _Process:
             while not self._stopping:
                 self._turn(engine)
         except Exception as error:
-            log.exception("the engine cannot go on")
+            # A checkpoint or setting that cannot work says why itself; anything else needs its traceback.
+            explained = phase == "start" and isinstance(error, ValueError)
+            log.error("the engine cannot go on: %s", error, exc_info=not explained)
             self._outbox.put(
                 Fatal(f"{type(error).__name__}: {error}", "start" if phase == "start" else "run")
             )
