@@ -12,6 +12,8 @@ from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, text
 
 from jobs.database import Database
@@ -34,6 +36,13 @@ def downgrade(url: str, revision: str = "base") -> None:
             config.attributes["connection"].execute(text("DROP TABLE alembic_version"))
 
     _in_transaction(url, work)
+
+
+def is_current(database: Database) -> bool:
+    """True when the database has the shape that this version of the code was written for."""
+    head = ScriptDirectory.from_config(alembic_config()).get_current_head()
+    with database.read() as connection:
+        return MigrationContext.configure(connection).get_current_revision() == head
 
 
 def _in_transaction(url: str, work: Callable[[Config], None]) -> None:

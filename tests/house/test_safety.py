@@ -12,6 +12,7 @@ ENVIRONMENT_READERS = {
 }
 # Hand their own environment on to a child process, or extend it for one; decide nothing by it.
 ENVIRONMENT_CARRIERS = {
+    "api/supervisor.py",
     "jobs/engine_process.py",
 }
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}

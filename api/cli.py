@@ -1,0 +1,29 @@
+"""`nightpress`: one command, a subcommand per verb.
+
+Owns the group and what all subcommands share: how settings are read and how their errors look. The verbs lie
+in `cli_*` files by noun, and each imports what it needs when it runs, so that `--help` stays quick.
+"""
+
+from __future__ import annotations
+
+import click
+
+from api.cli_jobs import cancel, results, status, submit
+from api.cli_service import api, migrate, up, worker
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Bulk text generation you run yourself.
+
+    Settings come from NIGHTPRESS_… variables; without any, everything lives in ./.nightpress. Exit status: 0
+    all well, 1 something failed or cannot be reached, 2 wrong usage.
+    """
+
+
+for command in (up, api, worker, migrate, submit, status, results, cancel):
+    main.add_command(command)
+
+
+if __name__ == "__main__":
+    main(prog_name="nightpress")

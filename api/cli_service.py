@@ -1,0 +1,93 @@
+"""Commands that run the service: up, api, worker, migrate."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from api.cli_settings import load_settings
+
+data_dir_option = click.option(
+    "--data-dir", type=click.Path(file_okay=False, path_type=Path), help="Where embedded mode keeps its data."
+)
+model_option = click.option("--model", help="Folder of safetensors, GGUF file or hub id to serve.")
+port_option = click.option(
+    "--port", type=click.IntRange(0, 65535), help="Port of the API; 0 takes a free one."
+)
+
+
+@click.command()
+@data_dir_option
+@model_option
+@port_option
+def up(data_dir: Path | None, model: str | None, port: int | None) -> None:
+    """Run everything here: broker, database, API and one worker.
+
+    Prints the address of the API and then `ready`, once the model is loaded. The address is also written to
+    the file `url` in the data directory. Ctrl-C lets running jobs finish within the grace period.
+    """
+    settings = load_settings(data_dir=data_dir, model=model, port=port)
+    if not settings.model:
+        raise click.UsageError("name a model to serve: --model or NIGHTPRESS_MODEL")
+    from api.supervisor import Supervisor
+
+    sys.exit(Supervisor(settings).run())
+
+
+@click.command()
+@data_dir_option
+@click.option("--host", help="Address to bind; loopback only, unless --allow-public is given.")
+@port_option
+@click.option("--allow-public", is_flag=True, help="Bind another address than loopback.")
+@click.option(
+    "--url-file", type=click.Path(dir_okay=False, path_type=Path), help="Write the address here too."
+)
+def api(
+    data_dir: Path | None, host: str | None, port: int | None, allow_public: bool, url_file: Path | None
+) -> None:
+    """Run the HTTP API."""
+    settings = load_settings(data_dir=data_dir, host=host, port=port)
+    from api import server
+
+    if not allow_public and not server.is_loopback(settings.host):
+        raise click.UsageError(
+            f"refusing to bind {settings.host}: the API has no keys yet, so whoever reaches it may submit and "
+            "read everything. Bind a loopback address, or give --allow-public where something in front of it "
+            "decides who gets through."
+        )
+    sys.exit(server.run(settings, url_file))
+
+
+@click.command()
+@data_dir_option
+@model_option
+def worker(data_dir: Path | None, model: str | None) -> None:
+    """Run one worker with its engine. SIGTERM drains it."""
+    settings = load_settings(data_dir=data_dir, model=model)
+    from jobs.worker_main import main
+
+    sys.exit(main(settings))
+
+
+@click.command()
+@data_dir_option
+def migrate(data_dir: Path | None) -> None:
+    """Bring the database to the newest shape. Safe to repeat, and to run several times at once."""
+    settings = load_settings(data_dir=data_dir)
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from migrations import upgrade
+
+    try:
+        upgrade(settings.database)
+    except SQLAlchemyError as error:
+        click.echo(f"nightpress: migration failed: {type(error).__name__}: {_cause(error)}", err=True)
+        sys.exit(1)
+    click.echo("database is up to date")
+
+
+def _cause(error: BaseException) -> str:
+    lines = str(getattr(error, "orig", None) or error).strip().splitlines()
+    return lines[0] if lines else "no reason given"

@@ -1,0 +1,129 @@
+"""The api process: uvicorn around the application, with a sweeper and the sender of wake-ups beside it.
+
+Owns the socket, the start-up order and the clean stop. The socket is bound here, before anything else starts,
+so that a port that is taken is a plain message, and port 0 can be told to whoever asked for it.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import uvicorn
+from sqlalchemy.exc import SQLAlchemyError
+
+from api.app import create_app
+from jobs.broker import make_app
+from jobs.database import Database
+from jobs.settings import Settings
+from jobs.sweeper import Sweeper
+from jobs.wakeups import WakeUps
+from migrations.schema import is_current
+
+log = logging.getLogger(__name__)
+
+GRACE_SECONDS = 10  # for requests that are being answered when a stop comes
+
+
+def is_loopback(host: str) -> bool:
+    """True for `localhost` and addresses that only this machine reaches."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def run(settings: Settings, url_file: Path | None = None) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit status. Prints `listening on URL` once it answers."""
+    logging.basicConfig(
+        level=settings.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        stream=sys.stderr,
+    )
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    database = Database(settings.database)
+    try:
+        if not is_current(database):
+            return _refuse("the database has another shape than this version needs: run `nightpress migrate`")
+        listener = _bind(settings.host, settings.port)
+    except SQLAlchemyError as error:
+        return _refuse(f"the database cannot be reached ({type(error).__name__})")
+    except OSError as error:
+        return _refuse(f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}")
+    wakeups = WakeUps(make_app(settings))
+    sweeper = Sweeper(database, settings.sweep_seconds, wakeups.wake)
+    sweeper.start()
+    try:
+        _Server(create_app(settings, database, wakeups.wake), settings, listener, url_file).serve_all()
+    finally:
+        sweeper.stop()
+        wakeups.close()
+        database.close()
+        if url_file is not None:
+            url_file.unlink(missing_ok=True)
+    return 0
+
+
+class _Server(uvicorn.Server):
+    def __init__(
+        self, app: object, settings: Settings, listener: socket.socket, url_file: Path | None
+    ) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,  # type: ignore[arg-type]
+                log_level=settings.log_level,
+                log_config=None,
+                access_log=False,  # addresses hold ids and filters, and there is a request id for errors
+                server_header=False,
+                proxy_headers=False,
+                timeout_graceful_shutdown=GRACE_SECONDS,
+            )
+        )
+        self._listener = listener
+        self._url_file = url_file
+
+    def serve_all(self) -> None:
+        # uvicorn raises the signal once more after its clean stop; for us the stop is the whole answer.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        self.run(sockets=[self._listener])
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        host, port = self._listener.getsockname()[:2]
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        if self._url_file is not None:
+            write_whole(self._url_file, url + "\n")
+        sys.stdout.write(f"listening on {url}\n")
+        sys.stdout.flush()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Readers see the old file or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(text)
+    beside.replace(path)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _refuse(reason: str) -> int:
+    sys.stderr.write(f"nightpress: {reason}\n")
+    return 1
