@@ -57,7 +57,9 @@ class Database:
         if self.is_sqlite:
             if parsed.database:
                 Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-            self.engine: Engine = create_engine(url, connect_args={"timeout": BUSY_SECONDS})
+            self.engine: Engine = create_engine(
+                url, connect_args={"timeout": BUSY_SECONDS}, hide_parameters=True
+            )
             event.listen(self.engine, "connect", _configure_sqlite)
             event.listen(self.engine, "begin", _begin_sqlite)
         else:
@@ -66,6 +68,7 @@ class Database:
                 pool_size=pool_size,
                 max_overflow=pool_size,
                 pool_pre_ping=True,
+                hide_parameters=True,  # prompts do not belong in a log
                 connect_args={"connect_timeout": 10},
             )
 
