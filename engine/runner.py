@@ -154,11 +154,11 @@ def row_invariance(decoder: Decoder) -> tuple[int, bool]:
 
 def _products_invariant(decoder: Decoder, multiple: int) -> bool:
     products = decoder.distinct_products()
-    elements = sum(product.weight.numel() for product in products)
+    elements = sum(product.num_inputs * product.num_outputs for product in products)
     most = max(4, min(512, int(_CHECK_FLOPS / (2 * elements)) // PADDED_ROWS * PADDED_ROWS))
     generator = torch.Generator().manual_seed(0)
     for product in products:
-        x = torch.randn(most, product.weight.shape[1], generator=generator).to(decoder.device, decoder.dtype)
+        x = torch.randn(most, product.num_inputs, generator=generator).to(decoder.device, decoder.dtype)
         full = product(x)
         for few in (1, 2, 3, 5, 16, 31, 33, 96, 128, 250):
             rows = -(-few // multiple) * multiple
