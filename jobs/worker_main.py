@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
+
+from celery.platforms import SecurityWarning
 
 from jobs.broker import GENERATE_QUEUE, make_app, work_queue
 from jobs.settings import Settings
@@ -26,6 +29,8 @@ def main(settings: Settings) -> int:
     if not settings.model:
         sys.stderr.write("NIGHTPRESS_MODEL: name the model to serve (a folder, a GGUF file or a hub id)\n")
         return 2
+    # Said of root because of pickle; JSON is all that we accept (`broker`).
+    warnings.filterwarnings("ignore", category=SecurityWarning)
     app = make_app(settings)
     worker = app.Worker(
         queues=[GENERATE_QUEUE, work_queue(settings.served_model)],
