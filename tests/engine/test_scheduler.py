@@ -52,7 +52,8 @@ def test_a_long_prompt_is_computed_in_chunks_beside_decoding() -> None:
     assert shape(plan) == [("a", 4), ("b", 6)]
     assert [row.sequence.request.id.job_id for row in plan.sampling_rows] == ["a"]
     settle(s, plan)
-    assert shape(plan := s.plan()) == [("a", 1), ("b", 9)]
+    plan = s.plan()
+    assert shape(plan) == [("a", 1), ("b", 9)]
     settle(s, plan)
     plan = s.plan()
     assert shape(plan) == [("a", 1), ("b", 5)]

@@ -1,0 +1,170 @@
+"""Frames: every message survives the trip, and nothing else gets in."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import msgpack
+import pytest
+
+from engine import wire
+from engine.config import EngineConfig
+from engine.request import Completion, Output, Request, RequestError, RequestId, SamplingParams
+from engine.wire import FrameReader, FrameWriter, Message, WireError, decode, encode
+
+ID = RequestId("job-1", 3)
+SAMPLING = SamplingParams(
+    n=2,
+    temperature=0,
+    top_p=0.5,
+    top_k=7,
+    seed=-(2**63),
+    max_tokens=None,
+    stop=("a", "é🙂"),
+    stop_token_ids=(4,),
+)
+REQUEST = Request(id=ID, prompt_token_ids=(1, 2, 2**31), sampling=SAMPLING)
+COMPLETIONS = (
+    Completion(
+        id=ID,
+        outputs=(
+            Output(token_ids=(5, 6), finish_reason="stop", stop_reason="é", text_cut=0),
+            Output(token_ids=(), finish_reason="length"),
+            Output(token_ids=(9,), finish_reason="stop", stop_reason=9),
+        ),
+        num_prompt=3,
+        num_generated=2,
+    ),
+    Completion(id=ID, error=RequestError(code="numerics", message="m")),
+    Completion(id=ID, aborted=True, num_generated=1),
+)
+MESSAGES: list[Message] = [
+    wire.Configure(EngineConfig(model="m", max_num_seqs=4, kv_cache_memory_bytes=1 << 40)),
+    wire.Add((REQUEST,)),
+    wire.Abort((ID, RequestId("", 0))),
+    wire.Drain(),
+    wire.Stop(),
+    wire.Hello(
+        model="m",
+        pid=1,
+        max_model_len=512,
+        num_pages=9,
+        page_size=16,
+        max_num_seqs=4,
+        credits=16,
+        vocab_size=320,
+        device="cpu",
+        dtype="float32",
+        kernels="cpu",
+        deterministic=True,
+        versions={"torch": "2"},
+        load_seconds=0.5,
+    ),
+    wire.Completions(COMPLETIONS),
+    wire.Progress({ID: 7}),
+    wire.Stats({"num_steps": 1, "busy_seconds": 0.25}),
+    wire.Fatal("why", "run"),
+]
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
+def test_every_message_comes_back_equal(message: Message) -> None:
+    frame = encode(message)
+    assert int.from_bytes(frame[:4], "big") == len(frame) - 4
+    assert decode(frame[4:]) == message
+
+
+def body(kind: object, fields: object) -> bytes:
+    packed: bytes = msgpack.packb([kind, fields])
+    return packed
+
+
+GOOD = {"id": ["a", 1], "prompt_token_ids": [1], "sampling": {"seed": 1}}
+
+
+@pytest.mark.parametrize(
+    ("frame", "says"),
+    [
+        (b"\xc1", "not msgpack"),
+        (b"", "not msgpack"),
+        (msgpack.packb([1, 2, 3]), "must be"),
+        (body("Explode", {}), "unknown message 'Explode'"),
+        (body("Drain", []), "Drain: must be a map"),
+        (body("Drain", {"force": True}), "Drain: unknown field 'force'"),
+        (body("Add", {}), "Add: field 'requests' is missing"),
+        (body("Add", {"requests": {}}), "Add.requests: must be a list"),
+        (body("Add", {"requests": [GOOD | {"id": ["a"]}]}), r"Add.requests\[0\].id: must be a list of 2"),
+        (body("Add", {"requests": [GOOD | {"id": ["a", True]}]}), r"id.fence: must be int"),
+        (
+            body("Add", {"requests": [GOOD | {"prompt_token_ids": [1, 2.0]}]}),
+            "prompt_token_ids: must be a list of int",
+        ),
+        (
+            body("Add", {"requests": [GOOD | {"prompt_token_ids": [True]}]}),
+            "prompt_token_ids: must be a list of int",
+        ),
+        (
+            body("Add", {"requests": [GOOD | {"sampling": {"temperature": "1"}}]}),
+            "temperature: must be a number",
+        ),
+        (
+            body("Add", {"requests": [GOOD | {"sampling": {"temperature": 9}}]}),
+            "temperature: must be at least 0",
+        ),
+        (body("Fatal", {"reason": "x", "phase": "later"}), "Fatal.phase: must be one of 'start', 'run'"),
+        (body("Fatal", {"reason": b"x", "phase": "run"}), "Fatal.reason: must be str"),
+    ],
+)
+def test_what_is_not_declared_is_refused_by_name(frame: bytes, says: str) -> None:
+    with pytest.raises(WireError, match=says):
+        decode(frame)
+
+
+def test_frames_follow_each_other_through_a_pipe_until_it_ends() -> None:
+    read_fd, write_fd = os.pipe()
+    reader, writer = FrameReader(read_fd), FrameWriter(write_fd)
+    big = wire.Add((Request(id=ID, prompt_token_ids=tuple(range(200_000)), sampling=SAMPLING),))
+
+    def send() -> None:  # more than a pipe holds, so beside the reader
+        for message in (*MESSAGES, big):
+            writer.write(message)
+        writer.close()
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    got = []
+    while (message := reader.read()) is not None:
+        got.append(message)
+    sender.join()
+    reader.close()
+    assert got == [*MESSAGES, big]
+
+
+@pytest.mark.parametrize(
+    ("sent", "says"),
+    [
+        (b"\x00\x00", "announced"),
+        (b"\xff\xff\xff\xff", "announced"),
+        (encode(wire.Stop())[:-1], "stopped after"),
+    ],
+)
+def test_a_pipe_that_ends_or_lies_is_an_error(sent: bytes, says: str) -> None:
+    read_fd, write_fd = os.pipe()
+    os.write(write_fd, sent)
+    os.close(write_fd)
+    reader = FrameReader(read_fd)
+    with pytest.raises(WireError, match=says):
+        reader.read()
+    reader.close()
+
+
+def test_a_message_over_the_cap_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "MAX_FRAME_BYTES", 40)
+    with pytest.raises(wire.FrameTooLargeError, match="Completions takes"):
+        encode(wire.Completions(COMPLETIONS))
+
+
+def test_only_declared_dataclasses_can_be_sent() -> None:
+    with pytest.raises(TypeError, match="does not travel"):
+        encode(wire.Stats({"x": object()}))  # type: ignore[dict-item]
