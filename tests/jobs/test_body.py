@@ -1,0 +1,207 @@
+"""Every field of a job, every way to get it wrong, and the name of the field in every refusal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.request import MAX_SEED
+from jobs.body import NOT_SUPPORTED_YET, BadField, JobBody, parse_job, parse_metadata
+from jobs.settings import Settings
+
+USER = {"role": "user", "content": "hi"}
+
+# body, the field that is named, the code
+HOSTILE: list[tuple[Any, str | None, str]] = [
+    (None, None, "invalid_type"),
+    (1, None, "invalid_type"),
+    ([], None, "invalid_type"),
+    ("prompt", None, "invalid_type"),
+    ({}, "prompt", "invalid_value"),
+    ({"prompt": None}, "prompt", "invalid_value"),
+    ({"prompt": ""}, "prompt", "invalid_value"),
+    ({"prompt": 1}, "prompt", "invalid_type"),
+    ({"prompt": ["a", "b"]}, "prompt", "invalid_type"),
+    ({"prompt": "a\ud800"}, "prompt", "invalid_value"),
+    ({"prompt": "a", "messages": [USER]}, "prompt", "invalid_value"),
+    ({"prompt": "x" * 1_001}, "prompt", "invalid_value"),
+    ({"messages": [USER | {"content": "x" * 600}] * 2}, "messages", "invalid_value"),
+    ({"messages": []}, "messages", "invalid_value"),
+    ({"messages": USER}, "messages", "invalid_type"),
+    ({"messages": [USER, "hi"]}, "messages[1]", "invalid_type"),
+    ({"messages": [{"content": "hi"}]}, "messages[0].role", "missing_required_parameter"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter"),
+    ({"messages": [{"role": "tool", "content": "hi"}]}, "messages[0].role", "invalid_value"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "invalid_type"),
+    ({"messages": [{"role": "user", "content": []}]}, "messages[0].content", "invalid_value"),
+    ({"messages": [{"role": "user", "content": ["hi"]}]}, "messages[0].content", "invalid_value"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "http://x"}]}]},
+        "messages[0].content",
+        "invalid_value",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]},
+        "messages[0].content",
+        "invalid_value",
+    ),
+    ({"messages": [USER | {"name": "bob"}]}, "messages[0].name", "unknown_parameter"),
+    ({"messages": [USER | {"content": "\udfff"}]}, "messages[0].content", "invalid_value"),
+    ({"prompt": "a", "promt": "b"}, "promt", "unknown_parameter"),
+    ({"promt": "b"}, "promt", "unknown_parameter"),
+    ({"prompt": "a", "n": 0}, "n", "invalid_value"),
+    ({"prompt": "a", "n": 17}, "n", "invalid_value"),
+    ({"prompt": "a", "n": True}, "n", "invalid_type"),
+    ({"prompt": "a", "n": "1"}, "n", "invalid_type"),
+    ({"prompt": "a", "n": 1.5}, "n", "invalid_type"),
+    ({"prompt": "a", "temperature": -0.1}, "temperature", "invalid_value"),
+    ({"prompt": "a", "temperature": 2.1}, "temperature", "invalid_value"),
+    ({"prompt": "a", "temperature": "1"}, "temperature", "invalid_type"),
+    ({"prompt": "a", "temperature": False}, "temperature", "invalid_type"),
+    ({"prompt": "a", "temperature": float("nan")}, "temperature", "invalid_value"),
+    ({"prompt": "a", "temperature": float("inf")}, "temperature", "invalid_value"),
+    ({"prompt": "a", "top_p": 0}, "top_p", "invalid_value"),
+    ({"prompt": "a", "top_p": 1.01}, "top_p", "invalid_value"),
+    ({"prompt": "a", "top_k": -2}, "top_k", "invalid_value"),
+    ({"prompt": "a", "top_k": 10**9}, "top_k", "invalid_value"),
+    ({"prompt": "a", "seed": MAX_SEED + 1}, "seed", "invalid_value"),
+    ({"prompt": "a", "seed": -(10**300)}, "seed", "invalid_value"),
+    ({"prompt": "a", "max_tokens": 0}, "max_tokens", "invalid_value"),
+    ({"prompt": "a", "max_tokens": 10**10}, "max_tokens", "invalid_value"),
+    ({"prompt": "a", "max_completion_tokens": 0}, "max_completion_tokens", "invalid_value"),
+    ({"prompt": "a", "max_tokens": 1, "max_completion_tokens": 1}, "max_completion_tokens", "invalid_value"),
+    ({"prompt": "a", "min_tokens": -1}, "min_tokens", "invalid_value"),
+    ({"prompt": "a", "min_tokens": 3, "max_tokens": 2}, "min_tokens", "invalid_value"),
+    ({"prompt": "a", "ignore_eos": 1}, "ignore_eos", "invalid_type"),
+    ({"prompt": "a", "stop": 1}, "stop", "invalid_type"),
+    ({"prompt": "a", "stop": ""}, "stop", "invalid_value"),
+    ({"prompt": "a", "stop": ["a", None]}, "stop[1]", "invalid_type"),
+    ({"prompt": "a", "stop": ["x"] * 17}, "stop", "invalid_value"),
+    ({"prompt": "a", "stop": ["x" * 257]}, "stop", "invalid_value"),
+    ({"prompt": "a", "stop": ["\ud800"]}, "stop[0]", "invalid_value"),
+    ({"prompt": "a", "stop_token_ids": 3}, "stop_token_ids", "invalid_type"),
+    ({"prompt": "a", "stop_token_ids": [1, "2"]}, "stop_token_ids[1]", "invalid_type"),
+    ({"prompt": "a", "stop_token_ids": [-1]}, "stop_token_ids", "invalid_value"),
+    ({"prompt": "a", "stop_token_ids": [1] * 257}, "stop_token_ids", "invalid_value"),
+    ({"prompt": "a", "model": ""}, "model", "invalid_value"),
+    ({"prompt": "a", "model": 1}, "model", "invalid_type"),
+    ({"prompt": "a", "model": "m\x00"}, "model", "invalid_value"),
+    ({"prompt": "a", "model": "m" * 256}, "model", "invalid_value"),
+    ({"prompt": "a", "custom_id": ""}, "custom_id", "invalid_value"),
+    ({"prompt": "a", "custom_id": 7}, "custom_id", "invalid_type"),
+    ({"prompt": "a", "custom_id": "c" * 513}, "custom_id", "invalid_value"),
+    ({"prompt": "a", "custom_id": "a\x00b"}, "custom_id", "invalid_value"),
+    ({"prompt": "a", "custom_id": "a\ud800"}, "custom_id", "invalid_value"),
+    ({"prompt": "a", "metadata": []}, "metadata", "invalid_type"),
+    ({"prompt": "a", "metadata": {"k": 1}}, "metadata.k", "invalid_type"),
+    ({"prompt": "a", "metadata": {"": "v"}}, "metadata", "invalid_value"),
+    ({"prompt": "a", "metadata": {"k" * 65: "v"}}, "metadata", "invalid_value"),
+    ({"prompt": "a", "metadata": {"k": "v" * 513}}, "metadata", "invalid_value"),
+    ({"prompt": "a", "metadata": {str(i): "v" for i in range(17)}}, "metadata", "invalid_value"),
+]
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(data_dir=tmp_path, max_body_bytes=1_000, default_max_tokens=50)
+
+
+@pytest.mark.parametrize(("data", "param", "code"), HOSTILE)
+def test_a_bad_field_is_named(settings: Settings, data: Any, param: str | None, code: str) -> None:
+    with pytest.raises(BadField) as caught:
+        parse_job(data, settings)
+    assert (caught.value.param, caught.value.code) == (param, code)
+    assert caught.value.message
+    str(caught.value).encode()  # fit for a response
+
+
+@pytest.mark.parametrize("name", sorted(NOT_SUPPORTED_YET))
+def test_openai_fields_that_are_not_supported_say_so(settings: Settings, name: str) -> None:
+    with pytest.raises(BadField, match="not supported yet") as caught:
+        parse_job({"prompt": "a", name: 1}, settings)
+    assert (caught.value.param, caught.value.code) == (name, "unknown_parameter")
+
+
+def test_names_that_a_response_cannot_carry_are_made_printable(settings: Settings) -> None:
+    for name in ("\ud800", "\x00", "x" * 100_000):
+        with pytest.raises(BadField) as caught:
+            parse_job({"prompt": "a", name: 1}, settings)
+        shown = str(caught.value)
+        shown.encode()
+        assert "\x00" not in shown
+        assert len(shown) < 2_000
+
+
+def test_a_complaint_can_be_placed_inside_an_array() -> None:
+    inner = BadField("temperature", "is wrong", "invalid_value").inside("jobs[17]")
+    assert inner.param == "jobs[17].temperature"
+    assert BadField(None, "is wrong").inside("jobs[3]").param == "jobs[3]"
+
+
+def test_everything_at_once_is_kept_and_read_back(settings: Settings) -> None:
+    data = {
+        "model": "m",
+        "messages": [{"role": "system", "content": "be brief"}, USER],
+        "n": 2,
+        "temperature": 0,
+        "top_p": 0.5,
+        "top_k": -1,
+        "seed": -5,
+        "max_completion_tokens": 7,
+        "min_tokens": 7,
+        "stop": ["a", "b"],
+        "stop_token_ids": [1, 2],
+        "ignore_eos": True,
+        "custom_id": "row-1",
+        "metadata": {"k": "v"},
+    }
+    body = parse_job(data, settings)
+    assert body.stored() == data
+    assert JobBody.model_validate(body.stored()) == body
+    sampling = body.sampling(settings.default_max_tokens, settings.max_n)
+    assert (sampling.n, sampling.temperature, sampling.top_p, sampling.top_k) == (2, 0.0, 0.5, 0)
+    assert (sampling.seed, sampling.max_tokens, sampling.min_tokens) == (-5, 7, 7)
+    assert (sampling.stop, sampling.stop_token_ids, sampling.ignore_eos) == (("a", "b"), (1, 2), True)
+
+
+def test_defaults_and_null_mean_the_same(settings: Settings) -> None:
+    plain = parse_job({"prompt": "a"}, settings)
+    nulls = parse_job({"prompt": "a", **dict.fromkeys(set(JobBody.model_fields) - {"prompt"})}, settings)
+    assert plain == nulls
+    assert plain.stored() == {"prompt": "a"}
+    sampling = plain.sampling(settings.default_max_tokens, settings.max_n)
+    assert (sampling.n, sampling.temperature, sampling.max_tokens, sampling.seed) == (1, 1.0, 50, None)
+
+
+def test_min_tokens_beyond_the_default_length_raises_the_length(settings: Settings) -> None:
+    assert parse_job({"prompt": "a", "min_tokens": 60}, settings).sampling(50, 16).max_tokens == 60
+
+
+def test_text_parts_and_a_single_stop_string(settings: Settings) -> None:
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    body = parse_job({"messages": [{"role": "user", "content": parts}], "stop": "\n"}, settings)
+    assert body.messages is not None
+    assert body.messages[0].content == "one two"
+    assert body.stop == ["\n"]
+
+
+def test_texts_may_hold_anything_that_unicode_has(settings: Settings) -> None:
+    text = "\x00 \u2028 🌙 \ufffd ￾"
+    assert parse_job({"prompt": text}, settings).stored() == {"prompt": text}
+
+
+def test_the_opening_is_the_system_message_or_the_start(settings: Settings) -> None:
+    assert parse_job({"prompt": "start"}, settings).opening == "start"
+    assert parse_job({"messages": [USER]}, settings).opening == "hi"
+    chat = {"messages": [USER, {"role": "system", "content": "rules"}]}
+    assert parse_job(chat, settings).opening == "rules"
+
+
+def test_batch_metadata_follows_the_same_rules() -> None:
+    assert parse_metadata(None) == {}
+    assert parse_metadata({"a": "b"}) == {"a": "b"}
+    with pytest.raises(BadField) as caught:
+        parse_metadata({"a": 1})
+    assert caught.value.param == "metadata.a"

@@ -1,0 +1,217 @@
+"""Cancels, and the rule by which a batch closes."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from sqlalchemy import select, update
+from sqlalchemy.exc import DBAPIError
+
+from jobs.batches import close_batches
+from jobs.body import JobBody
+from jobs.cancels import Cancels
+from jobs.claims import claim
+from jobs.database import Database
+from jobs.intake import Intake
+from jobs.leases import register
+from jobs.models import Batch, Job
+from jobs.outcomes import Outcome, record
+from jobs.settings import Settings
+from jobs.states import OPEN, TERMINAL, BatchState, JobState
+from tests.support import rows
+
+WORKER = "w"
+
+
+@pytest.fixture
+def intake(database: Database, settings: Settings) -> Intake:
+    with database.write() as connection:
+        register(connection, worker_id=WORKER, model="tiny", lease_seconds=60)
+    return Intake(database, settings)
+
+
+@pytest.fixture
+def cancels(database: Database) -> Cancels:
+    return Cancels(database)
+
+
+def take(database: Database, limit: int) -> list[str]:
+    with database.write() as connection:
+        claims = claim(connection, worker_id=WORKER, model="tiny", limit=limit)
+    return [one.job_id for one in claims]
+
+
+def finish(database: Database, *job_ids: str, kind: str = "completed") -> None:
+    outcomes = [Outcome(job_id=job_id, fence=1, kind=kind) for job_id in job_ids]  # type: ignore[arg-type]
+    database.transact(lambda connection: record(connection, worker_id=WORKER, outcomes=outcomes))
+
+
+def batch(database: Database, batch_id: str) -> object:
+    with database.read() as connection:
+        return connection.execute(select(Batch.__table__).where(Batch.id == batch_id)).one()
+
+
+def state_of(database: Database, batch_id: str) -> str:
+    with database.read() as connection:
+        return connection.scalars(select(Batch.state).where(Batch.id == batch_id)).one()
+
+
+def test_a_queued_job_is_cancelled_at_once(database: Database, intake: Intake, cancels: Cancels) -> None:
+    job_id = intake.accept_one(JobBody(prompt="a"))
+    assert cancels.cancel_job(job_id) is JobState.CANCELLED
+    row = rows.job(database, job_id)
+    assert row.state == JobState.CANCELLED
+    assert row.finished_at >= row.created_at
+    assert take(database, 10) == []
+    assert cancels.cancel_job(job_id) is JobState.CANCELLED
+    assert rows.job(database, job_id).finished_at == row.finished_at
+
+
+def test_a_held_job_is_cancelling_until_its_worker_answers(
+    database: Database, intake: Intake, cancels: Cancels
+) -> None:
+    job_id = intake.accept_one(JobBody(prompt="a"))
+    take(database, 1)
+    assert cancels.cancel_job(job_id, running=False) is JobState.IN_PROGRESS
+    assert cancels.cancel_job(job_id) is JobState.CANCELLING
+    assert cancels.cancel_job(job_id) is JobState.CANCELLING
+    assert rows.job(database, job_id).worker_id == WORKER
+    finish(database, job_id)  # its result came, but after the cancel
+    assert rows.job(database, job_id).state == JobState.CANCELLED
+    assert rows.results(database) == {}
+
+
+def test_an_ended_job_stays_as_it_is(database: Database, intake: Intake, cancels: Cancels) -> None:
+    done, failed = (intake.accept_one(JobBody(prompt=text)) for text in "ab")
+    take(database, 2)
+    finish(database, done)
+    finish(database, failed, kind="failed")
+    assert cancels.cancel_job(done) is JobState.COMPLETED
+    assert cancels.cancel_job(failed) is JobState.FAILED
+    assert cancels.cancel_job("job_unknown") is None
+    assert cancels.cancel_batch("batch_unknown") is None
+
+
+def test_a_batch_of_queued_jobs_is_cancelled_at_once(
+    database: Database, intake: Intake, cancels: Cancels
+) -> None:
+    batch_id = intake.accept_many([JobBody(prompt="a")] * 1_100)
+    assert cancels.cancel_batch(batch_id) is BatchState.CANCELLED
+    assert set(rows.jobs_by_state(database)) == {"cancelled"}
+    row = batch(database, batch_id)
+    assert row.finished_at >= row.cancelling_at >= row.created_at  # type: ignore[attr-defined]
+
+
+def test_a_batch_with_held_jobs_is_cancelling_until_the_last_one_ends(
+    database: Database, intake: Intake, cancels: Cancels
+) -> None:
+    batch_id = intake.accept_many([JobBody(prompt="a")] * 5)
+    first, second, third = take(database, 3)
+    finish(database, first)
+    assert cancels.cancel_batch(batch_id) is BatchState.CANCELLING
+    assert {state: len(ids) for state, ids in rows.jobs_by_state(database).items()} == {
+        "completed": 1,
+        "cancelling": 2,
+        "cancelled": 2,
+    }
+    finish(database, second)
+    assert state_of(database, batch_id) == BatchState.CANCELLING
+    finish(database, third, kind="released")
+    assert state_of(database, batch_id) == BatchState.CANCELLED
+    assert len(rows.results(database)) == 1
+    assert cancels.cancel_batch(batch_id) is BatchState.CANCELLED
+
+
+def test_a_completed_batch_is_not_cancelled(database: Database, intake: Intake, cancels: Cancels) -> None:
+    batch_id = intake.accept_many([JobBody(prompt="a")] * 2)
+    finish(database, *take(database, 2))
+    assert state_of(database, batch_id) == BatchState.COMPLETED
+    assert cancels.cancel_batch(batch_id) is BatchState.COMPLETED
+
+
+def test_cancelling_the_last_open_job_closes_its_batch(
+    database: Database, intake: Intake, cancels: Cancels
+) -> None:
+    batch_id = intake.accept_many([JobBody(prompt="a")] * 2)
+    (first,) = take(database, 1)
+    (second,) = rows.jobs_by_state(database)["queued"]
+    cancels.cancel_job(second)
+    assert state_of(database, batch_id) == BatchState.IN_PROGRESS
+    finish(database, first)
+    assert state_of(database, batch_id) == BatchState.COMPLETED
+
+
+def test_closing_passes_over_what_is_open_closed_or_none(database: Database, intake: Intake) -> None:
+    running = intake.accept_many([JobBody(prompt="a")])
+    ended = intake.accept_many([JobBody(prompt="b")])
+    with database.write() as connection:
+        connection.execute(
+            update(Job).where(Job.batch_id == ended).values(state=JobState.EXPIRED, finished_at=1.0)
+        )
+        assert close_batches(connection, [None, running, ended, "batch_unknown", ended]) == [ended]
+        assert close_batches(connection, [running, ended]) == []
+        assert close_batches(connection, []) == []
+    assert state_of(database, running) == BatchState.IN_PROGRESS
+
+
+def test_writers_that_end_the_last_jobs_together_close_the_batch(database: Database, intake: Intake) -> None:
+    for _ in range(5):
+        batch_id = intake.accept_many([JobBody(prompt="a")] * 4)
+        ids = take(database, 4)
+        gate = threading.Barrier(4)
+
+        def end(job_id: str, gate: threading.Barrier = gate) -> None:
+            gate.wait()
+            finish(database, job_id)
+
+        threads = [threading.Thread(target=end, args=(job_id,)) for job_id in ids]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert state_of(database, batch_id) == BatchState.COMPLETED
+
+
+def test_a_cancel_that_meets_a_result_leaves_one_truth(
+    database: Database, intake: Intake, cancels: Cancels
+) -> None:
+    for _ in range(10):
+        job_id = intake.accept_one(JobBody(prompt="a"))
+        take(database, 1)
+        gate = threading.Barrier(2)
+        answers: list[JobState | None] = []
+
+        def cancel(
+            job_id: str = job_id, gate: threading.Barrier = gate, answers: list[JobState | None] = answers
+        ) -> None:
+            gate.wait()
+            answers.append(cancels.cancel_job(job_id))
+
+        thread = threading.Thread(target=cancel)
+        thread.start()
+        gate.wait()
+        finish(database, job_id)
+        thread.join()
+        state = rows.job(database, job_id).state
+        assert (answers[0], state) in [
+            (JobState.COMPLETED, JobState.COMPLETED),
+            (JobState.CANCELLING, JobState.CANCELLED),
+        ]
+        assert (job_id in rows.results(database)) is (state == JobState.COMPLETED)
+
+
+@pytest.mark.parametrize("ended", sorted(TERMINAL))
+def test_the_database_itself_refuses_to_move_an_ended_job(
+    database: Database, intake: Intake, ended: JobState
+) -> None:
+    job_id = intake.accept_one(JobBody(prompt="a"))
+    move = update(Job).where(Job.id == job_id)
+    with database.write() as connection:
+        connection.execute(move.values(state=ended))
+    for state in sorted((OPEN | TERMINAL) - {ended}):
+        with pytest.raises(DBAPIError, match="terminal"), database.write() as connection:
+            connection.execute(move.values(state=state))
+    with database.write() as connection:
+        connection.execute(move.values(state=ended, finished_at=1.0))
+    assert rows.job(database, job_id).state == ended

@@ -1,0 +1,79 @@
+"""Settings: one reader of the environment, with refusals that name the field."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from jobs.settings import Settings
+
+
+def test_nothing_set_is_embedded_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = Settings()
+    assert settings.embedded_broker
+    assert settings.database == f"sqlite:///{tmp_path}/.nightpress/nightpress.sqlite3"
+    assert settings.redis == f"unix://{tmp_path}/.nightpress/valkey.sock?db=0"
+    assert settings.broker == f"redis+socket://{tmp_path}/.nightpress/valkey.sock?virtual_host=0"
+    assert (settings.host, settings.served_model) == ("127.0.0.1", "")
+
+
+def test_the_environment_is_read_with_prefix_and_nesting(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "NIGHTPRESS_PORT": "0",
+        "NIGHTPRESS_MODEL": "org/name",
+        "NIGHTPRESS_REDIS_URL": "redis://host:1/2",
+        "NIGHTPRESS_DATABASE_URL": "postgres://u:p@host/db",
+        "NIGHTPRESS_ENGINE__MAX_NUM_SEQS": "7",
+        "NIGHTPRESS_LEASE_SECONDS": "",
+        "NIGHTPRESS_NOBODY_KNOWS": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    settings = Settings()
+    assert (settings.port, settings.served_model, settings.engine.max_num_seqs) == (0, "name", 7)
+    assert (settings.redis, settings.broker) == ("redis://host:1/2", "redis://host:1/2")
+    assert settings.database == "postgresql+psycopg://u:p@host/db"
+    assert settings.lease_seconds == 15.0
+    assert settings.engine_config().model == "org/name"
+    assert settings.engine_config().max_num_seqs == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("port", 70_000),
+        ("database_url", "mysql://x"),
+        ("redis_url", "http://x"),
+        ("max_n", 0),
+        ("max_n", 129),
+        ("lease_seconds", 0),
+        ("claim_window", 0),
+        ("log_level", "loud"),
+        ("engine", {"unknown": 1}),
+        ("engine", {"device": "tpu"}),
+    ],
+)
+def test_a_bad_value_is_named(name: str, value: object) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Settings(**{name: value})  # type: ignore[arg-type]
+    assert caught.value.errors()[0]["loc"][0] == name
+
+
+def test_a_lease_must_outlive_two_renewals() -> None:
+    with pytest.raises(ValidationError, match="renew_seconds must be at most half"):
+        Settings(lease_seconds=3, renew_seconds=2)
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("/models/SmolLM2.Q4_1.gguf", "SmolLM2.Q4_1"),
+        ("org/model", "model"),
+        ("folder/", "folder"),
+    ],
+)
+def test_the_served_name_is_the_last_part_of_the_model(model: str, name: str) -> None:
+    assert Settings(model=model).served_model == name
+    assert Settings(model=model, model_name="other").served_model == "other"
