@@ -64,6 +64,7 @@ class Worker:
         self.cancels = Cancels(self.database)
         self._chores: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._seen_steps: int | float | None = None
+        self._counted = (time.monotonic(), 0.0)  # when, and how many tokens the engine had generated
         name = lambda: self.worker_id  # noqa: E731
         self.writer = Writer(self.database, self.holdings, name, self._on_recorded)
         self.supervisor = EngineSupervisor(
@@ -241,7 +242,7 @@ class Worker:
             "state": WorkerState.DRAINING if self.draining else state,
             "num_running": int(stats.get("num_running", 0)),
             "num_waiting": int(stats.get("num_waiting", 0)),
-            "tokens_per_second": float(stats.get("tokens_per_second", 0.0)),
+            "tokens_per_second": self._tokens_per_second(),
             "engine_pid": self.supervisor.pid,
             "engine_starts": self.supervisor.num_starts,
             "max_model_len": hello.max_model_len if hello else None,
@@ -251,6 +252,15 @@ class Worker:
             self._seen_steps = steps
             report["last_step_at"] = now()
         return report
+
+    def _tokens_per_second(self) -> float:
+        """Generated tokens since the last report; 0 after a restart of the engine, which counts anew."""
+        before, made_before = self._counted
+        self._counted = at, made = (
+            time.monotonic(),
+            float(self.supervisor.stats.get("num_generated_tokens", 0)),
+        )
+        return max(made - made_before, 0.0) / (at - before) if at - before > 0.1 else 0.0
 
     # --- the engine's side --------------------------------------------------------------------------------------
 
