@@ -6,9 +6,8 @@ neither SQL nor pipes.
 
 from __future__ import annotations
 
-from engine.tokenizer import Tokenizer
-
 from engine.request import Completion
+from engine.tokenizer import Tokenizer
 from jobs.outcomes import Outcome
 
 

@@ -15,10 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from engine.tokenizer import Tokenizer
-
 from engine.checkpoint import Checkpoint
 from engine.request import Completion, Request, RequestId
+from engine.tokenizer import Tokenizer
 from engine.wire import Hello
 from jobs.answers import outcome_of
 from jobs.arrivals import Arrivals
