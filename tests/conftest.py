@@ -18,11 +18,7 @@ from tests.support import leaks
 from tests.support.databases import KINDS, Databases
 from tests.support.servers import PostgresServer, ValkeyServer
 
-_OVERRIDES = {
-    name: os.environ.pop(name)
-    for name in [name for name in os.environ if name.startswith("NIGHTPRESS_")]
-    if os.environ[name]
-}
+_SHELL = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("NIGHTPRESS_")}
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so before any test module
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network
@@ -38,10 +34,16 @@ def nothing_left_behind() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def redis_server_url() -> Iterator[str]:
+def given_redis_url() -> str | None:
+    """A Redis that the developer wants the tests to use."""
+    return _SHELL.get("NIGHTPRESS_TEST_REDIS_URL") or None
+
+
+@pytest.fixture(scope="session")
+def redis_server_url(given_redis_url: str | None) -> Iterator[str]:
     """A real server, one for the session. Flush it if you use it without `redis_url`."""
-    if url := _OVERRIDES.get("NIGHTPRESS_TEST_REDIS_URL"):
-        yield url
+    if given_redis_url:
+        yield given_redis_url
         return
     server = ValkeyServer()
     yield server.url
@@ -61,7 +63,7 @@ def redis_url(redis_server_url: str) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def databases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Databases]:
     """Makes databases; the PostgreSQL server starts with the first use of this fixture."""
-    url = _OVERRIDES.get("NIGHTPRESS_TEST_DATABASE_URL")
+    url = _SHELL.get("NIGHTPRESS_TEST_DATABASE_URL")
     server = None if url else PostgresServer()
     made = Databases(tmp_path_factory.mktemp("databases"), url or server.url())  # type: ignore[union-attr]
     yield made

@@ -1,0 +1,99 @@
+"""Leaving in good order: a drain, and cancels. Nobody waits for a lease to run out."""
+
+from __future__ import annotations
+
+import time
+
+from sqlalchemy import func, select
+
+from jobs.models import Job, LedgerEntry, Result, Worker
+from jobs.states import HELD, JobState, LedgerKind, WorkerState
+from tests.support.press import RENEW_SECONDS, Press
+from tests.support.stories import long_jobs, short_jobs
+from tests.support.waiting import wait_until
+
+
+def test_sigterm_drains(press: Press) -> None:
+    """What fits into the grace period ends, the rest is back in the queue when the process is gone."""
+    (worker,) = press.start_workers(1)
+    press.submit(short_jobs(20) + long_jobs(60, 3000))
+    row = wait_until(lambda: press.held_by(worker) and press.worker(worker), "it holds jobs", 20)
+    wait_until(
+        lambda: press.jobs(Job.state == JobState.COMPLETED, Job.worker_id.is_(None)), "some are done", 20
+    )
+
+    assert worker.terminate(30) == 0, worker.tail()
+
+    assert not press.jobs(Job.state.in_(sorted(HELD))), "no job waits for a lease to expire"
+    assert press.jobs(Job.state == JobState.QUEUED), "there was too much for the grace period"
+    with press.database.read() as connection:
+        state = connection.scalar(select(Worker.state).where(Worker.id == row["id"]))
+    assert state == WorkerState.STOPPED
+    batch_jobs = press.jobs(Job.state == JobState.QUEUED)
+    for batch_id in {job.batch_id for job in batch_jobs.values()}:
+        assert press.http.post(f"/v1/batches/{batch_id}/cancel").status_code == 200
+    counts = press.finish(5)
+    assert counts[JobState.CANCELLED] >= len(batch_jobs)
+    assert counts[JobState.FAILED] == 0
+
+
+def test_handed_back_jobs_run_elsewhere(press: Press) -> None:
+    """A drain beside a second worker: the jobs it hands back are done by the other."""
+    leaving, _ = press.start_workers(2)
+    press.submit(long_jobs(70, 500))
+    wait_until(lambda: press.held_by(leaving), "the leaving worker holds jobs", 20)
+    assert leaving.terminate(30) == 0, leaving.tail()
+    assert press.finish()[JobState.FAILED] == 0
+
+
+def test_cancel_of_a_running_job(press: Press) -> None:
+    """Its pages are free within one step and one renewal, and no result appears."""
+    (worker,) = press.start_workers(1)
+
+    def free_pages() -> tuple[int, int]:
+        row = press.worker(worker)
+        assert row is not None
+        return row["stats"].get("num_free_pages", 0), row["stats"].get("num_pages", 0)
+
+    job_id = press.submit_one(long_jobs(1, 8000)[0])
+
+    def pages_in_use() -> bool:
+        free, total = free_pages()
+        return free < total
+
+    wait_until(pages_in_use, "the job has pages", 20)
+    answer = press.http.post(f"/v1/jobs/{job_id}/cancel")
+    assert answer.status_code == 200
+    assert answer.json()["status"] == "cancelling"
+    asked_at = time.monotonic()
+    wait_until(
+        lambda: press.http.get(f"/v1/jobs/{job_id}").json()["status"] == "cancelled",
+        "the job is cancelled",
+        RENEW_SECONDS + 1.0,
+    )
+    print(f"a running job was cancelled after {time.monotonic() - asked_at:.2f} s")
+    # The engine's figures come with the worker's next renewal.
+    wait_until(lambda: not pages_in_use(), "its pages are free", 2 * RENEW_SECONDS + 1.0)
+    press.finish()
+    with press.database.read() as connection:
+        assert connection.scalar(select(func.count()).where(Result.job_id == job_id)) == 0
+        entry = connection.execute(
+            select(LedgerEntry.kind, LedgerEntry.completion_tokens).where(LedgerEntry.job_id == job_id)
+        ).one()
+    assert entry.kind == LedgerKind.CANCELLED
+    assert 0 < entry.completion_tokens < 8000, "the tokens made are on record, apart from what is billed"
+
+
+def test_cancel_of_a_batch(press: Press) -> None:
+    """Queued and running jobs alike; what was done stays done."""
+    press.start_workers(1)
+    batch_id = press.submit(short_jobs(10) + long_jobs(60, 3000))
+    wait_until(
+        lambda: press.jobs(Job.batch_id == batch_id, Job.state == JobState.COMPLETED), "some are done", 20
+    )
+    answer = press.http.post(f"/v1/batches/{batch_id}/cancel")
+    assert answer.status_code == 200, answer.text
+    wait_until(lambda: press.batch(batch_id)["status"] == "cancelled", "the batch is cancelled", 10)
+    counts = press.finish(1)
+    assert counts[JobState.COMPLETED] > 0
+    assert counts[JobState.CANCELLED] > 0
