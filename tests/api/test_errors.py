@@ -1,0 +1,131 @@
+"""Whatever happens, the answer is the envelope, and it tells nothing that is not the client's."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from sqlalchemy import text
+
+from api.app import create_app
+from jobs.database import Database
+from jobs.leases import register
+from jobs.settings import Settings
+from jobs.states import WorkerState
+from tests.api.test_job_routes import error_of
+from tests.support.tree import ROOT
+
+SECRET = "the launch code is 1234"
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/v1", "/v1/job", "/v1/jobs/", "/docs", "/v1/batches", "/%00", "/metrics"]
+)
+def test_an_unknown_route(front: TestClient, path: str) -> None:
+    assert error_of(front.get(path), 404)["code"] == "not_found"
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("PUT", "/v1/jobs"),
+        ("DELETE", "/v1/jobs/job_1"),
+        ("GET", "/v1/jobs/job_1/cancel"),
+        ("POST", "/health"),
+    ],
+)
+def test_a_method_that_is_not_allowed(front: TestClient, method: str, path: str) -> None:
+    answer = front.request(method, path)
+    assert error_of(answer, 405)["code"] == "method_not_allowed"
+    assert answer.headers["allow"]
+
+
+def test_every_answer_has_its_own_request_id(front: TestClient) -> None:
+    ids = {front.get(path).headers["x-request-id"] for path in ("/health", "/ready", "/nope", "/v1/jobs")}
+    assert len(ids) == 4
+
+
+def test_an_unforeseen_failure_tells_nothing(
+    client: TestClient, database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A table without the column that is written: nothing in the API expects that."""
+    with database.write() as connection:
+        connection.execute(text("ALTER TABLE jobs RENAME COLUMN custom_id TO other"))
+    with caplog.at_level(logging.INFO):
+        answer = client.post("/v1/jobs", json={"prompt": SECRET, "custom_id": SECRET})
+    error = error_of(answer, 503 if database.is_sqlite else 500)
+    assert "custom_id" not in answer.text
+    assert SECRET not in answer.text
+    assert "SELECT" not in answer.text
+    assert answer.headers["x-request-id"] in caplog.text
+    assert SECRET not in caplog.text
+    assert error["param"] is None
+
+
+def test_an_error_in_the_code_is_a_plain_500(database: Database, settings: Settings, caplog: Any) -> None:
+    app = create_app(settings, database)
+
+    @app.get("/broken")
+    def broken() -> None:
+        raise RuntimeError(SECRET)
+
+    with TestClient(app) as client, caplog.at_level(logging.INFO):
+        answer = client.get("/broken")
+    assert error_of(answer, 500)["code"] == "internal_error"
+    assert SECRET not in answer.text
+    assert answer.headers["x-request-id"] in answer.json()["error"]["message"]
+
+
+def test_a_database_that_is_gone_is_a_503() -> None:
+    database = Database("postgresql+psycopg://nobody@127.0.0.1:1/nothing")
+    with TestClient(create_app(Settings(model="tiny"), database)) as client:
+        for path in ("/v1/jobs", "/v1/jobs/job_1", "/v1/batches/batch_1", "/ready"):
+            answer = client.get(path)
+            assert error_of(answer, 503)["code"] == "database_unreachable"
+            assert answer.headers["retry-after"]
+        assert client.get("/health").json() == {"status": "ok"}
+    database.close()
+
+
+def test_health_and_ready(client: TestClient, database: Database) -> None:
+    assert client.get("/health").json() == {"status": "ok"}
+    assert client.get("/ready").json() == {"status": "ready", "has_work": False, "workers": {}, "models": []}
+    client.post("/v1/jobs", json={"prompt": "a"})
+    error = error_of(client.get("/ready"), 503)
+    assert error["code"] == "not_ready"
+    assert "no worker" in error["message"]
+    with database.write() as connection:
+        register(connection, worker_id="w", model="tiny", lease_seconds=60)
+        connection.execute(text("UPDATE workers SET state = :ready"), {"ready": WorkerState.READY})
+    assert client.get("/ready").json() == {
+        "status": "ready",
+        "has_work": True,
+        "workers": {"ready": 1},
+        "models": ["tiny"],
+    }
+    for path in ("/health", "/ready"):
+        assert error_of(client.get(f"{path}?x=1"), 400)["param"] == "x"
+
+
+def test_the_schema_can_be_made(front: TestClient) -> None:
+    schema = front.get("/openapi.json").json()
+    assert set(schema["paths"]) == {
+        "/v1/jobs",
+        "/v1/jobs/{job_id}",
+        "/v1/jobs/{job_id}/cancel",
+        "/v1/batches/{batch_id}",
+        "/v1/batches/{batch_id}/results",
+        "/v1/batches/{batch_id}/cancel",
+        "/health",
+        "/ready",
+    }
+
+
+@pytest.mark.parametrize("module", ["api.app", "api.server", "api.cli", "api.supervisor", "migrations"])
+def test_no_torch_in_this_process(module: str) -> None:
+    program = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0

@@ -1,0 +1,254 @@
+"""POST, GET and cancel of jobs over HTTP."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from api.app import create_app
+from jobs.claims import claim
+from jobs.database import Database
+from jobs.leases import register
+from jobs.outcomes import Outcome, record
+from jobs.settings import Settings
+
+OUTPUT = {"index": 0, "text": "out\x00\u2028", "finish_reason": "stop", "stop_reason": "\n"}
+
+
+def error_of(answer: Any, status: int) -> dict[str, Any]:
+    """The error of an answer, after checking everything that all of them have."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.headers["x-request-id"].startswith("req_")
+    assert set(answer.json()) == {"error"}
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == ("invalid_request_error" if status < 500 else "server_error")
+    assert error["message"]
+    assert error["code"]
+    return dict(error)
+
+
+def take(database: Database) -> list[Any]:
+    with database.write() as connection:
+        register(connection, worker_id="w", model="tiny", lease_seconds=60)
+        return claim(connection, worker_id="w", model="tiny", limit=100)
+
+
+def test_one_job_is_accepted(client: TestClient, woken: list[tuple[str, int]]) -> None:
+    body = {"prompt": "a", "custom_id": "c", "metadata": {"k": "v"}, "temperature": 0}
+    answer = client.post("/v1/jobs", json=body)
+    assert answer.status_code == 202
+    job = answer.json()
+    assert answer.headers["location"] == f"/v1/jobs/{job['id']}"
+    assert job == {
+        "id": job["id"],
+        "object": "job",
+        "status": "queued",
+        "model": "tiny",
+        "batch_id": None,
+        "custom_id": "c",
+        "metadata": {"k": "v"},
+        "created_at": job["created_at"],
+        "started_at": None,
+        "finished_at": None,
+        "outputs": None,
+        "usage": None,
+        "error": None,
+        "attempts": 0,
+    }
+    assert isinstance(job["created_at"], int)
+    assert client.get(answer.headers["location"]).json() == job
+    assert woken == [("tiny", 1)]
+
+
+def test_a_completed_job_has_outputs_and_usage(client: TestClient, database: Database) -> None:
+    job_id = client.post("/v1/jobs", json={"prompt": "a"}).json()["id"]
+    (claimed,) = take(database)
+    outcome = Outcome(
+        job_id=job_id,
+        fence=claimed.fence,
+        kind="completed",
+        outputs=[OUTPUT],
+        prompt_tokens=3,
+        completion_tokens=4,
+        cached_tokens=1,
+    )
+    database.transact(lambda connection: record(connection, worker_id="w", outcomes=[outcome]))
+    job = client.get(f"/v1/jobs/{job_id}").json()
+    assert (job["status"], job["outputs"], job["attempts"]) == ("completed", [OUTPUT], 1)
+    assert job["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": 4,
+        "total_tokens": 7,
+        "prompt_tokens_details": {"cached_tokens": 1},
+    }
+    assert job["created_at"] <= job["started_at"] <= job["finished_at"]
+
+
+def test_a_failed_job_has_its_error(client: TestClient, database: Database) -> None:
+    job_id = client.post("/v1/jobs", json={"prompt": "a"}).json()["id"]
+    (claimed,) = take(database)
+    outcome = Outcome(
+        job_id=job_id, fence=claimed.fence, kind="failed", error={"code": "numerics", "message": "NaN"}
+    )
+    database.transact(lambda connection: record(connection, worker_id="w", outcomes=[outcome]))
+    job = client.get(f"/v1/jobs/{job_id}").json()
+    assert (job["status"], job["outputs"], job["usage"]) == ("failed", None, None)
+    assert job["error"] == {"code": "numerics", "message": "NaN", "param": None}
+
+
+def test_a_batch_is_accepted_in_order(client: TestClient, woken: list[tuple[str, int]]) -> None:
+    jobs: list[dict[str, Any]] = [{"prompt": "a", "custom_id": f"c{i}"} for i in range(50)]
+    jobs[7]["model"] = "other"
+    answer = client.post("/v1/jobs", json={"jobs": jobs, "metadata": {"night": "monday"}})
+    assert answer.status_code == 202
+    batch = answer.json()
+    assert answer.headers["location"] == f"/v1/batches/{batch['id']}"
+    assert (batch["object"], batch["endpoint"], batch["input_file_id"]) == ("batch", "/v1/jobs", None)
+    assert (batch["status"], batch["metadata"]) == ("in_progress", {"night": "monday"})
+    assert batch["request_counts"] == {"total": 50, "completed": 0, "failed": 0}
+    assert sorted(woken) == [("other", 1), ("tiny", 49)]
+    page = client.get("/v1/jobs", params={"batch_id": batch["id"], "limit": 100, "order": "asc"}).json()
+    assert [job["custom_id"] for job in page["data"]] == [f"c{i}" for i in range(50)]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"jobs": []}, "jobs"),
+        ({"jobs": {}}, "jobs"),
+        ({"jobs": None}, "jobs"),
+        ({"jobs": [{"prompt": "a"}] * 51}, "jobs"),
+        ({"jobs": [{"prompt": "a"}, 3]}, "jobs[1]"),
+        ({"jobs": [{"prompt": "a"}] * 17 + [{"prompt": "a", "temperature": 3}]}, "jobs[17].temperature"),
+        ({"jobs": [{"messages": [{"role": "user"}]}]}, "jobs[0].messages[0].content"),
+        ({"jobs": [{"prompt": "a", "\ud800": 1}]}, "jobs[0]"),
+        ({"jobs": [{"prompt": "a"}], "prompt": "b"}, "prompt"),
+        ({"jobs": [{"prompt": "a"}], "\x00": 1}, "\\x00"),
+        ({"jobs": [{"prompt": "a"}], "metadata": {"k": 1}}, "metadata.k"),
+        ({"prompt": "a", "unknown": 1}, "unknown"),
+        ({"prompt": "a", "tools": []}, "tools"),
+        ({"prompt": "a\ud800"}, "prompt"),
+        ([], None),
+        ("text", None),
+        (None, None),
+    ],
+)
+def test_a_bad_body_is_refused_whole_and_named(front: TestClient, body: Any, param: str | None) -> None:
+    content = json.dumps(body)
+    answer = front.post("/v1/jobs", content=content, headers={"content-type": "application/json"})
+    assert error_of(answer, 400)["param"] == param
+    assert front.get("/v1/jobs").json()["data"] == []
+
+
+def test_a_job_without_a_model_where_none_is_served(database: Database, tmp_path: Path) -> None:
+    with TestClient(create_app(Settings(data_dir=tmp_path), database)) as client:
+        assert error_of(client.post("/v1/jobs", json={"prompt": "a"}), 400)["param"] == "model"
+        jobs = {"jobs": [{"prompt": "a", "model": "m"}, {"prompt": "a"}]}
+        assert error_of(client.post("/v1/jobs", json=jobs), 400)["param"] == "jobs[1].model"
+        assert client.post("/v1/jobs", json={"prompt": "a", "model": "m"}).status_code == 202
+
+
+def test_a_dead_broker_fails_no_submit(database: Database, settings: Settings) -> None:
+    def dead(model: str, num_jobs: int) -> None:
+        raise ConnectionError("no Redis")
+
+    with TestClient(create_app(settings, database, dead)) as client:
+        assert client.post("/v1/jobs", json={"prompt": "a"}).status_code == 202
+        assert client.post("/v1/jobs", json={"jobs": [{"prompt": "a"}]}).status_code == 202
+
+
+def test_pages(client: TestClient) -> None:
+    assert client.get("/v1/jobs").json() == {
+        "object": "list",
+        "data": [],
+        "first_id": None,
+        "last_id": None,
+        "has_more": False,
+    }
+    ids = [client.post("/v1/jobs", json={"prompt": "a"}).json()["id"] for _ in range(7)]
+    seen: list[str] = []
+    params: dict[str, Any] = {"limit": 3}
+    while True:
+        page = client.get("/v1/jobs", params=params).json()
+        seen += [job["id"] for job in page["data"]]
+        assert (page["first_id"], page["last_id"]) == (page["data"][0]["id"], page["data"][-1]["id"])
+        if not page["has_more"]:
+            break
+        params["after"] = page["last_id"]
+    assert sorted(seen) == sorted(ids)
+    assert len(seen) == 7
+
+
+def test_filters(client: TestClient) -> None:
+    batch = client.post("/v1/jobs", json={"jobs": [{"prompt": "a", "custom_id": "c"}]}).json()
+    job = client.post("/v1/jobs", json={"prompt": "a", "model": "other"}).json()
+    client.post(f"/v1/jobs/{job['id']}/cancel")
+
+    def found(**params: Any) -> list[str]:
+        return [one["model"] for one in client.get("/v1/jobs", params=params).json()["data"]]
+
+    assert found(status="cancelled") == ["other"]
+    assert found(model="other") == ["other"]
+    assert found(batch_id=batch["id"]) == ["tiny"]
+    assert found(custom_id="c", status="queued") == ["tiny"]
+    assert len(found(created_after=job["created_at"] - 60, created_before=job["created_at"] + 60)) == 2
+    assert found(created_after=job["created_at"] + 60) == []
+
+
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [
+        ("foo=1", "foo"),
+        ("limit=0", "limit"),
+        ("limit=101", "limit"),
+        ("limit=x", "limit"),
+        ("limit=1&limit=2", "limit"),
+        ("status=done", "status"),
+        ("order=up", "order"),
+        ("after=job_unknown", "after"),
+        ("after=%00", "after"),
+        ("model=%00", "model"),
+        ("model=", "model"),
+        ("custom_id=" + "c" * 513, "custom_id"),
+        ("batch_id=" + "b" * 256, "batch_id"),
+        ("created_after=nan", "created_after"),
+        ("created_after=inf", "created_after"),
+        ("created_before=-1", "created_before"),
+        ("created_before=today", "created_before"),
+        ("%00=1", "\\x00"),
+    ],
+)
+def test_a_bad_query_is_named(front: TestClient, query: str, param: str) -> None:
+    assert error_of(front.get(f"/v1/jobs?{query}"), 400)["param"] == param
+
+
+def test_cancel(client: TestClient, database: Database) -> None:
+    job_id = client.post("/v1/jobs", json={"prompt": "a"}).json()["id"]
+    answer = client.post(f"/v1/jobs/{job_id}/cancel")
+    assert (answer.status_code, answer.json()["status"]) == (200, "cancelled")
+    assert client.post(f"/v1/jobs/{job_id}/cancel", json={}).json()["status"] == "cancelled"
+    job_id = client.post("/v1/jobs", json={"prompt": "a"}).json()["id"]
+    take(database)
+    assert client.post(f"/v1/jobs/{job_id}/cancel").json()["status"] == "cancelling"
+    assert error_of(client.post(f"/v1/jobs/{job_id}/cancel", json={"force": 1}), 400)["param"] == "force"
+    assert error_of(client.post(f"/v1/jobs/{job_id}/cancel", json=[1]), 400)
+
+
+@pytest.mark.parametrize("job_id", ["job_unknown", "%00", "a%0Ab", "x" * 300, "%ff", "..%2f", "%F0%9F%8C%99"])
+def test_an_unknown_job_is_not_found(client: TestClient, job_id: str) -> None:
+    assert error_of(client.get(f"/v1/jobs/{job_id}"), 404)["code"] == "not_found"
+    assert error_of(client.post(f"/v1/jobs/{job_id}/cancel"), 404)["code"] == "not_found"
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("POST", "/v1/jobs?x=1"), ("GET", "/v1/jobs/job_1?x=1"), ("POST", "/v1/jobs/job_1/cancel?x=1")],
+)
+def test_query_parameters_that_nobody_reads_are_refused(front: TestClient, method: str, path: str) -> None:
+    assert error_of(front.request(method, path), 400)["param"] == "x"

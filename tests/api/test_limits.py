@@ -1,0 +1,114 @@
+"""Bodies are bounded while they arrive, and read strictly."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from jobs.settings import Settings
+from tests.api.test_job_routes import error_of
+
+JSON = {"content-type": "application/json"}
+
+
+def post(front: TestClient, content: Any, **headers: str) -> Any:
+    return front.post("/v1/jobs", content=content, headers=JSON | headers)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"   ",
+        b"{",
+        b'{"prompt": "a",}',
+        b"{'prompt': 'a'}",
+        b'{"prompt": "a"} {}',
+        b'{"prompt": "a", "prompt": "b"}',
+        b'{"prompt": "a", "metadata": {"k": "1", "k": "2"}}',
+        b'{"prompt": "a", "temperature": NaN}',
+        b'{"prompt": "a", "temperature": -Infinity}',
+        b'{"prompt": "a", "seed": ' + b"9" * 5_000 + b"}",
+        b'{"prompt": "\xff"}',
+        b'{"prompt": "\xed\xa0\x80"}',
+        b'\xef\xbb\xbf{"prompt": "a"}',
+        '{"prompt": "a"}'.encode("utf-16"),
+        b'{"prompt": "a\nb"}',
+        b'{"prompt": ' + b"[" * 4_000 + b"]" * 4_000 + b"}",
+        b'{"a":' * 1_500 + b"1" + b"}" * 1_500,
+    ],
+)
+def test_what_is_not_strict_json_is_refused(front: TestClient, raw: bytes) -> None:
+    assert error_of(post(front, raw), 400)["code"] == "invalid_json"
+
+
+def test_a_single_job_has_its_own_limit(front: TestClient, settings: Settings) -> None:
+    body = json.dumps({"prompt": "x" * 5_000}).encode()
+    fits = body + b" " * (settings.max_body_bytes - len(body))
+    assert post(front, fits).status_code == 202
+    assert error_of(post(front, fits + b" "), 413)["code"] == "body_too_large"
+
+
+def test_an_array_has_another(front: TestClient, settings: Settings) -> None:
+    body = json.dumps({"jobs": [{"prompt": "x" * 3_000}] * 50}).encode()
+    fits = body + b" " * (settings.max_array_bytes - len(body))
+    assert post(front, fits).status_code == 202
+    assert error_of(post(front, fits + b" "), 413)["code"] == "body_too_large"
+
+
+def test_the_word_jobs_does_not_make_an_array(front: TestClient) -> None:
+    body = {"prompt": "x" * 20_000, "custom_id": "c"}
+    assert error_of(post(front, json.dumps({"metadata": {"jobs": "1"}, **body}).encode()), 413)
+    nested = {"prompt": "a", "metadata": {"jobs": "x" * 20_000}}
+    assert error_of(post(front, json.dumps(nested).encode()), 413)
+
+
+@pytest.mark.parametrize(("start", "limit"), [(b'{"prompt": "', 10_000), (b'{"jobs": ["', 200_000)])
+def test_an_endless_body_is_cut_while_it_arrives(front: TestClient, start: bytes, limit: int) -> None:
+    sent = 0
+
+    def endless() -> Iterator[bytes]:
+        nonlocal sent
+        yield start
+        while sent < 100 * limit:
+            sent += 1_000
+            yield b"x" * 1_000
+
+    error = error_of(post(front, endless()), 413)
+    assert str(limit) in error["message"]
+
+
+def test_an_announced_length_is_believed_when_it_is_too_large(front: TestClient) -> None:
+    assert error_of(post(front, b"{}", **{"content-length": "99999999999"}), 413)
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "GZIP, deflate", "x"])
+def test_compressed_bodies_are_refused(front: TestClient, encoding: str) -> None:
+    error = error_of(post(front, b'{"prompt": "a"}', **{"content-encoding": encoding}), 415)
+    assert (error["param"], error["code"]) == ("content-encoding", "unsupported_encoding")
+
+
+@pytest.mark.parametrize("media", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
+def test_only_json_is_read(front: TestClient, media: str) -> None:
+    answer = front.post("/v1/jobs", content=b'{"prompt": "a"}', headers={"content-type": media})
+    assert error_of(answer, 415)["param"] == "content-type"
+    assert error_of(front.post("/v1/jobs", content=b'{"prompt": "a"}', headers={"content-type": ""}), 415)
+    typed = {"content-type": "Application/JSON; charset=utf-8"}
+    assert front.post("/v1/jobs", content=b'{"prompt": "a"}', headers=typed).status_code == 202
+
+
+def test_a_long_text_in_an_array_has_the_limit_of_a_job(front: TestClient) -> None:
+    body = {"jobs": [{"prompt": "a"}, {"prompt": "x" * 10_001}]}
+    assert error_of(post(front, json.dumps(body).encode()), 400)["param"] == "jobs[1].prompt"
+
+
+def test_the_errors_of_a_hostile_body_are_cheap(front: TestClient) -> None:
+    body = {"jobs": [{"prompt": "a", **{f"f{i}": 1 for i in range(300)}}] * 40}
+    started = time.perf_counter()
+    assert error_of(post(front, json.dumps(body).encode()), 400)["param"].startswith("jobs[0].f")
+    assert time.perf_counter() - started < 5.0
