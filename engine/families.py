@@ -35,7 +35,9 @@ def model_config(config: Mapping[str, Any], generation: Mapping[str, Any] | None
         return family(names[0], {**config, **_end_tokens(config, generation or {})})
     except KeyError as error:
         raise UnsupportedCheckpoint(f"config.json lacks {error.args[0]}") from None
-    except (TypeError, ArithmeticError) as error:
+    except UnsupportedCheckpoint:
+        raise
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise UnsupportedCheckpoint(f"config.json has a value of the wrong kind: {error}") from None
 
 

@@ -145,7 +145,7 @@ class GGUFFile:
         # Llama 3 stores one divisor per frequency instead of its parameters: accept them only if the
         # published parameters give back exactly these divisors
         stored = self._read(_ROPE_FACTORS, config)
-        scaling = RopeScaling(kind="llama3", factor=float(stored.max()))
+        scaling = RopeScaling(kind="llama3", factor=round(float(stored.max()), 4))
         if not np.allclose(stored, _llama3_divisors(config, scaling), rtol=1e-4):
             raise UnsupportedCheckpoint(f"{_ROPE_FACTORS} does not follow Llama 3's rule")
         return replace(config, rope_scaling=scaling)

@@ -1,0 +1,97 @@
+"""config.json becomes a ModelConfig, or is refused by the name of what is not supported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from engine.config import RopeScaling
+from engine.families import UnsupportedCheckpoint, model_config
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 1000,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "torch_dtype": "bfloat16",
+    "eos_token_id": 2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def test_sizes_and_flags_of_an_old_llama() -> None:
+    config = model_config(LLAMA)
+    assert (config.num_heads, config.num_kv_heads, config.head_dim) == (4, 2, 16)
+    assert (config.dtype, config.eos_token_ids, config.rope_theta) == ("bfloat16", (2,), 10000.0)
+    assert (config.tied_embeddings, config.attention_bias, config.mlp_bias) == (False, False, False)
+
+
+def test_kv_heads_and_head_dim_have_defaults_and_may_be_null() -> None:
+    config = model_config({**LLAMA, "num_key_value_heads": None, "head_dim": None})
+    assert (config.num_kv_heads, config.head_dim) == (4, 16)
+    assert model_config({**LLAMA, "head_dim": 80}).head_dim == 80
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3},
+        {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}},
+        {"rope_theta": 5e5, "rope_scaling": {**LLAMA3, "type": "llama3"}},
+    ],
+)
+def test_llama3_rope_in_the_words_of_both_transformers(fields: dict[str, Any]) -> None:
+    config = model_config({**LLAMA, **fields})
+    assert config.rope_theta == 5e5
+    assert config.rope_scaling == RopeScaling(kind="llama3", factor=8.0)
+
+
+def test_linear_rope() -> None:
+    config = model_config({**LLAMA, "rope_scaling": {"type": "linear", "factor": 4.0}})
+    assert config.rope_scaling == RopeScaling(kind="linear", factor=4.0)
+
+
+def test_generation_config_decides_the_end_tokens() -> None:
+    assert model_config(LLAMA, {"eos_token_id": [7, 9]}).eos_token_ids == (7, 9)
+    assert model_config(LLAMA, {"temperature": 1.0}).eos_token_ids == (2,)
+    assert model_config({**LLAMA, "eos_token_id": None}).eos_token_ids == ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"architectures": ["FancyForCausalLM"]}, "FancyForCausalLM"),
+        ({"architectures": None}, "architecture"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"head_dim": 15}, "head_dim"),
+        ({"torch_dtype": "float64"}, "float64"),
+        ({"num_hidden_layers": 0}, "num_layers"),
+        ({"hidden_size": "many"}, "wrong kind"),
+        ({"num_attention_heads": 0, "num_key_value_heads": 0}, "wrong kind"),
+    ],
+)
+def test_what_is_not_supported_is_named(fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(UnsupportedCheckpoint, match=named):
+        model_config({**LLAMA, **fields})
+
+
+def test_a_missing_field_is_named() -> None:
+    with pytest.raises(UnsupportedCheckpoint, match="vocab_size"):
+        model_config({key: value for key, value in LLAMA.items() if key != "vocab_size"})

@@ -1,0 +1,107 @@
+"""Loading is strict: every tensor is used, every parameter filled, and errors name the tensor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from engine.checkpoint import Checkpoint, UnsupportedCheckpoint
+from engine.model import Decoder
+from engine.weights import load_weights
+from kernels.reference import KERNELS
+from tests.support.tiny import write_tiny_llama
+
+
+def loaded(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
+    checkpoint = Checkpoint.open(str(folder))
+    decoder = Decoder(checkpoint.config, KERNELS, dtype=dtype, device="cpu")
+    for parameter in decoder.parameters.values():
+        parameter.fill_(float("nan"))
+    load_weights(decoder, checkpoint)
+    return decoder
+
+
+def rewrite(folder: Path, **changes: Tensor | None) -> None:
+    """Replace, add or (None) remove tensors; `__` stands for a dot."""
+    tensors = load_file(folder / "model.safetensors")
+    for key, value in changes.items():
+        name = key.replace("__", ".")
+        if value is None:
+            del tensors[name]
+        else:
+            tensors[name] = value
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_merged_and_plain_tensors_hold_the_stored_values(tmp_path: Path, num_shards: int) -> None:
+    write_tiny_llama(tmp_path, attention_bias=True, mlp_bias=True, num_shards=num_shards)
+    stored: dict[str, Tensor] = {}
+    for path in tmp_path.glob("*.safetensors"):
+        stored |= load_file(path)
+    found = loaded(tmp_path).parameters
+    layer = "model.layers.1"
+    for kind in ("weight", "bias"):
+        qkv = [stored[f"{layer}.self_attn.{part}_proj.{kind}"] for part in "qkv"]
+        assert torch.equal(found[f"{layer}.self_attn.qkv_proj.{kind}"], torch.cat(qkv))
+        gate_up = [stored[f"{layer}.mlp.{part}_proj.{kind}"] for part in ("gate", "up")]
+        assert torch.equal(found[f"{layer}.mlp.gate_up_proj.{kind}"], torch.cat(gate_up))
+    for name in ("model.embed_tokens.weight", "lm_head.weight", f"{layer}.mlp.down_proj.bias"):
+        assert torch.equal(found[name], stored[name])
+    assert not any(torch.isnan(parameter).any() for parameter in found.values())
+
+
+def test_values_are_converted_to_the_wanted_dtype(tmp_path: Path) -> None:
+    write_tiny_llama(tmp_path, dtype="float16")
+    found = loaded(tmp_path, torch.bfloat16).parameters["model.norm.weight"]
+    assert torch.equal(found, load_file(tmp_path / "model.safetensors")["model.norm.weight"].bfloat16())
+
+
+def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
+    write_tiny_llama(tmp_path)
+    rewrite(tmp_path, model__layers__0__self_attn__k_proj__weight=None)
+    with pytest.raises(UnsupportedCheckpoint, match=r"layers\.0\.self_attn\.k_proj\.weight is missing"):
+        loaded(tmp_path)
+
+
+def test_an_unknown_tensor_is_named(tmp_path: Path) -> None:
+    write_tiny_llama(tmp_path)
+    rewrite(tmp_path, model__layers__0__self_attn__q_norm__weight=torch.ones(16))
+    with pytest.raises(UnsupportedCheckpoint, match=r"q_norm\.weight is not known"):
+        loaded(tmp_path)
+
+
+def test_biases_the_config_does_not_speak_of_are_not_dropped(tmp_path: Path) -> None:
+    write_tiny_llama(tmp_path)
+    rewrite(tmp_path, model__layers__0__self_attn__q_proj__bias=torch.ones(64))
+    with pytest.raises(UnsupportedCheckpoint, match=r"q_proj\.bias is not known"):
+        loaded(tmp_path)
+
+
+def test_a_wrong_shape_is_named(tmp_path: Path) -> None:
+    write_tiny_llama(tmp_path)
+    rewrite(tmp_path, model__norm__weight=torch.ones(63))
+    with pytest.raises(UnsupportedCheckpoint, match=r"model\.norm\.weight has shape \(63,\), not \(64,\)"):
+        loaded(tmp_path)
+
+
+def test_leftovers_of_old_checkpoints_are_ignored(tmp_path: Path) -> None:
+    write_tiny_llama(tmp_path, tied=True)
+    rewrite(
+        tmp_path,
+        lm_head__weight=torch.ones(320, 64),
+        model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(8),
+    )
+    assert "lm_head.weight" not in loaded(tmp_path).parameters
+
+
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
+    write_tiny_llama(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UnsupportedCheckpoint, match="not readable"):
+        loaded(tmp_path)
