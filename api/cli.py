@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import click
 
+from api.cli_batch_file import run_batch
 from api.cli_jobs import cancel, results, status, submit
 from api.cli_service import api, migrate, up, worker
 
@@ -21,7 +22,7 @@ def main() -> None:
     """
 
 
-for command in (up, api, worker, migrate, submit, status, results, cancel):
+for command in (up, api, worker, migrate, submit, status, results, cancel, run_batch):
     main.add_command(command)
 
 

@@ -1,0 +1,351 @@
+"""run-batch: a file of requests through one engine process, without Redis and without SQL.
+
+Owns the loop between the two files and the engine: it keeps the engine's credits used, appends each answer as it
+comes, starts a dead engine again, and stops so that the same command goes on where it was. The output file is
+the only state. No torch here: that is the engine process's.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import queue
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+from tqdm import tqdm
+
+from engine.checkpoint import Checkpoint
+from engine.request import Completion, Request, RequestId, derive_seed
+from engine.tokenizer import Tokenizer
+from engine.wire import Completions, FromEngine, Progress
+from jobs.answers import outcome_of
+from jobs.batch_file import (
+    BadLine,
+    BatchFileError,
+    BatchLine,
+    Done,
+    answer_line,
+    bad_line,
+    check_input,
+    error_line,
+    parse_line,
+    read_lines,
+    resume,
+)
+from jobs.body import BadField
+from jobs.engine_process import EngineProcess
+from jobs.settings import Settings
+
+LOOK_SECONDS = 0.2  # how soon a Ctrl-C is seen
+STOP_SECONDS = 5.0
+FILL = 64  # requests encoded before answers are looked at again
+MAX_FAILED_STARTS = 3
+RATE_SECONDS = 10.0  # over which tok/s is taken
+
+
+@dataclass(slots=True)
+class Entry:
+    """One request that is encoded. `deaths`: engine deaths while it was in flight."""
+
+    line: BatchLine
+    request: Request
+    deaths: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    returncode: int
+    ids: tuple[RequestId, ...]
+
+
+def run(settings: Settings, source: Path, target: Path, *, quiet: bool = False) -> int:
+    """Answer every request of `source` that has no line in `target` yet; returns the exit status."""
+    if target.exists() and target.samefile(source):
+        return _say("input and output are the same file", 1)
+    try:
+        total = check_input(source)
+        tokenizer = Tokenizer.open(Checkpoint.open(settings.model, settings.engine.revision))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("ab") as output:
+            try:
+                fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return _say(f"{target} is being written by another run", 1)
+            batch = BatchRun(settings, tokenizer, source, output, resume(target), total, quiet)
+            return batch.run()
+    except (BatchFileError, ValueError, OSError) as error:  # checkpoints and tokenizers say ValueError
+        return _say(str(error), 1)
+
+
+class BatchRun:
+    def __init__(
+        self,
+        settings: Settings,
+        tokenizer: Tokenizer,
+        source: Path,
+        output: BinaryIO,
+        done: Done,
+        total: int,
+        quiet: bool,
+    ) -> None:
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self._output = output
+        self._done = done
+        self._total = total
+        self._entries = self._read(source)
+        self._again: deque[Entry] = deque()  # after a death
+        self._in_flight: dict[RequestId, Entry] = {}
+        self._messages: queue.SimpleQueue[FromEngine | Exit] = queue.SimpleQueue()
+        self._process: EngineProcess | None = None
+        self._failed_starts = 0
+        self._exhausted = False
+        self._stopping = False
+        self._num_answered = self._num_failed = 0
+        self._num_prompt = self._num_generated = 0
+        self._partial = 0  # tokens of requests in flight
+        self._samples: deque[tuple[float, int]] = deque()
+        self._synced = self._started = time.monotonic()
+        self._bar = tqdm(
+            total=total, initial=len(done), unit="req", disable=True if quiet else None, dynamic_ncols=True
+        )
+
+    def run(self) -> int:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+        try:
+            while not self._stopping and not self._finished():
+                self._fill()
+                if self._in_flight or self._process is not None:
+                    self._wait()
+        except StartFailed as error:
+            return _say(f"the engine cannot start: {error}", 1)
+        finally:
+            if self._process is not None:
+                self._process.stop(STOP_SECONDS)
+                self._take_rest()
+            self._output.flush()
+            os.fsync(self._output.fileno())
+            self._bar.close()
+        return self._report()
+
+    # --- requests -------------------------------------------------------------------------------------------
+
+    def _read(self, source: Path) -> Iterator[Entry]:
+        """Encoded requests that have no answer yet. Lines that cannot be one are answered here."""
+        for number, raw in read_lines(source):
+            try:
+                line = parse_line(number, raw)
+            except BadLine as error:
+                if number not in self._done.bad_lines:
+                    self._write(bad_line(number, error), failed=True)
+                continue
+            if line.custom_id in self._done.custom_ids:
+                continue
+            try:
+                yield self._encode(line)
+            except BadField as error:
+                self._write(
+                    error_line(line, 400, str(error), code=error.code, param=error.param), failed=True
+                )
+            except ValueError as error:  # a chat that the template refuses
+                self._write(error_line(line, 400, str(error), code="invalid_request"), failed=True)
+
+    def _encode(self, line: BatchLine) -> Entry:
+        body = line.job(self._settings)
+        sampling = body.sampling(self._settings.default_max_tokens, self._settings.max_n)
+        if body.messages is not None:
+            messages = [{"role": message.role, "content": message.content} for message in body.messages]
+            ids = self._tokenizer.encode_chat(messages)
+        else:
+            ids = self._tokenizer.encode(body.prompt or "")
+        # From the custom_id, so that a request draws the same tokens whenever its turn comes.
+        seed = derive_seed("batch", line.custom_id) if body.seed is None else body.seed
+        request = Request(
+            id=RequestId(f"line-{line.number}", 1),
+            prompt_token_ids=tuple(ids),
+            sampling=replace(sampling, seed=seed),
+        )
+        return Entry(line, request)
+
+    def _next(self) -> Entry | None:
+        if self._again:
+            return self._again.popleft()
+        entry = next(self._entries, None)
+        self._exhausted = self._exhausted or entry is None
+        return entry
+
+    def _fill(self) -> None:
+        """Use the engine's credits. A request that met too many deaths runs alone, to convict or clear it."""
+        if self._process is None:
+            first = self._next()  # a file with nothing left to do needs no engine
+            if first is None:
+                return
+            self._again.appendleft(first)
+            self._start()
+            return
+        if any(self._is_suspect(entry) for entry in self._in_flight.values()):
+            return
+        room = min(self._process.available_credits, FILL)
+        chosen: list[Entry] = []
+        while len(chosen) < room and (entry := self._next()) is not None:
+            if self._is_suspect(entry):
+                if not self._in_flight and not chosen:
+                    chosen = [entry]
+                else:
+                    self._again.appendleft(entry)
+                break
+            chosen.append(entry)
+        if chosen:
+            self._in_flight |= {entry.request.id: entry for entry in chosen}
+            self._process.add(entry.request for entry in chosen)
+
+    def _is_suspect(self, entry: Entry) -> bool:
+        return entry.deaths >= self._settings.max_crashes
+
+    def _finished(self) -> bool:
+        return self._exhausted and not self._again and not self._in_flight
+
+    # --- engine ---------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        self._process = EngineProcess(
+            self._settings.engine_config(),
+            on_message=self._messages.put,
+            on_exit=lambda returncode, ids: self._messages.put(Exit(returncode, ids)),
+        )
+        self._process.start()
+
+    def _wait(self) -> None:
+        try:
+            message = self._messages.get(timeout=0 if self._can_add() else LOOK_SECONDS)
+        except queue.Empty:
+            return
+        self._take(message)
+
+    def _can_add(self) -> bool:
+        more = bool(self._again) or not self._exhausted
+        suspect = any(self._is_suspect(entry) for entry in self._again) or any(
+            self._is_suspect(entry) for entry in self._in_flight.values()
+        )
+        return more and not suspect and self._process is not None and self._process.available_credits > 0
+
+    def _take(self, message: FromEngine | Exit) -> None:
+        match message:
+            case Completions():
+                for completion in message.completions:
+                    self._answer(completion)
+                self._output.flush()
+                if time.monotonic() - self._synced > 1.0:
+                    os.fsync(self._output.fileno())
+                    self._synced = time.monotonic()
+            case Progress():
+                self._partial = sum(message.num_generated.values())
+            case Exit():
+                self._died(message)
+        self._show_rate()
+
+    def _take_rest(self) -> None:
+        """Answers that were on their way when the run was stopped; whatever was aborted stays undone."""
+        while True:
+            try:
+                message = self._messages.get_nowait()
+            except queue.Empty:
+                return
+            if isinstance(message, Completions):
+                for completion in message.completions:
+                    self._answer(completion)
+
+    def _answer(self, completion: Completion) -> None:
+        entry = self._in_flight.pop(completion.id, None)
+        if entry is None:
+            return
+        if completion.aborted:
+            self._again.append(entry)
+            return
+        if completion.error is not None:
+            status = 500 if completion.error.code == "numerics" else 400
+            error = completion.error
+            self._write(error_line(entry.line, status, error.message, code=error.code), failed=True)
+            return
+        outcome = outcome_of(completion, self._tokenizer)
+        self._num_prompt += outcome.prompt_tokens
+        self._num_generated += outcome.completion_tokens
+        usage = {
+            "prompt_tokens": outcome.prompt_tokens,
+            "completion_tokens": outcome.completion_tokens,
+            "total_tokens": outcome.prompt_tokens + outcome.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": outcome.cached_tokens},
+        }
+        self._write(answer_line(entry.line, self._settings.served_model, outcome.outputs, usage))
+
+    def _died(self, end: Exit) -> None:
+        process, self._process = self._process, None
+        self._partial = 0
+        assert process is not None
+        if process.hello is None:
+            self._failed_starts += 1
+            if self._failed_starts >= MAX_FAILED_STARTS or process.fatal is not None:
+                raise StartFailed(
+                    process.fatal.reason if process.fatal else f"it ended with {end.returncode}"
+                )
+        else:
+            self._failed_starts = 0
+        alone = len(end.ids) == 1
+        for request_id in end.ids:
+            entry = self._in_flight.pop(request_id)
+            if alone and self._is_suspect(entry):
+                reason = f"the engine process died ({end.returncode}) while running this request alone"
+                self._write(error_line(entry.line, 500, reason, code="engine_crash"), failed=True)
+                continue
+            entry.deaths += 1
+            self._again.append(entry)
+        self._bar.write(f"the engine ended with status {end.returncode}, starting it again", file=sys.stderr)
+
+    # --- output ---------------------------------------------------------------------------------------------
+
+    def _write(self, line: bytes, *, failed: bool = False) -> None:
+        self._output.write(line)
+        self._num_answered += 1
+        self._num_failed += failed
+        self._bar.update()
+
+    def _show_rate(self) -> None:
+        now, tokens = time.monotonic(), self._num_generated + self._partial
+        self._samples.append((now, tokens))
+        while now - self._samples[0][0] > RATE_SECONDS:
+            self._samples.popleft()
+        since, before = self._samples[0]
+        if now - since > 0.5:
+            self._bar.set_postfix_str(f"{max(0, tokens - before) / (now - since):.0f} tok/s", refresh=False)
+
+    def _report(self) -> int:
+        done = len(self._done) + self._num_answered
+        failed = self._done.num_failed + self._num_failed
+        seconds = time.monotonic() - self._started
+        summary = (
+            f"{done} of {self._total} requests answered, {failed} failed; this run: {self._num_prompt} tokens in, "
+            f"{self._num_generated} out in {seconds:.1f} s, {self._num_generated / seconds:.0f} tok/s"
+        )
+        if self._stopping and not self._finished():
+            return _say(f"interrupted: {summary}. The same command goes on from here.", 1)
+        return _say(summary, 1 if failed else 0)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self._stopping = True
+
+
+class StartFailed(RuntimeError):
+    """No engine process says Hello."""
+
+
+def _say(line: str, status: int) -> int:
+    sys.stderr.write(f"nightpress: {line}\n")
+    return status
