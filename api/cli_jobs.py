@@ -147,17 +147,20 @@ def _plural(name: str) -> str:
 def _bodies(file: IO[bytes]) -> Iterator[dict[str, Any]]:
     """Bodies of POST /v1/jobs: one for JSON, as many as are needed for lines."""
     text = file.read()
+    name = getattr(file, "name", "<stdin>")
+    if not text.strip():
+        raise click.UsageError(f"{name}: holds no job")
     try:
         data = json.loads(text)
     except UnicodeDecodeError:
-        raise click.UsageError(f"{file.name}: is not UTF-8") from None
+        raise click.UsageError(f"{name}: is not UTF-8") from None
     except ValueError:
-        yield from _batches(file.name, text)
+        yield from _batches(name, text)
         return
     if isinstance(data, list):
         data = {"jobs": data}
     if not isinstance(data, dict):
-        raise click.UsageError(f"{file.name}: must hold a job, an array of jobs, or one job per line")
+        raise click.UsageError(f"{name}: must hold a job, an array of jobs, or one job per line")
     yield data
 
 

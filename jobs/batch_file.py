@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from jobs.body import BadField, JobBody, parse_job
+from jobs.body import NOT_SUPPORTED_YET, BadField, JobBody, parse_job
 from jobs.settings import Settings
 
 CHAT = "/v1/chat/completions"
@@ -60,13 +60,17 @@ class BatchLine:
         given = {
             name: value
             for name, value in self.body.items()
-            if name not in IGNORED and name != "model" and value not in OFF.get(name, ())
+            if name not in IGNORED and name != "model" and not _is_off(name, value)
         }
         other = "prompt" if self.url == CHAT else "messages"
         for name in (other, "custom_id"):
             if name in given:
                 raise BadField(name, f"is not a field of {self.url}", "unknown_parameter")
         return parse_job(given, settings)
+
+
+def _is_off(name: str, value: object) -> bool:
+    return value in OFF.get(name, ()) or (value is None and name in NOT_SUPPORTED_YET)
 
 
 def parse_line(number: int, raw: bytes) -> BatchLine:

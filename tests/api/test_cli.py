@@ -1,0 +1,236 @@
+"""The command line against a real api process: what it prints, and its exit status."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from api.cli import main
+from api.cli_jobs import _batches
+from jobs.claims import claim
+from jobs.database import Database
+from jobs.outcomes import Outcome, record
+from migrations.schema import is_current
+from tests.support.databases import Databases
+from tests.support.processes import Process
+from tests.support.waiting import wait_until
+
+START_SECONDS = 60.0
+Run = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def database(databases: Databases) -> Iterator[Database]:
+    with databases.fresh("sqlite") as url:
+        database = Database(url)
+        yield database
+        database.close()
+
+
+@pytest.fixture(scope="module")
+def api(
+    tmp_path_factory: pytest.TempPathFactory, database: Database, redis_server_url: str
+) -> Iterator[Process]:
+    """`nightpress api --port 0`; its address is in the file `url` of its folder."""
+    folder = tmp_path_factory.mktemp("api")
+    environment = {
+        "NIGHTPRESS_DATABASE_URL": database.url,
+        "NIGHTPRESS_REDIS_URL": redis_server_url,
+        "NIGHTPRESS_MODEL": "tiny",
+    }
+    arguments = ["api", "--port", "0", "--data-dir", str(folder), "--url-file", str(folder / "url")]
+    process = Process("api", arguments, environment, folder)
+    try:
+        wait_until(lambda: (folder / "url").exists() or not process.alive, "the api starts", START_SECONDS)
+        yield process
+    finally:
+        status = process.terminate(START_SECONDS)
+        process.destroy()
+    assert status == 0, process.tail()
+    assert not (folder / "url").exists()
+
+
+@pytest.fixture
+def run(api: Process, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A command that finds the api as it would find that of `nightpress up`."""
+    monkeypatch.setenv("NIGHTPRESS_DATA_DIR", str(api.log.parent))
+
+    def run(*arguments: str, text: str | None = None) -> Result:
+        return CliRunner().invoke(main, arguments, input=text)
+
+    return run
+
+
+def complete(database: Database, kind: str = "completed") -> None:
+    """End every queued job."""
+    with database.write() as connection:
+        claims = claim(connection, worker_id="w", model="tiny", limit=10_000)
+        outputs = [{"index": 0, "text": "made text", "finish_reason": "stop", "stop_reason": None}]
+        error = {"code": "numerics", "message": "NaN logits"}
+        record(
+            connection,
+            worker_id="w",
+            outcomes=[
+                Outcome(
+                    job_id=one.job_id,
+                    fence=one.fence,
+                    kind=kind,  # type: ignore[arg-type]
+                    outputs=outputs,
+                    error=error if kind == "failed" else None,
+                    prompt_tokens=2,
+                    completion_tokens=3,
+                )
+                for one in claims
+            ],
+        )
+
+
+def test_the_api_says_where_it_listens(api: Process) -> None:
+    url = (api.log.parent / "url").read_text().strip()
+    assert url.startswith("http://127.0.0.1:")
+    assert f"listening on {url}\n" in api.text()
+
+
+def test_one_prompt(run: Run, database: Database) -> None:
+    made = run("submit", "--prompt", "hello", "--max-tokens", "5")
+    assert made.exit_code == 0, made.output
+    job_id = made.output.strip()
+    assert job_id.startswith("job_")
+    waiting = run("status", job_id)
+    assert (waiting.exit_code, waiting.output) == (0, f"{job_id}  queued  attempts: 0\n")
+    complete(database)
+    done = run("status", job_id)
+    assert done.exit_code == 0
+    assert "made text" in done.output
+    assert json.loads(run("status", job_id, "--json").output)["usage"]["total_tokens"] == 5
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"jobs": [{"prompt": "a"}, {"prompt": "b"}]}',
+        '[{"prompt": "a"}, {"prompt": "b"}]',
+        '{"prompt": "a"}\n\n{"prompt": "b"}\n',
+    ],
+)
+def test_a_batch_in_every_spelling(run: Run, database: Database, tmp_path: Path, text: str) -> None:
+    file = tmp_path / "jobs.jsonl"
+    file.write_text(text)
+    for source, typed in ((str(file), None), ("-", text)):
+        made = run("submit", source, text=typed)
+        assert made.exit_code == 0, made.output
+        batch_id = made.output.strip()
+        assert batch_id.startswith("batch_")
+        assert "2 jobs: 2 queued" in run("status", batch_id).output
+        nothing = run("results", batch_id)
+        assert (nothing.exit_code, nothing.stdout) == (0, "")
+        assert "still running" in nothing.stderr
+        complete(database)
+        found = run("results", batch_id, "-o", str(tmp_path / "out.jsonl"))
+        assert (found.exit_code, found.output) == (0, "")
+        lines = (tmp_path / "out.jsonl").read_text().splitlines()
+        assert [json.loads(line)["outputs"][0]["text"] for line in lines] == ["made text"] * 2
+        assert "tokens: 4 in, 6 out" in run("status", batch_id).output
+
+
+def test_failed_jobs_are_an_exit_status(run: Run, database: Database) -> None:
+    job_id = run("submit", "--prompt", "a").output.strip()
+    batch_id = run("submit", "--prompt", "a", "--prompt", "b").output.strip()
+    complete(database, kind="failed")
+    assert run("status", job_id).exit_code == 1
+    assert "numerics: NaN logits" in run("status", job_id).output
+    assert run("status", batch_id).exit_code == 1
+    assert run("results", batch_id).exit_code == 1
+
+
+def test_cancel(run: Run) -> None:
+    job_id = run("submit", "--prompt", "a").output.strip()
+    assert run("cancel", job_id).output == f"{job_id}  cancelled\n"
+    batch_id = run("submit", "--prompt", "a", "--prompt", "b").output.strip()
+    assert json.loads(run("cancel", batch_id, "--json").output)["job_counts"]["cancelled"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text", "status", "named"),
+    [
+        (["status", "job_unknown"], None, 1, "there is no job"),
+        (["cancel", "batch_unknown"], None, 1, "there is no batch"),
+        (["results", "batch_unknown"], None, 1, "there is no batch"),
+        (["status", "a/../b?c#d"], None, 1, "there is no"),
+        (["submit", "-"], '{"prompt": "a", "temperature": 9}', 1, "temperature"),
+        (["submit", "-"], '{"prompt": "a"}\n{"prompt": ', 2, "line 2"),
+        (["submit", "-"], "3", 2, "must hold a job"),
+        (["submit", "-"], " ", 2, "holds no job"),
+        (["submit"], None, 2, "--prompt"),
+        (["submit", "-", "--prompt", "a"], "{}", 2, "--prompt"),
+        (["submit", "-", "--model", "m"], "{}", 2, "--model"),
+        (["submit", "/no/such/file"], None, 2, "/no/such/file"),
+        (["status", "job_1", "--url", "ftp://x"], None, 2, "http://"),
+        (["status", "job_1", "--url", "http://127.0.0.1:1"], None, 1, "cannot be reached"),
+        (["status"], None, 2, "ID"),
+        (["api", "--host", "0.0.0.0"], None, 2, "--allow-public"),
+        (["api", "--host", "example.com"], None, 2, "no keys"),
+        (["api", "--port", "70000"], None, 2, "--port"),
+        (["up"], None, 2, "--model"),
+        (["run-batch", "-i", "/no/such", "-o", "x"], None, 2, "/no/such"),
+        (["nonsense"], None, 2, "nonsense"),
+    ],
+)
+def test_mistakes_are_named(
+    run: Run, arguments: list[str], text: str | None, status: int, named: str
+) -> None:
+    result = run(*arguments, text=text)
+    assert result.exit_code == status, result.output
+    assert named in result.output
+    assert "Traceback" not in result.output
+
+
+def test_settings_that_are_wrong_are_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NIGHTPRESS_MAX_N", "0")
+    result = run("migrate")
+    assert result.exit_code == 2
+    assert "NIGHTPRESS_MAX_N" in result.output
+    monkeypatch.setenv("NIGHTPRESS_MAX_N", "1")
+    monkeypatch.setenv("NIGHTPRESS_ENGINE__DEVICE", "tpu")
+    assert "NIGHTPRESS_ENGINE__DEVICE" in run("migrate").output
+
+
+def test_many_lines_become_several_batches() -> None:
+    made = [body["jobs"] for body in _batches("file", b'{"prompt": "a"}\n' * 20_001)]
+    assert [len(jobs) for jobs in made] == [10_000, 10_000, 1]
+    long = json.dumps({"prompt": "x" * 20_000_000}).encode()
+    assert [len(body["jobs"]) for body in _batches("file", b"\n".join([long] * 3))] == [1, 1, 1]
+
+
+def test_migrate(empty_database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NIGHTPRESS_DATABASE_URL", empty_database_url)
+    database = Database(empty_database_url)
+    for _ in range(2):
+        result = CliRunner().invoke(main, ["migrate"])
+        assert (result.exit_code, result.output) == (0, "database is up to date\n")
+        assert is_current(database)
+    database.close()
+
+
+@pytest.mark.parametrize("reason", ["shape", "port", "database"])
+def test_an_api_that_cannot_start_says_why(database: Database, tmp_path: Path, reason: str) -> None:
+    environment: dict[str, Any] = {"NIGHTPRESS_DATABASE_URL": database.url}
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = "0"
+        if reason == "shape":
+            environment["NIGHTPRESS_DATABASE_URL"] = f"sqlite:///{tmp_path}/empty.sqlite3"
+        elif reason == "port":
+            port = str(taken.getsockname()[1])
+        else:
+            environment["NIGHTPRESS_DATABASE_URL"] = "postgresql://nobody@127.0.0.1:1/nothing"
+        process = Process("api", ["api", "--port", port], environment, tmp_path)
+        assert process.wait(START_SECONDS) == 1
+    expected = {"shape": "nightpress migrate", "port": f"port {port}", "database": "cannot be reached"}
+    assert expected[reason] in process.text()
+    assert "Traceback" not in process.text()

@@ -1,0 +1,146 @@
+"""run-batch with a real engine: every request answered once, whatever dies in between."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.processes import Process
+from tests.support.tiny import write_tiny_llama
+from tests.support.waiting import wait_until
+
+ENVIRONMENT = {
+    "NIGHTPRESS_ENGINE__DEVICE": "cpu",
+    "NIGHTPRESS_ENGINE__DTYPE": "float32",
+    "NIGHTPRESS_ENGINE__THREADS": "1",
+    "NIGHTPRESS_ENGINE__MAX_NUM_SEQS": "2",
+    "NIGHTPRESS_ENGINE__KV_CACHE_MEMORY_BYTES": str(16 * 2**20),
+}
+SECONDS = 90.0
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    write_tiny_llama(folder)
+    return folder
+
+
+def requests(count: int, max_tokens: int) -> list[dict[str, Any]]:
+    made = []
+    for i in range(count):
+        body: dict[str, Any] = {"model": "any", "max_tokens": max_tokens, "ignore_eos": True}
+        if i % 2:
+            body["messages"] = [{"role": "user", "content": f"number {i}"}]
+        else:
+            body["prompt"] = f"number {i}"
+        url = "/v1/chat/completions" if i % 2 else "/v1/completions"
+        made.append({"custom_id": f"r{i}", "method": "POST", "url": url, "body": body})
+    return made
+
+
+def start(folder: Path, model: Path, name: str = "run") -> Process:
+    arguments = ["run-batch", "-i", str(folder / "in.jsonl"), "-o", str(folder / "out.jsonl")]
+    return Process(name, [*arguments, "--model", str(model)], ENVIRONMENT, folder)
+
+
+def write(folder: Path, lines: list[dict[str, Any] | str]) -> None:
+    text = [one if isinstance(one, str) else json.dumps(one) for one in lines]
+    (folder / "in.jsonl").write_text("\n".join(text) + "\n")
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "out.jsonl"
+    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def engine_of(process: Process) -> int:
+    """The pid of its engine process."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return wait_until(
+        lambda: int((children.read_text().split() or ["0"])[0]), "an engine is started", SECONDS
+    )
+
+
+def test_every_line_is_answered_and_bad_ones_do_not_stop_the_rest(tmp_path: Path, model: Path) -> None:
+    good = requests(6, 5)
+    bad_body = {"custom_id": "bad", "url": "/v1/completions", "body": {"prompt": "a", "temperature": 9}}
+    too_long = {"custom_id": "long", "url": "/v1/completions", "body": {"prompt": "word " * 2_000}}
+    write(tmp_path, [*good[:3], "nonsense", bad_body, too_long, "", *good[3:]])
+    process = start(tmp_path, model)
+    assert process.wait(SECONDS) == 1, process.tail()
+    answers = {one["custom_id"]: one for one in read(tmp_path)}
+    assert set(answers) == {f"r{i}" for i in range(6)} | {"bad", "long", None}
+    for i in range(6):
+        body = answers[f"r{i}"]["response"]["body"]
+        assert body["usage"]["completion_tokens"] == 5
+        assert body["model"] == model.name
+        assert body["choices"][0]["finish_reason"] == "length"
+        assert ("message" if i % 2 else "text") in body["choices"][0]
+    assert answers["bad"]["response"]["status_code"] == 400
+    assert answers["bad"]["response"]["body"]["error"]["param"] == "temperature"
+    assert answers["long"]["response"]["body"]["error"]["code"] == "context_length_exceeded"
+    assert (answers[None]["response"], answers[None]["error"]["line"]) == (None, 4)
+    before = (tmp_path / "out.jsonl").read_bytes()
+    again = start(tmp_path, model, "again")
+    assert again.wait(SECONDS) == 1
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+    assert "9 of 9 requests answered, 3 failed" in again.text()
+
+
+def test_killed_engines_interrupts_and_torn_lines_lose_and_repeat_nothing(
+    tmp_path: Path, model: Path
+) -> None:
+    write(tmp_path, list(requests(40, 60)))
+    first = start(tmp_path, model, "first")
+    wait_until(lambda: len(read(tmp_path)) >= 3, "the first answers", SECONDS)
+    os.kill(engine_of(first), signal.SIGKILL)
+    answered = len(read(tmp_path))
+    wait_until(lambda: len(read(tmp_path)) >= answered + 5, "answers of the next engine", SECONDS)
+    first.signal(signal.SIGINT)
+    assert first.wait(SECONDS) == 1, first.tail()
+    assert "interrupted" in first.text()
+    kept = read(tmp_path)
+    assert len(kept) < 40
+    with (tmp_path / "out.jsonl").open("ab") as file:
+        file.write(b'{"id": "torn')
+    second = start(tmp_path, model, "second")
+    wait_until(lambda: len(read(tmp_path)) >= len(kept) + 3, "more answers", SECONDS)
+    second.kill()
+    third = start(tmp_path, model, "third")
+    assert third.wait(SECONDS) == 0, third.tail()
+    answers = read(tmp_path)
+    assert Counter(one["custom_id"] for one in answers) == Counter(f"r{i}" for i in range(40))
+    assert answers[: len(kept)] == kept
+    text = {one["custom_id"]: one["response"]["body"]["choices"] for one in answers}
+
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    write(whole, list(requests(40, 60)))
+    assert start(whole, model, "whole").wait(SECONDS) == 0
+    assert {one["custom_id"]: one["response"]["body"]["choices"] for one in read(whole)} == text
+
+
+def test_files_that_cannot_be_used_are_refused(tmp_path: Path, model: Path) -> None:
+    twice = requests(1, 5) * 2
+    write(tmp_path, list(twice))
+    process = start(tmp_path, model)
+    assert process.wait(SECONDS) == 1
+    assert "lines 1 and 2: 'r0'" in process.text()
+    write(tmp_path, list(requests(1, 5)))
+    (tmp_path / "out.jsonl").write_text("a letter to my mother\n")
+    process = start(tmp_path, model)
+    assert process.wait(SECONDS) == 1
+    assert (tmp_path / "out.jsonl").read_text() == "a letter to my mother\n"
+    (tmp_path / "out.jsonl").unlink()
+    process = start(tmp_path, tmp_path / "no-model")
+    assert process.wait(SECONDS) == 1
+    assert "no-model" in process.text()
+    assert "Traceback" not in process.text().rpartition("r0")[2]

@@ -1,0 +1,107 @@
+"""Embedded mode: one command up, one signal down, nothing left, whoever is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.processes import Process
+from tests.support.tiny import write_tiny_llama
+from tests.support.waiting import wait_until
+
+SECONDS = 90.0
+ENVIRONMENT = {
+    "NIGHTPRESS_ENGINE__DEVICE": "cpu",
+    "NIGHTPRESS_ENGINE__DTYPE": "float32",
+    "NIGHTPRESS_ENGINE__THREADS": "1",
+    "NIGHTPRESS_ENGINE__KV_CACHE_MEMORY_BYTES": str(16 * 2**20),
+    "NIGHTPRESS_GRACE_SECONDS": "5",
+}
+
+
+@pytest.fixture
+def up(tmp_path: Path) -> Iterator[Process]:
+    write_tiny_llama(tmp_path / "tiny")
+    arguments = ["up", "--port", "0", "--data-dir", str(tmp_path / "d"), "--model", str(tmp_path / "tiny")]
+    process = Process("up", arguments, ENVIRONMENT, tmp_path)
+    wait_until(lambda: "\nready\n" in process.text() or not process.alive, "up is ready", SECONDS)
+    assert process.alive, process.tail()
+    yield process
+    process.destroy()
+
+
+def tree(pid: int) -> dict[int, str]:
+    """Every descendant of a process, with its command line."""
+    found: dict[int, str] = {}
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, task.read_text().split()):
+            found[child] = Path(f"/proc/{child}/cmdline").read_text().replace("\x00", " ")
+            found |= tree(child)
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def call(folder: Path, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    url = (folder / "d" / "url").read_text().strip()
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"})
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(request, timeout=10) as answer:
+        return dict(json.load(answer))
+
+
+def generate(folder: Path) -> None:
+    job_id = call(folder, "/v1/jobs", {"prompt": "a", "max_tokens": 4, "ignore_eos": True})["id"]
+    done = wait_until(
+        lambda: next((j for j in [call(folder, f"/v1/jobs/{job_id}")] if j["status"] == "completed"), None),
+        "the job completes",
+        SECONDS,
+    )
+    assert done["usage"]["completion_tokens"] == 4
+
+
+def test_up_works_survives_its_worker_and_stops_cleanly(up: Process, tmp_path: Path) -> None:
+    generate(tmp_path)
+    children = tree(up.pid)
+    assert len(children) == 4, children  # broker, worker, engine, api
+    second = Process("second", ["up", "--data-dir", str(tmp_path / "d"), "--model", "x"], {}, tmp_path)
+    assert second.wait(SECONDS) == 1
+    assert "already running" in second.text()
+    (worker,) = (pid for pid, command in children.items() if " worker " in command)
+    (engine,) = (pid for pid, command in children.items() if "engine.process" in command)
+    os.kill(worker, signal.SIGKILL)
+    wait_until(lambda: not alive(engine), "the engine dies with its worker", 10)
+    generate(tmp_path)
+    children = tree(up.pid)
+    up.signal(signal.SIGINT)
+    assert up.wait(SECONDS) == 0, up.tail()
+    assert not [command for pid, command in children.items() if alive(pid)]
+    assert not (tmp_path / "d" / "url").exists()
+    assert "Traceback" not in up.text()
+
+
+def test_nothing_outlives_an_up_that_is_killed(up: Process) -> None:
+    children = tree(up.pid)
+    assert len(children) == 4, children
+    up.kill()
+    wait_until(lambda: not any(alive(pid) for pid in children), "all children end", 10)
+
+
+def test_a_model_that_cannot_be_served_ends_up(tmp_path: Path) -> None:
+    arguments = ["up", "--port", "0", "--data-dir", str(tmp_path / "d"), "--model", str(tmp_path / "none")]
+    process = Process("up", arguments, ENVIRONMENT, tmp_path)
+    assert process.wait(SECONDS) == 1
+    assert "the worker cannot start" in process.text()
