@@ -77,6 +77,8 @@ class EngineSupervisor(threading.Thread):
         """Raises `EngineGoneError` or `NoCreditError`; then none of them was taken."""
         process = self._process
         assert process is not None, "room was 0"
+        if not process.in_flight:
+            self.moved_at = time.monotonic()  # it stood still for want of work
         process.add(requests)
 
     def abort(self, ids: Sequence[RequestId]) -> None:
