@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import engine
+import engine.request
 from engine.config import EngineConfig
 from engine.request import Request, RequestId
 from engine.wire import (
@@ -101,7 +101,7 @@ class EngineProcess:
             "--parent-pid",
             str(os.getpid()),
         ]
-        roots = [str(Path(engine.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+        roots = [str(Path(engine.request.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, roots))}
         try:
             self._process = subprocess.Popen(

@@ -32,10 +32,8 @@ BROKEN = {  # file: an import that it must not have
 
 
 def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
-    # From the folder itself, without our own root on the path: the copy must be what is examined.
-    code = (
-        "import sys; from importlinter.cli import lint_imports_command as c; sys.argv = ['lint-imports']; c()"
-    )
+    # From the folder itself, which `-c` puts first on the path: a copy must be what is examined.
+    code = "import sys; from importlinter.cli import lint_imports_command as c; sys.argv[0] = 'lint-imports'; c()"
     return subprocess.run(
         [sys.executable, "-c", code, "--no-cache"], cwd=folder, capture_output=True, text=True, timeout=120
     )
