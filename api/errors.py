@@ -2,13 +2,14 @@
 
 Owns `{"error": {"message", "type", "param", "code"}}`, the mapping of exceptions to status codes, and the
 `x-request-id` header by which a client's report is found in the log. An unforeseen exception is logged under
-that id; its text never leaves the process, because it may hold somebody's prompt or a password.
+that id by its kind and place; its text is shown to nobody, because it may hold a prompt or a password.
 """
 
 from __future__ import annotations
 
 import logging
 import secrets
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -121,8 +122,13 @@ class RequestIds:
             await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
             log.info("api.client_left request=%s", request_id)
-        except Exception:
-            log.exception("api.failed request=%s method=%s", request_id, scope["method"])
+        except Exception as error:
+            # Where, not what: the text of an exception may hold the very values that it is about.
+            place = "".join(traceback.format_tb(error.__traceback__))
+            kind = type(error).__name__
+            log.error(
+                "api.failed request=%s method=%s error=%s\n%s", request_id, scope["method"], kind, place
+            )
             if started:
                 raise  # the client must see a broken answer, not a short one
             answer = envelope(500, f"internal error, see the log for {request_id}", code="internal_error")

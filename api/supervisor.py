@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
-import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -24,6 +24,8 @@ from typing import TextIO
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from jobs.database import Database
+from jobs.reads import Reads
 from jobs.settings import Settings
 from jobs.valkey import PrivateValkey
 from migrations import upgrade
@@ -85,6 +87,11 @@ class Child:
         return None if self._process is None else self._process.poll()
 
     @property
+    def pid(self) -> int:
+        """0 while it is not running."""
+        return 0 if self._process is None else self._process.pid
+
+    @property
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
@@ -123,6 +130,8 @@ class Supervisor:
         self._url_file = self._folder / "url"
         self._stopping = threading.Event()
         self._hurry = threading.Event()
+        self._database: Database | None = None
+        self._reads: Reads | None = None
         self._valkey = PrivateValkey(settings.valkey_socket) if settings.embedded_broker else None
         place = ("--data-dir", str(self._folder))
         self._api = Child(
@@ -157,6 +166,8 @@ class Supervisor:
         if self._valkey is not None:
             self._valkey.start()
         upgrade(self._settings.database)
+        self._database = Database(self._settings.database, pool_size=1)
+        self._reads = Reads(self._database)
         self._worker.start()  # first, because loading the model takes longest
         self._api.start()
         deadline = time.monotonic() + API_START_SECONDS
@@ -190,10 +201,13 @@ class Supervisor:
                 self._valkey.start()
 
     def _is_ready(self) -> bool:
+        """Our own worker is loaded (a row that a killed one left behind does not count), and the API says so."""
         try:
+            if self._reads is None or not self._reads.is_worker_ready(socket.gethostname(), self._worker.pid):
+                return False
             with _direct.open(f"{self._url_file.read_text().strip()}/ready", timeout=2.0) as answer:
-                return bool(json.load(answer)["models"])
-        except (OSError, ValueError, KeyError):
+                return bool(answer.status == 200)
+        except (OSError, SQLAlchemyError):
             return False
 
     def _stop(self) -> None:
@@ -201,6 +215,8 @@ class Supervisor:
         self._api.stop(STOP_MARGIN_SECONDS, self._hurry)
         if self._valkey is not None:
             self._valkey.stop()
+        if self._database is not None:
+            self._database.close()
         self._url_file.unlink(missing_ok=True)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

@@ -218,6 +218,17 @@ class Reads:
             models=tuple(sorted({worker.model for worker in moving})),
         )
 
+    def is_worker_ready(self, host: str, pid: int) -> bool:
+        """True when the worker that is this very process has loaded its model and holds its lease."""
+        query = select(Worker.id).where(
+            Worker.host == host,
+            Worker.pid == pid,
+            Worker.state == WorkerState.READY,
+            Worker.lease_until > now(),
+        )
+        with self._database.read() as connection:
+            return connection.execute(query).first() is not None
+
 
 def _jobs() -> Select[Any]:
     return select(

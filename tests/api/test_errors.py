@@ -76,7 +76,8 @@ def test_an_error_in_the_code_is_a_plain_500(database: Database, settings: Setti
     with TestClient(app) as client, caplog.at_level(logging.INFO):
         answer = client.get("/broken")
     assert error_of(answer, 500)["code"] == "internal_error"
-    assert SECRET not in answer.text
+    assert SECRET not in answer.text + caplog.text
+    assert "RuntimeError" in caplog.text
     assert answer.headers["x-request-id"] in answer.json()["error"]["message"]
 
 
@@ -125,7 +126,9 @@ def test_the_schema_can_be_made(front: TestClient) -> None:
     }
 
 
-@pytest.mark.parametrize("module", ["api.app", "api.server", "api.cli", "api.supervisor", "migrations"])
+@pytest.mark.parametrize(
+    "module", ["api.app", "api.server", "api.cli", "api.supervisor", "api.run_batch", "migrations"]
+)
 def test_no_torch_in_this_process(module: str) -> None:
     program = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0

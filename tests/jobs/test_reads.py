@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections import Counter
 from typing import Any
 
@@ -236,3 +238,17 @@ def test_a_busy_engine_without_steps_is_not_ready(database: Database, intake: In
     assert "60 seconds" in str(readiness.reason)
     worker(database, "second")
     assert reads.readiness(60).ready, "another worker moves"
+
+
+def test_one_worker_process_is_told_from_another(database: Database, reads: Reads) -> None:
+    host, pid = socket.gethostname(), os.getpid()
+    assert not reads.is_worker_ready(host, pid)
+    worker(database, state=WorkerState.STARTING)
+    assert not reads.is_worker_ready(host, pid)
+    worker(database, "second")
+    assert reads.is_worker_ready(host, pid)
+    assert not reads.is_worker_ready(host, pid + 1)
+    assert not reads.is_worker_ready("elsewhere", pid)
+    with database.write() as connection:
+        connection.execute(update(Worker).values(lease_until=now() - 1))
+    assert not reads.is_worker_ready(host, pid)
