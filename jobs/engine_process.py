@@ -102,7 +102,13 @@ class EngineProcess:
             str(os.getpid()),
         ]
         roots = [str(Path(engine.request.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, roots))}
+        environment = {
+            # OpenMP threads that wait for each other give their core away almost at once: no slower alone (11.3
+            # and 12.0 ms a step on two cores), and several times faster beside other busy processes
+            "GOMP_SPINCOUNT": "1000",
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, roots)),
+        }
         try:
             self._process = subprocess.Popen(
                 command, pass_fds=(child_read, child_write), stdin=subprocess.DEVNULL, env=environment

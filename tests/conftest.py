@@ -21,6 +21,7 @@ from tests.support.servers import PostgresServer, ValkeyServer
 _SHELL = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("NIGHTPRESS_")}
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so before any test module
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is imported; see jobs/engine_process.py
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network
 
 leaks.mark_this_run()
