@@ -40,7 +40,7 @@ def up(data_dir: Path | None, model: str | None, port: int | None) -> None:
 @data_dir_option
 @click.option("--host", help="Address to bind; loopback only, unless --allow-public is given.")
 @port_option
-@click.option("--allow-public", is_flag=True, help="Bind another address than loopback.")
+@click.option("--allow-public", is_flag=True, help="Bind any address, answer under any name.")
 @click.option(
     "--url-file", type=click.Path(dir_okay=False, path_type=Path), help="Write the address here too."
 )
@@ -57,7 +57,7 @@ def api(
             "read everything. Bind a loopback address, or give --allow-public where something in front of it "
             "decides who gets through."
         )
-    sys.exit(server.run(settings, url_file))
+    sys.exit(server.run(settings, url_file, public=allow_public))
 
 
 @click.command()

@@ -15,8 +15,10 @@ from pathlib import Path
 
 import uvicorn
 from sqlalchemy.exc import SQLAlchemyError
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api.app import create_app
+from api.errors import RequestIds, envelope
 from jobs.broker import make_app
 from jobs.database import Database
 from jobs.settings import Settings
@@ -37,8 +39,33 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def run(settings: Settings, url_file: Path | None = None) -> int:
-    """Serve until SIGTERM or SIGINT; returns the exit status. Prints `listening on URL` once it answers."""
+class LocalNames:
+    """ASGI: refuses requests whose Host is not a name of this machine itself.
+
+    A web page can make its own name mean 127.0.0.1 and then read every answer (DNS rebinding). The browser
+    still sends that page's name as Host, and this is where it shows.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+            name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+            if not is_loopback(name):
+                message = "this server answers only under a loopback name; see --allow-public"
+                answer = envelope(421, message, code="misdirected_request", param="host")
+                await RequestIds(answer)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def run(settings: Settings, url_file: Path | None = None, *, public: bool = False) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit status. Prints `listening on URL` once it answers.
+
+    Unless `public`, only requests that name this machine by a loopback name are answered.
+    """
     logging.basicConfig(
         level=settings.log_level.upper(),
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
@@ -58,7 +85,8 @@ def run(settings: Settings, url_file: Path | None = None) -> int:
     sweeper = Sweeper(database, settings.sweep_seconds, wakeups.wake)
     sweeper.start()
     try:
-        _Server(create_app(settings, database, wakeups.wake), settings, listener, url_file).serve_all()
+        app: ASGIApp = create_app(settings, database, wakeups.wake)
+        _Server(app if public else LocalNames(app), settings, listener, url_file).serve_all()
     finally:
         sweeper.stop()
         wakeups.close()
@@ -70,11 +98,11 @@ def run(settings: Settings, url_file: Path | None = None) -> int:
 
 class _Server(uvicorn.Server):
     def __init__(
-        self, app: object, settings: Settings, listener: socket.socket, url_file: Path | None
+        self, app: ASGIApp, settings: Settings, listener: socket.socket, url_file: Path | None
     ) -> None:
         super().__init__(
             uvicorn.Config(
-                app,  # type: ignore[arg-type]
+                app,
                 log_level=settings.log_level,
                 log_config=None,
                 access_log=False,  # addresses hold ids and filters, and there is a request id for errors

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from click.testing import CliRunner, Result
 
@@ -95,6 +96,29 @@ def test_the_api_says_where_it_listens(api: Process) -> None:
     url = (api.log.parent / "url").read_text().strip()
     assert url.startswith("http://127.0.0.1:")
     assert f"listening on {url}\n" in api.text()
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1", 200),
+        ("localhost:8000", 200),
+        ("[::1]:80", 200),
+        ("127.9.9.9:1", 200),
+        ("evil.example", 421),
+        ("evil.example:8000", 421),
+        ("127.0.0.1.evil.example", 421),
+        ("192.168.0.1", 421),
+        ("", 421),
+    ],
+)
+def test_only_loopback_names_are_answered(api: Process, host: str, status: int) -> None:
+    url = (api.log.parent / "url").read_text().strip()
+    answer = httpx.get(f"{url}/health", headers={"host": host}, trust_env=False)
+    assert answer.status_code == status
+    if status != 200:
+        assert answer.json()["error"]["param"] == "host"
+        assert answer.headers["x-request-id"]
 
 
 def test_one_prompt(run: Run, database: Database) -> None:
