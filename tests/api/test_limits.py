@@ -9,11 +9,20 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from jobs.body import JobBody
 from jobs.settings import Settings
+from tests.api.conftest import LIMITS
 from tests.api.test_job_routes import error_of
 
 JSON = {"content-type": "application/json"}
+
+
+@pytest.fixture(name="limits")
+def _limits() -> Settings:
+    return Settings(model="tiny", **LIMITS)
 
 
 def post(front: TestClient, content: Any, **headers: str) -> Any:
@@ -47,16 +56,16 @@ def test_what_is_not_strict_json_is_refused(front: TestClient, raw: bytes) -> No
     assert error_of(post(front, raw), 400)["code"] == "invalid_json"
 
 
-def test_a_single_job_has_its_own_limit(front: TestClient, settings: Settings) -> None:
+def test_a_single_job_has_its_own_limit(front: TestClient, limits: Settings) -> None:
     body = json.dumps({"prompt": "x" * 5_000}).encode()
-    fits = body + b" " * (settings.max_body_bytes - len(body))
+    fits = body + b" " * (limits.max_body_bytes - len(body))
     assert post(front, fits).status_code == 202
     assert error_of(post(front, fits + b" "), 413)["code"] == "body_too_large"
 
 
-def test_an_array_has_another(front: TestClient, settings: Settings) -> None:
+def test_an_array_has_another(front: TestClient, limits: Settings) -> None:
     body = json.dumps({"jobs": [{"prompt": "x" * 3_000}] * 50}).encode()
-    fits = body + b" " * (settings.max_array_bytes - len(body))
+    fits = body + b" " * (limits.max_array_bytes - len(body))
     assert post(front, fits).status_code == 202
     assert error_of(post(front, fits + b" "), 413)["code"] == "body_too_large"
 
@@ -112,3 +121,40 @@ def test_the_errors_of_a_hostile_body_are_cheap(front: TestClient) -> None:
     started = time.perf_counter()
     assert error_of(post(front, json.dumps(body).encode()), 400)["param"].startswith("jobs[0].f")
     assert time.perf_counter() - started < 5.0
+
+
+_SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(st.characters(exclude_categories=()), max_size=20),  # lone surrogates and NUL too
+)
+_VALUES = st.recursive(
+    _SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+)
+_MESSAGES = st.lists(
+    st.fixed_dictionaries({}, optional={"role": st.just("user") | _VALUES, "content": _VALUES}), max_size=3
+)
+_JOBS = st.fixed_dictionaries(
+    {},
+    optional={
+        **dict.fromkeys(JobBody.model_fields, _VALUES),
+        "prompt": st.just("a") | _VALUES,
+        "messages": _MESSAGES | _VALUES,
+        "surprise": _VALUES,
+    },
+)
+_BODIES = _JOBS | _VALUES | st.fixed_dictionaries({"jobs": st.lists(_JOBS, max_size=3) | _VALUES})
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(body=_BODIES)
+def test_no_json_value_breaks_the_api(front: TestClient, body: Any) -> None:
+    answer = post(front, json.dumps(body).encode())
+    if answer.status_code == 202:
+        kind = "batches" if "jobs" in body else "jobs"
+        assert front.get(f"/v1/{kind}/{answer.json()['id']}").json() == answer.json()
+    else:
+        error_of(answer, 400)
