@@ -146,7 +146,28 @@ _JOBS = st.fixed_dictionaries(
         "surprise": _VALUES,
     },
 )
-_BODIES = _JOBS | _VALUES | st.fixed_dictionaries({"jobs": st.lists(_JOBS, max_size=3) | _VALUES})
+_TEXT = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=20)
+_GOOD_JOBS = st.fixed_dictionaries(  # most of them: NUL in a name is refused
+    {"prompt": _TEXT},
+    optional={
+        "model": _TEXT,
+        "custom_id": _TEXT,
+        "metadata": st.dictionaries(_TEXT, _TEXT, max_size=3),
+        "stop": _TEXT | st.lists(_TEXT, max_size=3),
+        "seed": st.integers(-(2**63), 2**63 - 1),
+        "temperature": st.floats(0, 2) | st.integers(0, 2),
+        "max_tokens": st.integers(1, 2**31),
+        "stop_token_ids": st.lists(st.integers(0, 2**31), max_size=3),
+    },
+)
+_BODIES = (
+    _GOOD_JOBS
+    | _JOBS
+    | _VALUES
+    | st.fixed_dictionaries(
+        {"jobs": st.lists(_GOOD_JOBS, min_size=1, max_size=3) | st.lists(_JOBS, max_size=3) | _VALUES}
+    )
+)
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
