@@ -30,6 +30,7 @@ class WakeUps:
         self._turn = threading.Condition()
         self._models: set[str] = set()
         self._stopping = False
+        self._failing = False
         self._thread: threading.Thread | None = None
 
     def wake(self, model: str, num_jobs: int = 1) -> None:
@@ -52,8 +53,11 @@ class WakeUps:
                 model = self._models.pop()
             try:
                 self._publish(model)
+                self._failing = False
             except Exception as error:  # of redis or kombu: the sweeper announces it again
-                log.warning("wake_up.failed model=%s error=%s", model, type(error).__name__)
+                if not self._failing:  # said once, not for every job until Redis is back
+                    log.warning("wake_up.failed model=%s error=%s", model, type(error).__name__)
+                self._failing = True
 
     def _publish(self, model: str) -> None:
         queue = work_queue(model)

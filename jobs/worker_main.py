@@ -32,14 +32,18 @@ def main(settings: Settings) -> int:
     # Said of root because of pickle; JSON is all that we accept (`broker`).
     warnings.filterwarnings("ignore", category=SecurityWarning)
     app = make_app(settings)
-    worker = app.Worker(
-        queues=[GENERATE_QUEUE, work_queue(settings.served_model)],
-        loglevel=settings.log_level.upper(),
-        without_gossip=True,
-        without_mingle=True,
-        without_heartbeat=True,
-        optimization="fair",
-        quiet=True,
-    )
+    try:
+        worker = app.Worker(
+            queues=[GENERATE_QUEUE, work_queue(settings.served_model)],
+            loglevel=settings.log_level.upper(),
+            without_gossip=True,
+            without_mingle=True,
+            without_heartbeat=True,
+            optimization="fair",
+            quiet=True,
+        )
+    except (ValueError, OSError) as error:  # of the checkpoint, its tokenizer or the engine's settings
+        sys.stderr.write(f"NIGHTPRESS_MODEL: {settings.model} cannot be served: {error}\n")
+        return 2
     worker.start()
     return int(worker.exitcode or 0)
