@@ -326,12 +326,14 @@ int FN(paged_attention)(long rows, long kv_heads, long group, long dim, long pag
     long *item_start = malloc((rows + 1) * sizeof(long));
     if (!item_start) return -1;
     item_start[0] = 0;
+    long work = 0; /* products of a query channel with a key channel */
     for (long r = 0; r < rows; r++) {
         long count = query_start[r + 1] - query_start[r];
         item_start[r + 1] = item_start[r] + (count + ITEM_TOKENS - 1) / ITEM_TOKENS * kv_heads;
+        work += count * context_lens[r] * kv_heads * group * dim;
     }
     long out_stride = kv_heads * group * dim;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (item_start[rows] > 1)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (work > 4 * PARALLEL_WORK)
     for (long item = 0; item < item_start[rows]; item++) {
         long r = 0, above = rows;
         while (above - r > 1) { /* the row whose items include this one */
