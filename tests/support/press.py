@@ -77,11 +77,12 @@ class Press:
         return found[1] if found else None
 
     def start_workers(self, num_workers: int) -> list[Process]:
-        """Have exactly so many workers, all of them ready: live ones are kept, others are started."""
+        """Have exactly so many workers, ready and idle: live ones are kept, others are started."""
         for process in self.live_workers()[num_workers:]:
             process.terminate(START_SECONDS)
-        started = [self.start("worker", ["worker"]) for _ in range(num_workers - len(self.live_workers()))]
-        for process in started:
+        for _ in range(num_workers - len(self.live_workers())):
+            self.start("worker", ["worker"])
+        for process in self.live_workers():
             wait_until(
                 lambda process=process: self._ready(process), f"{process.name} is ready", START_SECONDS
             )
@@ -91,9 +92,10 @@ class Press:
         return [process for process in self.processes if process.name.startswith("worker") and process.alive]
 
     def _ready(self, process: Process) -> bool:
+        """Its row says so, and no longer tells of what the story before made it do."""
         assert process.alive, process.tail()
         row = self.worker(process)
-        return row is not None and row["state"] == WorkerState.READY
+        return row is not None and row["state"] == WorkerState.READY and row["num_running"] == 0
 
     def worker(self, process: Process) -> dict[str, Any] | None:
         """The newest row of the workers table with this process's pid."""
