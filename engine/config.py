@@ -58,7 +58,7 @@ class RopeScaling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """Sizes and flags of one decoder, read from the checkpoint. Families are data: no code branches on a name."""
+    """Sizes and flags of one decoder. Families are data: no code branches on a name."""
 
     architecture: str  # as the checkpoint calls it, e.g. LlamaForCausalLM
     vocab_size: int

@@ -104,7 +104,7 @@ class EngineProcess:
         roots = [str(Path(engine.request.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         environment = {
             # OpenMP threads that wait for each other give their core away almost at once: no slower alone (11.3
-            # and 12.0 ms a step on two cores), and several times faster beside other busy processes
+            # and 12.0 ms a step on two cores), and two engines on one machine no longer starve each other
             "GOMP_SPINCOUNT": "1000",
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, roots)),
