@@ -44,6 +44,7 @@ class Claimer(threading.Thread):
         worker_id: Callable[[], str],
         encode: Callable[[Claim], Request],
         finish: Callable[[Outcome], None],
+        on_more: Callable[[], None],
         window: int,
         low_water: int,
         max_crashes: int,
@@ -56,6 +57,7 @@ class Claimer(threading.Thread):
         self.worker_id = worker_id
         self.encode = encode
         self.finish = finish
+        self.on_more = on_more  # SQL holds more than fits in here: others may have it
         self.window = window
         self.low_water = low_water  # claim again when so many are left
         self.max_crashes = max_crashes
@@ -101,6 +103,7 @@ class Claimer(threading.Thread):
         self.wake()
 
     def _fill(self) -> None:
+        claimed = False
         while not self._stopping:
             if self._alone and self.holdings.get(self._alone):
                 return None
@@ -109,11 +112,14 @@ class Claimer(threading.Thread):
                 return self._run_alone()
             room = min(self.window - len(self.holdings), self.supervisor.room, CLAIM_GROUP)
             if room <= 0 or not self._more:
+                if claimed and self._more:
+                    self.on_more()
                 return None
             self._more = False  # before the claim: a wake-up that comes during it counts
             claims = self.database.transact(
                 partial(claim, worker_id=self.worker_id(), model=self.model, limit=room)
             )
+            claimed = True
             if len(claims) == room:
                 self._more = True
             self._admit(self.holdings.add(claims))

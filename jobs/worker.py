@@ -84,6 +84,7 @@ class Worker:
             worker_id=name,
             encode=self._encode,
             finish=self.writer.put,
+            on_more=lambda: self.wake_ups.wake(self.model),
             window=window,
             low_water=max(window - max_num_seqs // 4 - 1, 0),
             max_crashes=settings.max_crashes,
