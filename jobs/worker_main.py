@@ -25,7 +25,9 @@ def main(settings: Settings) -> int:
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
         stream=sys.stderr,
     )
-    logging.getLogger("celery.worker.strategy").setLevel(logging.WARNING)  # a line per message, with its text
+    # Celery would log messages with what is in them: prompts have no place in a log.
+    logging.getLogger("celery.worker.strategy").setLevel(logging.WARNING)
+    logging.getLogger("celery.pool").setLevel(logging.INFO)
     if not settings.model:
         sys.stderr.write("NIGHTPRESS_MODEL: name the model to serve (a folder, a GGUF file or a hub id)\n")
         return 2
