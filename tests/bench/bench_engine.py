@@ -99,7 +99,13 @@ def bundled_model() -> Path:
 def load_theirs(path: Path) -> Any:
     source: dict[str, Any] = {"pretrained_model_name_or_path": path}
     if path.suffix == ".gguf":
-        source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+        # Unpacked into plain bf16 matrices, as ours are: packed ones would cast at every product.
+        unpacked = transformers.GgufConfig(dequantize=True)
+        source = {
+            "pretrained_model_name_or_path": path.parent,
+            "gguf_file": path.name,
+            "quantization_config": unpacked,
+        }
     return transformers.AutoModelForCausalLM.from_pretrained(dtype=torch.bfloat16, **source).eval()
 
 
@@ -114,8 +120,9 @@ def main() -> None:
 
     llm = LLM(model=str(path), dtype="bfloat16", device="cpu")
     theirs = load_theirs(path)
-    jobs = mixed(args.requests, args.seed, 49152)
-    warm = mixed(8, args.seed + 1, 49152)
+    vocab_size = theirs.config.vocab_size
+    jobs = mixed(args.requests, args.seed, vocab_size)
+    warm = mixed(8, args.seed + 1, vocab_size)
     run_ours(llm, warm)
     run_theirs(theirs, [Job(job.prompt, 8) for job in warm])
 
