@@ -15,7 +15,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -41,6 +41,7 @@ from jobs.batch_file import (
 )
 from jobs.body import BadField
 from jobs.engine_process import EngineProcess
+from jobs.requests import request_of
 from jobs.settings import Settings
 
 LOOK_SECONDS = 0.2  # how soon a Ctrl-C is seen
@@ -160,18 +161,14 @@ class BatchRun:
 
     def _encode(self, line: BatchLine) -> Entry:
         body = line.job(self._settings)
-        sampling = body.sampling(self._settings.default_max_tokens, self._settings.max_n)
-        if body.messages is not None:
-            messages = [{"role": message.role, "content": message.content} for message in body.messages]
-            ids = self._tokenizer.encode_chat(messages)
-        else:
-            ids = self._tokenizer.encode(body.prompt or "")
         # From the custom_id, so that a request draws the same tokens whenever its turn comes.
         seed = derive_seed("batch", line.custom_id) if body.seed is None else body.seed
-        request = Request(
-            id=RequestId(f"line-{line.number}", 1),
-            prompt_token_ids=tuple(ids),
-            sampling=replace(sampling, seed=seed),
+        request = request_of(
+            RequestId(f"line-{line.number}", 1),
+            body,
+            seed=seed,
+            tokenizer=self._tokenizer,
+            settings=self._settings,
         )
         return Entry(line, request)
 

@@ -12,7 +12,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from engine.checkpoint import Checkpoint
@@ -32,6 +31,7 @@ from jobs.holdings import Holding, Holdings
 from jobs.lease_keeper import LeaseKeeper
 from jobs.leases import leave, new_worker_id, register
 from jobs.outcomes import Outcome, Recorded
+from jobs.requests import request_of
 from jobs.settings import Settings
 from jobs.states import JobState, WorkerState
 from jobs.supervisor import EngineSupervisor
@@ -182,17 +182,12 @@ class Worker:
     # --- SQL's side -------------------------------------------------------------------------------------------
 
     def _encode(self, claim: Claim) -> Request:
-        body = JobBody.model_validate(claim.body)
-        sampling = body.sampling(self.settings.default_max_tokens, self.settings.max_n)
-        if body.messages is not None:
-            messages = [{"role": message.role, "content": message.content} for message in body.messages]
-            ids = self.tokenizer.encode_chat(messages)
-        else:
-            ids = self.tokenizer.encode(body.prompt or "")
-        return Request(
-            id=RequestId(claim.job_id, claim.fence),
-            prompt_token_ids=tuple(ids),
-            sampling=replace(sampling, seed=claim.seed),
+        return request_of(
+            RequestId(claim.job_id, claim.fence),
+            JobBody.model_validate(claim.body),
+            seed=claim.seed,
+            tokenizer=self.tokenizer,
+            settings=self.settings,
         )
 
     def _end(self, holding: Holding) -> None:

@@ -1,0 +1,27 @@
+"""Requests: a job's body turned into what the engine is asked; the mirror of `answers`.
+
+Owns the step from text to token ids, for jobs out of SQL and for lines of a batch file alike. Knows neither
+SQL nor pipes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from engine.request import Request, RequestId
+from engine.tokenizer import Tokenizer
+from jobs.body import JobBody
+from jobs.settings import Settings
+
+
+def request_of(
+    request_id: RequestId, body: JobBody, *, seed: int, tokenizer: Tokenizer, settings: Settings
+) -> Request:
+    """Raises `InvalidParameter`, or another ValueError for a chat that the checkpoint's template refuses."""
+    if body.messages is not None:
+        messages = [{"role": message.role, "content": message.content} for message in body.messages]
+        ids = tokenizer.encode_chat(messages)
+    else:
+        ids = tokenizer.encode(body.prompt or "")
+    sampling = body.sampling(settings.default_max_tokens, settings.max_n)
+    return Request(id=request_id, prompt_token_ids=tuple(ids), sampling=replace(sampling, seed=seed))
