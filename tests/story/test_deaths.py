@@ -14,10 +14,12 @@ from tests.support.processes import Process
 from tests.support.stories import long_jobs, short_jobs
 from tests.support.waiting import wait_until
 
+MOMENT = 0.3  # seconds; well within what these jobs take
+
 
 def in_mid_generation(press: Press, worker: Process) -> bool:
-    row = press.worker(worker)
-    return row is not None and row["num_running"] > 0 and bool(press.held_by(worker))
+    """It has held jobs for a moment: at once after the claim they are in the engine, which was idle before."""
+    return any(time.time() - job.started_at > MOMENT for job in press.held_by(worker).values())
 
 
 def test_a_worker_is_killed(press: Press) -> None:
@@ -69,7 +71,7 @@ def test_an_engine_process_is_killed(press: Press) -> None:
 def test_an_engine_process_is_killed_while_a_step_hangs(press: Press) -> None:
     """SIGSTOP stands for a step that never returns: the worker's death must still take the engine along."""
     (worker,) = press.start_workers(1)
-    press.submit(long_jobs(4, 4000))
+    press.submit(long_jobs(4, 8000))
     wait_until(lambda: in_mid_generation(press, worker), "it generates", 20)
     row = press.worker(worker)
     assert row is not None

@@ -19,7 +19,7 @@ from tests.support.waiting import wait_until
 @pytest.mark.long
 def test_a_job_is_convicted_only_when_it_died_alone(press: Press) -> None:
     (worker,) = press.start_workers(1)
-    batch_id = press.submit(long_jobs(3, 7000))
+    batch_id = press.submit(long_jobs(3, 8000))
     for _ in range(2):  # max_crashes: these two deaths meet all three
         row = running(press, worker, 3)
         os.kill(row["engine_pid"], signal.SIGKILL)
