@@ -49,7 +49,10 @@ class Arrivals(threading.Thread):
         database: Database,
         settings: Settings,
         results: CeleryResults,
+        *,
         on_jobs: Callable[[set[str]], None],
+        is_revoked: Callable[[str], bool],
+        cancel: Callable[[str], None],
     ) -> None:
         super().__init__(name="arrivals", daemon=True)
         self.database = database
@@ -57,6 +60,8 @@ class Arrivals(threading.Thread):
         self.intake = Intake(database, settings)
         self.results = results
         self.on_jobs = on_jobs  # told the models that have new work
+        self.is_revoked = is_revoked  # by a command that came while the message was on its way
+        self.cancel = cancel
         self._inbox: queue.SimpleQueue[Arrival | None] = queue.SimpleQueue()
         self._stopping = False
 
@@ -83,9 +88,18 @@ class Arrivals(threading.Thread):
                     if self._stopping:
                         return
                     time.sleep(RETRY_SECONDS)
-                except Exception:
-                    log.exception("arrivals.failed messages=%d", len(group))
-                    break
+                except Exception as error:
+                    log.error("arrivals.failed messages=%d error=%s", len(group), type(error).__name__)
+                    if len(group) > 1:  # one of them is to blame: each for itself
+                        for arrival in group:
+                            self._retry_alone(arrival)
+                    break  # a single one stays unacked, in Redis's care
+
+    def _retry_alone(self, arrival: Arrival) -> None:
+        try:
+            self._accept([arrival])
+        except Exception as error:
+            log.error("arrivals.failed message=1 error=%s", type(error).__name__)
 
     def _gather(self) -> tuple[list[Arrival], bool]:
         group: list[Arrival] = []
@@ -112,6 +126,9 @@ class Arrivals(threading.Thread):
         if good:
             self.intake.accept_messages(good)
             self._tell_started([task_id for task_id, _ in good])
+            for task_id, _ in good:
+                if self.is_revoked(task_id):
+                    self.cancel(task_id)
         for arrival in group:
             arrival.committed()
         if good:

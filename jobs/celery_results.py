@@ -12,6 +12,8 @@ import queue
 import threading
 from typing import Any
 
+from celery.states import READY_STATES
+
 from jobs.broker import NightpressCelery
 from jobs.outcomes import Outcome, Recorded
 from jobs.states import JobState
@@ -66,6 +68,8 @@ class CeleryResults(threading.Thread):
         while (item := self._pending.get()) is not None:
             job_id, state, value = item
             try:
+                if state == "STARTED" and self.backend.get_state(job_id) in READY_STATES:
+                    continue  # another worker was faster than this message
                 if state == "REVOKED":
                     self.backend.mark_as_revoked(job_id, reason=value)
                 elif state == "FAILURE":

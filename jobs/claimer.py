@@ -16,8 +16,7 @@ from functools import partial
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from engine.request import InvalidParameter, Rejected, Request, RequestId
-from jobs.body import BadField
+from engine.request import Request, RequestId
 from jobs.claims import Claim, claim
 from jobs.database import Database
 from jobs.engine_process import EngineGoneError, NoCreditError
@@ -29,10 +28,11 @@ log = logging.getLogger(__name__)
 
 CLAIM_GROUP = 64
 RETRY_SECONDS = 1.0
+STOP_SECONDS = 10.0
 
 
 class Claimer(threading.Thread):
-    """`window` is the most jobs held at once; `encode` makes a request of a claim or raises a ValueError."""
+    """`window` is the most jobs held at once; `encode` makes a request of a claim or raises, then that job fails."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class Claimer(threading.Thread):
         self._stopping = True
         self._wake.set()
         if self.is_alive():
-            self.join()
+            self.join(STOP_SECONDS)
 
     def run(self) -> None:
         while not self._stopping:
@@ -134,6 +134,9 @@ class Claimer(threading.Thread):
         if self.supervisor.num_in_flight > 0 or self.supervisor.room == 0:
             return
         holding = self._suspects.popleft()
+        if self.holdings.get(holding.id) is None:  # no longer ours: the lease was lost meanwhile
+            self._wake.set()
+            return
         self._alone = holding.id
         log.warning("claimer.alone job=%s crashes=%d", holding.claim.job_id, holding.claim.crashes)
         self._send([holding])
@@ -142,9 +145,13 @@ class Claimer(threading.Thread):
     def _send(self, holdings: list[Holding]) -> None:
         requests: list[Request] = []
         for holding in holdings:
+            if self._stopping:
+                break  # the drain hands the rest back
             try:
                 request = self.encode(holding.claim)
-            except (InvalidParameter, BadField, Rejected, ValueError) as error:
+            except BaseException as error:  # a tokenizer may raise anything, Rust panics included
+                if not isinstance(error, ValueError):
+                    log.error("claimer.encode job=%s error=%s", holding.claim.job_id, type(error).__name__)
                 if self.holdings.mark_dropped(holding):
                     self.finish(_refusal(holding.claim, error))
                 continue
@@ -153,21 +160,23 @@ class Claimer(threading.Thread):
         try:
             if requests:
                 self.supervisor.add(requests)
-        except (EngineGoneError, NoCreditError):
+        except (EngineGoneError, NoCreditError, ValueError):
             # The engine died between the claim and now, and never saw these.
             for request in requests:
                 self.finish(Outcome(job_id=request.id.job_id, fence=request.id.fence, kind="released"))
             self._more = True
 
 
-def _refusal(claim: Claim, error: ValueError) -> Outcome:
+def _refusal(claim: Claim, error: BaseException) -> Outcome:
+    said = str(error) if isinstance(error, ValueError) else "the tokenizer failed on this job's text"
     return Outcome(
         job_id=claim.job_id,
         fence=claim.fence,
         kind="failed",
         error={
-            "code": getattr(error, "code", None) or "invalid_request",
-            "message": str(error),
+            "code": getattr(error, "code", None)
+            or ("invalid_request" if isinstance(error, ValueError) else "encode_failed"),
+            "message": said,
             "param": getattr(error, "param", None),
         },
     )

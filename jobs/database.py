@@ -26,6 +26,15 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 BUSY_SECONDS = 30.0  # how long SQLite waits for another writer
+# A peer that froze or vanished must not hold anybody for longer than a lease or two.
+POSTGRES_ARGUMENTS: dict[str, Any] = {
+    "connect_timeout": 10,
+    "keepalives_idle": 5,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 15_000,
+    "options": "-c lock_timeout=10s -c idle_in_transaction_session_timeout=30s",
+}
 TRANSIENT_SQLSTATES = {"40001", "40P01", "55P03", "57P01", "57P02", "57P03", "53300"}
 
 
@@ -69,7 +78,7 @@ class Database:
                 max_overflow=pool_size,
                 pool_pre_ping=True,
                 hide_parameters=True,  # prompts do not belong in a log
-                connect_args={"connect_timeout": 10},
+                connect_args=POSTGRES_ARGUMENTS,
             )
 
     @contextmanager

@@ -53,9 +53,9 @@ class Holdings:
             return list(self._held.values())
 
     def mark_sent(self, holding: Holding) -> bool:
-        """Claim the right to send it; False when it was dropped meanwhile."""
+        """Claim the right to send it; False when it was dropped, or is no longer held."""
         with self._lock:
-            holding.sent = not holding.dropped
+            holding.sent = not holding.dropped and self._held.get(holding.id) is holding
             return holding.sent
 
     def mark_dropped(self, holding: Holding) -> bool:

@@ -23,6 +23,7 @@ from jobs.outcomes import Outcome
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 0.5
+STOP_SECONDS = 10.0
 
 
 class LeaseKeeper(threading.Thread):
@@ -66,7 +67,7 @@ class LeaseKeeper(threading.Thread):
         self._stopping = True
         self._poke.set()
         if self.is_alive():
-            self.join()
+            self.join(STOP_SECONDS)
 
     def run(self) -> None:
         wait = 0.0

@@ -80,8 +80,8 @@ def record(connection: Connection, *, worker_id: str, outcomes: Sequence[Outcome
 def _judge(outcome: Outcome, row: JobRow | None, ours: dict[str, JobRow]) -> Recorded:
     if row is not None and row.id in ours:
         return Recorded(outcome, _next_state(row, outcome), row.source, row.model)
-    if row is not None and row.state in (JobState.COMPLETED, JobState.FAILED):
-        # Only the holder of this fence could have written that: an earlier try of this very transaction.
+    if row is not None and row.state in (JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED):
+        # Under this fence only an earlier try of this very transaction, or for a cancel a sweep, wrote that.
         return Recorded(outcome, JobState(row.state), row.source, row.model)
     return Recorded(outcome, None)
 

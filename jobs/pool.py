@@ -41,7 +41,12 @@ class EnginePool(BasePool):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.worker = Worker(self.app.settings, self.app, on_hopeless=self._give_up)
+        self.worker = Worker(
+            self.app.settings,
+            self.app,
+            on_hopeless=self._give_up,
+            is_revoked=lambda task_id: task_id in celery_state.revoked,
+        )
         self._committed: deque[Callable[[], None]] = deque()
         self._eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
@@ -65,10 +70,12 @@ class EnginePool(BasePool):  # type: ignore[misc]
         name, task_id, _request, body, content_type, encoding = args
 
         def accept() -> None:
-            if accept_callback:
-                accept_callback(os.getpid(), time.monotonic())  # acks
-            if callback:
-                callback((0, None, 0.0))  # frees the reservation
+            try:
+                if accept_callback:
+                    accept_callback(os.getpid(), time.monotonic())  # acks
+            finally:
+                if callback:
+                    callback((0, None, 0.0))  # frees the reservation
 
         try:
             task_args, task_kwargs, _embed = loads(body, content_type, encoding, accept={"application/json"})

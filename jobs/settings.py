@@ -73,6 +73,9 @@ class Settings(BaseSettings):
     stall_seconds: float = Field(
         120.0, gt=0, description="a busy engine without a step for so long is restarted"
     )
+    start_seconds: float = Field(
+        1800.0, gt=0, description="an engine that is not loaded after so long is restarted"
+    )
     claim_window: int = Field(
         3, ge=1, le=16, description="jobs a worker may hold, in multiples of max_num_seqs"
     )

@@ -85,11 +85,14 @@ class EngineSupervisor(threading.Thread):
         if ids and (process := self._process):
             process.abort(ids)
 
-    def kill_if_stalled(self, seconds: float) -> None:
-        """A busy engine that shows no step for `seconds` hangs: end it, so that its death can be dealt with."""
-        process = self._process
-        if process and self.hello and process.in_flight and time.monotonic() - self.moved_at > seconds:
-            log.error("engine.stalled pid=%s seconds=%.0f", process.pid, seconds)
+    def kill_if_stalled(self, step_seconds: float, start_seconds: float) -> None:
+        """A busy engine that shows no step for so long hangs, and one that is not loaded after so long does too:
+        end it, so that its death can be dealt with."""
+        process, still = self._process, time.monotonic() - self.moved_at
+        if process is None or not process.alive:
+            return
+        if still > start_seconds if self.hello is None else process.in_flight and still > step_seconds:
+            log.error("engine.stalled pid=%s seconds=%.0f", process.pid, still)
             process.kill()
 
     # --- life -----------------------------------------------------------------------------------------------
@@ -101,9 +104,13 @@ class EngineSupervisor(threading.Thread):
             process = EngineProcess(self.config, on_message=self._take, on_exit=self._end)
             self._process = process
             self.num_starts += 1
-            process.start()
-            log.info("engine.start pid=%s start=%d", process.pid, self.num_starts)
-            self._ended.wait()
+            self.moved_at = time.monotonic()
+            try:
+                process.start()
+                log.info("engine.start pid=%s start=%d", process.pid, self.num_starts)
+                self._ended.wait()
+            except OSError as error:  # no memory or no descriptors for another process
+                log.error("engine.start_failed error=%s", error)
             if self._stopping.is_set():
                 return
             failed_starts = 0 if process.hello else failed_starts + 1

@@ -23,11 +23,12 @@ from jobs.states import HELD, LIVE_WORKER, JobState, LedgerKind, WorkerState
 log = logging.getLogger(__name__)
 
 REPAIRS_PER_SWEEP = 1000
+STOP_SECONDS = 10.0
 
 EXPIRED = select(Worker.id).where(Worker.state.in_(sorted(LIVE_WORKER)), Worker.lease_until < now()).limit(1)
-GONE = select(Worker.id).where(Worker.state.in_([WorkerState.LOST, WorkerState.STOPPED]))
+LIVE = select(Worker.id).where(Worker.state.in_(sorted(LIVE_WORKER)))
 STRANDED = select(Job.id).where(
-    Job.worker_id.is_not(None), Job.worker_id.in_(GONE), Job.state.in_(sorted(HELD))
+    Job.worker_id.is_not(None), Job.worker_id.not_in(LIVE), Job.state.in_(sorted(HELD))
 )
 
 
@@ -131,4 +132,4 @@ class Sweeper(threading.Thread):
     def stop(self) -> None:
         self._stopping.set()
         if self.is_alive():
-            self.join()
+            self.join(STOP_SECONDS)

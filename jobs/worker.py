@@ -14,6 +14,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from sqlalchemy import Connection
+from sqlalchemy.exc import SQLAlchemyError
+
 from engine.checkpoint import Checkpoint
 from engine.request import Completion, Request, RequestId
 from engine.tokenizer import Tokenizer
@@ -41,6 +44,7 @@ from jobs.writer import Writer
 
 log = logging.getLogger(__name__)
 
+LEAVE_SECONDS = 3.0
 HAND_BACK_SECONDS = 10.0  # for the engine to answer aborts, and for SQL to take them, at the end of a drain
 
 
@@ -48,7 +52,12 @@ class Worker:
     """`start` and `drain` are called from the main thread, everything else from any."""
 
     def __init__(
-        self, settings: Settings, app: NightpressCelery, *, on_hopeless: Callable[[str], None]
+        self,
+        settings: Settings,
+        app: NightpressCelery,
+        *,
+        on_hopeless: Callable[[str], None],
+        is_revoked: Callable[[str], bool],
     ) -> None:
         checkpoint = Checkpoint.open(settings.model, settings.engine.revision)
         self.settings = settings
@@ -58,6 +67,7 @@ class Worker:
         self.holdings = Holdings()
         self.worker_id = new_worker_id()
         self.draining = False
+        self._started = False
         self.results = CeleryResults(app)
         self.wake_ups = WakeUps(app)
         self.cancels = Cancels(self.database)
@@ -99,26 +109,36 @@ class Worker:
             end=self._end,
             finish=self.writer.put,
             on_lost=self._on_lost,
-            on_renewed=lambda: self.supervisor.kill_if_stalled(settings.stall_seconds),
+            on_renewed=lambda: self.supervisor.kill_if_stalled(
+                settings.stall_seconds, settings.start_seconds
+            ),
         )
         self.sweeper = Sweeper(self.database, settings.sweep_seconds, self._announce)
-        self.arrivals = Arrivals(self.database, settings, self.results, self._on_arrived)
+        self.arrivals = Arrivals(
+            self.database,
+            settings,
+            self.results,
+            on_jobs=self._on_arrived,
+            is_revoked=is_revoked,
+            cancel=lambda job_id: self.cancel([job_id], running=False),
+        )
         self._chore_thread = threading.Thread(target=self._do_chores, name="chores", daemon=True)
 
     # --- life -----------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Register and start every thread. Raises when SQL cannot be reached."""
-        self.database.transact(self._register)
+        self.database.transact(lambda connection: self._register(connection, self.worker_id))
         log.info("worker.start id=%s model=%s", self.worker_id, self.model)
         for thread in (self.results, self.writer, self.supervisor, self.claimer, self.keeper, self.sweeper):
             thread.start()
         self.arrivals.start()
         self._chore_thread.start()
+        self._started = True
 
     def drain(self, grace_seconds: float) -> None:
         """Claim nothing more, let what runs finish for `grace_seconds`, hand the rest back at once, leave."""
-        if self.draining or not self.supervisor.is_alive():
+        if self.draining or not self._started:
             return
         self.draining = True
         log.info("worker.drain held=%d grace=%.0f", len(self.holdings), grace_seconds)
@@ -138,7 +158,12 @@ class Worker:
         self.sweeper.stop()
         self.writer.stop(HAND_BACK_SECONDS)
         self.keeper.stop()
-        self.database.transact(lambda connection: leave(connection, worker_id=self.worker_id))
+        try:
+            self.database.transact(
+                lambda connection: leave(connection, worker_id=self.worker_id), patience=LEAVE_SECONDS
+            )
+        except SQLAlchemyError as error:  # then its lease runs out instead
+            log.error("worker.leave_failed error=%s", type(error).__name__)
         self._chores.put(None)
         self._chore_thread.join(HAND_BACK_SECONDS)
         self.wake_ups.wake(self.model)  # for whoever takes over what was handed back
@@ -147,10 +172,10 @@ class Worker:
         self.database.close()
         log.info("worker.left id=%s", self.worker_id)
 
-    def _register(self, connection: Any) -> None:
+    def _register(self, connection: Connection, worker_id: str) -> None:
         register(
             connection,
-            worker_id=self.worker_id,
+            worker_id=worker_id,
             model=self.model,
             lease_seconds=self.settings.lease_seconds,
         )
@@ -216,8 +241,9 @@ class Worker:
         self.holdings.clear()
         self.supervisor.abort([holding.id for holding in held if holding.sent])
         if not self.draining:
-            self.worker_id = new_worker_id()
-            self.database.transact(self._register)
+            name = new_worker_id()
+            self.database.transact(lambda connection: self._register(connection, name))
+            self.worker_id = name  # only now: until then claims carry the lost name, which sweepers know
             self.claimer.wake()
 
     def _on_arrived(self, models: set[str]) -> None:

@@ -18,6 +18,17 @@ from jobs.settings import Settings
 log = logging.getLogger(__name__)
 
 
+def _without_bodies(record: logging.LogRecord) -> bool:
+    """Celery reports messages that it refuses (unknown task, undecodable) with their whole body."""
+    if isinstance(record.msg, str) and "body" in record.msg:
+        record.msg, record.args, record.exc_info = (
+            "celery refused a message that is no task of ours",
+            (),
+            None,
+        )
+    return True
+
+
 def main(settings: Settings) -> int:
     """Run one worker; returns the process's exit status."""
     logging.basicConfig(
@@ -28,6 +39,7 @@ def main(settings: Settings) -> int:
     # Celery would log messages with what is in them: prompts have no place in a log.
     logging.getLogger("celery.worker.strategy").setLevel(logging.WARNING)
     logging.getLogger("celery.pool").setLevel(logging.INFO)
+    logging.getLogger("celery.worker.consumer.consumer").addFilter(_without_bodies)
     if not settings.model:
         sys.stderr.write("NIGHTPRESS_MODEL: name the model to serve (a folder, a GGUF file or a hub id)\n")
         return 2

@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 
 from engine.request import RequestId
-from jobs.database import Database, is_transient
+from jobs.database import Database
 from jobs.holdings import Holdings
 from jobs.outcomes import Outcome, Recorded, record
 
@@ -68,8 +68,8 @@ class Writer(threading.Thread):
                 return self._commit(group)
             except DBAPIError as error:
                 log.error("writer.database outcomes=%d error=%s", len(group), type(error.orig).__name__)
-                if is_transient(error):
-                    time.sleep(RETRY_SECONDS)
+                if not isinstance(error, DataError | IntegrityError):
+                    time.sleep(RETRY_SECONDS)  # a full disk or a failover is no fault of these jobs
                 elif len(group) > 1:
                     for outcome in group:
                         self._settle([outcome])

@@ -29,7 +29,15 @@ def test_messages_become_rows_and_then_are_committed(database: Database, app: Ce
     results = CeleryResults(app)
     results.start()
     models: set[str] = set()
-    arrivals = Arrivals(database, app.settings, results, models.update)
+    cancelled: list[str] = []
+    arrivals = Arrivals(
+        database,
+        app.settings,
+        results,
+        on_jobs=models.update,
+        is_revoked=lambda task_id: task_id == "b",
+        cancel=cancelled.append,
+    )
     arrivals.start()
     committed: list[str] = []
 
@@ -50,6 +58,7 @@ def test_messages_become_rows_and_then_are_committed(database: Database, app: Ce
     assert rows.job(database, "a").body["prompt"] == "hello"
     assert rows.job(database, "c").error["param"] == "temperature"
     assert models == {"tiny", "another"}
+    assert cancelled == ["b"]
     assert AsyncResult("a", app=app).state == "STARTED"
     refused = AsyncResult("c", app=app)
     assert refused.state == "FAILURE"

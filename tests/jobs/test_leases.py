@@ -103,3 +103,10 @@ def test_leaving_frees_what_is_left_at_once(database: Database, worker: str, sub
     database.transact(partial(leave, worker_id=worker))
     sweep(database)
     assert rows.jobs_by_state(database) == {"queued": [job_id]}
+
+
+def test_jobs_under_a_name_that_nobody_has_are_taken_back(database: Database, submit) -> None:
+    (job_id,) = submit(1)
+    database.transact(partial(claim, worker_id="never registered", model="tiny", limit=1))
+    sweep(database)
+    assert rows.jobs_by_state(database) == {"queued": [job_id]}
