@@ -62,6 +62,8 @@ def fitting_pages(
     if memory_bytes is None:
         kind = torch.device(device).type
         memory_bytes = int(free_memory_bytes(device) * FREE_MEMORY_FRACTION[kind])
+        if kind == "cuda":  # what a step needs beside the pages: fp64 rows of the sampler, attention scores
+            memory_bytes -= max_num_seqs * config.vocab_size * 8 * 5 + 2**30
     num_pages = min(memory_bytes // page_bytes, usable)
     if num_pages < 1:
         raise InvalidParameter(
@@ -81,7 +83,10 @@ def free_memory_bytes(device: str) -> int:
     group = Path("/sys/fs/cgroup")  # version 2; an unlimited group says "max"
     limit, used = _lines(group / "memory.max"), _lines(group / "memory.current")
     if limit and used and limit[0].isdigit() and used[0].isdigit():
-        free = min(free, max(int(limit[0]) - int(used[0]), 0))
+        # the page cache counts as used and is given back on demand
+        cached = (line.split() for line in _lines(group / "memory.stat"))
+        reclaimable = sum(int(n) for name, n in cached if name in ("active_file", "inactive_file"))
+        free = min(free, max(int(limit[0]) - int(used[0]) + reclaimable, 0))
     return free
 
 

@@ -73,7 +73,11 @@ class ChatTemplate:
         size = 0
         try:
             for chunk in self._template.generate(
-                messages=guarded, add_generation_prompt=add_generation_prompt, **self._special_tokens
+                messages=guarded,
+                add_generation_prompt=add_generation_prompt,
+                tools=None,  # as transformers: templates ask `is not none`
+                documents=None,
+                **self._special_tokens,
             ):
                 size += len(chunk)
                 if size > MAX_RENDERED_CHARS:

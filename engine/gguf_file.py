@@ -113,6 +113,7 @@ class GGUFFile:
         config = self.model_config()
         names = [name for name in self.tensors if name != _ROPE_FACTORS]
         targets = [hf_name(name) for name in names]  # all names are checked before the first tensor is read
+        threads = min(threads, 4)  # each holds a few tensors in fp32
         with ThreadPoolExecutor(threads) as pool:
             window: list[Any] = []
             for name, target in zip(names, targets, strict=True):

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from engine.chat_template import ChatTemplateError, Message
+from engine.chat_template import Message
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.request import Completion, Rejected, Request, RequestError, RequestId, SamplingParams, derive_seed
@@ -143,7 +143,7 @@ class LLM:
     def _chat_prompt(self, chat: Sequence[Message]) -> Prompt | RequestError:
         try:
             return {"prompt_token_ids": self.tokenizer.encode_chat(chat)}
-        except ChatTemplateError as error:
+        except ValueError as error:  # of the template, or text that is not Unicode
             return RequestError(code="invalid_request", message=str(error))
 
     def _request(
@@ -151,9 +151,11 @@ class LLM:
     ) -> Request:
         if isinstance(prompt, RequestError):
             raise Rejected(prompt.code, prompt.message)
-        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt["prompt_token_ids"]
         try:
-            token_ids = tuple(map(operator.index, token_ids))
+            given = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt["prompt_token_ids"]
+            token_ids = tuple(map(operator.index, given))
+        except ValueError as error:
+            raise Rejected("invalid_request", f"prompt: {error}") from None
         except TypeError:
             raise Rejected("invalid_request", "prompt_token_ids: must be a list of integers") from None
         if sampling.seed is None:

@@ -155,7 +155,7 @@ def row_invariance(decoder: Decoder) -> tuple[int, bool]:
 def _products_invariant(decoder: Decoder, multiple: int) -> bool:
     products = decoder.distinct_products()
     elements = sum(product.num_inputs * product.num_outputs for product in products)
-    most = max(4, min(512, int(_CHECK_FLOPS / (2 * elements)) // PADDED_ROWS * PADDED_ROWS))
+    most = max(3 * PADDED_ROWS, min(512, int(_CHECK_FLOPS / (2 * elements)) // PADDED_ROWS * PADDED_ROWS))
     generator = torch.Generator().manual_seed(0)
     for product in products:
         x = torch.randn(most, product.num_inputs, generator=generator).to(decoder.device, decoder.dtype)

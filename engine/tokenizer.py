@@ -95,8 +95,11 @@ class Tokenizer:
         return self._template is not None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text, with what the checkpoint puts around a text (bos, where it does)."""
-        return list(self._backend.encode(text).ids)
+        """Token ids of plain text, with what the checkpoint puts around a text (bos, where it does).
+
+        Raises ValueError for text with lone surrogates.
+        """
+        return self._ids(text, add_special_tokens=True)
 
     def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """The text of a chat, as transformers' `apply_chat_template(tokenize=False)`.
@@ -139,7 +142,13 @@ class Tokenizer:
         return re.compile(f"(?<!{nonce})(?:{alternatives})" if alternatives else r"(?!)")
 
     def _encode_part(self, text: str) -> list[int]:
-        return list(self._backend.encode(text, add_special_tokens=False).ids) if text else []
+        return self._ids(text, add_special_tokens=False) if text else []
+
+    def _ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        except TypeError:  # what the library says of lone surrogates
+            raise ValueError("the text is not valid Unicode") from None
 
 
 class Detokenizer:

@@ -37,6 +37,8 @@ OFF: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
 }
 
+_OUR_START = b'{"id": "batch_req_'  # of every line that we write
+
 
 class BatchFileError(ValueError):
     """A file that cannot be used at all; the message says why."""
@@ -70,13 +72,18 @@ class BatchLine:
 
 
 def _is_off(name: str, value: object) -> bool:
-    return value in OFF.get(name, ()) or (value is None and name in NOT_SUPPORTED_YET)
+    off = any(
+        value == known and isinstance(value, bool) == isinstance(known, bool) for known in OFF.get(name, ())
+    )
+    return off or (value is None and name in NOT_SUPPORTED_YET)
 
 
 def parse_line(number: int, raw: bytes) -> BatchLine:
     """Raises `BadLine`."""
     try:
-        data = json.loads(raw.decode())
+        data = json.loads(
+            raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        )  # editors write a byte order mark
     except UnicodeDecodeError:
         raise BadLine("is not valid UTF-8") from None
     except (ValueError, RecursionError) as error:
@@ -141,6 +148,10 @@ class Done:
         return len(self.custom_ids) + len(self.bad_lines)
 
 
+def _foreign(path: Path, number: int) -> BatchFileError:
+    return BatchFileError(f"{path} line {number} is not a line of batch output; name another file")
+
+
 def resume(path: Path) -> Done:
     """Read an output file and cut off a last line that a crash left unfinished. Raises `BatchFileError` for a
     file that is not ours to append to."""
@@ -151,6 +162,8 @@ def resume(path: Path) -> Done:
     with path.open("rb+") as file:
         for number, raw in enumerate(file, 1):
             if not raw.endswith(b"\n"):
+                if raw[: len(_OUR_START)] != _OUR_START[: len(raw)]:
+                    raise _foreign(path, number)
                 break
             whole += len(raw)
             try:
@@ -160,11 +173,9 @@ def resume(path: Path) -> Done:
                     done.bad_lines.add(int(error["line"]))
                 else:
                     done.custom_ids.add(str(custom_id))
+                done.num_failed += response is None or response["status_code"] != 200
             except (ValueError, KeyError, TypeError):
-                raise BatchFileError(
-                    f"{path} line {number} is not a line of batch output; name another file"
-                ) from None
-            done.num_failed += response is None or response["status_code"] != 200
+                raise _foreign(path, number) from None
         file.truncate(whole)
     return done
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from kernels import Kernels
 
+MAX_SCORES = 2**25  # attention scores held at once, so that long contexts need no memory of their own
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
@@ -65,13 +67,16 @@ def paged_attention(
         # cut to the context before any arithmetic: what lies beyond may be NaN
         k = k_cache[pages].permute(1, 0, 3, 2).reshape(num_kv_heads, -1, head_dim)[:, :length].float()
         v = v_cache[pages].transpose(0, 1).reshape(num_kv_heads, -1, head_dim)[:, :length].float()
-        queries = q[start:end].float().reshape(end - start, num_kv_heads, group, head_dim)
-        scores = torch.einsum("nhgd,hld->nhgl", queries, k) * scale  # [n, hk, group, length]
-        position = torch.arange(length - (end - start), length, device=q.device)
-        hidden = torch.arange(length, device=q.device)[None, :] > position[:, None]  # [n, length]
-        scores = scores.masked_fill(hidden[:, None, None, :], float("-inf"))
-        mixed = torch.einsum("nhgl,hld->nhgd", torch.softmax(scores, dim=-1), v)
-        out[start:end] = mixed.reshape(end - start, num_heads, head_dim).to(q.dtype)
+        slice_len = max(1, MAX_SCORES // (num_heads * length))
+        for first in range(start, end, slice_len):
+            last = min(first + slice_len, end)
+            queries = q[first:last].float().reshape(last - first, num_kv_heads, group, head_dim)
+            scores = torch.einsum("nhgd,hld->nhgl", queries, k) * scale  # [n, hk, group, length]
+            position = torch.arange(length - (end - first), length - (end - last), device=q.device)
+            hidden = torch.arange(length, device=q.device)[None, :] > position[:, None]  # [n, length]
+            scores.masked_fill_(hidden[:, None, None, :], float("-inf"))
+            mixed = torch.einsum("nhgl,hld->nhgd", torch.softmax(scores, dim=-1), v)
+            out[first:last] = mixed.reshape(last - first, num_heads, head_dim).to(q.dtype)
     return out
 
 

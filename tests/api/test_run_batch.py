@@ -110,7 +110,7 @@ def test_killed_engines_interrupts_and_torn_lines_lose_and_repeat_nothing(
     kept = read(tmp_path)
     assert len(kept) < 40
     with (tmp_path / "out.jsonl").open("ab") as file:
-        file.write(b'{"id": "torn')
+        file.write(b'{"id": "batch_req_torn')
     second = start(tmp_path, model, "second")
     wait_until(lambda: len(read(tmp_path)) >= len(kept) + 3, "more answers", SECONDS)
     second.kill()

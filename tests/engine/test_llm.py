@@ -50,20 +50,35 @@ def test_more_prompts_than_places(llm: LLM) -> None:
 def test_a_prompt_that_cannot_run_does_not_spoil_the_others(
     llm: LLM, caplog: pytest.LogCaptureFixture
 ) -> None:
-    prompts = ["good", "x" * 600, {"prompt_token_ids": [5, 9999]}, {"prompt_token_ids": [1.5]}, "good"]
+    prompts = [
+        "good",
+        "x" * 600,
+        {"prompt_token_ids": [5, 9999]},
+        {"prompt_token_ids": [1.5]},
+        "good",
+        "\ud800",
+    ]
     with caplog.at_level(logging.WARNING):
         outputs = llm.generate(prompts, GREEDY, use_tqdm=False)  # type: ignore[list-item]
     codes = [one.error.code if one.error else None for one in outputs]
-    assert codes == [None, "context_length_exceeded", "invalid_request", "invalid_request", None]
+    assert codes == [
+        None,
+        "context_length_exceeded",
+        "invalid_request",
+        "invalid_request",
+        None,
+        "invalid_request",
+    ]
     assert [one.outputs[0].finish_reason for one in outputs] == [
         "length",
         "error",
         "error",
         "error",
         "length",
+        "error",
     ]
     assert outputs[0].outputs[0].token_ids == outputs[4].outputs[0].token_ids
-    assert len(caplog.records) == 3
+    assert len(caplog.records) == 4
 
 
 def test_what_is_wrong_with_the_call_raises_before_any_work(llm: LLM) -> None:

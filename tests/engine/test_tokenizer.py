@@ -148,7 +148,7 @@ def test_templates_have_what_transformers_gives_them() -> None:
     source = (
         "{{ bos_token }}{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}"
         "{% generation %}{{ m.content | trim | tojson }}{% endgeneration %}{% endfor %}"
-        "{{ strftime_now('%Y') | length }}"
+        "{{ strftime_now('%Y') | length }}{% if tools is not none or documents is not none %}!{% endif %}"
     )
     template = ChatTemplate(source, {"bos_token": "<s>"}, ["<s>"])
     assert template.render([{"role": "user", "content": " é<s> "}, CHAT[0]]).text == '<s>"é<s>"4'

@@ -94,6 +94,7 @@ def test_fields_that_are_switched_off_are_no_mistake() -> None:
     ("fields", "param"),
     [
         ({"stream": True}, "stream"),
+        ({"logprobs": 0}, "logprobs"),
         ({"frequency_penalty": 0.5}, "frequency_penalty"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"tools": [{"type": "function"}]}, "tools"),
@@ -152,7 +153,29 @@ def test_what_has_a_whole_line_is_done(tmp_path: Path) -> None:
         assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("foreign", [b"hello\n", b"{}\n", b'{"custom_id": "a"}\n', b"[1]\n", b"null\n"])
+def test_a_file_without_a_whole_line_is_not_taken_for_a_torn_one(tmp_path: Path) -> None:
+    path = tmp_path / "notes.json"
+    path.write_bytes(b'{"my": "only copy"}')
+    with pytest.raises(BatchFileError, match="line 1"):
+        resume(path)
+    assert path.read_bytes() == b'{"my": "only copy"}'
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line() -> None:
+    assert parse_line(1, b"\xef\xbb\xbf" + line()).custom_id == "a"
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        b'{"custom_id": "a", "response": {}, "error": null}\n',
+        b"hello\n",
+        b"{}\n",
+        b'{"custom_id": "a"}\n',
+        b"[1]\n",
+        b"null\n",
+    ],
+)
 def test_a_file_that_is_not_ours_is_left_alone(tmp_path: Path, foreign: bytes) -> None:
     path = tmp_path / "out.jsonl"
     path.write_bytes(foreign + b"torn")
