@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import select
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
 from jobs.body import BadField, JobBody, parse_job
 from jobs.celery_results import CeleryResults
@@ -79,27 +79,28 @@ class Arrivals(threading.Thread):
         last = False
         while not last:
             group, last = self._gather()
-            while group:
-                try:
-                    self._accept(group)
-                    break
-                except SQLAlchemyError as error:
-                    log.error("arrivals.database messages=%d error=%s", len(group), type(error).__name__)
-                    if self._stopping:
-                        return
-                    time.sleep(RETRY_SECONDS)
-                except Exception as error:
-                    log.error("arrivals.failed messages=%d error=%s", len(group), type(error).__name__)
-                    if len(group) > 1:  # one of them is to blame: each for itself
-                        for arrival in group:
-                            self._retry_alone(arrival)
-                    break  # a single one stays unacked, in Redis's care
+            if group:
+                self._settle(group)
 
-    def _retry_alone(self, arrival: Arrival) -> None:
-        try:
-            self._accept([arrival])
-        except Exception as error:
-            log.error("arrivals.failed message=1 error=%s", type(error).__name__)
+    def _settle(self, group: list[Arrival]) -> None:
+        """Commit `group`, however long the database is away; a message that it refuses harms only itself."""
+        while True:
+            try:
+                return self._accept(group)
+            except Exception as error:
+                log.error("arrivals.failed messages=%d error=%s", len(group), type(error).__name__)
+                if isinstance(error, SQLAlchemyError) and not isinstance(error, DataError | IntegrityError):
+                    if self._stopping:
+                        return None  # unacked, and so in Redis's care
+                    time.sleep(RETRY_SECONDS)
+                elif len(group) > 1:
+                    for arrival in group:
+                        self._settle([arrival])
+                    return None
+                else:
+                    refusal = BadField(None, "the job could not be stored", "unstorable_job")
+                    self._refuse(group[0].task_id, refusal)
+                    return group[0].committed()
 
     def _gather(self) -> tuple[list[Arrival], bool]:
         group: list[Arrival] = []

@@ -63,3 +63,29 @@ def test_messages_become_rows_and_then_are_committed(database: Database, app: Ce
     refused = AsyncResult("c", app=app)
     assert refused.state == "FAILURE"
     assert "temperature" in str(refused.result)
+
+
+def test_a_message_that_the_database_refuses_harms_only_itself(database: Database, app: Celery) -> None:
+    """A constraint stands for anything that a database will not take of one message."""
+    refuse = "CREATE UNIQUE INDEX one_custom_id ON jobs (custom_id)"
+    database.transact(lambda connection: connection.exec_driver_sql(refuse))
+    results = CeleryResults(app)
+    arrivals = Arrivals(
+        database,
+        app.settings,
+        results,
+        on_jobs=lambda models: None,
+        is_revoked=lambda task_id: False,
+        cancel=lambda job_id: None,
+    )
+    committed: list[str] = []
+    for task_id, custom_id in (("a", "same"), ("b", "same"), ("c", "other")):
+        body = {"prompt": "x", "custom_id": custom_id}
+        arrivals.put(Arrival(task_id, [], body, lambda task_id=task_id: committed.append(task_id)))
+    results.start()
+    arrivals.start()
+    arrivals.stop(30.0)
+    results.stop(10.0)
+    assert committed == ["a", "b", "c"]
+    assert rows.jobs_by_state(database) == {"queued": ["a", "c"], "failed": ["b"]}
+    assert rows.job(database, "b").error["code"] == "unstorable_job"
