@@ -15,7 +15,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -48,6 +48,7 @@ LOOK_SECONDS = 0.2  # how soon a Ctrl-C is seen
 STOP_SECONDS = 5.0
 FILL = 64  # requests encoded before answers are looked at again
 MAX_FAILED_STARTS = 3
+LONG_QUEUE = 32_768  # requests that the engine plans over, until it has died once
 RATE_SECONDS = 10.0  # over which tok/s is taken
 
 
@@ -107,6 +108,7 @@ class BatchRun:
         self._messages: queue.SimpleQueue[FromEngine | Exit] = queue.SimpleQueue()
         self._process: EngineProcess | None = None
         self._failed_starts = 0
+        self._deaths = 0
         self._exhausted = False
         self._stopping = False
         self._num_answered = self._num_failed = 0
@@ -188,7 +190,7 @@ class BatchRun:
             self._again.appendleft(first)
             self._start()
             return
-        if any(self._is_suspect(entry) for entry in self._in_flight.values()):
+        if self._deaths and any(self._is_suspect(entry) for entry in self._in_flight.values()):
             return
         room = min(self._process.available_credits, FILL)
         chosen: list[Entry] = []
@@ -213,8 +215,11 @@ class BatchRun:
     # --- engine ---------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
+        config = self._settings.engine_config()
+        if config.max_num_requests is None and not self._deaths:
+            config = replace(config, max_num_requests=LONG_QUEUE)
         self._process = EngineProcess(
-            self._settings.engine_config(),
+            config,
             on_message=self._messages.put,
             on_exit=lambda returncode, ids: self._messages.put(Exit(returncode, ids)),
         )
@@ -229,9 +234,8 @@ class BatchRun:
 
     def _can_add(self) -> bool:
         more = bool(self._again) or not self._exhausted
-        suspect = any(self._is_suspect(entry) for entry in self._again) or any(
-            self._is_suspect(entry) for entry in self._in_flight.values()
-        )
+        entries = (*self._again, *self._in_flight.values()) if self._deaths else ()
+        suspect = any(self._is_suspect(entry) for entry in entries)
         return more and not suspect and self._process is not None and self._process.available_credits > 0
 
     def _take(self, message: FromEngine | Exit) -> None:
@@ -295,6 +299,7 @@ class BatchRun:
                 )
         else:
             self._failed_starts = 0
+            self._deaths += 1
         alone = len(end.ids) == 1
         for request_id in end.ids:
             entry = self._in_flight.pop(request_id)

@@ -71,6 +71,8 @@ def _decoder(expected: Hashable) -> _Decode:
         return _dict_decoder(*arguments)
     if origin is tuple and arguments[1:] == (Ellipsis,):
         return _tuple_decoder(arguments[0])
+    if origin is tuple:
+        return _fixed_tuple_decoder(arguments)
     if isinstance(expected, type) and issubclass(expected, tuple):  # a NamedTuple
         return _named_tuple_decoder(expected)
     if expected is float:
@@ -102,6 +104,19 @@ def _tuple_decoder(item: Any) -> _Decode:
         return value
 
     return decode_tuple
+
+
+def _fixed_tuple_decoder(items: tuple[Any, ...]) -> _Decode:
+    decoders = [_decoder(item) for item in items]
+
+    def decode_fixed_tuple(value: Any, path: str) -> tuple[Any, ...]:
+        if type(value) is not tuple or len(value) != len(decoders):
+            raise DecodeError(f"{path}: must be a list of {len(decoders)}")
+        return tuple(
+            decode(one, f"{path}[{i}]") for i, (decode, one) in enumerate(zip(decoders, value, strict=True))
+        )
+
+    return decode_fixed_tuple
 
 
 def _named_tuple_decoder(expected: type[Any]) -> _Decode:

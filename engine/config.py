@@ -29,7 +29,14 @@ class EngineConfig:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048  # the token budget of one step
     max_model_len: int | None = None  # None: the model's own
+    max_num_requests: int | None = None  # that may be in the engine process at once; None: 4 × max_num_seqs
     kv_cache_memory_bytes: int | None = None  # None: from what is free
+    kv_cache_dtype: Literal["auto", "int8", "fp8"] = "auto"  # auto: the model's
+    enable_prefix_caching: bool = True
+    scheduling_policy: Literal["planned", "fcfs"] = "planned"  # planned: by shared prefix and expected length
+    preemption_mode: Literal["auto", "recompute", "swap"] = "auto"  # auto: what is faster
+    swap_space_bytes: int | None = None  # host memory for pages; None: on cuda from what is free, on cpu 0
+    deterministic: bool | None = None  # None: where it costs next to nothing, which is on CPUs
     seed: int = 0  # for requests of `LLM` that bring none
     threads: int | None = None  # CPU threads; None: torch's own choice
 
@@ -39,10 +46,14 @@ class EngineConfig:
         for name in ("max_num_seqs", "max_num_batched_tokens"):
             if getattr(self, name) < 1:
                 raise InvalidParameter(name, "must be at least 1")
-        for name in ("max_model_len", "kv_cache_memory_bytes", "threads"):
+        for name in ("max_model_len", "max_num_requests", "kv_cache_memory_bytes", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidParameter(name, "must be at least 1, or left out")
+        if self.swap_space_bytes is not None and self.swap_space_bytes < 0:
+            raise InvalidParameter("swap_space_bytes", "must be at least 0, or left out")
+        if self.preemption_mode == "swap" and self.swap_space_bytes == 0:
+            raise InvalidParameter("swap_space_bytes", "must be more than 0 where preemption_mode is swap")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,3 +93,8 @@ class ModelConfig:
     def kv_bytes_per_token(self, dtype_bytes: int) -> int:
         """Bytes of K and V that one token occupies over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype_bytes
+
+    @property
+    def kv_scale_bytes_per_token(self) -> int:
+        """Bytes of the scales of one token in a cache of 8 bits: a bfloat16 per layer and head, for K and V."""
+        return 2 * self.num_layers * self.num_kv_heads * 2

@@ -1,26 +1,29 @@
 """Engine: requests in, completions out, one step at a time.
 
-Owns what a request is while it lives: its sequences, their stop strings, and the one Completion it ends in.
-Synchronous and without I/O: `process` and `llm` decide when to step and where answers go. Refuses to know
-pages (`scheduler`) and tensors (`runner`). What belongs to one request ends that request alone; an exception
-that leaves `step` is the device's or a bug, and the engine must not be used after it.
+Owns which requests are in, which `Run` answers each, and the one Completion each ends in. Synchronous and without
+I/O: `process` and `llm` decide when to step and where answers go. Refuses to know pages (`scheduler`) and
+tensors (`runner`). What belongs to one request ends that request alone; an exception that leaves `step` or `check`
+is the device's or a bug, and the engine must not be used after it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Protocol
 
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig, ModelConfig
-from engine.pages import PagePool
-from engine.plan import Plan
-from engine.request import Completion, Output, Rejected, Request, RequestError, RequestId
+from engine.pages import PagePool, require
+from engine.plan import Draws, Plan
+from engine.request import Completion, Generated, Rejected, Request, RequestError, RequestId
+from engine.run import Run, identity
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.stop import StopChecker
 from engine.tokenizer import Tokenizer
+
+PROMPT_STEP = 64  # tokens from which on a step's time says what computing a prompt costs
 
 
 class Runner(Protocol):
@@ -30,38 +33,14 @@ class Runner(Protocol):
     num_pages: int
     page_size: int
     max_model_len: int
+    num_host_pages: int
+    seconds_per_page_moved: float | None
     device: str
     dtype: str
     kernels_name: str
     deterministic: bool
 
-    def run(self, plan: Plan) -> list[int]: ...
-
-
-class _Live:
-    """A request in the engine: done when no sequence is left."""
-
-    __slots__ = ("checkers", "num_unfinished", "request", "sequences")
-
-    def __init__(self, request: Request, sequences: list[Sequence], checkers: list[StopChecker]) -> None:
-        self.request = request
-        self.sequences = sequences
-        self.checkers = checkers  # one per sequence, or none
-        self.num_unfinished = len(sequences)
-
-    def completion(self, *, error: RequestError | None = None, aborted: bool = False) -> Completion:
-        whole = error is None and not aborted
-        return Completion(
-            id=self.request.id,
-            outputs=tuple(s.output for s in self.sequences if s.output is not None) if whole else (),
-            error=error,
-            aborted=aborted,
-            num_prompt=len(self.request.prompt_token_ids),
-            # A finished sample counts what it kept: the surplus after a stop string is nobody's.
-            num_generated=sum(
-                len(s.output.token_ids) if s.output else s.num_generated for s in self.sequences
-            ),
-        )
+    def run(self, plan: Plan) -> Draws: ...
 
 
 class Engine:
@@ -78,11 +57,20 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             eos_token_ids=runner.model_config.eos_token_ids,
+            prefix_caching=config.enable_prefix_caching,
+            policy=config.scheduling_policy,
+            num_host_pages=runner.num_host_pages,
+            keeps=self._swap_pays,
         )
-        self._live: dict[RequestId, _Live] = {}
+        self._runs: dict[RequestId, Run] = {}
+        self._run_of: dict[Sequence, Run] = {}
+        self._by_identity: dict[Hashable, Run] = {}
+        self._over: list[Run] = []  # ended by what they were resumed with
+        self._seconds_per_token: float | None = None  # of steps that compute prompts
         self._num_steps = 0
         self._busy_seconds = 0.0
         self._num_prompt_tokens = 0
+        self._num_cached_tokens = 0
         self._num_generated_tokens = 0
         self._num_computed_tokens = 0
         self._num_finished = 0
@@ -102,69 +90,117 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._live)
+        return bool(self._runs)
 
     @property
     def num_requests(self) -> int:
-        return len(self._live)
+        return len(self._runs)
+
+    @property
+    def request_ids(self) -> list[RequestId]:
+        return list(self._runs)
 
     def __contains__(self, request_id: RequestId) -> bool:
-        return request_id in self._live
+        return request_id in self._runs
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises `Rejected`, and then nothing has changed."""
         max_tokens = self._max_tokens(request)
-        sequences = [Sequence(request, index, max_tokens) for index in range(request.sampling.n)]
-        checkers = [self._checker(request) for _ in sequences] if request.sampling.stop else []
-        self._live[request.id] = _Live(request, sequences, checkers)
-        for sequence in sequences:
-            self.scheduler.add(sequence)
+        who = identity(request)
+        run = self._by_identity.get(who)
+        if run is not None and run.serves(request):
+            run.requests[request.id] = request
+        else:
+            sequences = [Sequence(request, index, max_tokens) for index in range(request.sampling.n)]
+            checkers = [self._checker(request) for _ in sequences] if request.sampling.stop else []
+            run = Run(request, sequences, checkers)
+            self._by_identity[who] = run
+            for sequence in sequences:
+                self._run_of[sequence] = run
+                if self._resumed(run, sequence):
+                    run.num_unfinished -= 1
+                else:
+                    self.scheduler.add(sequence)
+            if run.num_unfinished == 0:
+                self._over.append(run)
+        self._runs[request.id] = run
         self._num_prompt_tokens += len(request.prompt_token_ids)
 
     def abort(self, request_id: RequestId) -> Completion | None:
-        """End a request now; its pages are free when this returns. None when it is not here (any more)."""
-        live = self._live.get(request_id)
-        return None if live is None else self._leave(live, aborted=True)
+        """End a request now; its pages are free when this returns, unless somebody else has asked for the same.
+        None when it is not here (any more)."""
+        run = self._runs.get(request_id)
+        if run is None:
+            return None
+        if len(run.requests) == 1:
+            return self._leave(run, aborted=True)[0]
+        completion = run.completion(run.requests[request_id], aborted=True)
+        del run.requests[request_id], self._runs[request_id]
+        self._num_finished += 1
+        return completion
 
     def step(self) -> list[Completion]:
         """Compute one plan. Returns the requests that ended in it; nothing to do is an empty list."""
+        completions = [completion for run in self._over for completion in self._leave(run)]
+        self._over = []
         started = time.perf_counter()
         plan = self.scheduler.plan()
         if not plan.rows:
-            return []
-        tokens = self.runner.run(plan)
+            return completions
+        tokens, logprobs = self.runner.run(plan)
         drew = [row.sequence for row in plan.sampling_rows]
         self._num_steps += 1
         self._num_computed_tokens += plan.num_tokens
         self._num_generated_tokens += sum(token_id >= 0 for token_id in tokens)
-        ended = self.scheduler.settle(plan, tokens)
-        completions = self._stop(drew, tokens, ended)
+        ended = self.scheduler.settle(plan, tokens, logprobs)
+        completions += self._settle(self._stopped(drew, tokens))
         completions += self._settle(ended)
-        self._busy_seconds += time.perf_counter() - started
+        self._took(time.perf_counter() - started, plan.num_tokens)
         return completions
 
     def progress(self) -> dict[RequestId, int]:
-        """Tokens generated so far by each request that is in, over all its samples."""
-        return {
-            request_id: sum(sequence.num_generated for sequence in live.sequences)
-            for request_id, live in self._live.items()
-        }
+        """Tokens generated so far by each request that has any, over all its samples."""
+        return {request_id: made for request_id, run in self._runs.items() if (made := run.num_generated)}
+
+    def generated(self, request_id: RequestId) -> tuple[Generated, ...]:
+        """A checkpoint of a request: what each sample has made so far. Put into `Request.generated`, the request
+        goes on as if it had never been interrupted. Raises KeyError when it is not here."""
+        return self._runs[request_id].generated
+
+    def check(self) -> None:
+        """Raise AssertionError when pages, contents, queues or requests contradict each other."""
+        self.scheduler.check()
+        unfinished = {s for run in self._runs.values() for s in run.sequences if s.output is None}
+        queued = {*self.scheduler.running, *self.scheduler.waiting, *self.scheduler.warming}
+        require(unfinished == queued, "a sequence belongs to no request, or to none that runs")
+        require(
+            set(self._by_identity.values()) <= set(self._runs.values()),
+            "a run is known that nobody waits for",
+        )
+        for request_id, run in self._runs.items():
+            require(request_id in run.requests, f"the request {tuple(request_id)} is not known to its run")
 
     def stats(self) -> dict[str, int | float]:
         """Counters since load, and how full it is now."""
+        scheduler, cache = self.scheduler, self.scheduler.cache
         return {
-            "num_requests": len(self._live),
-            "num_running": len(self.scheduler.running),  # sequences
-            "num_waiting": len(self.scheduler.waiting),
+            "num_requests": len(self._runs),
+            "num_running": len(scheduler.running),  # sequences
+            "num_waiting": scheduler.num_waiting,
             "num_steps": self._num_steps,
             "busy_seconds": self._busy_seconds,
             "num_prompt_tokens": self._num_prompt_tokens,  # of all requests added
+            "num_cached_tokens": self._num_cached_tokens,  # of those that ended: what needed no computing
             "num_generated_tokens": self._num_generated_tokens,
             "num_computed_tokens": self._num_computed_tokens,  # recompute included
+            "num_recomputed_tokens": scheduler.num_recomputed,
             "num_finished": self._num_finished,
-            "num_preemptions": self.scheduler.num_preemptions,
+            "num_preemptions": scheduler.num_preemptions,
             "num_pages": self.pool.num_pages,
             "num_free_pages": self.pool.num_free,
+            "num_cached_pages": self.pool.num_cached,
+            "num_swapped_out_pages": cache.num_swapped_out,
+            "num_swapped_in_pages": cache.num_swapped_in,
         }
 
     # --- admission ------------------------------------------------------------------------------------------
@@ -173,7 +209,7 @@ class Engine:
         """How long each sample may get. Raises `Rejected` for what cannot run here."""
         prompt, sampling = request.prompt_token_ids, request.sampling
         vocab_size = self.runner.model_config.vocab_size
-        if request.id in self._live:
+        if request.id in self._runs:
             raise Rejected("invalid_request", f"the id {tuple(request.id)} is in the engine already")
         if not prompt:
             raise Rejected("invalid_request", "the prompt is empty: at least one token is needed")
@@ -181,6 +217,17 @@ class Engine:
             raise Rejected("invalid_request", "the request carries no seed")
         if min(prompt) < 0 or max(prompt) >= vocab_size:
             raise Rejected("invalid_request", f"the prompt has token ids outside 0 to {vocab_size - 1}")
+        if request.generated and len(request.generated) != sampling.n:
+            raise Rejected(
+                "invalid_request", f"generated: must have one entry for each of {sampling.n} samples"
+            )
+        for sample in request.generated:
+            wanted = 0 if sampling.logprobs is None else len(sample.token_ids)
+            if len(sample.logprobs) != wanted:
+                raise Rejected("invalid_request", f"generated: {wanted} logprobs are needed for these tokens")
+        made = [token_id for sample in request.generated for token_id in sample.token_ids]
+        if made and (min(made) < 0 or max(made) >= vocab_size):
+            raise Rejected("invalid_request", f"generated: has token ids outside 0 to {vocab_size - 1}")
         room = self.max_model_len - len(prompt)
         if room < 1:
             raise Rejected(
@@ -211,49 +258,79 @@ class Engine:
             raise Rejected("invalid_request", "stop: this engine has no tokenizer; use stop_token_ids")
         return StopChecker(self.tokenizer, request.sampling.stop, request.sampling.min_tokens)
 
+    def _resumed(self, run: Run, sequence: Sequence) -> bool:
+        """Give a new sequence the tokens of its checkpoint, as if it had just made them; True if they end it.
+        Whatever comes behind such an end is dropped."""
+        if not sequence.request.generated:
+            return False
+        made = sequence.request.generated[sequence.index]
+        sequence.logprobs += made.logprobs
+        for token_id in made.token_ids:
+            sequence.token_ids.append(token_id)
+            sequence.output = self.scheduler.ending(sequence, token_id)
+            if run.stop(sequence, token_id) or sequence.output is not None:
+                return True
+        return False
+
     # --- endings --------------------------------------------------------------------------------------------
 
-    def _stop(self, drew: Iterable[Sequence], tokens: list[int], ended: list[Sequence]) -> list[Completion]:
-        """Look for stop strings in what was drawn. They win over another ending by the same token."""
+    def _stopped(self, drew: Iterable[Sequence], tokens: list[int]) -> list[Sequence]:
+        """Those that a stop string ended and nothing else did, taken out of the scheduler."""
         stopped: list[Sequence] = []
         for sequence, token_id in zip(drew, tokens, strict=True):
-            live = self._live[sequence.request.id]
-            if not live.checkers or token_id < 0:
-                continue
             running = sequence.output is None
-            match = live.checkers[sequence.index].push(token_id, last=not running)
-            if match is None:
-                continue
-            sequence.output = Output(
-                token_ids=tuple(sequence.generated[: match.num_tokens]),
-                finish_reason="stop",
-                stop_reason=match.stop,
-                text_cut=match.text_cut,
-            )
-            if running:
+            if token_id >= 0 and self._run_of[sequence].stop(sequence, token_id) and running:
                 self.scheduler.remove(sequence)
                 stopped.append(sequence)
-        return self._settle(stopped)
+        return stopped
 
     def _settle(self, ended: Iterable[Sequence]) -> list[Completion]:
         """Count sequences that left the scheduler; a request whose last one left is complete."""
         completions: list[Completion] = []
         for sequence in ended:
-            live = self._live.get(sequence.request.id)
-            if live is None:  # a sibling failed in this very step
+            run = self._run_of.get(sequence)
+            if run is None:  # a sibling failed in this very step
                 continue
-            live.num_unfinished -= 1
+            run.num_unfinished -= 1
             if sequence.output is None:
                 message = "the model's output was not finite (NaN or infinity) for this request"
-                completions.append(self._leave(live, error=RequestError(code="numerics", message=message)))
-            elif live.num_unfinished == 0:
-                completions.append(self._leave(live))
+                completions += self._leave(run, error=RequestError(code="numerics", message=message))
+            elif run.num_unfinished == 0:
+                completions += self._leave(run)
         return completions
 
-    def _leave(self, live: _Live, *, error: RequestError | None = None, aborted: bool = False) -> Completion:
-        for sequence in live.sequences:
+    def _leave(
+        self, run: Run, *, error: RequestError | None = None, aborted: bool = False
+    ) -> list[Completion]:
+        """The run is over; one completion for each who asked for it."""
+        for sequence in run.sequences:
+            self._run_of.pop(sequence, None)
             if sequence.output is None:
                 self.scheduler.remove(sequence)
-        del self._live[live.request.id]
-        self._num_finished += 1
-        return live.completion(error=error, aborted=aborted)
+        who = identity(run.sequences[0].request)
+        if self._by_identity.get(who) is run:
+            del self._by_identity[who]
+        completions = [
+            run.completion(request, error=error, aborted=aborted) for request in run.requests.values()
+        ]
+        for request_id in run.requests:
+            del self._runs[request_id]
+        run.requests = {}
+        self._num_finished += len(completions)
+        self._num_cached_tokens += sum(completion.num_cached_tokens for completion in completions)
+        return completions
+
+    # --- rates ----------------------------------------------------------------------------------------------
+
+    def _took(self, seconds: float, num_tokens: int) -> None:
+        self._busy_seconds += seconds
+        if num_tokens >= PROMPT_STEP:
+            rate, before = seconds / num_tokens, self._seconds_per_token
+            self._seconds_per_token = rate if before is None else 0.9 * before + 0.1 * rate
+
+    def _swap_pays(self) -> bool:
+        """Whether moving a page out and in again costs less than computing its tokens again, as measured."""
+        if self.config.preemption_mode != "auto":
+            return self.config.preemption_mode == "swap"
+        moved, computed = self.runner.seconds_per_page_moved, self._seconds_per_token
+        return moved is not None and (computed is None or moved < computed * self.pool.page_size)

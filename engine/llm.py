@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,22 +20,39 @@ from typing import Any, Literal
 from engine.chat_template import Message
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.request import Completion, Rejected, Request, RequestError, RequestId, SamplingParams, derive_seed
+from engine.request import (
+    Completion,
+    Rejected,
+    Request,
+    RequestError,
+    RequestId,
+    SamplingParams,
+    TokenLogprobs,
+    derive_seed,
+)
 
 log = logging.getLogger(__name__)
+
+MAX_QUEUED = 100_000  # prompts of one `generate` that the engine sees at once
 
 Prompt = str | Mapping[str, Sequence[int]]  # text, or {"prompt_token_ids": [...]}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionOutput:
-    """One sample. `text` ends before a stop string; `token_ids` are everything that was generated."""
+    """One sample. `text` ends before a stop string; `token_ids` are everything that was generated.
+
+    With `SamplingParams.logprobs`, `logprobs` has one entry per token of `token_ids` and `cumulative_logprob`
+    is the sum over the chosen ones.
+    """
 
     index: int
     text: str
     token_ids: tuple[int, ...]
     finish_reason: Literal["stop", "length", "error"]
     stop_reason: str | int | None = None
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    cumulative_logprob: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,18 +109,26 @@ class LLM:
         return self._ordered(prompts, _per_prompt(sampling_params, len(prompts)), use_tqdm)
 
     def stream(
-        self, prompts: Iterable[tuple[Prompt | RequestError, SamplingParams]]
+        self,
+        prompts: Iterable[tuple[Prompt | RequestError, SamplingParams]],
+        *,
+        max_queued: int | None = None,
     ) -> Iterator[tuple[int, RequestOutput]]:
         """(number of the prompt, its output) as they finish. Prompts are taken only as fast as they are needed.
 
-        Leaving the iterator early aborts what is in it.
+        `max_queued`: how many may be in the engine; None: twice `max_num_seqs`. The more it sees, the better it
+        plans. They are taken in between the steps, a few at a time, so the first answers do not wait for the
+        last prompt. Leaving the iterator early aborts what is in it.
         """
+        group = 2 * self.config.max_num_seqs
         source = enumerate(prompts)
         live: dict[RequestId, tuple[int, str | None, Request]] = {}
         exhausted = False
         try:
             while True:
-                while not exhausted and len(live) < 2 * self.config.max_num_seqs:
+                room = min(group, (max_queued or group) - len(live))
+                while not exhausted and room > 0:
+                    room -= 1
                     entry = next(source, None)
                     if entry is None:
                         exhausted = True
@@ -132,7 +158,8 @@ class LLM:
     ) -> list[RequestOutput]:
         finished: dict[int, RequestOutput] = {}
         with _ProgressBar(len(prompts), use_tqdm) as bar:
-            for index, output in self.stream(zip(prompts, sampling, strict=True)):
+            asked = zip(prompts, sampling, strict=True)
+            for index, output in self.stream(asked, max_queued=MAX_QUEUED):
                 finished[index] = output
                 bar.took(output)
         failed = [index for index, output in sorted(finished.items()) if output.error]
@@ -176,11 +203,17 @@ class LLM:
                     token_ids=output.token_ids,
                     finish_reason=output.finish_reason,
                     stop_reason=output.stop_reason,
+                    logprobs=output.logprobs,
+                    cumulative_logprob=_cumulative(output.logprobs),
                 )
                 for index, output in enumerate(completion.outputs)
             ),
             num_cached_tokens=completion.num_cached_tokens,
         )
+
+
+def _cumulative(logprobs: Sequence[TokenLogprobs] | None) -> float | None:
+    return None if logprobs is None else math.fsum(one.logprob for one in logprobs)
 
 
 def _failed(

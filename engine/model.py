@@ -146,7 +146,7 @@ class Decoder:
         residual = self._embedding[step.token_ids]  # [T, hidden]
         x = residual
         first = True
-        for layer, k_cache, v_cache in zip(self._layers, cache.keys, cache.values, strict=True):
+        for layer, pages in zip(self._layers, cache.layers, strict=True):
             if first:
                 x, first = kernels.rms_norm(residual, layer.input_norm, eps), False
             else:
@@ -155,9 +155,9 @@ class Decoder:
             qkv = layer.qkv(x).view(num_tokens, heads + 2 * kv_heads, dim)
             q, k, v = qkv.split_with_sizes((heads, kv_heads, kv_heads), dim=1)
             kernels.rope(q, k, cos, sin)
-            kernels.store_kv(k, v, k_cache, v_cache, step.slots)
+            kernels.store_kv(k, v, pages, step.slots)
             mixed = kernels.paged_attention(
-                q, k_cache, v_cache, step.page_table, step.query_start, step.context_lens, scale
+                q, pages, step.page_table, step.query_start, step.context_lens, scale
             )
             x = layer.out(mixed.view(num_tokens, heads * dim))
             x, residual = kernels.add_rms_norm(x, residual, layer.post_norm, eps)

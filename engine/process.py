@@ -7,7 +7,8 @@ first frame is `Configure`; `Hello` answers when the model is loaded.
 It must not outlive its worker, whatever it is doing: the kernel is asked for SIGKILL at the parent's death
 (prctl(2), PR_SET_PDEATHSIG), and the end of the pipe ends the process from the reader's own thread. Signals
 meant for the worker's process group (INT, TERM, HUP, QUIT) are ignored: the worker says `Drain` and `Stop`.
-After an exception in a step nothing can be trusted: `Fatal`, then exit code 1. Without work it blocks.
+After an exception in a step, or a broken invariant found when it turns idle, nothing can be trusted: `Fatal`, then
+exit code 1. Without work it blocks.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ log = logging.getLogger(__name__)
 
 CREDITS_PER_SEQUENCE = 4  # requests held per running sequence: enough that the queue here never runs dry
 REPORT_SECONDS = 1.0
+CHECK_SECONDS = 10.0  # a check walks over all pages: not after every single request of a quiet hour
 _FLUSH_SECONDS = 5.0  # for the last frames, when a worker does not read them
 _PR_SET_PDEATHSIG = 1
 _ORPHANED = 2  # exit code when the worker is gone; nobody is left to read it
@@ -85,6 +87,7 @@ class _Process:
         self._draining = False
         self._stopping = False
         self._reported_at = 0.0
+        self._checked_at = float("-inf")
         self._was_busy: bool | None = None
         threading.Thread(target=self._read, args=(FrameReader(read_fd),), name="reader", daemon=True).start()
         self._writer = threading.Thread(
@@ -122,7 +125,8 @@ class _Process:
         )  # loads torch with the model, after the process is tied to its parent
 
         engine = Engine.load(first.config)
-        self._credits = CREDITS_PER_SEQUENCE * first.config.max_num_seqs
+        config = first.config
+        self._credits = config.max_num_requests or CREDITS_PER_SEQUENCE * config.max_num_seqs
         runner = engine.runner
         self._outbox.put(
             Hello(
@@ -159,6 +163,9 @@ class _Process:
         if engine.has_work:
             self._report(engine)  # says that it turned busy, before a first long step
             self._send(engine.step())
+            if engine.num_requests == 0 and time.monotonic() - self._checked_at > CHECK_SECONDS:
+                engine.check()  # time to look: whatever is wrong with the pages must not go on
+                self._checked_at = time.monotonic()
         self._report(engine)
 
     def _take(self, engine: Engine, message: Message) -> list[Completion]:
@@ -171,7 +178,7 @@ class _Process:
                 self._draining = True
             case Stop():
                 self._stopping = True
-                return [answer for request_id in engine.progress() if (answer := engine.abort(request_id))]
+                return [answer for request_id in engine.request_ids if (answer := engine.abort(request_id))]
             case _:
                 raise WireError(f"{type(message).__name__} is not for a running engine")
         return []

@@ -1,8 +1,8 @@
 """The words that cross the door between jobs and engine: what is asked for and what came out.
 
-Owns `SamplingParams`, `Request`, `Completion` and the errors that belong to one request. Knows nothing of
-text, SQL, tensors or time: a request is token ids in, a completion is token ids out. Standard library only,
-because the API, the worker and the command line all import it and none of them may load torch.
+Owns `SamplingParams`, `Request`, `Completion`, what they hold, and the errors that belong to one request.
+Knows nothing of text, SQL, tensors or time: a request is token ids in, a completion is token ids out. Standard
+library only, because the API, the worker and the command line all import it and none of them may load torch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ FinishReason = Literal["stop", "length"]
 
 MAX_N = 128  # OpenAI's limit on samples per request
 MAX_TOP_K = 4096  # candidates kept per row; wider filters are indistinguishable from top_k off
+MAX_LOGPROBS = 20  # OpenAI's and vLLM's limit on likeliest tokens per position
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256
 MAX_STOP_TOKEN_IDS = 256
@@ -59,6 +60,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None  # None is off; 0: of each chosen token; k: of the k likeliest as well
 
     def __post_init__(self) -> None:
         given: Any = self.stop  # callers may also pass one string, a list or None
@@ -80,6 +82,8 @@ class SamplingParams:
             raise InvalidParameter("min_tokens", f"must not exceed max_tokens ({self.max_tokens})")
         if not isinstance(self.ignore_eos, bool):
             raise InvalidParameter("ignore_eos", "must be true or false")
+        if self.logprobs is not None:
+            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if len(stop) > MAX_STOP_STRINGS:
             raise InvalidParameter("stop", f"at most {MAX_STOP_STRINGS} strings are allowed")
         for text in stop:
@@ -119,12 +123,31 @@ class RequestId(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Generated:
+    """What one sample had made when it was interrupted: a resumed request goes on behind it.
+
+    `logprobs`: one per token if the request asks for them, else nothing."""
+
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """A job as the engine sees it. `sampling.seed` is always set here (`derive_seed`)."""
+    """A job as the engine sees it. `sampling.seed` is always set here (`derive_seed`).
+
+    `cache_salt`: only requests with the same salt share computed prefixes, so that response times tell nobody
+    what others have asked. `priority`: lower runs first, and preempts higher ones; `deadline`: unix seconds,
+    earlier runs first among equals. `generated`: a checkpoint, one entry per sample, or nothing.
+    """
 
     id: RequestId
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
+    cache_salt: str = ""
+    priority: int = 0
+    deadline: float | None = None
+    generated: tuple[Generated, ...] = ()
 
 
 def derive_seed(*parts: object) -> int:
@@ -134,18 +157,34 @@ def derive_seed(*parts: object) -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprobs:
+    """How likely one generated token was: natural logarithms of the softmax over the step's raw logits.
+
+    Raw: before min_tokens, temperature and filters (vLLM's `raw_logprobs`). Values are those of a float32. `top`
+    holds (token id, logprob) of the `SamplingParams.logprobs` likeliest tokens, descending, ties by the lower
+    id; the chosen token need not be among them.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
     """One sample of a completion.
 
     `token_ids` are exact and are what is billed. `text_cut`, when a stop string was met, is the number of
     characters of the decoded text that belong to the answer. `stop_reason` is the stop string or stop token
-    id that ended it; None for end of sequence and for `length`.
+    id that ended it; None for end of sequence and for `length`. `logprobs` has one entry per token of
+    `token_ids`; None when they were not asked for.
     """
 
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     stop_reason: str | int | None = None
     text_cut: int | None = None
+    logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,9 +3,10 @@
 Owns the decoder, the KV memory, the sampler, and the promise that a token does not depend on its crowd.
 Knows nothing of waiting, finishing or text: the scheduler appends the tokens and moves the counters.
 
-Determinism: matrix products may choose another summation order for another number of rows. At load, products
-of this model's own shapes are compared bitwise between row counts; if they differ, or always in fp32, steps
-are padded to a multiple of 16 rows, and compared again. `deterministic` tells the outcome.
+Determinism (`EngineConfig.deterministic`): attention and the small operations sum in an order that only the
+token's own context decides (`kernels`), but matrix products may choose another order for another number of rows.
+At load, products of this model's own shapes are compared bitwise between row counts; if they differ, or always in
+fp32, steps are padded to a multiple of 16 rows, and compared again. `deterministic` tells the outcome.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ import logging
 import torch
 from torch import Tensor
 
-from engine.cache import KVCache, fitting_pages
+from engine.cache import EIGHT_BITS, KVCache
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig, ModelConfig
+from engine.memory import bytes_per_page, fitting_host_pages, fitting_pages, usable_pages
 from engine.model import Decoder
-from engine.plan import Plan
+from engine.plan import Draws, Plan
 from engine.request import InvalidParameter
 from engine.sampler import Sampler
 from engine.step_input import StepInput
 from engine.weights import load_weights
-from kernels import kernels_for
+from kernels import Kernels, kernels_for
 
 logger = logging.getLogger(__name__)
 
@@ -40,14 +42,18 @@ class ModelRunner:
         decoder: Decoder,
         cache: KVCache,
         *,
-        num_pages: int,
         page_size: int,
         max_model_len: int,
         row_multiple: int,
         deterministic: bool,
+        seconds_per_page_moved: float | None = None,
     ) -> None:
         self.model_config: ModelConfig = decoder.config
-        self.num_pages = num_pages
+        self.cache = cache  # whoever plans the pages moves them, between steps
+        self.num_pages = cache.num_pages
+        self.num_host_pages = cache.num_host_pages
+        self.seconds_per_page_moved = seconds_per_page_moved  # out and back in; None without host pages
+        self.kv_cache_dtype = cache.dtype
         self.page_size = page_size
         self.max_model_len = max_model_len
         self.device = decoder.device
@@ -56,7 +62,6 @@ class ModelRunner:
         self.deterministic = deterministic
         self._row_multiple = row_multiple
         self._decoder = decoder
-        self._cache = cache
         self._sampler = Sampler(decoder.config)
 
     @classmethod
@@ -77,51 +82,45 @@ class ModelRunner:
             kernels = kernels_for(device, config.kernels, dtype=dtype)
         except ValueError as error:
             raise InvalidParameter("kernels", str(error)) from None
+        storage = resolve_kv_cache_dtype(config.kv_cache_dtype, dtype, kernels)
         with torch.inference_mode():
             decoder = Decoder(model, kernels, dtype=dtype, device=device)
             load_weights(decoder, checkpoint)
             decoder.prepare(max_model_len)
-            num_pages = fitting_pages(
-                model,
-                page_size=config.page_size,
-                dtype=dtype,
-                device=device,
-                max_num_seqs=config.max_num_seqs,
-                max_model_len=max_model_len,
-                memory_bytes=config.kv_cache_memory_bytes,
+            cache = allocate_cache(
+                config, model, dtype=dtype, storage=storage, device=device, max_model_len=max_model_len
             )
-            cache = KVCache.allocate(model, num_pages, config.page_size, dtype=dtype, device=device)
-            row_multiple, deterministic = row_invariance(decoder)
-        if not deterministic:
-            logger.warning(
-                "products on this machine depend on their row count: tokens may depend on the crowd"
-            )
+            row_multiple, deterministic = resolve_deterministic(config.deterministic, decoder)
         return cls(
             decoder,
             cache,
-            num_pages=num_pages,
             page_size=config.page_size,
             max_model_len=max_model_len,
             row_multiple=row_multiple,
             deterministic=deterministic,
+            seconds_per_page_moved=cache.seconds_per_page_moved(),
         )
 
-    def run(self, plan: Plan) -> list[int]:
+    def run(self, plan: Plan) -> Draws:
         """Compute every row of the plan. One token id per entry of `plan.sampling_rows`, in that order; -1
-        where that row's logits were not finite, which harms no other row."""
+        where that row's logits were not finite, which harms no other row. Logprobs for rows that ask."""
         if not plan.rows:
-            return []
+            return Draws([], {})
         sampling_rows = plan.sampling_rows
         with torch.inference_mode():
+            self.cache.move(plan.moves)
             step = StepInput.build(plan, self.page_size, row_multiple=self._row_multiple, device=self.device)
-            logits = self._decoder.forward(step, self._cache)
-            return self._sampler(logits[: len(sampling_rows)], sampling_rows) if sampling_rows else []
+            logits = self._decoder.forward(step, self.cache)
+            if not sampling_rows:
+                return Draws([], {})
+            return self._sampler(logits[: len(sampling_rows)], sampling_rows)
 
     def logits(self, plan: Plan) -> Tensor:
         """As `run`, but the logits `[rows that sample, vocab]` before any sampling."""
         with torch.inference_mode():
+            self.cache.move(plan.moves)
             step = StepInput.build(plan, self.page_size, row_multiple=self._row_multiple, device=self.device)
-            return self._decoder.forward(step, self._cache)[: len(plan.sampling_rows)]
+            return self._decoder.forward(step, self.cache)[: len(plan.sampling_rows)]
 
 
 def resolve_device(device: str) -> str:
@@ -141,6 +140,72 @@ def resolve_dtype(dtype: str, model: ModelConfig, device: str) -> torch.dtype:
     if dtype == "float16" and on_cpu:
         raise InvalidParameter("dtype", "float16 needs a GPU; on cpu use bfloat16 or float32")
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[dtype]
+
+
+def resolve_kv_cache_dtype(name: str, dtype: torch.dtype, kernels: Kernels) -> torch.dtype:
+    """What the pages store: `auto` is the dtype of the activations. Raises `InvalidParameter`."""
+    storage = dtype if name == "auto" else EIGHT_BITS[name]
+    if storage != dtype and storage not in kernels.quantised:
+        allowed = ["auto", *(known for known, kind in EIGHT_BITS.items() if kind in kernels.quantised)]
+        raise InvalidParameter(
+            "kv_cache_dtype",
+            f"the {kernels.name} kernels have no {name} cache; allowed here: {', '.join(allowed)}",
+        )
+    return storage
+
+
+def allocate_cache(
+    config: EngineConfig,
+    model: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    storage: torch.dtype,
+    device: str,
+    max_model_len: int,
+) -> KVCache:
+    """Pages on the device and on the host, as many as the settings and the memory allow."""
+    num_pages = fitting_pages(
+        model,
+        page_size=config.page_size,
+        storage=storage,
+        device=device,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=max_model_len,
+        memory_bytes=config.kv_cache_memory_bytes,
+    )
+    num_host_pages = fitting_host_pages(
+        bytes_per_page(model, config.page_size, storage),
+        usable=usable_pages(config.page_size, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len),
+        mode=config.preemption_mode,
+        device=device,
+        swap_space_bytes=config.swap_space_bytes,
+    )
+    return KVCache.allocate(
+        model,
+        num_pages,
+        config.page_size,
+        dtype=dtype,
+        device=device,
+        storage=storage,
+        num_host_pages=num_host_pages,
+    )
+
+
+def resolve_deterministic(wanted: bool | None, decoder: Decoder) -> tuple[int, bool]:
+    """(row multiple, whether tokens depend on their request alone). None: as on a CPU, where it is cheap.
+
+    Raises `InvalidParameter` when it is wanted and cannot be had.
+    """
+    on_cpu = torch.device(decoder.device).type == "cpu"
+    if wanted is False or (wanted is None and not on_cpu):
+        return 1, False
+    row_multiple, deterministic = row_invariance(decoder)
+    if not deterministic:
+        reason = "products on this machine depend on their row count, so tokens may depend on the crowd"
+        if wanted:
+            raise InvalidParameter("deterministic", f"cannot be had: {reason}")
+        logger.warning(reason)
+    return row_multiple, deterministic
 
 
 def row_invariance(decoder: Decoder) -> tuple[int, bool]:

@@ -1,10 +1,12 @@
-"""Sampler: logits to token ids, by each row's own parameters.
+"""Sampler: logits to token ids and their logprobs, by each row's own parameters.
 
-Owns masking, filtering and drawing. Knows no pages and no text. A draw depends on the row's logits, its
-seed and its position alone: the noise is a hash, not a stream, sums are in float64, and ties are broken by
-token id, so the crowd in a step changes nothing. A feature that no row asks for costs nothing.
+Owns masking, filtering, drawing and the logprobs of what was drawn. Knows no pages and no text. A draw
+depends on the row's logits, its seed and its position alone: the noise is a hash, not a stream, sums are in
+float64, and ties are broken by token id, so the crowd in a step changes nothing. A feature that no row asks
+for costs nothing.
 
-Order of the filters as in vLLM and transformers: min_tokens, temperature, top-k, top-p.
+Order of the filters as in vLLM and transformers: min_tokens, temperature, top-k, top-p. Logprobs are taken
+before all of them.
 """
 
 from __future__ import annotations
@@ -13,9 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
 from engine.config import ModelConfig
-from engine.plan import Row
+from engine.plan import Draws, Row
+from engine.request import TokenLogprobs
 
 FAILED = -1  # in place of a token: this row's logits were not finite
 TOP_P_CANDIDATES = 1024  # nearly always hold the nucleus; a full sort is the fallback
@@ -27,17 +31,19 @@ class Sampler:
         self._vocab_size = config.vocab_size
         self._eos = config.eos_token_ids
 
-    def __call__(self, logits: Tensor, rows: list[Row]) -> list[int]:
+    def __call__(self, logits: Tensor, rows: list[Row]) -> Draws:
         """logits `[S, vocab]`, any float dtype, overwritten; `rows` has S entries. One token id per row, or
-        `FAILED` where the largest logit is NaN or infinite."""
+        `FAILED` where the largest logit is NaN or infinite, or the logprob that was asked for is."""
+        asked = [i for i, row in enumerate(rows) if row.sequence.request.sampling.logprobs is not None]
+        raw = _log_softmax(logits, asked) if asked else None
         self._mask_early_ends(logits, rows)
         best, greedy = logits.max(dim=1)  # the lowest index wins a tie; NaN wins everything
         tokens = torch.where(torch.isfinite(best), greedy, FAILED)
         drawn = [i for i, row in enumerate(rows) if not row.sequence.request.sampling.greedy]
         if drawn:
             self._draw(logits, best, tokens, rows, drawn)
-        result: list[int] = tokens.tolist()
-        return result
+        logprobs = {} if raw is None else _logprobs(raw, tokens, rows, asked)
+        return Draws(tokens.tolist(), logprobs)
 
     def _mask_early_ends(self, logits: Tensor, rows: list[Row]) -> None:
         for i, row in enumerate(rows):
@@ -91,9 +97,8 @@ def _draw_narrowed(
     mass = sums[:, -1].clone()
     unlimited = (top_k == 0).nonzero()[:, 0]
     if len(unlimited):
-        mass[unlimited] = (
-            ((logits[unlimited].double() - top[unlimited]) / heat[unlimited, None]).exp_().sum(1)
-        )
+        whole = ((logits[unlimited].double() - top[unlimited]) / heat[unlimited, None]).exp_()
+        mass[unlimited] = whole.cumsum(dim=1)[:, -1]  # a plain sum takes another order for another row count
     # a token stays if those ranked before it have not yet reached top_p; the first always stays
     size = (sums - weights < (top_p * mass)[:, None]).logical_and_(ranks < limit[:, None]).sum(dim=1)
     size.clamp_(min=1)
@@ -107,6 +112,41 @@ def _draw_narrowed(
         size = (sums - weights < (top_p * mass)[row, None]).sum(dim=1).clamp_(min=1)
         found[i] = order[0, _inverse_cdf(sums, u[row], size)[0]]
     return found
+
+
+def _log_softmax(logits: Tensor, chosen: list[int]) -> Tensor:
+    """Natural log of softmax of the rows `chosen`, float32 `[len(chosen), vocab]`.
+
+    torch reduces each row by itself, in an order given by its length; on CUDA by its alignment too, which the
+    padding makes the same for all rows. `logsumexp` would not do: it splits single long rows over threads.
+    """
+    picked = logits[torch.tensor(chosen, device=logits.device)].float()
+    vocab = picked.shape[1]
+    if vocab % 4:  # floats in 16 bytes
+        picked = pad(picked, (0, -vocab % 4), value=float("-inf"))
+    return torch.log_softmax(picked, dim=1)[:, :vocab]
+
+
+def _logprobs(raw: Tensor, tokens: Tensor, rows: list[Row], asked: list[int]) -> dict[int, TokenLogprobs]:
+    """raw `[len(asked), vocab]`, tokens `[S]`. By row, for rows in `asked` that did not fail; a row whose
+    logprob is not finite (an infinite logit that min_tokens masked) becomes `FAILED` in `tokens`."""
+    index = torch.tensor(asked, device=tokens.device)
+    ids = tokens[index]
+    values = raw.gather(1, ids.clamp(min=0)[:, None])[:, 0]
+    ids = torch.where(torch.isfinite(values), ids, FAILED)
+    tokens[index] = ids
+    counts = [rows[i].sequence.request.sampling.logprobs or 0 for i in asked]
+    wide = [j for j, count in enumerate(counts) if count]
+    top: dict[int, tuple[tuple[int, float], ...]] = {}
+    if wide:
+        ranked, order = _ranked(raw[torch.tensor(wide, device=raw.device)], min(max(counts), raw.shape[1]))
+        for j, near, best in zip(wide, order.tolist(), ranked.tolist(), strict=True):
+            top[j] = tuple(zip(near, best, strict=True))[: counts[j]]
+    return {
+        i: TokenLogprobs(token_id=token_id, logprob=value, top=top.get(j, ()))
+        for j, (i, token_id, value) in enumerate(zip(asked, ids.tolist(), values.tolist(), strict=True))
+        if token_id != FAILED
+    }
 
 
 def _ranked(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -2,31 +2,59 @@
 
 Keep this small: it is the heart, and every feature would like to live here. There are no phases. A sequence
 has tokens and some of them are computed; each step hands out one budget of tokens, running sequences first in
-order of admission, then waiting ones in theirs, until budget, places or pages run out. A chunk of a prompt, a
-decoded token and a recompute after preemption are the same catching up. When pages run out, the running
-sequence with the least computed tokens loses all of its pages and goes back to the front of the queue.
+order of admission, then waiting ones in the order of their queue, until budget, places or pages run out. A chunk
+of a prompt, a decoded token, a checkpoint and a recompute after preemption are the same catching up.
 
-Two rules keep it from thrashing and from standing still. A sequence is admitted only when pages for all the
-tokens it has now are free, so one that was just preempted does not come straight back. And the running
-sequence with the most computed tokens is never a victim while there is another, so something always ends.
+A sequence is admitted when the pages for all the tokens it has now can be had, and when the forecast says that
+everybody can then grow to the expected length. Expectations err; when pages run out all the same, the running
+sequence of the lowest priority with the least computed tokens loses its pages and goes back to the front of the
+queue. What it has computed stays in the cache, tail first in line for eviction. Two rules keep it from thrashing
+and from standing still: nobody comes in at a step that had to throw somebody out, and of the highest priority
+the one with the most computed tokens is never a victim while there is another, so something always ends.
 
-Owns the two queues and the pages' comings and goings. Knows no text (stop strings are the engine's), no
-tensors, no clock. Chunked prefill after Sarathi (Agrawal et al. 2023), preemption by recompute after vLLM.
+Owns the running sequences and the pages' comings and goings. The order of the queue is `waiting`'s, contents of
+pages are `prefix_cache`'s. Knows no text (stop strings are the engine's), no tensors, no clock. Chunked prefill
+after Sarathi (Agrawal et al. 2023).
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 
-from engine.pages import PagePool
+from engine.forecast import Forecast
+from engine.lengths import OutputLengths
+from engine.pages import PagePool, require
 from engine.plan import Plan, Row
-from engine.request import Output
+from engine.prefix_cache import Match, PrefixCache
+from engine.request import Output, TokenLogprobs
 from engine.sequence import Sequence
+from engine.waiting import Policy, WaitingQueue
+from engine.warming import Warming
+
+RETRY_PLANS = 16  # how long a full engine does not ask again whether the next one fits, unless somebody left
+MARGIN = 0.02  # of the pages, for expectations that were too low
+
+
+class _Draft:
+    """A plan in the making."""
+
+    __slots__ = ("budget", "rows")
+
+    def __init__(self, budget: int) -> None:
+        self.rows: dict[Sequence, int] = {}
+        self.budget = budget
+
+    def give(self, sequence: Sequence) -> None:
+        self.rows[sequence] = min(sequence.num_pending, self.budget)
+        self.budget -= self.rows[sequence]
+
+    def take_back(self, sequence: Sequence) -> None:
+        self.budget += self.rows.pop(sequence, 0)
 
 
 class Scheduler:
-    """`eos_token_ids` end a sequence unless its request ignores them."""
+    """`eos_token_ids` end a sequence unless its request ignores them. `num_host_pages`: where evicted contents
+    go, as long as `keeps()` says so."""
 
     def __init__(
         self,
@@ -35,118 +63,110 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         eos_token_ids: Collection[int] = (),
+        prefix_caching: bool = True,
+        policy: Policy = "planned",
+        num_host_pages: int = 0,
+        keeps: Callable[[], bool] = lambda: True,
     ) -> None:
         if max_num_seqs < 1 or max_num_batched_tokens < 1:
             raise ValueError("max_num_seqs and max_num_batched_tokens must be at least 1")
         self.pool = pool
+        self.cache = PrefixCache(pool, enabled=prefix_caching, num_host_pages=num_host_pages, keeps=keeps)
+        self.lengths = OutputLengths()
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.eos_token_ids = frozenset(eos_token_ids)
         self.running: list[Sequence] = []
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = WaitingQueue(policy)
+        self.warming = Warming()
         self.num_preemptions = 0
+        self.num_recomputed = 0  # tokens that had been computed before a preemption
+        self._num_plans = 0
+        self._retry_at = 0  # the plan that asks again whether somebody can come in
 
     @property
     def has_work(self) -> bool:
-        return bool(self.running or self.waiting)
+        return bool(self.running or self.num_waiting)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.waiting) + len(self.warming)
 
     def fits(self, num_tokens: int) -> bool:
         """Whether the pool could hold so many tokens of one sequence that has it all to itself."""
         return self.pool.pages_for(num_tokens) <= self.pool.num_pages
 
     def add(self, sequence: Sequence) -> None:
-        """To the end of the queue. Raises ValueError when it could not run even alone: all rests on that."""
+        """To the queue. Raises ValueError when it could not run even alone: all rests on that."""
         # The last token drawn is never computed, so it needs no slot.
         if not self.fits(sequence.num_prompt + sequence.max_tokens - 1):
             raise ValueError("a sequence that cannot fit into the pool must be rejected before")
-        self.waiting.append(sequence)
+        self.waiting.push(sequence, self._prompt_keys(sequence), self._expected(sequence))
+        self._retry_at = 0
 
     def plan(self) -> Plan:
         """The next step's rows. Empty only when there is no work."""
-        rows: dict[Sequence, int] = {}
-        budget = self.max_num_batched_tokens
+        self._num_plans += 1
+        draft = _Draft(self.max_num_batched_tokens)
         preemptions_before = self.num_preemptions
-
         for sequence in tuple(self.running):
-            if budget == 0:
+            if draft.budget == 0:
                 break
             if not sequence.pages:  # preempted a moment ago, for one before it
                 continue
-            num_tokens = min(sequence.num_pending, budget)
-            while not self._reserve(sequence, sequence.num_computed + num_tokens):
-                victim = self._preempt_least_computed()
-                budget += rows.pop(victim, 0)
+            needed = sequence.num_computed + min(sequence.num_pending, draft.budget)
+            while not self._reserve(sequence, needed):
+                victim = self._victim()
+                draft.take_back(victim)
+                self.preempt(victim)
                 if victim is sequence:
                     break
             else:
-                rows[sequence] = num_tokens
-                budget -= num_tokens
+                draft.give(sequence)
+        if self.num_preemptions == preemptions_before and self._num_plans >= self._retry_at:
+            self._admit(draft)
+        if not draft.rows:
+            return Plan(())
+        moves = tuple(self.cache.moves)
+        self.cache.moves.clear()
+        return Plan(tuple(Row(sequence, num_tokens) for sequence, num_tokens in draft.rows.items()), moves)
 
-        # Nobody comes in at a step that had to throw somebody out.
-        while (
-            self.waiting
-            and budget > 0
-            and len(self.running) < self.max_num_seqs
-            and self.num_preemptions == preemptions_before
-            and self._reserve(self.waiting[0], len(self.waiting[0].token_ids))
-        ):
-            sequence = self.waiting.popleft()
-            self.running.append(sequence)
-            rows[sequence] = min(sequence.num_pending, budget)
-            budget -= rows[sequence]
-        return Plan(tuple(Row(sequence, num_tokens) for sequence, num_tokens in rows.items()))
-
-    def settle(self, plan: Plan, tokens: list[int]) -> list[Sequence]:
-        """Take in a step: `tokens` has one id per sampling row, in order. Returns who left.
+    def settle(
+        self, plan: Plan, tokens: list[int], logprobs: Mapping[int, TokenLogprobs] | None = None
+    ) -> list[Sequence]:
+        """Take in a step: `tokens` has one id per sampling row, in order, `logprobs` those that were asked for,
+        by number of the sampling row. Returns who left.
 
         Those carry an `output`; one whose token is -1 (logits that were not finite) leaves without.
         """
-        drawn = iter(tokens)
+        drawn = iter(enumerate(tokens))
         finished: list[Sequence] = []
         for row in plan.rows:
             sequence, samples = row.sequence, row.samples
-            sequence.num_computed += row.num_tokens
+            self._computed(sequence, row.num_tokens)
             if not samples:
                 continue
-            token_id = next(drawn)
+            number, token_id = next(drawn)
             if token_id < 0:
                 finished.append(sequence)
                 continue
             sequence.token_ids.append(token_id)
-            sequence.output = self._output(sequence, token_id)
+            if logprobs and number in logprobs:
+                sequence.logprobs.append(logprobs[number])
+            sequence.output = self.ending(sequence, token_id)
             if sequence.output is not None:
                 finished.append(sequence)
+            elif sequence.num_generated >= sequence.expected_tokens:
+                sequence.expected_tokens = self._expected(sequence)
         if finished:
-            for sequence in finished:
-                self._give_back(sequence)
             gone = set(finished)
             self.running = [sequence for sequence in self.running if sequence not in gone]
+            for sequence in finished:
+                self._leave(sequence)
         return finished
 
-    def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out at once, wherever it is (aborted, or ended by a stop string), with its pages."""
-        self._give_back(sequence)
-        if sequence in self.running:
-            self.running.remove(sequence)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
-
-    def check(self) -> None:
-        """The invariant of pages and queues; raises AssertionError. For tests, after every step."""
-        self.pool.check(sequence.pages for sequence in self.running)
-        assert len(self.running) <= self.max_num_seqs, "too many sequences run"
-        live = [*self.running, *self.waiting]
-        assert len(set(live)) == len(live), "a sequence is queued twice"
-        for sequence in self.running:
-            held = len(sequence.pages) * self.pool.page_size
-            assert sequence.num_computed <= held, "computed tokens without a page"
-            assert sequence.num_pending >= 1, "a running sequence has nothing to compute"
-        for sequence in self.waiting:
-            assert not sequence.pages, "a waiting sequence holds pages"
-            assert sequence.num_computed == 0, "a waiting sequence has computed tokens"
-
-    def _output(self, sequence: Sequence, token_id: int) -> Output | None:
-        """What ended `sequence` with this token, if anything did. End of sequence comes before stop tokens."""
+    def ending(self, sequence: Sequence, token_id: int) -> Output | None:
+        """What ended `sequence` with this token, its last, if anything did. End of sequence before stop tokens."""
         sampling = sequence.request.sampling
         if sequence.num_generated > sampling.min_tokens:
             if token_id in self.eos_token_ids and not sampling.ignore_eos:
@@ -157,25 +177,167 @@ class Scheduler:
             return Output(token_ids=tuple(sequence.generated), finish_reason="length")
         return None
 
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out at once, wherever it is (aborted, or ended by a stop string), with its pages."""
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+        elif sequence in self.warming:
+            self.warming.remove(sequence)
+        elif sequence in self.running:
+            self.running.remove(sequence)
+            self._leave(sequence)
+
+    def preempt(self, victim: Sequence) -> None:
+        """Take the pages of a running sequence and put it back to the front of its level."""
+        self.running.remove(victim)
+        self._abandon(victim)
+        self.cache.release(victim, preempted=True)
+        victim.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.put_back(victim)
+        self._retry_at = 0
+
+    def check(self) -> None:
+        """The invariant of pages, contents and queues; raises AssertionError. After every step in tests, at idle
+        in production."""
+        self.pool.check(sequence.pages for sequence in self.running)
+        self.cache.check()
+        self.warming.check(self.running)
+        require(len(self.running) + len(self.warming) <= self.max_num_seqs, "too many sequences run")
+        live = [*self.running, *self.waiting, *self.warming]
+        require(len(set(live)) == len(live), "a sequence is queued twice")
+        size = self.pool.page_size
+        for sequence in self.running:
+            require(sequence.num_computed <= len(sequence.pages) * size, "computed tokens without a page")
+            require(sequence.num_pending >= 1, "a running sequence has nothing to compute")
+            writes = sequence.pages[sequence.num_computed // size :]
+            require(not any(map(self.pool.is_shared, writes)), "a page would have two writers")
+        for sequence in (*self.waiting, *self.warming):
+            require(not sequence.pages, "a waiting sequence holds pages")
+            require(sequence.num_computed == 0, "a waiting sequence has computed tokens")
+
+    # --- coming in ------------------------------------------------------------------------------------------
+
+    def _admit(self, draft: _Draft) -> None:
+        forecast = None
+        while draft.budget > 0 and (sequence := self.waiting.peek()) is not None:
+            match = self.cache.match(sequence)
+            place = len(self.running) + len(self.warming) < self.max_num_seqs
+            if place and self._park(sequence, match):
+                continue
+            forecast = forecast or self._forecast()
+            needs = self._needs(sequence, match)
+            limit = self.pool.num_pages * (1 - MARGIN)
+            safe = not self.running or forecast.peak_with(*needs) <= limit
+            if place and safe and self.cache.acquire(sequence, match, len(sequence.token_ids)):
+                self._enter(sequence, draft, match)
+                forecast.add(*needs)
+                continue
+            if not self._make_way(sequence, draft):
+                self._retry_at = self._num_plans + RETRY_PLANS
+                return
+            forecast = None
+
+    def _enter(self, sequence: Sequence, draft: _Draft, match: Match) -> None:
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        sequence.expected_tokens = self._expected(sequence)
+        if sequence.high_water == 0:
+            sequence.num_cached = min(sequence.num_computed, sequence.num_prompt)
+        keys = self._prompt_keys(sequence)
+        self.warming.begin(sequence, keys[sequence.num_computed // self.pool.page_size :])
+        draft.give(sequence)
+
+    def _park(self, sequence: Sequence, match: Match) -> bool:
+        keys = self.cache.chain(sequence, len(sequence.token_ids) - 1)
+        whole = (len(sequence.token_ids) - 1) // self.pool.page_size
+        if not self.warming.park(sequence, keys[len(match.whole) : whole]):
+            return False
+        self.waiting.remove(sequence)
+        return True
+
+    def _make_way(self, sequence: Sequence, draft: _Draft) -> bool:
+        """Preempt somebody whose priority is lower than that of `sequence`, if anybody's is."""
+        if not self.running:
+            return False
+        victim = self._victim()
+        if victim.request.priority <= sequence.request.priority:
+            return False
+        draft.take_back(victim)
+        self.preempt(victim)
+        return True
+
+    def _needs(self, sequence: Sequence, match: Match) -> tuple[int, int]:
+        """(tokens whose pages nobody else owns already, tokens it will probably still make)."""
+        shared = sum(entry.page is not None and not self.pool.is_cached(entry.page) for entry in match.whole)
+        sequence.num_shared_pages = shared
+        remaining = self._expected(sequence) - sequence.num_generated
+        return len(sequence.token_ids) - shared * self.pool.page_size, max(1, remaining)
+
+    def _forecast(self) -> Forecast:
+        size = self.pool.page_size
+        tokens = [len(one.token_ids) - one.num_shared_pages * size for one in self.running]
+        remaining = [max(1, one.expected_tokens - one.num_generated) for one in self.running]
+        private = sum(len(one.pages) - one.num_shared_pages for one in self.running)
+        return Forecast(tokens, remaining, max(0, self.pool.num_owned - private), size)
+
+    def _expected(self, sequence: Sequence) -> int:
+        """How many tokens it will probably generate in all."""
+        if sequence.runs_to_the_end:
+            return sequence.max_tokens
+        keys = self._prompt_keys(sequence)
+        expected = self.lengths.expected(keys, sequence.max_tokens, sequence.num_generated)
+        return max(expected, sequence.request.sampling.min_tokens)
+
+    def _prompt_keys(self, sequence: Sequence) -> list[bytes]:
+        keys = self.cache.chain(sequence, sequence.num_prompt)
+        return keys[: sequence.num_prompt // self.pool.page_size]
+
+    # --- going on -------------------------------------------------------------------------------------------
+
+    def _computed(self, sequence: Sequence, num_tokens: int) -> None:
+        before, size = sequence.num_computed, self.pool.page_size
+        now = sequence.num_computed = before + num_tokens
+        self.num_recomputed += max(0, min(sequence.high_water, now) - before)
+        sequence.high_water = max(sequence.high_water, now)
+        first, last = before // size, now // size
+        if last > first:
+            self.cache.store(sequence, first, last)
+            self._put_back(self.warming.done(sequence.keys[first:last]))
+        if before < sequence.num_prompt <= now:
+            self.cache.store_tail(sequence, sequence.num_prompt)
+
     def _reserve(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Give `sequence` pages for its first `num_tokens` tokens; False, and nothing taken, if too few are free."""
-        pages = self.pool.allocate(max(0, self.pool.pages_for(num_tokens) - len(sequence.pages)))
+        """Give `sequence` pages for its first `num_tokens` tokens; False, and nothing taken, if there are too few."""
+        missing = self.pool.pages_for(num_tokens) - len(sequence.pages)
+        if missing <= 0:
+            return True
+        pages = self.pool.allocate(missing)
         if pages is None:
             return False
         sequence.pages += pages
         return True
 
-    def _preempt_least_computed(self) -> Sequence:
-        """Of equals, the one admitted last."""
-        victim = min(reversed(self.running), key=lambda sequence: sequence.num_computed)
-        self.running.remove(victim)
-        self._give_back(victim)
-        victim.num_computed = 0
-        victim.num_preemptions += 1
-        self.num_preemptions += 1
-        self.waiting.appendleft(victim)
-        return victim
+    # --- going out ------------------------------------------------------------------------------------------
 
-    def _give_back(self, sequence: Sequence) -> None:
-        self.pool.free(sequence.pages)
-        sequence.pages = []
+    def _victim(self) -> Sequence:
+        """Of the lowest priority the least computed; of equals, the one admitted last."""
+        return min(reversed(self.running), key=lambda one: (-one.request.priority, one.num_computed))
+
+    def _leave(self, sequence: Sequence) -> None:
+        """It does not run any more and will not come back."""
+        if sequence.output is not None and not sequence.runs_to_the_end:
+            cut = sequence.output.finish_reason == "length"
+            self.lengths.observe(self._prompt_keys(sequence), len(sequence.output.token_ids), cut=cut)
+        self._abandon(sequence)
+        self.cache.release(sequence)
+        self._retry_at = 0
+
+    def _abandon(self, sequence: Sequence) -> None:
+        keys = self._prompt_keys(sequence)[sequence.num_computed // self.pool.page_size :]
+        self._put_back(self.warming.abandon(sequence, keys))
+
+    def _put_back(self, sequences: list[Sequence]) -> None:
+        for sequence in reversed(sequences):
+            self.waiting.put_back(sequence)
+            self._retry_at = 0

@@ -1,24 +1,33 @@
 """Sequence: one sample of a request while it lives in the engine.
 
-Owns the tokens, how many of them are computed, and which pages hold them. Knows nothing of the pool those
-pages come from, nor of other sequences. There is no phase: `num_computed` chases `len(token_ids)`, and a
-chunk of a prompt, a recompute after preemption and one decoded token are all that same catching up.
+Owns the tokens, their logprobs, how many of them are computed, and which pages hold them. Knows nothing of
+the pool those pages come from, nor of other sequences. There is no phase: `num_computed` chases
+`len(token_ids)`, and a chunk of a prompt, a checkpoint that is resumed, a recompute after preemption and one
+decoded token are all that same catching up.
 """
 
 from __future__ import annotations
 
-from engine.request import Output, Request, derive_seed
+from dataclasses import replace
+
+from engine.request import Output, Request, TokenLogprobs, derive_seed
 
 
 class Sequence:
     """`token_ids` is prompt then generated, appended to in place. `pages[i]` holds tokens i·page_size onward."""
 
     __slots__ = (
+        "expected_tokens",
+        "high_water",
         "index",
+        "keys",
+        "logprobs",
         "max_tokens",
+        "num_cached",
         "num_computed",
         "num_preemptions",
         "num_prompt",
+        "num_shared_pages",
         "output",
         "pages",
         "request",
@@ -37,9 +46,21 @@ class Sequence:
         self.token_ids: list[int] = list(request.prompt_token_ids)
         self.num_prompt = len(request.prompt_token_ids)
         self.num_computed = 0
+        self.high_water = 0  # the most tokens ever computed: what lies below was lost by a preemption
+        self.num_cached = 0  # tokens of the prompt that were found computed when it first ran
         self.pages: list[int] = []
+        self.num_shared_pages = 0  # of `pages`: found in the cache
+        self.keys: list[bytes] = []  # names of its full pages, as far as somebody asked (`prefix_cache`)
+        self.expected_tokens = max_tokens  # how many it will probably generate
         self.num_preemptions = 0
+        self.logprobs: list[TokenLogprobs] = []  # one per generated token, if the request asks for them
         self.output: Output | None = None  # set once, when it finishes
+
+    @property
+    def runs_to_the_end(self) -> bool:
+        """Whether nothing but `max_tokens` can end it."""
+        sampling = self.request.sampling
+        return sampling.ignore_eos and not sampling.stop and not sampling.stop_token_ids
 
     @property
     def num_generated(self) -> int:
@@ -48,6 +69,13 @@ class Sequence:
     @property
     def generated(self) -> list[int]:
         return self.token_ids[self.num_prompt :]
+
+    @property
+    def finished_output(self) -> Output | None:
+        """`output`, with the logprobs of the tokens it kept if the request asks for them."""
+        if self.output is None or self.request.sampling.logprobs is None:
+            return self.output
+        return replace(self.output, logprobs=tuple(self.logprobs[: len(self.output.token_ids)]))
 
     @property
     def num_pending(self) -> int:

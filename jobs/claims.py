@@ -29,6 +29,7 @@ class Claim:
     seed: int
     crashes: int
     source: str
+    tenant: str
 
 
 def claim(connection: Connection, *, worker_id: str, model: str, limit: int) -> list[Claim]:
@@ -59,13 +60,16 @@ def claim(connection: Connection, *, worker_id: str, model: str, limit: int) -> 
             Job.seed,
             Job.crashes,
             Job.source,
+            Job.tenant,
             Job.tier,
             Job.fair_tag,
             Job.prefix_group,
         )
     ).all()
     ordered = sorted(rows, key=lambda row: (row.tier, row.fair_tag, row.prefix_group, row.id))
-    return [Claim(row.id, row.fence, row.body, row.seed, row.crashes, row.source) for row in ordered]
+    return [
+        Claim(row.id, row.fence, row.body, row.seed, row.crashes, row.source, row.tenant) for row in ordered
+    ]
 
 
 def models_with_work(connection: Connection) -> list[str]:

@@ -15,13 +15,26 @@ from jobs.settings import Settings
 
 
 def request_of(
-    request_id: RequestId, body: JobBody, *, seed: int, tokenizer: Tokenizer, settings: Settings
+    request_id: RequestId,
+    body: JobBody,
+    *,
+    seed: int,
+    tokenizer: Tokenizer,
+    settings: Settings,
+    tenant: str = "",
 ) -> Request:
-    """Raises `InvalidParameter`, or another ValueError for a chat that the checkpoint's template refuses."""
+    """Prefixes are shared inside a tenant only.
+
+    Raises `InvalidParameter`, or another ValueError for a chat that the checkpoint's template refuses."""
     if body.messages is not None:
         messages = [{"role": message.role, "content": message.content} for message in body.messages]
         ids = tokenizer.encode_chat(messages)
     else:
         ids = tokenizer.encode(body.prompt or "")
     sampling = body.sampling(settings.default_max_tokens, settings.max_n)
-    return Request(id=request_id, prompt_token_ids=tuple(ids), sampling=replace(sampling, seed=seed))
+    return Request(
+        id=request_id,
+        prompt_token_ids=tuple(ids),
+        sampling=replace(sampling, seed=seed),
+        cache_salt=tenant,
+    )

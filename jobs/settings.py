@@ -30,7 +30,22 @@ class EngineSettings(BaseModel):
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     max_model_len: int | None = None
+    max_num_requests: int | None = None
     kv_cache_memory_bytes: int | None = None
+    kv_cache_dtype: Literal["auto", "int8", "fp8"] = Field(
+        "auto",
+        description="what the KV pages store; 8 bits hold nearly twice the tokens, a little less exactly",
+    )
+    preemption_mode: Literal["auto", "recompute", "swap"] = Field(
+        "auto", description="how a sequence whose pages were needed comes back; auto: what is faster"
+    )
+    swap_space_bytes: int | None = Field(
+        None,
+        description="host memory for swapped KV pages; none: on cuda up to 8 GiB of what is free, on cpu 0",
+    )
+    enable_prefix_caching: bool = True
+    scheduling_policy: Literal["planned", "fcfs"] = "planned"
+    deterministic: bool | None = None
     threads: int | None = None
 
     def for_model(self, model: str) -> EngineConfig:

@@ -213,6 +213,7 @@ class Worker:
             seed=claim.seed,
             tokenizer=self.tokenizer,
             settings=self.settings,
+            tenant=claim.tenant,
         )
 
     def _end(self, holding: Holding) -> None:

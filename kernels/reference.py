@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import Kernels
+from kernels import Kernels, PagedKV
 
+LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # largest magnitude that an 8-bit cache can store
 MAX_SCORES = 2**25  # attention scores held at once, so that long contexts need no memory of their own
 
 
@@ -32,12 +33,35 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         x.copy_(torch.cat((first * c - second * s, second * c + first * s), dim=-1))
 
 
-def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    page_size = k_cache.shape[3]
+def store_kv(k: Tensor, v: Tensor, cache: PagedKV, slots: Tensor) -> None:
+    page_size = cache.keys.shape[3]
     kept = slots >= 0
     page, offset = slots[kept] // page_size, slots[kept] % page_size
-    k_cache[page, :, :, offset] = k[kept]  # [n, hk, d] into K transposed
-    v_cache[page, :, offset] = v[kept]
+    k, v = k[kept], v[kept]  # [n, hk, d]
+    if cache.key_scales is not None and cache.value_scales is not None:
+        k, cache.key_scales[page, :, offset] = quantise(k, cache.keys.dtype)
+        v, cache.value_scales[page, :, offset] = quantise(v, cache.values.dtype)
+    _indexable(cache.keys)[page, :, :, offset] = _indexable(k)  # K transposed
+    _indexable(cache.values)[page, :, offset] = _indexable(v)
+
+
+def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`[..., d]` as 8 bits `[..., d]` and bfloat16 scales `[...]`, by the rule of the contract."""
+    wide = x.float()
+    largest = wide.abs().amax(dim=-1)  # NaN where any is NaN
+    # the upper 16 bits of an fp32 are a bfloat16: round up, also from what the division has lost to 0
+    bits = ((largest / torch.full_like(largest, LIMITS[dtype])).view(torch.int32) + 0xFFFF) >> 16
+    bits = bits.clamp_min(1).masked_fill(largest == 0, 0)
+    scales = bits.to(torch.int16).view(torch.bfloat16)
+    scales = scales.masked_fill(~largest.isfinite(), float("nan"))
+    ratio = wide / scales.float().unsqueeze(-1)
+    ratio = ratio.masked_fill(~(scales > 0).unsqueeze(-1), 0.0)  # neither 0 / 0 nor NaN has an 8-bit value
+    return (ratio.round() if dtype == torch.int8 else ratio).to(dtype), scales
+
+
+def _indexable(x: Tensor) -> Tensor:
+    """torch indexes bytes on every device, fp8 not on all."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -47,8 +71,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 def paged_attention(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: PagedKV,
     page_table: Tensor,
     query_start: Tensor,
     context_lens: Tensor,
@@ -56,17 +79,18 @@ def paged_attention(
 ) -> Tensor:
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     _, num_heads, head_dim = q.shape
-    _, num_kv_heads, _, page_size = k_cache.shape
+    _, num_kv_heads, _, page_size = cache.keys.shape
     group = num_heads // num_kv_heads
     starts, lens = query_start.tolist(), context_lens.tolist()
     for row, length in enumerate(lens):
         start, end = starts[row], starts[row + 1]
         if start == end:
             continue
-        pages = page_table[row, : -(-length // page_size)].long()
-        # cut to the context before any arithmetic: what lies beyond may be NaN
-        k = k_cache[pages].permute(1, 0, 3, 2).reshape(num_kv_heads, -1, head_dim)[:, :length].float()
-        v = v_cache[pages].transpose(0, 1).reshape(num_kv_heads, -1, head_dim)[:, :length].float()
+        k, v = _context(cache, page_table[row, : -(-length // page_size)].long(), length)
+        harmful = ~v.isfinite().all(dim=-1).all(dim=0)  # [length]
+        some_harmful = end - start > 1 and bool(harmful.any())  # a single query sees its whole context
+        # 0 · NaN is NaN: the joint product takes zeros for tokens that not every query may see
+        harmless = v.masked_fill(harmful[None, :, None], 0.0) if some_harmful else v
         slice_len = max(1, MAX_SCORES // (num_heads * length))
         for first in range(start, end, slice_len):
             last = min(first + slice_len, end)
@@ -75,13 +99,31 @@ def paged_attention(
             position = torch.arange(length - (end - first), length - (end - last), device=q.device)
             hidden = torch.arange(length, device=q.device)[None, :] > position[:, None]  # [n, length]
             scores.masked_fill_(hidden[:, None, None, :], float("-inf"))
-            mixed = torch.einsum("nhgl,hld->nhgd", torch.softmax(scores, dim=-1), v)
+            weights = torch.softmax(scores, dim=-1)
+            mixed = torch.einsum("nhgl,hld->nhgd", weights, harmless)
+            if some_harmful:
+                for n, seen in enumerate((position + 1).tolist()):
+                    if harmful[:seen].any():  # a query that does see them
+                        mixed[n] = torch.einsum("hgl,hld->hgd", weights[n, :, :, :seen], v[:, :seen])
             out[first:last] = mixed.reshape(last - first, num_heads, head_dim).to(q.dtype)
     return out
 
 
+def _context(cache: PagedKV, pages: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """K and V of a row `[hk, length, d]` in fp32, cut before any arithmetic: what lies beyond may be NaN."""
+    _, heads, dim, _ = cache.keys.shape
+    k = _indexable(cache.keys)[pages].permute(1, 0, 3, 2).reshape(heads, -1, dim)[:, :length]
+    v = _indexable(cache.values)[pages].transpose(0, 1).reshape(heads, -1, dim)[:, :length]
+    k, v = k.view(cache.keys.dtype).float(), v.view(cache.values.dtype).float()
+    if cache.key_scales is not None and cache.value_scales is not None:
+        k = k * cache.key_scales[pages].transpose(0, 1).reshape(heads, -1, 1)[:, :length].float()
+        v = v * cache.value_scales[pages].transpose(0, 1).reshape(heads, -1, 1)[:, :length].float()
+    return k, v
+
+
 KERNELS = Kernels(
     name="reference",
+    quantised=tuple(LIMITS),
     rms_norm=rms_norm,
     add_rms_norm=add_rms_norm,
     rope=rope,

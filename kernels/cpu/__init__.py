@@ -1,19 +1,20 @@
 """The `cpu` set: `ops.c`, compiled on first use, behind the contract of `kernels`.
 
-Owns the passing of tensors to C: shapes, strides and types are checked here because C cannot. bf16 and fp32.
+Owns the passing of tensors to C: shapes, strides and types are checked here because C cannot. bf16 and fp32,
+with caches of the same dtype or of int8.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from ctypes import c_float, c_int, c_long, c_void_p
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels import Kernels
+from kernels import Kernels, PagedKV
 from kernels.cpu.build import BuildError, load_library
 
 __all__ = ["BuildError", "kernels"]
@@ -22,21 +23,33 @@ _L, _P, _F, _I = c_long, c_void_p, c_float, c_int
 _ARGUMENTS = {
     "rms_norm": (_L, _L, _P, _L, _P, _L, _P, _F, _P, _I),
     "rope": (_L, _L, _L, _L, _P, _L, _P, _L, _P, _P, _I),
-    "store_kv": (_L, _L, _L, _L, _P, _L, _P, _L, _P, _P, _P, _I),
     "silu_mul": (_L, _L, _P, _L, _P, _I),
-    "paged_attention": (_L, _L, _L, _L, _L, _P, _L, _P, _P, _P, _L, _P, _P, _F, _P, _I),
+}
+_PAGED_ARGUMENTS = {
+    "store_kv": (_L, _L, _L, _L, _P, _L, _P, _L, _P, _P, _P, _P, _P, _I),
+    "paged_attention": (_L, _L, _L, _L, _L, _P, _L, _P, _P, _P, _P, _P, _L, _P, _P, _F, _P, _I),
 }
 _SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
+_PAGED_SUFFIXES = {  # by the dtype of the activations and that of the cache
+    (torch.bfloat16, torch.bfloat16): "bf16",
+    (torch.float32, torch.float32): "f32",
+    (torch.bfloat16, torch.int8): "bf16_i8",
+    (torch.float32, torch.int8): "f32_i8",
+}
 
-Table = dict[torch.dtype, Callable[..., Any]]
+Table = dict[Any, Callable[..., Any]]
 
 
 def kernels() -> Kernels:
     """Compile or load the library. Raises `BuildError` when there is no working C compiler."""
     library = load_library()
-    ops = _Ops(**{name: _functions(library, name) for name in _ARGUMENTS})
+    tables = {name: _functions(library, name, types, _SUFFIXES) for name, types in _ARGUMENTS.items()}
+    for name, types in _PAGED_ARGUMENTS.items():
+        tables[name] = _functions(library, name, types, _PAGED_SUFFIXES)
+    ops = _Ops(**tables)
     return Kernels(
         name="cpu",
+        quantised=(torch.int8,),
         rms_norm=ops.rms_norm,
         add_rms_norm=ops.add_rms_norm,
         rope=ops.rope,
@@ -46,18 +59,18 @@ def kernels() -> Kernels:
     )
 
 
-def _functions(library: ctypes.CDLL, name: str) -> Table:
+def _functions(library: ctypes.CDLL, name: str, types: tuple[Any, ...], suffixes: Mapping[Any, str]) -> Table:
     table: Table = {}
-    for dtype, suffix in _SUFFIXES.items():
+    for key, suffix in suffixes.items():
         function = getattr(library, f"{name}_{suffix}")
-        function.argtypes = _ARGUMENTS[name]
+        function.argtypes = types
         function.restype = c_int if name == "paged_attention" else None
-        table[dtype] = function
+        table[key] = function
     return table
 
 
 class _Ops:
-    """One method per operation of the contract; each finds its C function by dtype."""
+    """One method per operation of the contract; each finds its C function by its dtypes."""
 
     def __init__(self, **tables: Table) -> None:
         self._rms_norm = tables["rms_norm"]
@@ -110,15 +123,15 @@ class _Ops:
             cos.data_ptr(), sin.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
 
-    def store_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    def store_kv(self, k: Tensor, v: Tensor, cache: PagedKV, slots: Tensor) -> None:
         tokens, kv_heads, dim = k.shape
-        page_size = _page_size(k_cache, v_cache, kv_heads, dim)
+        page_size = _page_size(cache, kv_heads, dim)
         _require(_rows(k) and _rows(v) and v.shape == k.shape, "store_kv: k and v [T, hk, d]")
         _require(slots.dtype == torch.int64 and slots.shape == (tokens,), "store_kv: slots [T] int64")
-        _same_dtype(k, v, k_cache, v_cache)
-        self._store_kv[k.dtype](
+        _same_dtype(k, v)
+        self._store_kv[_pair(k, cache)](
             tokens, kv_heads, dim, page_size, k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0),
-            k_cache.data_ptr(), v_cache.data_ptr(), slots.data_ptr(), torch.get_num_threads(),
+            *_pointers(cache), slots.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
@@ -133,16 +146,15 @@ class _Ops:
     def paged_attention(
         self,
         q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
+        cache: PagedKV,
         page_table: Tensor,
         query_start: Tensor,
         context_lens: Tensor,
         scale: float,
     ) -> Tensor:
         tokens, heads, dim = q.shape
-        rows, kv_heads = page_table.shape[0], k_cache.shape[1]
-        page_size = _page_size(k_cache, v_cache, kv_heads, dim)
+        rows, kv_heads = page_table.shape[0], cache.keys.shape[1]
+        page_size = _page_size(cache, kv_heads, dim)
         _require(_rows(q) and heads % kv_heads == 0, "paged_attention: q [T, hq, d], hq a multiple of hk")
         _require(
             page_table.dtype == query_start.dtype == context_lens.dtype == torch.int32
@@ -151,14 +163,13 @@ class _Ops:
             and page_table.is_contiguous(),
             "paged_attention: page_table [R, P], query_start [R+1], context_lens [R], all int32",
         )
-        _same_dtype(q, k_cache, v_cache)
         out = torch.empty((tokens, heads, dim), dtype=q.dtype)
         covered = int(query_start[-1])
         if covered < tokens:
             out[covered:].zero_()
-        failed = self._paged_attention[q.dtype](
+        failed = self._paged_attention[_pair(q, cache)](
             rows, kv_heads, heads // kv_heads, dim, page_size, q.data_ptr(), q.stride(0),
-            k_cache.data_ptr(), v_cache.data_ptr(), page_table.data_ptr(), page_table.shape[1],
+            *_pointers(cache), page_table.data_ptr(), page_table.shape[1],
             query_start.data_ptr(), context_lens.data_ptr(), scale, out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         if failed:
@@ -171,17 +182,45 @@ def _rows(x: Tensor) -> bool:
     return x.stride(2) == 1 and x.stride(1) == x.shape[2]
 
 
-def _page_size(k_cache: Tensor, v_cache: Tensor, kv_heads: int, dim: int) -> int:
-    page_size = k_cache.shape[3]
+def _page_size(cache: PagedKV, kv_heads: int, dim: int) -> int:
+    pages, page_size = cache.keys.shape[0], cache.keys.shape[3]
     _require(
-        k_cache.shape[1:] == (kv_heads, dim, page_size)
-        and v_cache.shape == (k_cache.shape[0], kv_heads, page_size, dim)
+        cache.keys.shape == (pages, kv_heads, dim, page_size)
+        and cache.values.shape == (pages, kv_heads, page_size, dim)
         and page_size % 16 == 0
-        and k_cache.is_contiguous()
-        and v_cache.is_contiguous(),
-        "k_cache [pages, hk, d, page_size], v_cache [pages, hk, page_size, d], page_size a multiple of 16",
+        and cache.keys.is_contiguous()
+        and cache.values.is_contiguous(),
+        "keys [pages, hk, d, page_size], values [pages, hk, page_size, d], page_size a multiple of 16",
     )
+    for scales in (cache.key_scales, cache.value_scales):
+        _require(
+            (scales is not None) == (cache.keys.dtype == torch.int8)
+            and (
+                scales is None
+                or (
+                    scales.shape == (pages, kv_heads, page_size)
+                    and scales.dtype == torch.bfloat16
+                    and scales.is_contiguous()
+                )
+            ),
+            "scales [pages, hk, page_size] bfloat16 for int8, none for other dtypes",
+        )
     return page_size
+
+
+def _pair(x: Tensor, cache: PagedKV) -> tuple[torch.dtype, torch.dtype]:
+    """The key of `_PAGED_SUFFIXES`."""
+    pair = (x.dtype, cache.keys.dtype)
+    _require(
+        pair in _PAGED_SUFFIXES and cache.values.dtype == pair[1], "the cache has the dtype of q or int8"
+    )
+    return pair
+
+
+def _pointers(cache: PagedKV) -> tuple[int | None, ...]:
+    """K, V and their scales, as both paged operations take them."""
+    parts = (cache.keys, cache.values, cache.key_scales, cache.value_scales)
+    return tuple(None if part is None else part.data_ptr() for part in parts)
 
 
 def _same_dtype(*tensors: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Compiles `ops.c` once per user and machine, and loads it.
+"""Compiles `ops.c`, with the headers it includes, once per user and machine, and loads it.
 
 Owns the compiler's command line and the cache of binaries. Knows no operation. The binary is called through
 ctypes, which needs no Python headers, only a C compiler. Its parallel loops run on torch's own OpenMP: torch
@@ -23,6 +23,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("ops.c")
+INCLUDED = (SOURCE.with_name("attention.h"), SOURCE.with_name("paged.h"))
 # -O2, because the vectors are explicit: as fast as -O3 here (decode attention 33 ms either way), built in a third
 # of the time. No -ffast-math: it would let NaN and the order of sums go.
 COMPILERS = ("gcc", "cc", "clang")
@@ -86,9 +87,10 @@ def cache_folder() -> Path:
 
 
 def _key(compiler: str, flags: tuple[str, ...]) -> str:
-    """Changes with the source, the command, the compiler's binary and what the processor can do."""
+    """Changes with the sources, the command, the compiler's binary and what the processor can do."""
     stat = Path(compiler).resolve().stat()
-    parts = [SOURCE.read_bytes(), repr((compiler, flags, stat.st_size, stat.st_mtime_ns)).encode()]
+    parts = [path.read_bytes() for path in (SOURCE, *INCLUDED)]
+    parts.append(repr((compiler, flags, stat.st_size, stat.st_mtime_ns)).encode())
     parts.append(platform.machine().encode())
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -144,7 +144,7 @@ def test_streaming_takes_prompts_as_needed_and_gives_results_as_they_finish(llm:
     assert taken <= 10 + 2 * 4 + 4
     results.close()
     assert not llm.engine.has_work
-    assert llm.engine.pool.num_free == llm.engine.pool.num_pages
+    assert llm.engine.pool.num_available == llm.engine.pool.num_pages
 
 
 def test_the_bar_can_be_shown(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:

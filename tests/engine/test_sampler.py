@@ -40,7 +40,7 @@ def row(seed: int = 0, prompt: int = 3, **params: Any) -> Row:
 
 
 def draw(logits: Tensor, rows: list[Row]) -> list[int]:
-    return SAMPLER(logits.clone(), rows)
+    return SAMPLER(logits.clone(), rows).token_ids
 
 
 def plain_draw(logits: list[float], params: SamplingParams, u: float) -> int:

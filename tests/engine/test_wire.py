@@ -10,7 +10,7 @@ import pytest
 
 from engine import wire
 from engine.config import EngineConfig
-from engine.request import Completion, Output, Request, RequestError, RequestId, SamplingParams
+from engine.request import Completion, Output, Request, RequestError, RequestId, SamplingParams, TokenLogprobs
 from engine.wire import FrameReader, FrameWriter, Message, WireError, decode, encode
 
 ID = RequestId("job-1", 3)
@@ -23,6 +23,7 @@ SAMPLING = SamplingParams(
     max_tokens=None,
     stop=("a", "é🙂"),
     stop_token_ids=(4,),
+    logprobs=0,
 )
 REQUEST = Request(id=ID, prompt_token_ids=(1, 2, 2**31), sampling=SAMPLING)
 COMPLETIONS = (
@@ -31,7 +32,15 @@ COMPLETIONS = (
         outputs=(
             Output(token_ids=(5, 6), finish_reason="stop", stop_reason="é", text_cut=0),
             Output(token_ids=(), finish_reason="length"),
-            Output(token_ids=(9,), finish_reason="stop", stop_reason=9),
+            Output(
+                token_ids=(9, 3),
+                finish_reason="stop",
+                stop_reason=9,
+                logprobs=(
+                    TokenLogprobs(token_id=9, logprob=-0.1, top=((9, -0.1), (2**31, float("-inf")))),
+                    TokenLogprobs(token_id=3, logprob=-2.0),
+                ),
+            ),
         ),
         num_prompt=3,
         num_generated=2,
@@ -83,6 +92,15 @@ def body(kind: object, fields: object) -> bytes:
 GOOD = {"id": ["a", 1], "prompt_token_ids": [1], "sampling": {"seed": 1}}
 
 
+def with_top(pair: list[object]) -> dict[str, object]:
+    """A completion of one token whose logprobs hold `pair`."""
+    logprobs = [{"token_id": 9, "logprob": -1.0, "top": [pair]}]
+    return {
+        "id": ["a", 1],
+        "outputs": [{"token_ids": [9], "finish_reason": "length", "logprobs": logprobs}],
+    }
+
+
 @pytest.mark.parametrize(
     ("frame", "says"),
     [
@@ -112,6 +130,10 @@ GOOD = {"id": ["a", 1], "prompt_token_ids": [1], "sampling": {"seed": 1}}
             body("Add", {"requests": [GOOD | {"sampling": {"temperature": 9}}]}),
             "temperature: must be at least 0",
         ),
+        (body("Completions", {"completions": [with_top([9])]}), r"top\[0\]: must be a list of 2"),
+        (body("Completions", {"completions": [with_top([9, -1.0, 0])]}), r"top\[0\]: must be a list of 2"),
+        (body("Completions", {"completions": [with_top([9.0, -1.0])]}), r"top\[0\]\[0\]: must be int"),
+        (body("Completions", {"completions": [with_top([9, "x"])]}), r"top\[0\]\[1\]: must be a number"),
         (body("Fatal", {"reason": "x", "phase": "later"}), "Fatal.phase: must be one of 'start', 'run'"),
         (body("Fatal", {"reason": b"x", "phase": "run"}), "Fatal.reason: must be str"),
     ],

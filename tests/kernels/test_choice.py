@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -47,6 +48,12 @@ def test_a_failing_compiler_is_reported_in_its_own_words(
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(build.BuildError, match="out of bits"):
         cpu_kernels()
+
+
+def test_every_included_file_counts_for_the_binary() -> None:
+    """A header that the key forgets would leave an old binary in use."""
+    included = set(re.findall(r'^#include "(.*)"', build.SOURCE.read_text(), re.MULTILINE))
+    assert included == {path.name for path in (build.SOURCE, *build.INCLUDED)}
 
 
 def test_processes_that_build_at_once_all_get_a_whole_library(tmp_path: Path) -> None:

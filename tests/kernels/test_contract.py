@@ -7,16 +7,19 @@ plain loop in float64.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
-from kernels import Kernels, kernels_for
+from kernels import Kernels, PagedKV, kernels_for
 from kernels.reference import KERNELS as REFERENCE
+from kernels.reference import LIMITS
+from tests.support.paged import empty_cache, naive_attention, paged
 
 DTYPES = [torch.float32, torch.bfloat16]
+EIGHT_BITS = pytest.mark.parametrize("storage", ["int8", "fp8"], indirect=True)
+STORAGES = {"plain": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 TOLERANCE = {torch.float32: (2e-5, 2e-5), torch.bfloat16: (1.2e-2, 1e-2)}  # relative, absolute
 
 
@@ -32,112 +35,24 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
+@pytest.fixture(params=STORAGES)
+def storage(request: pytest.FixtureRequest, kernels: Kernels) -> torch.dtype | None:
+    """What the cache is made of; None: the dtype of the activations."""
+    found = STORAGES[request.param]
+    if found is not None and found not in kernels.quantised:
+        assert kernels.name == "cpu", "the reference set serves every cache"
+        pytest.skip(f"the {kernels.name} set has no {request.param} cache")
+    return found
+
+
+@pytest.fixture(params=["plain", "int8"])
+def cpu_storage(request: pytest.FixtureRequest) -> torch.dtype | None:
+    return STORAGES[request.param]
+
+
 def assert_close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
     relative, absolute = TOLERANCE[dtype]
     torch.testing.assert_close(found.double(), wanted.double(), rtol=relative, atol=absolute)
-
-
-@dataclass
-class Paged:
-    """A random paged cache whose free slots are NaN, and rows of queries on it."""
-
-    q: Tensor
-    k_cache: Tensor
-    v_cache: Tensor
-    page_table: Tensor
-    query_start: Tensor
-    context_lens: Tensor
-    scale: float
-    keys: list[Tensor]  # per row [context, hk, d], as stored
-    values: list[Tensor]
-
-    def run(self, kernels: Kernels) -> Tensor:
-        return kernels.paged_attention(
-            self.q,
-            self.k_cache,
-            self.v_cache,
-            self.page_table,
-            self.query_start,
-            self.context_lens,
-            self.scale,
-        )
-
-    def only(self, row: int, first: int, last: int) -> Paged:
-        """The queries `first:last` of one row alone, as a chunked run would ask for them."""
-        start = int(self.query_start[row])
-        count = int(self.query_start[row + 1]) - start
-        return Paged(
-            q=self.q[start + first : start + last],
-            k_cache=self.k_cache,
-            v_cache=self.v_cache,
-            page_table=self.page_table[row : row + 1].contiguous(),
-            query_start=torch.tensor([0, last - first], dtype=torch.int32),
-            context_lens=self.context_lens[row : row + 1] - (count - last),
-            scale=self.scale,
-            keys=self.keys[row : row + 1],
-            values=self.values[row : row + 1],
-        )
-
-
-def paged(
-    rows: list[tuple[int, int]],
-    *,
-    heads: int,
-    kv_heads: int,
-    dim: int,
-    page_size: int,
-    dtype: torch.dtype,
-    padding: int = 0,
-    seed: int = 0,
-) -> Paged:
-    """`rows`: (query tokens, context tokens) each."""
-    generator = torch.Generator().manual_seed(seed)
-    needed = [-(-context // page_size) for _, context in rows]
-    num_pages = sum(needed) + 3
-    order = torch.randperm(num_pages, generator=generator)
-    table = torch.zeros(len(rows), max(needed, default=0), dtype=torch.int32)
-    k_cache = torch.full((num_pages, kv_heads, dim, page_size), float("nan"), dtype=dtype)
-    v_cache = torch.full((num_pages, kv_heads, page_size, dim), float("nan"), dtype=dtype)
-    keys, values, used = [], [], 0
-    for row, (_, context) in enumerate(rows):
-        table[row, : needed[row]] = order[used : used + needed[row]]
-        used += needed[row]
-        k = torch.randn(context, kv_heads, dim, generator=generator).to(dtype)
-        v = torch.randn(context, kv_heads, dim, generator=generator).to(dtype)
-        for t in range(context):
-            page = int(table[row, t // page_size])
-            k_cache[page, :, :, t % page_size] = k[t]
-            v_cache[page, :, t % page_size] = v[t]
-        keys.append(k)
-        values.append(v)
-    counts = torch.tensor([0] + [n for n, _ in rows])
-    total = int(counts.sum()) + padding
-    wide = torch.randn(total, heads + 2, dim, generator=generator).to(dtype)
-    return Paged(
-        q=wide[:, :heads],  # strided, as a view of the merged q, k, v is
-        k_cache=k_cache,
-        v_cache=v_cache,
-        page_table=table,
-        query_start=counts.cumsum(0).int(),
-        context_lens=torch.tensor([context for _, context in rows], dtype=torch.int32),
-        scale=dim**-0.5,
-        keys=keys,
-        values=values,
-    )
-
-
-def naive_attention(case: Paged) -> Tensor:
-    out = torch.zeros(case.q.shape, dtype=torch.float64)
-    group = case.q.shape[1] // case.k_cache.shape[1]
-    for row, (keys, values) in enumerate(zip(case.keys, case.values, strict=True)):
-        start, end = int(case.query_start[row]), int(case.query_start[row + 1])
-        for t in range(start, end):
-            seen = keys.shape[0] - (end - 1 - t)
-            for head in range(case.q.shape[1]):
-                k, v = keys[:seen, head // group].double(), values[:seen, head // group].double()
-                weights = torch.softmax(k @ case.q[t, head].double() * case.scale, dim=0)
-                out[t, head] = weights @ v
-    return out
 
 
 MIXED_ROWS = [(1, 1), (1, 16), (5, 5), (1, 17), (40, 40), (7, 300), (1, 257), (0, 9), (19, 33), (1, 531)]
@@ -158,9 +73,23 @@ MIXED_ROWS = [(1, 1), (1, 16), (5, 5), (1, 17), (40, 40), (7, 300), (1, 257), (0
     ],
 )
 def test_attention_equals_a_plain_loop(
-    kernels: Kernels, dtype: torch.dtype, heads: int, kv_heads: int, dim: int, page_size: int
+    kernels: Kernels,
+    dtype: torch.dtype,
+    storage: torch.dtype | None,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    page_size: int,
 ) -> None:
-    case = paged(MIXED_ROWS, heads=heads, kv_heads=kv_heads, dim=dim, page_size=page_size, dtype=dtype)
+    case = paged(
+        MIXED_ROWS,
+        heads=heads,
+        kv_heads=kv_heads,
+        dim=dim,
+        page_size=page_size,
+        dtype=dtype,
+        storage=storage,
+    )
     assert_close(case.run(kernels), naive_attention(case), dtype)
 
 
@@ -180,8 +109,11 @@ def test_attention_with_large_scores_stays_exact(kernels: Kernels, dtype: torch.
     torch.testing.assert_close(found.double(), naive_attention(case), rtol=absolute, atol=absolute)
 
 
-def test_nan_query_harms_only_itself(kernels: Kernels, dtype: torch.dtype) -> None:
-    case = paged([(1, 30), (1, 40), (4, 50)], heads=4, kv_heads=2, dim=64, page_size=16, dtype=dtype)
+def test_nan_query_harms_only_itself(
+    kernels: Kernels, dtype: torch.dtype, storage: torch.dtype | None
+) -> None:
+    rows = [(1, 30), (1, 40), (4, 50)]
+    case = paged(rows, heads=4, kv_heads=2, dim=64, page_size=16, dtype=dtype, storage=storage)
     clean = case.run(kernels)
     case.q[1] = float("nan")
     found = case.run(kernels)
@@ -190,11 +122,40 @@ def test_nan_query_harms_only_itself(kernels: Kernels, dtype: torch.dtype) -> No
     assert torch.equal(found[others], clean[others])
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (3, 3, 40), (8, 1, 6)])
+@pytest.mark.parametrize(("keys", "values"), [(True, True), (True, False), (False, True)])
+def test_nan_behind_a_query_changes_no_bit(
+    kernels: Kernels,
+    dtype: torch.dtype,
+    storage: torch.dtype | None,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    keys: bool,
+    values: bool,
+) -> None:
+    """Two requests that share pages never harm each other by what lies behind the shared part."""
+    count, context = 21, 268  # over the end of a block of 256
+    rows = [(count, context), (3, 30)]
+    case = paged(rows, heads=heads, kv_heads=kv_heads, dim=dim, page_size=16, dtype=dtype, storage=storage)
+    clean = case.run(kernels)
+    for seen in (1, 2, 3, 5, 8, 9, 15, 16, 20):  # the first `seen` queries do not see the token
+        first = context - count + seen
+        for spoilt in ([first], range(first, context)):
+            by = float("inf") if values and not keys and storage is None else float("nan")
+            found = case.spoil(0, spoilt, keys=keys, values=values, by=by).run(kernels)
+            assert torch.equal(found[:seen], clean[:seen]), seen
+            assert torch.equal(found[count:], clean[count:]), seen
+            assert not torch.isfinite(found[seen:count].float()).any(), seen  # those that see it tell
+
+
 @pytest.mark.parametrize("dim", [64, 40])
-def test_attention_is_bit_equal_in_any_chunk_and_crowd(dtype: torch.dtype, dim: int) -> None:
+def test_attention_is_bit_equal_in_any_chunk_and_crowd(
+    dtype: torch.dtype, cpu_storage: torch.dtype | None, dim: int
+) -> None:
     kernels = kernels_for("cpu", "cpu")
     rows = [(300, 300), (1, 290), (70, 600), (33, 40), (1, 1)]
-    case = paged(rows, heads=9, kv_heads=3, dim=dim, page_size=16, dtype=dtype)
+    case = paged(rows, heads=9, kv_heads=3, dim=dim, page_size=16, dtype=dtype, storage=cpu_storage)
     together = case.run(kernels)
     for row, (count, _) in enumerate(rows):
         start = int(case.query_start[row])
@@ -205,9 +166,12 @@ def test_attention_is_bit_equal_in_any_chunk_and_crowd(dtype: torch.dtype, dim: 
                 assert torch.equal(alone, together[start + first : start + last]), (row, size, first)
 
 
-def test_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> None:
+def test_results_do_not_depend_on_the_number_of_threads(
+    dtype: torch.dtype, cpu_storage: torch.dtype | None
+) -> None:
     kernels = kernels_for("cpu", "cpu")
-    case = paged([(1, 300)] * 20 + [(90, 200)], heads=9, kv_heads=3, dim=64, page_size=16, dtype=dtype)
+    rows = [(1, 300)] * 20 + [(90, 200)]
+    case = paged(rows, heads=9, kv_heads=3, dim=64, page_size=16, dtype=dtype, storage=cpu_storage)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -265,7 +229,7 @@ def test_store_kv_fills_its_slots_only(
     v_cache = torch.full((4, 3, page_size, dim), 7.0, dtype=dtype)
     wide = torch.randn(6, 9, dim).to(dtype)
     slots = torch.tensor([0, -1, page_size - 1, page_size, 4 * page_size - 1, -1])
-    kernels.store_kv(wide[:, :3], wide[:, 3:6], k_cache, v_cache, slots)
+    kernels.store_kv(wide[:, :3], wide[:, 3:6], PagedKV(k_cache, v_cache), slots)
     for t, slot in enumerate(slots.tolist()):
         if slot >= 0:
             page, offset = divmod(slot, page_size)
@@ -273,6 +237,72 @@ def test_store_kv_fills_its_slots_only(
             assert torch.equal(v_cache[page, :, offset], wide[t, 3:6])
     assert int((k_cache != 7.0).any(dim=2).sum()) == 4 * 3
     assert int((v_cache != 7.0).any(dim=3).sum()) == 4 * 3
+
+
+def awkward_vectors(dim: int, dtype: torch.dtype) -> Tensor:
+    """[13, 5, dim]: all sizes that a dtype holds, ties between two steps, and a vector of zeros."""
+    x = torch.randn(13, 5, dim)
+    for t, size in enumerate((1.0, 1e-3, 3e4, 1e30, 2e38, 1e-30, 1e-37, 1e-40, 3e-44)):
+        x[t] = (x[t] / x[t].abs().amax(-1, keepdim=True)) * size
+    x[9] = 0.0
+    x[10, :, : dim // 2] = 0.5
+    x[10, :, 0] = 127.0  # with scale 1: ties
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize(("dim", "page_size"), [(64, 16), (40, 32), (6, 16)])
+@EIGHT_BITS
+def test_eight_bits_keep_what_the_contract_says(
+    kernels: Kernels, dtype: torch.dtype, storage: torch.dtype, dim: int, page_size: int
+) -> None:
+    x = awkward_vectors(dim, dtype)
+    slots = torch.randperm(2 * page_size)[: len(x)]
+    cache = empty_cache(3, 2, dim, page_size, storage, scaled=True)
+    kernels.store_kv(x[:, :2], x[:, 3:5], cache, slots)
+    assert cache.key_scales is not None
+    assert cache.value_scales is not None
+    page, offset = slots // page_size, slots % page_size
+    read_k, read_v = cache.keys.float()[page, :, :, offset], cache.values.float()[page, :, offset]
+    for given, stored, scales in (
+        (x[:, :2], read_k, cache.key_scales[page, :, offset]),
+        (x[:, 3:5], read_v, cache.value_scales[page, :, offset]),
+    ):
+        largest, limit = given.double().abs().amax(-1), LIMITS[storage]
+        below = (scales.view(torch.int16) - 1).view(torch.bfloat16).double()  # the next smaller scale
+        assert (scales.double() * limit * (1 + 1e-6) >= largest).all(), "a scale that clips"
+        assert ((below * limit < largest) | (scales == 0)).all(), "a scale that wastes a step"
+        assert torch.equal(scales == 0, largest == 0)
+        ratio = torch.where(scales[..., None] > 0, given.float() / scales.float()[..., None], 0.0)
+        wanted = ratio.round() if storage == torch.int8 else ratio.to(storage).float()
+        assert torch.equal(stored, wanted)
+        assert stored.abs().max() == limit
+    free = torch.ones(3 * page_size, dtype=torch.bool)
+    free[slots] = False
+    for scales in (cache.key_scales, cache.value_scales):
+        assert scales.transpose(1, 2).reshape(-1, 2)[free].isnan().all()
+
+
+@EIGHT_BITS
+def test_eight_bits_of_a_token_depend_on_its_vector_alone(
+    kernels: Kernels, dtype: torch.dtype, storage: torch.dtype
+) -> None:
+    """Nor on the set: both store the same bits. A failure stays with its head of its token, and shows."""
+    x = awkward_vectors(40, dtype)
+    x[1, 0, 3], x[2, 4, 39], x[3, 1, 0] = float("nan"), float("inf"), float("-inf")
+    together, alone, reference = (empty_cache(1, 2, 40, 16, storage, scaled=True) for _ in range(3))
+    slots = torch.arange(len(x))
+    kernels.store_kv(x[:, :2], x[:, 3:5], together, slots)
+    REFERENCE.store_kv(x[:, :2], x[:, 3:5], reference, slots)
+    for t in range(len(x)):
+        kernels.store_kv(x[t : t + 1, :2], x[t : t + 1, 3:5], alone, slots[t : t + 1])
+    for name in ("keys", "values", "key_scales", "value_scales"):
+        bits = [getattr(cache, name).view(torch.uint8) for cache in (together, alone, reference)]
+        assert torch.equal(bits[0], bits[1])
+        assert torch.equal(bits[0], bits[2])
+    assert together.key_scales is not None
+    assert together.value_scales is not None
+    assert together.key_scales[0, :, : len(x)].isnan().nonzero().tolist() == [[0, 1], [1, 3]]
+    assert together.value_scales[0, :, : len(x)].isnan().nonzero().tolist() == [[1, 2]]
 
 
 def test_small_operations_do_not_depend_on_the_row_count(dtype: torch.dtype) -> None:
@@ -293,7 +323,7 @@ def test_nothing_to_do(kernels: Kernels, dtype: torch.dtype) -> None:
     heads = torch.empty(0, 2, 64, dtype=dtype)
     angles = torch.empty(0, 32)
     kernels.rope(heads, heads, angles, angles)
-    kernels.store_kv(heads, heads, case.k_cache, case.v_cache, torch.empty(0, dtype=torch.int64))
+    kernels.store_kv(heads, heads, case.cache, torch.empty(0, dtype=torch.int64))
 
 
 def test_nan_is_carried_not_hidden(kernels: Kernels, dtype: torch.dtype) -> None:

@@ -47,7 +47,7 @@ def rollout(
     free, live = page_order(runner), list(sequences)
     while live:
         plan = plan_for(runner, live, free, chunk)
-        tokens = iter(runner.run(plan))
+        tokens = iter(runner.run(plan).token_ids)
         for row in plan.rows:
             samples = row.samples
             row.sequence.num_computed += row.num_tokens

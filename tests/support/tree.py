@@ -17,7 +17,7 @@ def source_files(*folders: str) -> list[Path]:
         path
         for folder in folders or PACKAGES
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".c") and "__pycache__" not in path.parts
+        if path.suffix in (".py", ".c", ".h") and "__pycache__" not in path.parts
     )
 
 

@@ -1,0 +1,85 @@
+"""Run: one generation in the engine, and everybody who has asked for it.
+
+Owns the sequences of a request while it lives, their stop strings, and how they become completions. Requests that
+ask for the very same thing (tokens, parameters, seed, salt) share one run: it is computed once and each gets its own
+completion. Knows neither pages nor steps (`scheduler`, `engine`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import replace
+
+from engine.request import Completion, Generated, Output, Request, RequestError, RequestId
+from engine.sequence import Sequence
+from engine.stop import StopChecker
+from engine.waiting import level_of
+
+
+def identity(request: Request) -> Hashable:
+    """Equal for requests whose outputs are equal: a greedy one has no use for its seed."""
+    sampling = replace(request.sampling, seed=0) if request.sampling.greedy else request.sampling
+    return request.prompt_token_ids, sampling, request.cache_salt, request.generated
+
+
+class Run:
+    """`checkers`: one per sequence, or none when no stop strings were asked for."""
+
+    __slots__ = ("checkers", "num_unfinished", "requests", "sequences")
+
+    def __init__(self, request: Request, sequences: list[Sequence], checkers: list[StopChecker]) -> None:
+        self.requests: dict[RequestId, Request] = {request.id: request}  # who asked, the first one first
+        self.sequences = sequences
+        self.checkers = checkers
+        self.num_unfinished = len(sequences)
+
+    @property
+    def num_generated(self) -> int:
+        """Of all samples. A finished one counts what it kept: the surplus after a stop string is nobody's."""
+        return sum(len(s.output.token_ids) if s.output else s.num_generated for s in self.sequences)
+
+    @property
+    def generated(self) -> tuple[Generated, ...]:
+        """A checkpoint: what each sample has so far."""
+        made = [(s, len(s.output.token_ids) if s.output else s.num_generated) for s in self.sequences]
+        return tuple(
+            Generated(token_ids=tuple(s.generated[:count]), logprobs=tuple(s.logprobs[:count]))
+            for s, count in made
+        )
+
+    def serves(self, request: Request) -> bool:
+        """Whether it runs as soon as `request`, whose identity is the same, would run by itself."""
+        return level_of(self.sequences[0].request) <= level_of(request)
+
+    def stop(self, sequence: Sequence, token_id: int) -> bool:
+        """Take the token that `sequence` just got; if it completes a stop string, that is how the sample ends,
+        even if the token ended it in another way too."""
+        if not self.checkers:
+            return False
+        match = self.checkers[sequence.index].push(token_id, last=sequence.output is not None)
+        if match is None:
+            return False
+        sequence.output = Output(
+            token_ids=tuple(sequence.generated[: match.num_tokens]),
+            finish_reason="stop",
+            stop_reason=match.stop,
+            text_cut=match.text_cut,
+        )
+        return True
+
+    def completion(
+        self, request: Request, *, error: RequestError | None = None, aborted: bool = False
+    ) -> Completion:
+        """The answer to `request`, one of those who asked."""
+        whole = error is None and not aborted
+        first = next(iter(self.requests)) == request.id
+        num_prompt = len(request.prompt_token_ids)
+        return Completion(
+            id=request.id,
+            outputs=tuple(filter(None, (s.finished_output for s in self.sequences))) if whole else (),
+            error=error,
+            aborted=aborted,
+            num_prompt=num_prompt,
+            num_generated=self.num_generated,
+            num_cached_tokens=min(s.num_cached for s in self.sequences) if first else num_prompt,
+        )

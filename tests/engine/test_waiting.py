@@ -1,0 +1,188 @@
+"""The queue's order: levels, siblings together, longest first; against a plain model, and for 20,000 at once."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.forecast import Forecast
+from engine.lengths import OutputLengths
+from engine.request import Request, RequestId, SamplingParams
+from engine.sequence import Sequence
+from engine.waiting import WaitingQueue
+from engine.warming import Warming
+
+
+def sequence(name: str, *, priority: int = 0, deadline: float | None = None) -> Sequence:
+    request = Request(
+        id=RequestId(name, 1),
+        prompt_token_ids=(5,),
+        sampling=SamplingParams(seed=0),
+        priority=priority,
+        deadline=deadline,
+    )
+    return Sequence(request, 0, 16)
+
+
+def keys(path: str) -> list[bytes]:
+    """A key names all before it, as page keys do."""
+    return [path[: i + 1].encode() for i in range(len(path))]
+
+
+def drain(queue: WaitingQueue) -> list[str]:
+    order = []
+    while (one := queue.peek()) is not None:
+        assert queue.peek() is one
+        queue.remove(one)
+        order.append(one.request.id.job_id)
+    assert len(queue) == 0
+    return order
+
+
+def filled(entries: list[tuple[str, str, int]]) -> WaitingQueue:
+    queue = WaitingQueue()
+    for name, path, expected in entries:
+        queue.push(sequence(name), keys(path), expected)
+    return queue
+
+
+def test_siblings_come_together_and_the_longest_family_first() -> None:
+    queue = filled([("a1", "ax", 10), ("b1", "by", 50), ("a2", "ax", 90), ("b2", "bz", 20), ("c", "", 60)])
+    assert drain(queue) == ["a2", "a1", "c", "b1", "b2"]
+
+
+def test_families_within_families() -> None:
+    entries = [
+        ("1", "sab", 5),
+        ("2", "sac", 9),
+        ("3", "sd", 7),
+        ("4", "sab", 8),
+        ("5", "q", 6),
+        ("6", "sac", 1),
+    ]
+    assert drain(filled(entries)) == ["2", "6", "4", "1", "3", "5"]
+
+
+def test_levels_come_before_all_else() -> None:
+    queue = WaitingQueue()
+    queue.push(sequence("normal"), keys("a"), 100)
+    queue.push(sequence("due", deadline=600.0), keys("b"), 1)
+    queue.push(sequence("due soon", deadline=60.0), keys("c"), 1)
+    queue.push(sequence("low", priority=3), keys("a"), 500)
+    queue.push(sequence("high", priority=-1), keys("d"), 1)
+    assert drain(queue) == ["high", "due soon", "due", "normal", "low"]
+
+
+def test_whoever_comes_back_is_first_in_its_level() -> None:
+    queue = filled([("a", "a", 9), ("b", "b", 5)])
+    back, low = sequence("back"), sequence("low", priority=1)
+    queue.put_back(low)
+    queue.put_back(back)
+    assert drain(queue) == ["back", "a", "b", "low"]
+
+
+def test_first_come_first_served() -> None:
+    queue = WaitingQueue("fcfs")
+    for name, path, expected in (("a", "x", 1), ("b", "y", 9), ("c", "x", 5)):
+        queue.push(sequence(name), keys(path), expected)
+    assert drain(queue) == ["a", "b", "c"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.text("ab", max_size=5), st.integers(0, 4), st.integers(0, 1)),
+            st.sampled_from(["take", "drop", "back"]),
+        ),
+        max_size=60,
+    ),
+    st.randoms(use_true_random=False),
+)
+def test_nobody_is_lost_and_a_family_is_not_torn_apart(history: list[object], rng: random.Random) -> None:
+    queue, here, taken = WaitingQueue(), dict[Sequence, str](), list[Sequence]()
+    for number, event in enumerate(history):
+        if isinstance(event, tuple):
+            path, expected, priority = event
+            one = sequence(str(number), priority=priority)
+            here[one] = path
+            queue.push(one, keys(path), expected)
+        elif event == "take" and here:
+            first = queue.peek()
+            assert first is not None
+            assert first.request.priority == min(one.request.priority for one in here)
+            queue.remove(first)
+            del here[first]
+            taken.append(first)
+        elif event == "drop" and here:
+            gone = rng.choice(list(here))
+            queue.remove(gone)
+            del here[gone]
+        elif event == "back" and taken:
+            back = taken.pop()
+            queue.put_back(back)
+            here[back] = ""
+        assert set(queue) == set(here)
+    fresh = [one for one in here if one not in taken]
+    assert len(drain(queue)) == len(fresh)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.text("abc", max_size=6), st.integers(0, 9)), min_size=1, max_size=40))
+def test_every_family_is_taken_in_one_go(entries: list[tuple[str, int]]) -> None:
+    queue = filled([(str(number), path, expected) for number, (path, expected) in enumerate(entries)])
+    paths = [entries[int(name)][0] for name in drain(queue)]
+    for depth in range(1, 7):
+        families = [path[:depth] for path in paths if len(path) >= depth]
+        runs = [family for i, family in enumerate(families) if i == 0 or families[i - 1] != family]
+        assert len(runs) == len(set(runs))
+
+
+def test_a_parked_sibling_waits_for_the_last_page_that_is_computed() -> None:
+    warming, leader, sibling = Warming(), sequence("leader"), sequence("sibling")
+    warming.begin(leader, keys("abc"))
+    assert not warming.park(sibling, keys("x"))
+    assert warming.park(sibling, keys("abd"))
+    warming.check([leader])
+    assert warming.done(keys("a")) == []
+    assert warming.done([b"ab"]) == [sibling]
+    assert warming.park(sibling, [b"abc"])
+    with pytest.raises(AssertionError, match="nobody computes"):
+        warming.check([])
+    assert warming.abandon(leader, keys("abc")) == [sibling]
+    assert len(warming) == 0
+
+
+def test_lengths_are_conditional_means_with_a_ceiling() -> None:
+    lengths = OutputLengths()
+    assert lengths.expected([], 100) == 100
+    for length in (10, 20, 30, 40):
+        lengths.observe([], length, cut=False)
+    assert lengths.expected([], 100) == 25
+    assert lengths.expected([], 24) == 20  # (10 + 20 + 24 + 24) / 4, rounded up
+    assert lengths.expected([], 100, 20) == 35
+    assert lengths.expected([], 100, 40) == 76
+    for _ in range(4):
+        lengths.observe([], 7, cut=True)
+    assert lengths.expected([], 100, 40) == 100
+
+
+def test_a_forecast_is_the_peak_of_growing_and_leaving() -> None:
+    def plain(tokens: list[int], remaining: list[int]) -> float:
+        """Step by step: one token each, and whoever has none left leaves."""
+        peak = 0.0
+        for step in range(max(remaining)):
+            peak = max(peak, sum(t + step + 7.5 for t, r in zip(tokens, remaining, strict=True) if r > step))
+        return 3 + peak / 16
+
+    rng = random.Random(3)
+    for _ in range(50):
+        tokens = [rng.randrange(1, 300) for _ in range(rng.randrange(1, 12))]
+        remaining = [rng.randrange(1, 200) for _ in tokens]
+        forecast = Forecast(tokens[:-1], remaining[:-1], 3, 16)
+        assert forecast.peak_with(tokens[-1], remaining[-1]) == pytest.approx(plain(tokens, remaining))
+        forecast.add(tokens[-1], remaining[-1])
+        assert forecast.peak_with(0, 1) >= plain(tokens, remaining)

@@ -1,0 +1,113 @@
+"""CheckedRunner: stands where the device stands and checks what the planning half promises, without torch.
+
+Its memory holds, in every slot, the fingerprint of all tokens up to the one that was computed there. A row whose
+earlier slots do not hold exactly its own history raises, so a page that was shared, copied, swapped or evicted
+wrongly cannot go unnoticed. Tokens are drawn from the fingerprint and the seed: what a request gets depends
+on the request alone, and `expected` says it without any engine.
+"""
+
+from __future__ import annotations
+
+import random
+
+from engine.config import EngineConfig, ModelConfig
+from engine.engine import Engine
+from engine.plan import Draws, Plan
+from engine.request import Request, derive_seed
+from engine.sequence import Sequence
+
+VOCAB_SIZE = 1000
+EOS = 2
+END_RATE = 12  # one token in so many ends an answer
+
+MODEL = ModelConfig(
+    architecture="Checked",
+    vocab_size=VOCAB_SIZE,
+    hidden_size=1,
+    intermediate_size=1,
+    num_layers=1,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=1,
+    max_position=100_000,
+    rms_norm_eps=1e-5,
+    rope_theta=1.0,
+    eos_token_ids=(EOS,),
+)
+
+
+def fingerprints(salt: str, tokens: list[int], known: list[int]) -> list[int]:
+    """One per token, each of all tokens up to it; continues `known` in place."""
+    value = known[-1] if known else hash(("start", salt))
+    for token in tokens[len(known) :]:
+        value = hash((value, token))
+        known.append(value)
+    return known
+
+
+def draw(fingerprint: int, seed: int) -> int:
+    rng = random.Random(fingerprint ^ seed)
+    return EOS if rng.randrange(END_RATE) == 0 else rng.randrange(3, VOCAB_SIZE)
+
+
+def expected(request: Request, index: int, max_tokens: int) -> tuple[int, ...]:
+    """What sample `index` of a request must get."""
+    sampling, seed = request.sampling, request.sampling.seed or 0
+    seed = 0 if sampling.greedy else seed if index == 0 else derive_seed(seed, index)
+    tokens, known = list(request.prompt_token_ids), list[int]()
+    made: list[int] = []
+    while len(made) < max_tokens:
+        made.append(draw(fingerprints(request.cache_salt, tokens, known)[-1], seed))
+        tokens.append(made[-1])
+        if made[-1] == EOS and not sampling.ignore_eos:
+            break
+    return tuple(made)
+
+
+class CheckedRunner:
+    model_config = MODEL
+    max_model_len = 100_000
+    seconds_per_page_moved: float | None = None
+    device, dtype, kernels_name, deterministic = "none", "none", "none", True
+
+    def __init__(self, num_pages: int, page_size: int, num_host_pages: int = 0) -> None:
+        self.num_pages, self.page_size, self.num_host_pages = num_pages, page_size, num_host_pages
+        self.num_moves = 0
+        self._memory: list[list[int | None]] = [[None] * page_size for _ in range(num_pages)]
+        self._host: list[list[int | None]] = [[None] * page_size for _ in range(num_host_pages)]
+        self._known: dict[Sequence, list[int]] = {}
+
+    def run(self, plan: Plan) -> Draws:
+        size, memory = self.page_size, self._memory
+        for kind, source, target in plan.moves:
+            self.num_moves += 1
+            if kind == "copy":
+                memory[target] = list(memory[source])
+            elif kind == "out":
+                self._host[target] = list(memory[source])
+            else:
+                memory[target] = list(self._host[source])
+        drawn: list[int] = []
+        written: set[tuple[int, int]] = set()
+        for row in plan.rows:
+            one = row.sequence
+            known = fingerprints(one.request.cache_salt, one.token_ids, self._known.setdefault(one, []))
+            for at in range(one.num_computed):
+                found = memory[one.pages[at // size]][at % size]
+                assert found == known[at], f"token {at} of {one.request.id} is not what was computed for it"
+            for at in range(one.num_computed, one.num_computed + row.num_tokens):
+                slot = one.pages[at // size], at % size
+                assert slot not in written, "two rows write to one slot"
+                written.add(slot)
+                memory[slot[0]][slot[1]] = known[at]
+            if row.samples:
+                greedy = one.request.sampling.greedy
+                drawn.append(draw(known[-1], 0 if greedy else one.seed))
+        return Draws(drawn, {})
+
+
+def checked_engine(
+    num_pages: int, page_size: int = 4, *, num_host_pages: int = 0, **settings: object
+) -> Engine:
+    config = EngineConfig(model="checked", **settings)  # type: ignore[arg-type]
+    return Engine(CheckedRunner(num_pages, page_size, num_host_pages), None, config)

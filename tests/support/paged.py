@@ -1,0 +1,172 @@
+"""A random paged cache with rows of queries on it, and what attention over it must give.
+
+Owns the layout as the contract in `kernels` writes it, filled without any kernel. Slots that no context covers
+are NaN. Knows no model and no set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels import Kernels, PagedKV
+
+NAN = float("nan")
+
+
+@dataclass
+class Paged:
+    q: Tensor
+    cache: PagedKV
+    page_table: Tensor
+    query_start: Tensor
+    context_lens: Tensor
+    scale: float
+    keys: list[Tensor]  # per row [context, hk, d]: what the stored values mean, in fp64
+    values: list[Tensor]
+
+    def run(self, kernels: Kernels) -> Tensor:
+        return kernels.paged_attention(
+            self.q, self.cache, self.page_table, self.query_start, self.context_lens, self.scale
+        )
+
+    def only(self, row: int, first: int, last: int) -> Paged:
+        """The queries `first:last` of one row alone, as a chunked run would ask for them."""
+        start = int(self.query_start[row])
+        count = int(self.query_start[row + 1]) - start
+        return Paged(
+            q=self.q[start + first : start + last],
+            cache=self.cache,
+            page_table=self.page_table[row : row + 1].contiguous(),
+            query_start=torch.tensor([0, last - first], dtype=torch.int32),
+            context_lens=self.context_lens[row : row + 1] - (count - last),
+            scale=self.scale,
+            keys=self.keys[row : row + 1],
+            values=self.values[row : row + 1],
+        )
+
+    def spoil(self, row: int, tokens: Iterable[int], *, keys: bool, values: bool, by: float = NAN) -> Paged:
+        """A copy in which K, V or both of some tokens of a row are NaN: by their scales where there are any."""
+        parts = (self.cache.keys, self.cache.values, self.cache.key_scales, self.cache.value_scales)
+        k, v, k_scales, v_scales = (None if part is None else part.clone() for part in parts)
+        assert k is not None
+        assert v is not None
+        page_size = k.shape[3]
+        for token in tokens:
+            page, offset = int(self.page_table[row, token // page_size]), token % page_size
+            for wanted, scales, at in (
+                (keys, k_scales, k[page, :, :, offset]),
+                (values, v_scales, v[page, :, offset]),
+            ):
+                if wanted and scales is not None:
+                    scales[page, :, offset] = by
+                elif wanted:
+                    at.fill_(by)
+        spoilt = PagedKV(k, v, k_scales, v_scales)
+        return Paged(
+            self.q,
+            spoilt,
+            self.page_table,
+            self.query_start,
+            self.context_lens,
+            self.scale,
+            self.keys,
+            self.values,
+        )
+
+
+def paged(
+    rows: list[tuple[int, int]],
+    *,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    page_size: int,
+    dtype: torch.dtype,
+    storage: torch.dtype | None = None,
+    padding: int = 0,
+    seed: int = 0,
+) -> Paged:
+    """`rows`: (query tokens, context tokens) each. `storage`: of a cache of 8 bits."""
+    generator = torch.Generator().manual_seed(seed)
+    needed = [-(-context // page_size) for _, context in rows]
+    num_pages = sum(needed) + 3
+    order = torch.randperm(num_pages, generator=generator)
+    table = torch.zeros(len(rows), max(needed, default=0), dtype=torch.int32)
+    cache = empty_cache(num_pages, kv_heads, dim, page_size, storage or dtype, scaled=storage is not None)
+    keys, values, used = [], [], 0
+    for row, (_, context) in enumerate(rows):
+        table[row, : needed[row]] = order[used : used + needed[row]]
+        used += needed[row]
+        (k, k_scales), (v, v_scales) = (
+            _stored(context, kv_heads, dim, dtype, storage, generator) for _ in range(2)
+        )
+        for t in range(context):
+            page, offset = int(table[row, t // page_size]), t % page_size
+            cache.keys[page, :, :, offset] = k[t]
+            cache.values[page, :, offset] = v[t]
+            if cache.key_scales is not None and cache.value_scales is not None:
+                cache.key_scales[page, :, offset] = k_scales[t]
+                cache.value_scales[page, :, offset] = v_scales[t]
+        keys.append(k.double() * k_scales.double()[:, :, None])
+        values.append(v.double() * v_scales.double()[:, :, None])
+    counts = torch.tensor([0] + [n for n, _ in rows])
+    total = int(counts.sum()) + padding
+    wide = torch.randn(total, heads + 2, dim, generator=generator).to(dtype)
+    return Paged(
+        q=wide[:, :heads],  # strided, as a view of the merged q, k, v is
+        cache=cache,
+        page_table=table,
+        query_start=counts.cumsum(0).int(),
+        context_lens=torch.tensor([context for _, context in rows], dtype=torch.int32),
+        scale=dim**-0.5,
+        keys=keys,
+        values=values,
+    )
+
+
+def empty_cache(
+    pages: int, kv_heads: int, dim: int, page_size: int, dtype: torch.dtype, *, scaled: bool
+) -> PagedKV:
+    """All NaN; int8, which has no NaN, is 99 under scales of NaN."""
+    fill = 99 if dtype == torch.int8 else NAN
+    scales = [torch.full((pages, kv_heads, page_size), NAN, dtype=torch.bfloat16) for _ in range(2 * scaled)]
+    return PagedKV(
+        torch.full((pages, kv_heads, dim, page_size), fill, dtype=torch.float32).to(dtype),
+        torch.full((pages, kv_heads, page_size, dim), fill, dtype=torch.float32).to(dtype),
+        *scales,
+    )
+
+
+def _stored(
+    context: int,
+    kv_heads: int,
+    dim: int,
+    dtype: torch.dtype,
+    storage: torch.dtype | None,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Random vectors of about unit spread [context, hk, d], and their scales [context, hk]."""
+    x = torch.randn(context, kv_heads, dim, generator=generator)
+    if storage is None:
+        return x.to(dtype), torch.ones(context, kv_heads)
+    scales = (torch.rand(context, kv_heads, generator=generator) * 0.04 + 0.01).bfloat16()
+    return (x * 40).clamp(-127, 127).to(storage), scales
+
+
+def naive_attention(case: Paged) -> Tensor:
+    """A plain loop in fp64."""
+    out = torch.zeros(case.q.shape, dtype=torch.float64)
+    group = case.q.shape[1] // case.cache.keys.shape[1]
+    for row, (keys, values) in enumerate(zip(case.keys, case.values, strict=True)):
+        start, end = int(case.query_start[row]), int(case.query_start[row + 1])
+        for t in range(start, end):
+            seen = keys.shape[0] - (end - 1 - t)
+            for head in range(case.q.shape[1]):
+                k, v = keys[:seen, head // group], values[:seen, head // group]
+                weights = torch.softmax(k @ case.q[t, head].double() * case.scale, dim=0)
+                out[t, head] = weights @ v
+    return out
