@@ -26,6 +26,10 @@ lint: venv
 bench: venv model
 	$(BIN)/python -m tests.bench.bench_engine
 	$(BIN)/python -m tests.bench.bench_overhead
+	$(BIN)/python -m tests.bench.bench_planning
+	$(BIN)/python -m tests.bench.bench_prefix
+	$(BIN)/python -m tests.bench.bench_deterministic
+	$(BIN)/python -m tests.bench.bench_kv8
 
 venv: $(VENV)/.installed
 

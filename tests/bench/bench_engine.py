@@ -118,7 +118,8 @@ def main() -> None:
     args = parser.parse_args()
     path = args.model or bundled_model()
 
-    llm = LLM(model=str(path), dtype="bfloat16", device="cpu")
+    # Every pair has the same prompts: what the first one left in memory must not help the next.
+    llm = LLM(model=str(path), dtype="bfloat16", device="cpu", enable_prefix_caching=False)
     theirs = load_theirs(path)
     vocab_size = theirs.config.vocab_size
     jobs = mixed(args.requests, args.seed, vocab_size)

@@ -1,0 +1,64 @@
+"""What deterministic mode costs: the mixed workload with it and without it, in alternating pairs, in CPU seconds.
+
+`python -m tests.bench.bench_deterministic [--pairs N] [--requests N] [--dtype bfloat16] [--model PATH]`
+
+Two engines on the same weights in one process. The last line is JSON; ratios are medians over the pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+from pathlib import Path
+
+import torch
+
+from engine.llm import LLM
+from tests.bench.bench_engine import Run, bundled_model, measured, mixed, run_ours
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=96)
+    parser.add_argument("--seed", type=int, default=20)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--model", type=Path, default=None)
+    args = parser.parse_args()
+    path = str(args.model or bundled_model())
+
+    # no prefix is kept: the second run of the same work must not be shorter
+    llms = [
+        LLM(path, dtype=args.dtype, device="cpu", deterministic=mode, enable_prefix_caching=False)
+        for mode in (True, False)
+    ]
+    vocab_size = llms[0].engine.runner.model_config.vocab_size
+    jobs = mixed(args.requests, args.seed, vocab_size)
+    for llm in llms:
+        run_ours(llm, mixed(8, args.seed + 1, vocab_size))
+
+    pairs: list[tuple[Run, Run]] = []
+    for number in range(args.pairs):
+        order = (0, 1) if number % 2 == 0 else (1, 0)
+        runs = {which: measured(lambda which=which: run_ours(llms[which], jobs)) for which in order}  # type: ignore[misc]
+        pairs.append((runs[0], runs[1]))
+        said = (f"{run.cpu_seconds:.1f} CPU s, {run.tokens_per_second:.1f} tok/s" for run in pairs[-1])
+        print(f"pair {number + 1}: deterministic {next(said)}; free {next(said)}", flush=True)
+    result = {
+        "workload": "mixed",
+        "dtype": args.dtype,
+        "pairs": args.pairs,
+        "deterministic_cpu_s": round(statistics.median(a.cpu_seconds for a, _ in pairs), 1),
+        "free_cpu_s": round(statistics.median(b.cpu_seconds for _, b in pairs), 1),
+        "cpu_ratio": round(statistics.median(a.cpu_seconds / b.cpu_seconds for a, b in pairs), 4),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
