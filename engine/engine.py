@@ -22,6 +22,7 @@ from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.stop import StopChecker
 from engine.tokenizer import Tokenizer
+from engine.vocabulary import bad_word_ids, check_vocabulary
 
 PROMPT_STEP = 64  # tokens from which on a step's time says what computing a prompt costs
 
@@ -111,7 +112,10 @@ class Engine:
         if run is not None and run.serves(request):
             run.requests[request.id] = request
         else:
-            sequences = [Sequence(request, index, max_tokens) for index in range(request.sampling.n)]
+            bad_words = bad_word_ids(self.tokenizer, request.sampling.bad_words)
+            sequences = [
+                Sequence(request, index, max_tokens, bad_words) for index in range(request.sampling.n)
+            ]
             checkers = [self._checker(request) for _ in sequences] if request.sampling.stop else []
             run = Run(request, sequences, checkers)
             self._by_identity[who] = run
@@ -208,15 +212,14 @@ class Engine:
     def _max_tokens(self, request: Request) -> int:
         """How long each sample may get. Raises `Rejected` for what cannot run here."""
         prompt, sampling = request.prompt_token_ids, request.sampling
-        vocab_size = self.runner.model_config.vocab_size
+        model = self.runner.model_config
         if request.id in self._runs:
             raise Rejected("invalid_request", f"the id {tuple(request.id)} is in the engine already")
         if not prompt:
             raise Rejected("invalid_request", "the prompt is empty: at least one token is needed")
         if sampling.seed is None:
             raise Rejected("invalid_request", "the request carries no seed")
-        if min(prompt) < 0 or max(prompt) >= vocab_size:
-            raise Rejected("invalid_request", f"the prompt has token ids outside 0 to {vocab_size - 1}")
+        check_vocabulary(request, model.vocab_size, model.eos_token_ids)
         if request.generated and len(request.generated) != sampling.n:
             raise Rejected(
                 "invalid_request", f"generated: must have one entry for each of {sampling.n} samples"
@@ -225,9 +228,6 @@ class Engine:
             wanted = 0 if sampling.logprobs is None else len(sample.token_ids)
             if len(sample.logprobs) != wanted:
                 raise Rejected("invalid_request", f"generated: {wanted} logprobs are needed for these tokens")
-        made = [token_id for sample in request.generated for token_id in sample.token_ids]
-        if made and (min(made) < 0 or max(made) >= vocab_size):
-            raise Rejected("invalid_request", f"generated: has token ids outside 0 to {vocab_size - 1}")
         room = self.max_model_len - len(prompt)
         if room < 1:
             raise Rejected(

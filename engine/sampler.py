@@ -5,8 +5,8 @@ depends on the row's logits, its seed and its position alone: the noise is a has
 float64, and ties are broken by token id, so the crowd in a step changes nothing. A feature that no row asks
 for costs nothing.
 
-Order of the filters as in vLLM and transformers: min_tokens, temperature, top-k, top-p. Logprobs are taken
-before all of them.
+Order as in vLLM: min_tokens, the request's own rules for logits (`adjust`), temperature, min-p, top-k, top-p.
+Logprobs are taken before all of them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
+from engine.adjust import adjust
 from engine.config import ModelConfig
 from engine.plan import Draws, Row
 from engine.request import TokenLogprobs
@@ -37,6 +38,9 @@ class Sampler:
         asked = [i for i, row in enumerate(rows) if row.sequence.request.sampling.logprobs is not None]
         raw = _log_softmax(logits, asked) if asked else None
         self._mask_early_ends(logits, rows)
+        if any(row.sequence.rules is not None for row in rows):
+            logits = logits.float()
+            adjust(logits, rows)
         best, greedy = logits.max(dim=1)  # the lowest index wins a tie; NaN wins everything
         tokens = torch.where(torch.isfinite(best), greedy, FAILED)
         drawn = [i for i, row in enumerate(rows) if not row.sequence.request.sampling.greedy]
@@ -70,6 +74,9 @@ class Sampler:
             picked = logits[index].float()  # [n, vocab]
             top = best[index].double()[:, None]
             heat = torch.tensor([params[j].temperature for j in chosen], dtype=torch.float64, device=device)
+            min_p = [params[j].min_p for j in chosen]
+            if any(min_p):
+                _mask_unlikely(picked, top, heat, torch.tensor(min_p, dtype=torch.float64, device=device))
             u = torch.from_numpy(noise[chosen]).to(device)
             if chosen is whole:
                 weights = ((picked.double() - top) / heat[:, None]).exp_()
@@ -112,6 +119,13 @@ def _draw_narrowed(
         size = (sums - weights < (top_p * mass)[row, None]).sum(dim=1).clamp_(min=1)
         found[i] = order[0, _inverse_cdf(sums, u[row], size)[0]]
     return found
+
+
+def _mask_unlikely(logits: Tensor, top: Tensor, heat: Tensor, min_p: Tensor) -> None:
+    """Min-p: logits `[n, vocab]` of tokens less likely than that share of the likeliest become -inf.
+    top `[n, 1]`, heat and min_p `[n]`, float64; an exponential of 0 is 1, so the likeliest always stays."""
+    shares = ((logits.double() - top) / heat[:, None]).exp_()
+    logits.masked_fill_(shares < min_p[:, None], float("-inf"))
 
 
 def _log_softmax(logits: Tensor, chosen: list[int]) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from engine.logit_rules import LogitRules
 from engine.request import Output, Request, TokenLogprobs, derive_seed
 
 
@@ -31,11 +32,14 @@ class Sequence:
         "output",
         "pages",
         "request",
+        "rules",
         "seed",
         "token_ids",
     )
 
-    def __init__(self, request: Request, index: int, max_tokens: int) -> None:
+    def __init__(
+        self, request: Request, index: int, max_tokens: int, bad_words: tuple[tuple[int, ...], ...] = ()
+    ) -> None:
         sampling = request.sampling
         if sampling.seed is None:
             raise ValueError("a request must carry a seed before it becomes a sequence")
@@ -54,6 +58,7 @@ class Sequence:
         self.expected_tokens = max_tokens  # how many it will probably generate
         self.num_preemptions = 0
         self.logprobs: list[TokenLogprobs] = []  # one per generated token, if the request asks for them
+        self.rules = LogitRules.of(sampling, bad_words)  # None: the logits are taken as they are
         self.output: Output | None = None  # set once, when it finishes
 
     @property

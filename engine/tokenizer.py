@@ -114,10 +114,10 @@ class Tokenizer:
         token_ids: list[int] = []
         at = 0
         for match in self._controls(rendered.nonce).finditer(rendered.guarded):
-            token_ids += self._encode_part(rendered.guarded[at : match.start()].replace(rendered.nonce, ""))
+            token_ids += self.encode_part(rendered.guarded[at : match.start()].replace(rendered.nonce, ""))
             token_ids.append(self._control_ids[match.group()])
             at = match.end()
-        return token_ids + self._encode_part(rendered.guarded[at:].replace(rendered.nonce, ""))
+        return token_ids + self.encode_part(rendered.guarded[at:].replace(rendered.nonce, ""))
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
@@ -141,7 +141,8 @@ class Tokenizer:
         alternatives = "|".join(map(re.escape, sorted(self._control_ids, key=len, reverse=True)))
         return re.compile(f"(?<!{nonce})(?:{alternatives})" if alternatives else r"(?!)")
 
-    def _encode_part(self, text: str) -> list[int]:
+    def encode_part(self, text: str) -> list[int]:
+        """Token ids of text inside another text: nothing is put around it. Raises ValueError as `encode` does."""
         return self._ids(text, add_special_tokens=False) if text else []
 
     def _ids(self, text: str, *, add_special_tokens: bool) -> list[int]:

@@ -3,7 +3,7 @@
 Owns the fields, their names (OpenAI's where OpenAI has one) and every refusal. Refuses to know HTTP, SQL and
 tokens: ranges of sampling fields are `engine.request.SamplingParams`'s own, so that no second opinion about
 them can exist. A field that is not understood is refused, never ignored, because a silently dropped
-`logit_bias` is a wrong answer by morning.
+`response_format` is a wrong answer by morning.
 """
 
 from __future__ import annotations
@@ -33,11 +33,18 @@ MAX_METADATA_VALUE_CHARS = 512
 # fmt: off
 # OpenAI's fields that mean something we cannot do yet: told apart from a typing mistake.
 NOT_SUPPORTED_YET = frozenset({
-    "audio", "best_of", "echo", "frequency_penalty", "function_call", "functions", "logit_bias", "logprobs",
-    "modalities", "parallel_tool_calls", "prediction", "presence_penalty", "reasoning_effort",
-    "response_format", "stream", "stream_options", "suffix", "tool_choice", "tools", "top_logprobs",
-    "web_search_options",
+    "audio", "best_of", "echo", "function_call", "functions", "logprobs", "modalities", "parallel_tool_calls",
+    "prediction", "reasoning_effort", "response_format", "stream", "stream_options", "suffix", "tool_choice",
+    "tools", "top_logprobs", "web_search_options",
 })
+# fmt: on
+
+# fmt: off
+# Those that `SamplingParams` takes as they are.
+PLAIN_FIELDS = (
+    "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
+    "logit_bias", "bad_words", "allowed_token_ids", "seed", "min_tokens", "stop", "stop_token_ids", "ignore_eos",
+)
 # fmt: on
 
 M = TypeVar("M", bound=BaseModel)
@@ -157,6 +164,13 @@ class JobBody(_Strict):
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None  # token ids are JSON's keys, hence strings
+    bad_words: list[Text] | None = None
+    allowed_token_ids: list[int] | None = None
     seed: int | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None  # OpenAI's newer name of max_tokens
@@ -196,9 +210,7 @@ class JobBody(_Strict):
         """
         length = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
         given: dict[str, Any] = {
-            name: value
-            for name in ("n", "temperature", "top_p", "top_k", "seed", "min_tokens", "ignore_eos")
-            if (value := getattr(self, name)) is not None
+            name: value for name in PLAIN_FIELDS if (value := getattr(self, name)) is not None
         }
         if self.n is not None and self.n > max_n:
             raise InvalidParameter("n", f"must be an integer from 1 to {max_n}")
@@ -206,12 +218,7 @@ class JobBody(_Strict):
         if max_tokens is None:
             max_tokens = max(default_max_tokens, self.min_tokens or 0)
         try:
-            return SamplingParams(
-                max_tokens=max_tokens,
-                stop=tuple(self.stop or ()),
-                stop_token_ids=tuple(self.stop_token_ids or ()),
-                **given,
-            )
+            return SamplingParams(max_tokens=max_tokens, **given)
         except InvalidParameter as error:
             if error.param == "max_tokens":
                 raise InvalidParameter(length, error.message) from None

@@ -28,11 +28,18 @@ from tests.support.tiny import VOCAB_SIZE, write_tiny_llama
 
 PAGE_SIZE = 16
 KINDS: tuple[dict[str, Any], ...] = (
-    {"temperature": 0.0, "logprobs": 2},
+    {"temperature": 0.0, "logprobs": 2, "repetition_penalty": 1.3},
     {"temperature": 1.0, "n": 2, "logprobs": 0},
-    {"temperature": 0.7, "top_k": 20},
-    {"temperature": 1.3, "top_p": 0.8, "stop": ("e", "1"), "logprobs": 3},
-    {"temperature": 1.0, "top_k": 50, "top_p": 0.9, "min_tokens": 4, "stop_token_ids": (7, 8, 9)},
+    {"temperature": 0.7, "top_k": 20, "presence_penalty": 0.5, "frequency_penalty": 1.5, "min_p": 0.01},
+    {"temperature": 1.3, "top_p": 0.8, "stop": ("e", "1"), "logprobs": 3, "bad_words": ("a", "t")},
+    {
+        "temperature": 1.0,
+        "top_k": 50,
+        "top_p": 0.9,
+        "min_tokens": 4,
+        "stop_token_ids": (7, 8, 9),
+        "logit_bias": {8: 1.5},
+    },
 )
 Answers = dict[RequestId, Completion]
 

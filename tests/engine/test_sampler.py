@@ -47,10 +47,11 @@ def plain_draw(logits: list[float], params: SamplingParams, u: float) -> int:
     """Temperature, top-k, top-p, inverse CDF: lists and math.exp only."""
     top = max(logits)
     weights = {i: math.exp((x - top) / params.temperature) for i, x in enumerate(logits)}
+    weights = {i: 0.0 if weight < params.min_p else weight for i, weight in weights.items()}
     if not params.top_k and params.top_p >= 1.0:
         kept = list(weights)  # nothing is filtered: in the order of ids
     else:
-        kept = sorted(weights, key=lambda i: (-logits[i], i))
+        kept = sorted(weights, key=lambda i: (weights[i] == 0.0, -logits[i], i))
         if params.top_k:
             kept = kept[: params.top_k]
         mass, before, nucleus = sum(weights[i] for i in kept), 0.0, []
@@ -79,6 +80,10 @@ FILTERS: list[dict[str, Any]] = [
     {"top_p": 1e-9},
     {"top_k": 2900, "top_p": 0.99, "temperature": 2.0},
     {"temperature": 1e-3},
+    {"min_p": 0.05},
+    {"min_p": 1.0},
+    {"min_p": 0.2, "top_k": 30, "top_p": 0.7, "temperature": 1.5},
+    {"min_p": 1e-4, "top_p": 0.999, "temperature": 2.0},
     {"temperature": 0.0},
 ]
 
@@ -117,7 +122,7 @@ def test_greedy_takes_the_lowest_id_of_a_tie() -> None:
     assert draw(logits, [row(temperature=0.0), row(temperature=0.0)]) == [0, 17]
 
 
-@pytest.mark.parametrize("params", [{}, {"top_k": 4}, {"top_p": 0.9}, {"temperature": 0.5}])
+@pytest.mark.parametrize("params", [{}, {"top_k": 4}, {"top_p": 0.9}, {"temperature": 0.5}, {"min_p": 0.15}])
 def test_frequencies(params: dict[str, Any]) -> None:
     base = torch.full((VOCAB,), -40.0)
     base[:6] = torch.tensor([0.5, 0.3, 0.1, 0.06, 0.03, 0.01]).log()
@@ -129,6 +134,7 @@ def test_frequencies(params: dict[str, Any]) -> None:
     weights = base[:6].double().numpy() / params.get("temperature", 1.0)
     expected = np.exp(weights)
     expected[params.get("top_k", 6) :] = 0
+    expected[expected < expected[0] * params.get("min_p", 0)] = 0
     if "top_p" in params:
         expected[4:] = 0  # 0.5 + 0.3 + 0.1 = 0.9 is reached in exact arithmetic or one token later
         expected[3] = expected[3] if counts[3] else 0

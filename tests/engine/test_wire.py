@@ -24,6 +24,11 @@ SAMPLING = SamplingParams(
     stop=("a", "é🙂"),
     stop_token_ids=(4,),
     logprobs=0,
+    min_p=0.5,
+    repetition_penalty=2,
+    logit_bias={5: -1.5, 2**31: 3},
+    bad_words=("b",),
+    allowed_token_ids=(9, 8),
 )
 REQUEST = Request(id=ID, prompt_token_ids=(1, 2, 2**31), sampling=SAMPLING)
 COMPLETIONS = (

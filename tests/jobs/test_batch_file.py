@@ -82,8 +82,7 @@ def test_fields_that_are_switched_off_are_no_mistake() -> None:
     off = {
         "stream": False,
         "logprobs": None,
-        "frequency_penalty": 0,
-        "presence_penalty": 0.0,
+        "best_of": 1,
         "response_format": {"type": "text"},
         "tools": [],
     }
@@ -95,7 +94,7 @@ def test_fields_that_are_switched_off_are_no_mistake() -> None:
     [
         ({"stream": True}, "stream"),
         ({"logprobs": 0}, "logprobs"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"prompt": "p"}, "prompt"),

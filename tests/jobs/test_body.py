@@ -65,6 +65,17 @@ HOSTILE: list[tuple[Any, str | None, str]] = [
     ({"prompt": "a", "top_p": 0}, "top_p", "invalid_value"),
     ({"prompt": "a", "top_p": 1.01}, "top_p", "invalid_value"),
     ({"prompt": "a", "top_k": -2}, "top_k", "invalid_value"),
+    ({"prompt": "a", "min_p": 1.5}, "min_p", "invalid_value"),
+    ({"prompt": "a", "presence_penalty": "1"}, "presence_penalty", "invalid_type"),
+    ({"prompt": "a", "frequency_penalty": -3}, "frequency_penalty", "invalid_value"),
+    ({"prompt": "a", "repetition_penalty": 0}, "repetition_penalty", "invalid_value"),
+    ({"prompt": "a", "logit_bias": [1]}, "logit_bias", "invalid_type"),
+    ({"prompt": "a", "logit_bias": {"1": "2"}}, "logit_bias.1", "invalid_type"),
+    ({"prompt": "a", "logit_bias": {"one": 2}}, "logit_bias", "invalid_value"),
+    ({"prompt": "a", "logit_bias": {"1": 200}}, "logit_bias", "invalid_value"),
+    ({"prompt": "a", "bad_words": "damn"}, "bad_words", "invalid_type"),
+    ({"prompt": "a", "bad_words": [""]}, "bad_words", "invalid_value"),
+    ({"prompt": "a", "allowed_token_ids": []}, "allowed_token_ids", "invalid_value"),
     ({"prompt": "a", "top_k": 10**9}, "top_k", "invalid_value"),
     ({"prompt": "a", "seed": MAX_SEED + 1}, "seed", "invalid_value"),
     ({"prompt": "a", "seed": -(10**300)}, "seed", "invalid_value"),
@@ -148,6 +159,13 @@ def test_everything_at_once_is_kept_and_read_back(settings: Settings) -> None:
         "temperature": 0,
         "top_p": 0.5,
         "top_k": -1,
+        "min_p": 0.25,
+        "presence_penalty": 1,
+        "frequency_penalty": -0.5,
+        "repetition_penalty": 1.25,
+        "logit_bias": {"17": -100, "5": 2.5},
+        "bad_words": ["damn"],
+        "allowed_token_ids": [5, 17, 3],
         "seed": -5,
         "max_completion_tokens": 7,
         "min_tokens": 7,
@@ -162,6 +180,9 @@ def test_everything_at_once_is_kept_and_read_back(settings: Settings) -> None:
     assert JobBody.model_validate(body.stored()) == body
     sampling = body.sampling(settings.default_max_tokens, settings.max_n)
     assert (sampling.n, sampling.temperature, sampling.top_p, sampling.top_k) == (2, 0.0, 0.5, 0)
+    assert (sampling.min_p, sampling.presence_penalty, sampling.frequency_penalty) == (0.25, 1.0, -0.5)
+    assert (sampling.repetition_penalty, sampling.bad_words) == (1.25, ("damn",))
+    assert (sampling.biases, sampling.allowed_token_ids) == (((5, 2.5), (17, -100.0)), (3, 5, 17))
     assert (sampling.seed, sampling.max_tokens, sampling.min_tokens) == (-5, 7, 7)
     assert (sampling.stop, sampling.stop_token_ids, sampling.ignore_eos) == (("a", "b"), (1, 2), True)
 

@@ -1,0 +1,99 @@
+"""Adjust: the rules of many sequences applied to the logits of one step.
+
+Owns the arithmetic of allowed tokens, biases, penalties and bad words, in that order. It is vLLM's, except that bad
+words come last, so that it can be seen whether they leave anything. Every rule touches its own row and there only
+the token ids it names, elementwise, so neither crowd nor order changes a bit. Keeps nothing between steps: what
+must be remembered lies in the sequence (`logit_rules`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Items
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.logit_rules import TokenCounts
+from engine.plan import Row
+
+_Ids = Items[int]
+
+
+def adjust(logits: Tensor, rows: list[Row]) -> None:
+    """logits `[S, vocab]` fp32, changed in place; `rows` has S entries, those without rules stay as they are.
+
+    A row whose largest logit was not finite keeps a NaN, even where the rules hide it.
+    """
+    asked = [(i, row.sequence.rules) for i, row in enumerate(rows) if row.sequence.rules is not None]
+    index = torch.tensor([i for i, _ in asked], device=logits.device)
+    unsound = index[~torch.isfinite(logits[index].amax(dim=1))]
+
+    allowed = [
+        (i, r.sampling.allowed_token_ids) for i, r in asked if r.sampling.allowed_token_ids is not None
+    ]
+    if allowed:
+        _keep_only(logits, allowed)
+    biased = [(i, r.sampling.biases) for i, r in asked if r.sampling.biases]
+    if biased:
+        where = _pairs(logits, [(i, [token_id for token_id, _ in pairs]) for i, pairs in biased])
+        logits[where] += torch.tensor(
+            [bias for _, pairs in biased for _, bias in pairs], device=logits.device
+        )
+    penalised = [(i, r.counts) for i, r in asked if r.counts is not None]
+    if penalised:
+        _penalise(logits, rows, penalised)
+    worded = [(i, r) for i, r in asked if r.bad_words]
+    if worded:
+        banned = ((i, r.banned(rows[i].sequence.token_ids, rows[i].sequence.num_prompt)) for i, r in worded)
+        _ban(logits, [(i, ids) for i, ids in banned if ids])
+    logits[unsound, 0] = float("nan")
+
+
+def _pairs(logits: Tensor, ids: Iterable[tuple[int, _Ids]]) -> tuple[Tensor, Tensor]:
+    """(row, token ids) → two indices, one entry per (row, token id)."""
+    arrays = [(i, np.array(of_row, dtype=np.int64)) for i, of_row in ids]
+    at = np.repeat([i for i, _ in arrays], [len(array) for _, array in arrays])
+    columns = np.concatenate([array for _, array in arrays])
+    return torch.from_numpy(at).to(logits.device), torch.from_numpy(columns).to(logits.device)
+
+
+def _keep_only(logits: Tensor, allowed: Items[tuple[int, _Ids]]) -> None:
+    where = _pairs(logits, allowed)
+    kept = logits[where]
+    logits[torch.tensor([i for i, _ in allowed], device=logits.device)] = float("-inf")
+    logits[where] = kept
+
+
+def _penalise(logits: Tensor, rows: list[Row], penalised: list[tuple[int, TokenCounts]]) -> None:
+    for i, counts in penalised:
+        counts.update(rows[i].sequence.token_ids, rows[i].sequence.num_prompt)
+    where = _pairs(logits, [(i, counts.token_ids) for i, counts in penalised])
+    lengths = [len(counts.token_ids) for _, counts in penalised]
+    params = [rows[i].sequence.request.sampling for i, _ in penalised]
+
+    def spread(values: list[float]) -> Tensor:
+        return torch.from_numpy(np.repeat(np.array(values, dtype=np.float32), lengths)).to(logits.device)
+
+    made = np.concatenate([np.array(counts.generated, dtype=np.float32) for _, counts in penalised])
+    times = torch.from_numpy(made).to(logits.device)
+    repetition = spread([p.repetition_penalty for p in params])
+    x = logits[where]
+    x = torch.where(x > 0, x / repetition, x * repetition)
+    x -= spread([p.frequency_penalty for p in params]) * times
+    x -= spread([p.presence_penalty for p in params]) * (times > 0)
+    logits[where] = x
+
+
+def _ban(logits: Tensor, banned: list[tuple[int, list[int]]]) -> None:
+    """Bad words give way in a row that would have nothing left to choose."""
+    if not banned:
+        return
+    where = _pairs(logits, banned)
+    before = logits[where]
+    logits[where] = float("-inf")
+    index = torch.tensor([i for i, _ in banned], device=logits.device)
+    left = logits[index].amax(dim=1) > float("-inf")  # [rows]
+    lengths = torch.tensor([len(ids) for _, ids in banned], device=logits.device)
+    logits[where] = torch.where(left.repeat_interleave(lengths), float("-inf"), before)
