@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engine.llm import LLM
-    from engine.request import SamplingParams
+    from engine.request import RepetitionDetectionParams, SamplingParams
 
-__all__ = ["LLM", "SamplingParams"]
+__all__ = ["LLM", "RepetitionDetectionParams", "SamplingParams"]
 
 
 def __getattr__(name: str) -> Any:
@@ -20,8 +20,8 @@ def __getattr__(name: str) -> Any:
         from engine.llm import LLM
 
         return LLM
-    if name == "SamplingParams":
-        from engine.request import SamplingParams
+    if name in ("RepetitionDetectionParams", "SamplingParams"):
+        from engine import request
 
-        return SamplingParams
+        return getattr(request, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

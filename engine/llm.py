@@ -49,7 +49,7 @@ class CompletionOutput:
     index: int
     text: str
     token_ids: tuple[int, ...]
-    finish_reason: Literal["stop", "length", "error"]
+    finish_reason: Literal["stop", "length", "repetition", "error"]
     stop_reason: str | int | None = None
     logprobs: tuple[TokenLogprobs, ...] | None = None
     cumulative_logprob: float | None = None

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "repetition"]
 
 MAX_N = 128  # OpenAI's limit on samples per request
 MAX_TOP_K = 4096  # candidates kept per row; wider filters are indistinguishable from top_k off
@@ -26,6 +26,8 @@ MAX_BAD_WORD_CHARS = 256
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256
 MAX_STOP_TOKEN_IDS = 256
+MAX_PATTERN_SIZE = 256  # tokens of a loop that is looked for
+MAX_PATTERN_COUNT = 1024
 MAX_SEED = 2**63 - 1
 
 
@@ -48,6 +50,29 @@ class Rejected(ValueError):
         super().__init__(message)
         self.code = code
         self.message = message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepetitionDetectionParams:
+    """A sample that ends in the same pattern of tokens, `min_count` times in a row, is stopped there (named as in
+    vLLM). Raises `InvalidParameter`."""
+
+    max_pattern_size: int
+    min_pattern_size: int = 1
+    min_count: int = 2
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("max_pattern_size", 1, MAX_PATTERN_SIZE),
+            ("min_pattern_size", 1, MAX_PATTERN_SIZE),
+            ("min_count", 2, MAX_PATTERN_COUNT),
+        ):
+            _integer(f"repetition_detection.{name}", getattr(self, name), low, high)
+        if self.min_pattern_size > self.max_pattern_size:
+            raise InvalidParameter(
+                "repetition_detection.min_pattern_size",
+                f"must not exceed max_pattern_size ({self.max_pattern_size})",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +99,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    repetition_detection: RepetitionDetectionParams | None = None  # stop a sample that loops
     logprobs: int | None = None  # None is off; 0: of each chosen token; k: of the k likeliest as well
 
     def __post_init__(self) -> None:
@@ -104,6 +130,10 @@ class SamplingParams:
             raise InvalidParameter("min_tokens", f"must not exceed max_tokens ({self.max_tokens})")
         if not isinstance(self.ignore_eos, bool):
             raise InvalidParameter("ignore_eos", "must be true or false")
+        if not isinstance(self.repetition_detection, RepetitionDetectionParams | None):
+            raise InvalidParameter(
+                "repetition_detection", "must be a RepetitionDetectionParams, or be left out"
+            )
         if self.logprobs is not None:
             _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
@@ -247,7 +277,7 @@ class Output:
 
     `token_ids` are exact and are what is billed. `text_cut`, when a stop string was met, is the number of
     characters of the decoded text that belong to the answer. `stop_reason` is the stop string or stop token
-    id that ended it; None for end of sequence and for `length`. `logprobs` has one entry per token of
+    id that ended it; None for end of sequence, `length` and `repetition`. `logprobs` has one entry per token of
     `token_ids`; None when they were not asked for.
     """
 

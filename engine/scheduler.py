@@ -26,6 +26,7 @@ from engine.lengths import OutputLengths
 from engine.pages import PagePool, require
 from engine.plan import Plan, Row
 from engine.prefix_cache import Match, PrefixCache
+from engine.repetition import repeats
 from engine.request import Output, TokenLogprobs
 from engine.sequence import Sequence
 from engine.waiting import Policy, WaitingQueue
@@ -175,6 +176,10 @@ class Scheduler:
                 return Output(token_ids=tuple(sequence.generated), finish_reason="stop", stop_reason=token_id)
         if sequence.num_generated >= sequence.max_tokens:
             return Output(token_ids=tuple(sequence.generated), finish_reason="length")
+        rule = sampling.repetition_detection
+        made = sequence.num_generated
+        if rule is not None and made >= sampling.min_tokens and repeats(sequence.token_ids, made, rule):
+            return Output(token_ids=tuple(sequence.generated), finish_reason="repetition")
         return None
 
     def remove(self, sequence: Sequence) -> None:

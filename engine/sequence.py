@@ -65,7 +65,8 @@ class Sequence:
     def runs_to_the_end(self) -> bool:
         """Whether nothing but `max_tokens` can end it."""
         sampling = self.request.sampling
-        return sampling.ignore_eos and not sampling.stop and not sampling.stop_token_ids
+        ended_by = sampling.stop or sampling.stop_token_ids or sampling.repetition_detection
+        return sampling.ignore_eos and not ended_by
 
     @property
     def num_generated(self) -> int:

@@ -21,7 +21,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from engine.request import InvalidParameter, SamplingParams
+from engine.request import InvalidParameter, RepetitionDetectionParams, SamplingParams
 from jobs.settings import Settings
 
 MAX_CUSTOM_ID_CHARS = 512
@@ -153,6 +153,12 @@ class Message(_Strict):
     content: Annotated[Text, BeforeValidator(_joined)]
 
 
+class Repetition(_Strict):
+    max_pattern_size: int
+    min_pattern_size: int = 1
+    min_count: int = 2
+
+
 class JobBody(_Strict):
     """One prompt or chat and how to sample from it. null means the same as leaving a field out."""
 
@@ -178,6 +184,7 @@ class JobBody(_Strict):
     stop: Annotated[list[Text], BeforeValidator(_listed)] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
+    repetition_detection: Repetition | None = None
 
     custom_id: CustomId | None = None
     metadata: Metadata | None = None
@@ -218,6 +225,10 @@ class JobBody(_Strict):
         if max_tokens is None:
             max_tokens = max(default_max_tokens, self.min_tokens or 0)
         try:
+            if self.repetition_detection is not None:
+                given["repetition_detection"] = RepetitionDetectionParams(
+                    **self.repetition_detection.model_dump()
+                )
             return SamplingParams(max_tokens=max_tokens, **given)
         except InvalidParameter as error:
             if error.param == "max_tokens":

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.request import InvalidParameter, Rejected, Request, RequestId, SamplingParams
+from engine.request import (
+    InvalidParameter,
+    Rejected,
+    RepetitionDetectionParams,
+    Request,
+    RequestId,
+    SamplingParams,
+)
 from tests.support.tiny import EOS_TOKEN_ID, VOCAB_SIZE, write_tiny_llama
 
 
@@ -64,6 +71,7 @@ def run(engine: Engine, *sampling: SamplingParams) -> list[tuple[int, ...]]:
         ({"allowed_token_ids": [1.0]}, "allowed_token_ids"),
         ({"allowed_token_ids": range(5000)}, "allowed_token_ids"),
         ({"stop": 3}, "stop"),
+        ({"repetition_detection": {"max_pattern_size": 3}}, "repetition_detection"),
         ({"stop_token_ids": 3}, "stop_token_ids"),
     ],
 )
@@ -149,6 +157,9 @@ fields = st.fixed_dictionaries(
         "stop": st.lists(words, max_size=3),
         "stop_token_ids": st.lists(token_ids, max_size=4),
         "ignore_eos": st.booleans(),
+        "repetition_detection": st.builds(
+            RepetitionDetectionParams, max_pattern_size=st.integers(1, 9), min_count=st.integers(2, 5)
+        ),
         "logprobs": st.one_of(st.none(), st.integers(0, 20)),
         "seed": st.integers(-(2**63), 2**63 - 1),
     },

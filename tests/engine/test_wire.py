@@ -10,7 +10,16 @@ import pytest
 
 from engine import wire
 from engine.config import EngineConfig
-from engine.request import Completion, Output, Request, RequestError, RequestId, SamplingParams, TokenLogprobs
+from engine.request import (
+    Completion,
+    Output,
+    RepetitionDetectionParams,
+    Request,
+    RequestError,
+    RequestId,
+    SamplingParams,
+    TokenLogprobs,
+)
 from engine.wire import FrameReader, FrameWriter, Message, WireError, decode, encode
 
 ID = RequestId("job-1", 3)
@@ -25,6 +34,7 @@ SAMPLING = SamplingParams(
     stop_token_ids=(4,),
     logprobs=0,
     min_p=0.5,
+    repetition_detection=RepetitionDetectionParams(max_pattern_size=3),
     repetition_penalty=2,
     logit_bias={5: -1.5, 2**31: 3},
     bad_words=("b",),

@@ -9,7 +9,7 @@ from tests.support.tree import ROOT, module_of, python_files
 
 ENGINE_FRONT = ("request", "config", "families", "checkpoint", "gguf_file", "sequence", "plan", "pages")
 ENGINE_FRONT += ("prefix_cache", "waiting", "warming", "lengths", "forecast", "run")
-ENGINE_FRONT += ("logit_rules", "vocabulary", "scheduler", "stop", "tokenizer", "wire", "codec")
+ENGINE_FRONT += ("logit_rules", "repetition", "vocabulary", "scheduler", "stop", "tokenizer", "wire", "codec")
 
 IMPORT_ALL = """
 import importlib, sys

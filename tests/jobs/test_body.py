@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from engine.request import MAX_SEED
+from engine.request import MAX_SEED, RepetitionDetectionParams
 from jobs.body import NOT_SUPPORTED_YET, BadField, JobBody, parse_job, parse_metadata
 from jobs.settings import Settings
 
@@ -65,6 +65,17 @@ HOSTILE: list[tuple[Any, str | None, str]] = [
     ({"prompt": "a", "top_p": 0}, "top_p", "invalid_value"),
     ({"prompt": "a", "top_p": 1.01}, "top_p", "invalid_value"),
     ({"prompt": "a", "top_k": -2}, "top_k", "invalid_value"),
+    ({"prompt": "a", "repetition_detection": True}, "repetition_detection", "invalid_type"),
+    (
+        {"prompt": "a", "repetition_detection": {}},
+        "repetition_detection.max_pattern_size",
+        "missing_required_parameter",
+    ),
+    (
+        {"prompt": "a", "repetition_detection": {"max_pattern_size": 999}},
+        "repetition_detection.max_pattern_size",
+        "invalid_value",
+    ),
     ({"prompt": "a", "min_p": 1.5}, "min_p", "invalid_value"),
     ({"prompt": "a", "presence_penalty": "1"}, "presence_penalty", "invalid_type"),
     ({"prompt": "a", "frequency_penalty": -3}, "frequency_penalty", "invalid_value"),
@@ -172,6 +183,7 @@ def test_everything_at_once_is_kept_and_read_back(settings: Settings) -> None:
         "stop": ["a", "b"],
         "stop_token_ids": [1, 2],
         "ignore_eos": True,
+        "repetition_detection": {"max_pattern_size": 9, "min_pattern_size": 1, "min_count": 3},
         "custom_id": "row-1",
         "metadata": {"k": "v"},
     }
@@ -183,6 +195,7 @@ def test_everything_at_once_is_kept_and_read_back(settings: Settings) -> None:
     assert (sampling.min_p, sampling.presence_penalty, sampling.frequency_penalty) == (0.25, 1.0, -0.5)
     assert (sampling.repetition_penalty, sampling.bad_words) == (1.25, ("damn",))
     assert (sampling.biases, sampling.allowed_token_ids) == (((5, 2.5), (17, -100.0)), (3, 5, 17))
+    assert sampling.repetition_detection == RepetitionDetectionParams(max_pattern_size=9, min_count=3)
     assert (sampling.seed, sampling.max_tokens, sampling.min_tokens) == (-5, 7, 7)
     assert (sampling.stop, sampling.stop_token_ids, sampling.ignore_eos) == (("a", "b"), (1, 2), True)
 
