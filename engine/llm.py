@@ -199,7 +199,7 @@ class LLM:
             outputs=tuple(
                 CompletionOutput(
                     index=index,
-                    text=self.tokenizer.decode(output.token_ids)[: output.text_cut],
+                    text=output.text(self.tokenizer.decode),
                     token_ids=output.token_ids,
                     finish_reason=output.finish_reason,
                     stop_reason=output.stop_reason,

@@ -8,7 +8,7 @@ library only, because the API, the worker and the command line all import it and
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -98,6 +98,7 @@ class SamplingParams:
     min_tokens: int = 0  # no end of sequence, stop token or stop string before so many tokens
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False  # stop strings and stop tokens are kept in the text
     ignore_eos: bool = False
     repetition_detection: RepetitionDetectionParams | None = None  # stop a sample that loops
     logprobs: int | None = None  # None is off; 0: of each chosen token; k: of the k likeliest as well
@@ -128,8 +129,9 @@ class SamplingParams:
         _integer("min_tokens", self.min_tokens, 0, 2**31)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidParameter("min_tokens", f"must not exceed max_tokens ({self.max_tokens})")
-        if not isinstance(self.ignore_eos, bool):
-            raise InvalidParameter("ignore_eos", "must be true or false")
+        for name in ("ignore_eos", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidParameter(name, "must be true or false")
         if not isinstance(self.repetition_detection, RepetitionDetectionParams | None):
             raise InvalidParameter(
                 "repetition_detection", "must be a RepetitionDetectionParams, or be left out"
@@ -276,7 +278,8 @@ class Output:
     """One sample of a completion.
 
     `token_ids` are exact and are what is billed. `text_cut`, when a stop string was met, is the number of
-    characters of the decoded text that belong to the answer. `stop_reason` is the stop string or stop token
+    characters of the decoded text that belong to the answer; `last_is_silent`: the token that ended it adds nothing
+    to the text. `stop_reason` is the stop string or stop token
     id that ended it; None for end of sequence, `length` and `repetition`. `logprobs` has one entry per token of
     `token_ids`; None when they were not asked for.
     """
@@ -285,7 +288,12 @@ class Output:
     finish_reason: FinishReason
     stop_reason: str | int | None = None
     text_cut: int | None = None
+    last_is_silent: bool = False
     logprobs: tuple[TokenLogprobs, ...] | None = None
+
+    def text(self, decode: Callable[[tuple[int, ...]], str]) -> str:
+        """What the user reads, by the tokenizer's `decode`."""
+        return decode(self.token_ids[:-1] if self.last_is_silent else self.token_ids)[: self.text_cut]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

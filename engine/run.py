@@ -59,11 +59,12 @@ class Run:
         match = self.checkers[sequence.index].push(token_id, last=sequence.output is not None)
         if match is None:
             return False
+        kept = sequence.request.sampling.include_stop_str_in_output
         sequence.output = Output(
             token_ids=tuple(sequence.generated[: match.num_tokens]),
             finish_reason="stop",
             stop_reason=match.stop,
-            text_cut=match.text_cut,
+            text_cut=match.text_cut + (len(match.stop) if kept else 0),
         )
         return True
 

@@ -171,9 +171,9 @@ class Scheduler:
         sampling = sequence.request.sampling
         if sequence.num_generated > sampling.min_tokens:
             if token_id in self.eos_token_ids and not sampling.ignore_eos:
-                return Output(token_ids=tuple(sequence.generated), finish_reason="stop")
+                return _stopped(sequence)
             if token_id in sampling.stop_token_ids:
-                return Output(token_ids=tuple(sequence.generated), finish_reason="stop", stop_reason=token_id)
+                return _stopped(sequence, token_id)
         if sequence.num_generated >= sequence.max_tokens:
             return Output(token_ids=tuple(sequence.generated), finish_reason="length")
         rule = sampling.repetition_detection
@@ -346,3 +346,12 @@ class Scheduler:
         for sequence in reversed(sequences):
             self.waiting.put_back(sequence)
             self._retry_at = 0
+
+
+def _stopped(sequence: Sequence, stop_token_id: int | None = None) -> Output:
+    return Output(
+        token_ids=tuple(sequence.generated),
+        finish_reason="stop",
+        stop_reason=stop_token_id,
+        last_is_silent=not sequence.request.sampling.include_stop_str_in_output,
+    )

@@ -38,11 +38,10 @@ def outcome_of(completion: Completion, tokenizer: Tokenizer) -> Outcome:
         )
     outputs = []
     for index, output in enumerate(completion.outputs):
-        text = tokenizer.decode(output.token_ids)
         outputs.append(
             {
                 "index": index,
-                "text": text if output.text_cut is None else text[: output.text_cut],
+                "text": output.text(tokenizer.decode),
                 "finish_reason": output.finish_reason,
                 "stop_reason": output.stop_reason,
             }

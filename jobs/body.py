@@ -44,6 +44,7 @@ NOT_SUPPORTED_YET = frozenset({
 PLAIN_FIELDS = (
     "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
     "logit_bias", "bad_words", "allowed_token_ids", "seed", "min_tokens", "stop", "stop_token_ids", "ignore_eos",
+    "include_stop_str_in_output",
 )
 # fmt: on
 
@@ -184,6 +185,7 @@ class JobBody(_Strict):
     stop: Annotated[list[Text], BeforeValidator(_listed)] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
     repetition_detection: Repetition | None = None
 
     custom_id: CustomId | None = None

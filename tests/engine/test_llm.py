@@ -117,6 +117,29 @@ def test_text_ends_before_a_stop_string(llm: LLM) -> None:
     ].outputs[0]
     assert cut.text == whole.text[: whole.text.find(stop)]
     assert (cut.finish_reason, cut.stop_reason) == ("stop", stop)
+    kept = llm.generate(
+        "hello",
+        SamplingParams(temperature=0, max_tokens=20, stop=stop, include_stop_str_in_output=True),
+        use_tqdm=False,
+    )[0].outputs[0]
+    assert kept.text == cut.text + stop
+    assert kept.token_ids == cut.token_ids
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_stop_token_is_text_only_if_it_is_kept(llm: LLM, kept: bool) -> None:
+    whole = llm.generate("hello", SamplingParams(temperature=0, max_tokens=9), use_tqdm=False)[0].outputs[0]
+    at = next(i for i in range(9) if llm.tokenizer.decode(whole.token_ids[i : i + 1]).strip())
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=9,
+        stop_token_ids=(whole.token_ids[at],),
+        include_stop_str_in_output=kept,
+    )
+    output = llm.generate("hello", params, use_tqdm=False)[0].outputs[0]
+    end = whole.token_ids.index(whole.token_ids[at]) + 1
+    assert (output.token_ids, output.finish_reason) == (whole.token_ids[:end], "stop")
+    assert output.text == llm.tokenizer.decode(whole.token_ids[: end if kept else end - 1])
 
 
 def test_chat(llm: LLM) -> None:

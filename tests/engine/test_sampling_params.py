@@ -71,6 +71,7 @@ def run(engine: Engine, *sampling: SamplingParams) -> list[tuple[int, ...]]:
         ({"allowed_token_ids": [1.0]}, "allowed_token_ids"),
         ({"allowed_token_ids": range(5000)}, "allowed_token_ids"),
         ({"stop": 3}, "stop"),
+        ({"include_stop_str_in_output": 1}, "include_stop_str_in_output"),
         ({"repetition_detection": {"max_pattern_size": 3}}, "repetition_detection"),
         ({"stop_token_ids": 3}, "stop_token_ids"),
     ],
@@ -157,6 +158,7 @@ fields = st.fixed_dictionaries(
         "stop": st.lists(words, max_size=3),
         "stop_token_ids": st.lists(token_ids, max_size=4),
         "ignore_eos": st.booleans(),
+        "include_stop_str_in_output": st.booleans(),
         "repetition_detection": st.builds(
             RepetitionDetectionParams, max_pattern_size=st.integers(1, 9), min_count=st.integers(2, 5)
         ),

@@ -183,6 +183,7 @@ def test_everything_at_once_is_kept_and_read_back(settings: Settings) -> None:
         "stop": ["a", "b"],
         "stop_token_ids": [1, 2],
         "ignore_eos": True,
+        "include_stop_str_in_output": True,
         "repetition_detection": {"max_pattern_size": 9, "min_pattern_size": 1, "min_count": 3},
         "custom_id": "row-1",
         "metadata": {"k": "v"},
@@ -195,6 +196,7 @@ def test_everything_at_once_is_kept_and_read_back(settings: Settings) -> None:
     assert (sampling.min_p, sampling.presence_penalty, sampling.frequency_penalty) == (0.25, 1.0, -0.5)
     assert (sampling.repetition_penalty, sampling.bad_words) == (1.25, ("damn",))
     assert (sampling.biases, sampling.allowed_token_ids) == (((5, 2.5), (17, -100.0)), (3, 5, 17))
+    assert sampling.include_stop_str_in_output is True
     assert sampling.repetition_detection == RepetitionDetectionParams(max_pattern_size=9, min_count=3)
     assert (sampling.seed, sampling.max_tokens, sampling.min_tokens) == (-5, 7, 7)
     assert (sampling.stop, sampling.stop_token_ids, sampling.ignore_eos) == (("a", "b"), (1, 2), True)
