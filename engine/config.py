@@ -84,7 +84,8 @@ class ModelConfig:
     rope_theta: float
     rope_scaling: RopeScaling | None = None
     tied_embeddings: bool = False
-    attention_bias: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False  # of the attention's output product
     mlp_bias: bool = False
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # what the checkpoint stores
     eos_token_ids: tuple[int, ...] = ()

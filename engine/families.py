@@ -1,12 +1,13 @@
 """Families as data: how the `config.json` of one architecture becomes a `ModelConfig`.
 
 Owns the reading of configuration fields and the refusal of what the decoder cannot compute. Knows no files
-and no tensors. A new Llama-like family is one function in `FAMILIES`; no other code branches on its name.
+and no tensors. A new Llama-like family is one entry in `FAMILIES`; no other code branches on its name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 from engine.config import ModelConfig, RopeScaling
@@ -16,6 +17,35 @@ DTypeName = Literal["bfloat16", "float16", "float32"]
 
 class UnsupportedCheckpoint(ValueError):
     """These files cannot be run, and the message says why. Raised before any weight is read."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """What an architecture is beyond a plain Llama.
+
+    `defaults`: fields that its config.json may leave out, as transformers fills them in. `always`: fields that
+    its config.json has no say in. `flags`: those of `ModelConfig` that follow from the name.
+    """
+
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    always: Mapping[str, Any] = field(default_factory=dict)
+    flags: Mapping[str, Any] = field(default_factory=dict)
+
+
+_NO_BIAS = {"attention_bias": False, "attention_out_bias": False, "mlp_bias": False}
+
+FAMILIES: Mapping[str, Family] = {
+    # Llama 1 to 3 and its many relatives under the same name, SmolLM2 among them
+    "LlamaForCausalLM": Family(always={"use_sliding_window": False}),
+    "MistralForCausalLM": Family(
+        defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+        always={**_NO_BIAS, "use_sliding_window": True},
+    ),
+    "Qwen2ForCausalLM": Family(
+        defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096},
+        always={**_NO_BIAS, "attention_bias": True},
+    ),
+}
 
 
 def model_config(config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
@@ -32,7 +62,7 @@ def model_config(config: Mapping[str, Any], generation: Mapping[str, Any] | None
     if config.get("quantization_config"):
         raise UnsupportedCheckpoint("quantization_config: quantised safetensors are not supported")
     try:
-        return family(names[0], {**config, **_end_tokens(config, generation or {})})
+        return _decoder(names[0], family, {**config, **_end_tokens(config, generation or {})})
     except KeyError as error:
         raise UnsupportedCheckpoint(f"config.json lacks {error.args[0]}") from None
     except UnsupportedCheckpoint:
@@ -41,12 +71,15 @@ def model_config(config: Mapping[str, Any], generation: Mapping[str, Any] | None
         raise UnsupportedCheckpoint(f"config.json has a value of the wrong kind: {error}") from None
 
 
-def llama(architecture: str, config: Mapping[str, Any]) -> ModelConfig:
-    """Llama 1 to 3 and its many relatives under the same name, SmolLM2 among them."""
+def _decoder(architecture: str, family: Family, given: Mapping[str, Any]) -> ModelConfig:
+    config = {**family.defaults, **given, **family.always}
     if config.get("hidden_act", "silu") != "silu":
         raise UnsupportedCheckpoint(f"hidden_act {config['hidden_act']!r} is not supported; allowed: silu")
     num_heads = int(config["num_attention_heads"])
+    max_position = int(config.get("max_position_embeddings", 2048))
+    _refuse_window(config, max_position)
     theta, scaling = rope_settings(config)
+    attention_bias = bool(config.get("attention_bias", False))
     return checked(
         ModelConfig(
             architecture=architecture,
@@ -57,21 +90,30 @@ def llama(architecture: str, config: Mapping[str, Any]) -> ModelConfig:
             num_heads=num_heads,
             num_kv_heads=int(config.get("num_key_value_heads") or num_heads),
             head_dim=int(config.get("head_dim") or config["hidden_size"] // num_heads),
-            max_position=int(config.get("max_position_embeddings", 2048)),
+            max_position=max_position,
             rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
             rope_theta=theta,
             rope_scaling=scaling,
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-            attention_bias=bool(config.get("attention_bias", False)),
+            qkv_bias=attention_bias,
+            out_bias=bool(config.get("attention_out_bias", attention_bias)),
             mlp_bias=bool(config.get("mlp_bias", False)),
             dtype=_dtype(config),
             eos_token_ids=config["eos_token_ids"],
             bos_token_id=config.get("bos_token_id"),
+            **family.flags,
         )
     )
 
 
-FAMILIES: Mapping[str, Callable[[str, Mapping[str, Any]], ModelConfig]] = {"LlamaForCausalLM": llama}
+def _refuse_window(config: Mapping[str, Any], max_position: int) -> None:
+    """A window that every context fits into is none at all; any other would need attention that skips tokens."""
+    window = config.get("sliding_window") if config.get("use_sliding_window", False) else None
+    if window is not None and int(window) < max_position:
+        raise UnsupportedCheckpoint(
+            f"sliding_window ({window}) is not supported where it is smaller than "
+            f"max_position_embeddings ({max_position})"
+        )
 
 
 def rope_settings(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:

@@ -81,8 +81,9 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
         shapes[f"{layer}.mlp.gate_up_proj.weight"] = (2 * inner, hidden)
         shapes[f"{layer}.mlp.down_proj.weight"] = (hidden, inner)
-        if config.attention_bias:
+        if config.qkv_bias:
             shapes[f"{layer}.self_attn.qkv_proj.bias"] = (heads + 2 * kv_heads,)
+        if config.out_bias:
             shapes[f"{layer}.self_attn.o_proj.bias"] = (hidden,)
         if config.mlp_bias:
             shapes[f"{layer}.mlp.gate_up_proj.bias"] = (2 * inner,)

@@ -29,13 +29,14 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+MISTRAL = {"architectures": ["MistralForCausalLM"], "sliding_window": None}
 
 
 def test_sizes_and_flags_of_an_old_llama() -> None:
     config = model_config(LLAMA)
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (4, 2, 16)
     assert (config.dtype, config.eos_token_ids, config.rope_theta) == ("bfloat16", (2,), 10000.0)
-    assert (config.tied_embeddings, config.attention_bias, config.mlp_bias) == (False, False, False)
+    assert not any((config.tied_embeddings, config.qkv_bias, config.out_bias, config.mlp_bias))
 
 
 def test_kv_heads_and_head_dim_have_defaults_and_may_be_null() -> None:
@@ -95,3 +96,45 @@ def test_what_is_not_supported_is_named(fields: dict[str, Any], named: str) -> N
 def test_a_missing_field_is_named() -> None:
     with pytest.raises(UnsupportedCheckpoint, match="vocab_size"):
         model_config({key: value for key, value in LLAMA.items() if key != "vocab_size"})
+
+
+def test_flags_that_follow_from_the_name_are_not_read() -> None:
+    fields = {**LLAMA, "attention_bias": False, "mlp_bias": True}
+    config = model_config({**fields, "architectures": ["Qwen2ForCausalLM"]})
+    assert (config.qkv_bias, config.out_bias, config.mlp_bias) == (True, False, False)
+    config = model_config({**fields, "attention_bias": True, **MISTRAL})
+    assert (config.qkv_bias, config.out_bias, config.mlp_bias) == (False, False, False)
+
+
+def test_fields_left_out_are_those_of_transformers() -> None:
+    short = {key: value for key, value in LLAMA.items() if key not in ("num_key_value_heads", "rms_norm_eps")}
+    del short["max_position_embeddings"]
+    config = model_config({**short, "num_attention_heads": 16, "hidden_size": 128, **MISTRAL})
+    assert (config.num_kv_heads, config.max_position, config.rms_norm_eps) == (8, 131072, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "refused"),
+    [
+        ({"architectures": ["MistralForCausalLM"]}, True),  # 4096, when 131072 positions are left out as well
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 2047}, True),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 2048}, False),
+        (MISTRAL, False),
+        ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 64}, False),
+        ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 64, "use_sliding_window": True}, True),
+        (
+            {"architectures": ["LlamaForCausalLM"], "sliding_window": 64},
+            False,
+        ),  # which transformers ignores too
+    ],
+    ids=str,
+)
+def test_a_window_is_refused_unless_everything_fits_in(fields: dict[str, Any], refused: bool) -> None:
+    config = {**LLAMA, **fields}
+    if "sliding_window" not in fields:
+        del config["max_position_embeddings"]
+    if not refused:
+        model_config(config)
+        return
+    with pytest.raises(UnsupportedCheckpoint, match="sliding_window"):
+        model_config(config)

@@ -108,7 +108,7 @@ def test_config_and_tokenizer_metadata(tmp_path: Path, weights: dict[str, np.nda
     config = checkpoint.config
     assert (checkpoint.kind, config.vocab_size, config.head_dim) == ("gguf", 320, 16)
     assert (config.eos_token_ids, config.bos_token_id, config.dtype) == ((2,), 1, "bfloat16")
-    assert config.attention_bias
+    assert (config.qkv_bias, config.out_bias) == (True, True)
     assert not config.tied_embeddings
     metadata = GGUFFile.open(checkpoint.path).tokenizer_metadata()
     assert metadata["tokenizer.ggml.tokens"] == ["a", "é", "<|end|>"]

@@ -1,0 +1,157 @@
+"""Every family's tokens and logprobs are those of transformers: two tiny models each, written by transformers itself,
+with little memory, in odd chunks, arriving in any order, preempted.
+
+A new family is one row in `MODELS`.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from engine.checkpoint import Checkpoint
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.families import FAMILIES
+from engine.request import Output, Request, RequestId, SamplingParams
+from tests.support.pressure import expect_short_answers
+from tests.support.tiny import VOCAB_SIZE, write_tokenizer
+
+NUM_PAGES = 11  # the longest alone needs 9
+PAGE_SIZE = 16
+LENGTHS = (1, 16, 29, 47, 70)
+MAX_TOKENS = 64
+TOP = 3
+MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "Qwen2ForCausalLM": (
+        {},
+        {"tie_word_embeddings": True, "num_attention_heads": 6, "hidden_size": 96, "vocab_size": 333},
+    ),
+    "MistralForCausalLM": (
+        {"sliding_window": None, "head_dim": 24},
+        {"sliding_window": 512, "num_key_value_heads": 1, "tie_word_embeddings": True, "rms_norm_eps": 1e-3},
+    ),
+}
+
+
+class Case(NamedTuple):
+    prompt: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    logprobs: Tensor  # [MAX_TOKENS, vocab]
+
+
+def write_tiny(folder: Path, architecture: str, changes: dict[str, Any]) -> Any:
+    """A random model in transformers' own files, and the model itself."""
+    model_class = getattr(transformers, architecture)
+    fields: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    torch.manual_seed(1)
+    model = model_class(model_class.config_class(**fields | changes)).float().eval()
+    with torch.inference_mode():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.normal_(1.0, 0.2)
+            elif name.endswith("bias"):
+                parameter.normal_(0.0, 0.3)
+            else:  # wide enough that attention is peaked and greedy tokens vary
+                parameter.normal_(0.0, 0.3 if "embed" in name else 1.5 * parameter.shape[1] ** -0.5)
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+    return model
+
+
+def continued(model: Any, length: int, rng: random.Random) -> Case:
+    prompt = tuple(rng.randrange(3, VOCAB_SIZE) for _ in range(length))
+    with torch.inference_mode():
+        whole = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, length, dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=MAX_TOKENS,
+            pad_token_id=0,
+        )
+        logprobs = model(whole).logits[0, length - 1 : -1].log_softmax(dim=-1)
+    return Case(prompt, tuple(whole[0, length:].tolist()), logprobs)
+
+
+@pytest.fixture(scope="module", params=[(name, i) for name in MODELS for i in range(2)], ids=str)
+def reference(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[Case]]:
+    architecture, number = request.param
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.set_num_threads(1)
+    model = write_tiny(folder, architecture, MODELS[architecture][number])
+    rng = random.Random(7)
+    cases = [continued(model, length, rng) for length in LENGTHS]
+    assert len({token for case in cases for token in case.token_ids}) > 30  # else anything would match
+    return folder, cases
+
+
+@pytest.mark.parametrize("chunk", [7, 64])
+def test_tokens_and_logprobs_equal_transformers(reference: tuple[Path, list[Case]], chunk: int) -> None:
+    folder, cases = reference
+    outputs = generated(folder, [case.prompt for case in cases], chunk)
+    for case, output in zip(cases, outputs, strict=True):
+        assert output.token_ids == case.token_ids
+        assert output.logprobs is not None
+        for one, expected in zip(output.logprobs, case.logprobs, strict=True):
+            assert one.logprob == pytest.approx(expected[one.token_id].item(), abs=1e-4)
+            likeliest = expected.topk(TOP).values.tolist()
+            assert [value for _, value in one.top] == pytest.approx(likeliest, abs=1e-4)
+            assert [expected[token].item() for token, _ in one.top] == pytest.approx(likeliest, abs=1e-4)
+
+
+def generated(folder: Path, prompts: list[tuple[int, ...]], chunk: int) -> list[Output]:
+    """Our greedy answers, from an engine that has too little memory for all of them."""
+    page_bytes = Checkpoint.open(str(folder)).config.kv_bytes_per_token(4) * PAGE_SIZE
+    engine = Engine.load(
+        EngineConfig(
+            model=str(folder),
+            dtype="float32",
+            device="cpu",
+            page_size=PAGE_SIZE,
+            threads=1,
+            kv_cache_memory_bytes=NUM_PAGES * page_bytes,
+            max_num_batched_tokens=chunk,
+        )
+    )
+    assert engine.pool.num_pages == NUM_PAGES
+    rng = random.Random(chunk)
+    arriving = list(enumerate(prompts))
+    rng.shuffle(arriving)
+    found: dict[int, Output] = {}
+    sampling = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, seed=1, logprobs=TOP)
+    while arriving or engine.has_work:
+        if arriving and rng.random() < 0.3:  # they come while others run
+            number, prompt = arriving.pop()
+            engine.add(Request(id=RequestId(str(number), 1), prompt_token_ids=prompt, sampling=sampling))
+        expect_short_answers(engine.scheduler)
+        if engine.scheduler.running and rng.random() < 0.05:
+            engine.scheduler.preempt(rng.choice(engine.scheduler.running))
+        for completion in engine.step():
+            assert completion.error is None
+            found[int(completion.id.job_id)] = completion.outputs[0]
+        engine.check()
+    assert engine.stats()["num_preemptions"] > 3
+    return [found[number] for number in range(len(prompts))]
+
+
+def test_every_family_is_compared() -> None:
+    assert {"LlamaForCausalLM", *MODELS} == set(FAMILIES)  # Llama itself in test_parity.py
