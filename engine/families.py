@@ -45,6 +45,16 @@ FAMILIES: Mapping[str, Family] = {
         defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096},
         always={**_NO_BIAS, "attention_bias": True},
     ),
+    "Qwen3ForCausalLM": Family(
+        defaults={
+            "num_key_value_heads": 32,
+            "head_dim": 128,
+            "max_position_embeddings": 32768,
+            "sliding_window": 4096,
+        },
+        always={"mlp_bias": False},
+        flags={"qk_norm": "head"},
+    ),
 }
 
 

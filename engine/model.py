@@ -57,10 +57,12 @@ def _packed(weight: Tensor) -> Tensor | None:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One block's norms and products."""
+    """One block's norms and products. None: this model has no such norm."""
 
     input_norm: Tensor
     qkv: Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
     out: Linear
     post_norm: Tensor
     gate_up: Linear
@@ -77,6 +79,9 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         layer = f"model.layers.{i}"
         shapes[f"{layer}.input_layernorm.weight"] = (hidden,)
         shapes[f"{layer}.self_attn.qkv_proj.weight"] = (heads + 2 * kv_heads, hidden)
+        if config.qk_norm is not None:
+            shapes[f"{layer}.self_attn.q_norm.weight"] = (config.head_dim,)
+            shapes[f"{layer}.self_attn.k_norm.weight"] = (config.head_dim,)
         shapes[f"{layer}.self_attn.o_proj.weight"] = (hidden, heads)
         shapes[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
         shapes[f"{layer}.mlp.gate_up_proj.weight"] = (2 * inner, hidden)
@@ -119,6 +124,8 @@ class Decoder:
             Layer(
                 input_norm=take(f"{layer}.input_layernorm.weight"),
                 qkv=product(f"{layer}.self_attn.qkv_proj"),
+                q_norm=take(f"{layer}.self_attn.q_norm.weight", None),
+                k_norm=take(f"{layer}.self_attn.k_norm.weight", None),
                 out=product(f"{layer}.self_attn.o_proj"),
                 post_norm=take(f"{layer}.post_attention_layernorm.weight"),
                 gate_up=product(f"{layer}.mlp.gate_up_proj"),
@@ -155,6 +162,8 @@ class Decoder:
             # [T, heads + 2·kv_heads, d]: q, k and v are views, nothing is copied
             qkv = layer.qkv(x).view(num_tokens, heads + 2 * kv_heads, dim)
             q, k, v = qkv.split_with_sizes((heads, kv_heads, kv_heads), dim=1)
+            if layer.q_norm is not None and layer.k_norm is not None:
+                q, k = self._normed(q, layer.q_norm), self._normed(k, layer.k_norm)
             kernels.rope(q, k, cos, sin)
             kernels.store_kv(k, v, pages, step.slots)
             mixed = kernels.paged_attention(
@@ -168,3 +177,8 @@ class Decoder:
         # only the rows that sample reach the last norm and the head
         x, _ = kernels.add_rms_norm(x[step.logit_rows], residual[step.logit_rows], self._norm, eps)
         return self._head(x)
+
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Heads `[T, h, d]` normed over as many channels as there are weights: one head's."""
+        rows = x.reshape(-1, weight.shape[0])
+        return self.kernels.rms_norm(rows, weight, self.config.rms_norm_eps).view(x.shape)

@@ -114,27 +114,33 @@ def test_fields_left_out_are_those_of_transformers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "refused"),
+    ("name", "fields", "refused"),
     [
-        ({"architectures": ["MistralForCausalLM"]}, True),  # 4096, when 131072 positions are left out as well
-        ({"architectures": ["MistralForCausalLM"], "sliding_window": 2047}, True),
-        ({"architectures": ["MistralForCausalLM"], "sliding_window": 2048}, False),
-        (MISTRAL, False),
-        ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 64}, False),
-        ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 64, "use_sliding_window": True}, True),
-        (
-            {"architectures": ["LlamaForCausalLM"], "sliding_window": 64},
-            False,
-        ),  # which transformers ignores too
+        ("Mistral", {}, True),  # transformers fills in 4096
+        ("Mistral", {"sliding_window": 8191}, True),
+        ("Mistral", {"sliding_window": 8192}, False),
+        ("Mistral", {"sliding_window": None}, False),
+        ("Qwen2", {"sliding_window": 64}, False),
+        ("Qwen2", {"use_sliding_window": True}, True),
+        ("Qwen3", {"sliding_window": 64}, False),
+        ("Qwen3", {"use_sliding_window": True}, True),
+        ("Llama", {"sliding_window": 64, "use_sliding_window": True}, False),  # transformers ignores it, too
     ],
     ids=str,
 )
-def test_a_window_is_refused_unless_everything_fits_in(fields: dict[str, Any], refused: bool) -> None:
-    config = {**LLAMA, **fields}
-    if "sliding_window" not in fields:
-        del config["max_position_embeddings"]
+def test_a_window_is_refused_unless_everything_fits_in(
+    name: str, fields: dict[str, Any], refused: bool
+) -> None:
+    config = {**LLAMA, "max_position_embeddings": 8192, **fields, "architectures": [f"{name}ForCausalLM"]}
     if not refused:
         model_config(config)
         return
     with pytest.raises(UnsupportedCheckpoint, match="sliding_window"):
         model_config(config)
+
+
+def test_qwen3_norms_each_head_and_knows_its_size() -> None:
+    config = model_config({**LLAMA, "architectures": ["Qwen3ForCausalLM"], "attention_bias": True})
+    assert (config.qk_norm, config.head_dim) == ("head", 128)
+    assert (config.qkv_bias, config.out_bias, config.mlp_bias) == (True, True, False)
+    assert model_config(LLAMA).qk_norm is None

@@ -37,6 +37,10 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"sliding_window": None, "head_dim": 24},
         {"sliding_window": 512, "num_key_value_heads": 1, "tie_word_embeddings": True, "rms_norm_eps": 1e-3},
     ),
+    "Qwen3ForCausalLM": (
+        {"head_dim": 16, "attention_bias": True},
+        {"head_dim": 40, "num_attention_heads": 6, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    ),
 }
 
 
