@@ -87,7 +87,10 @@ class ModelConfig:
     qkv_bias: bool = False
     out_bias: bool = False  # of the attention's output product
     mlp_bias: bool = False
-    qk_norm: Literal["head"] | None = None  # q and k are normed before they are rotated: each head by itself
+    qk_norm: Literal["head", "all"] | None = (
+        None  # q and k are normed before rotation: each head, or all as one
+    )
+    norm_position: Literal["before", "after"] = "before"  # of attention and MLP
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # what the checkpoint stores
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None

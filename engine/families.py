@@ -55,6 +55,11 @@ FAMILIES: Mapping[str, Family] = {
         always={"mlp_bias": False},
         flags={"qk_norm": "head"},
     ),
+    "Olmo2ForCausalLM": Family(
+        defaults={"rms_norm_eps": 1e-5},
+        always={"mlp_bias": False, "use_sliding_window": False},
+        flags={"qk_norm": "all", "norm_position": "after"},
+    ),
 }
 
 

@@ -8,6 +8,7 @@ attribute machinery of modules costs more than the small operations of a decode 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -59,14 +60,23 @@ def _packed(weight: Tensor) -> Tensor | None:
 class Layer:
     """One block's norms and products. None: this model has no such norm."""
 
-    input_norm: Tensor
+    attention_norm: Tensor | None
     qkv: Linear
     q_norm: Tensor | None
     k_norm: Tensor | None
     out: Linear
-    post_norm: Tensor
+    out_norm: Tensor | None
+    mlp_norm: Tensor | None
     gate_up: Linear
     down: Linear
+    down_norm: Tensor | None
+
+
+# Of the layer's four norms over the hidden channels, by `norm_position`: its name in checkpoints
+NORM_NAMES: Mapping[str, Mapping[str, str]] = {
+    "before": {"attention": "input_layernorm", "mlp": "post_attention_layernorm"},
+    "after": {"out": "post_attention_layernorm", "down": "post_feedforward_layernorm"},
+}
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -77,13 +87,14 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
     for i in range(config.num_layers):
         layer = f"model.layers.{i}"
-        shapes[f"{layer}.input_layernorm.weight"] = (hidden,)
+        for norm in NORM_NAMES[config.norm_position].values():
+            shapes[f"{layer}.{norm}.weight"] = (hidden,)
         shapes[f"{layer}.self_attn.qkv_proj.weight"] = (heads + 2 * kv_heads, hidden)
         if config.qk_norm is not None:
-            shapes[f"{layer}.self_attn.q_norm.weight"] = (config.head_dim,)
-            shapes[f"{layer}.self_attn.k_norm.weight"] = (config.head_dim,)
+            each = config.qk_norm == "head"
+            shapes[f"{layer}.self_attn.q_norm.weight"] = (config.head_dim if each else heads,)
+            shapes[f"{layer}.self_attn.k_norm.weight"] = (config.head_dim if each else kv_heads,)
         shapes[f"{layer}.self_attn.o_proj.weight"] = (hidden, heads)
-        shapes[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
         shapes[f"{layer}.mlp.gate_up_proj.weight"] = (2 * inner, hidden)
         shapes[f"{layer}.mlp.down_proj.weight"] = (hidden, inner)
         if config.qkv_bias:
@@ -120,16 +131,23 @@ class Decoder:
         def product(name: str) -> Linear:
             return Linear(take(f"{name}.weight"), take(f"{name}.bias", None))
 
+        names = NORM_NAMES[config.norm_position]
+
+        def norm(layer: str, place: str) -> Tensor | None:
+            return take(f"{layer}.{names[place]}.weight") if place in names else None
+
         self._layers = [
             Layer(
-                input_norm=take(f"{layer}.input_layernorm.weight"),
+                attention_norm=norm(layer, "attention"),
                 qkv=product(f"{layer}.self_attn.qkv_proj"),
                 q_norm=take(f"{layer}.self_attn.q_norm.weight", None),
                 k_norm=take(f"{layer}.self_attn.k_norm.weight", None),
                 out=product(f"{layer}.self_attn.o_proj"),
-                post_norm=take(f"{layer}.post_attention_layernorm.weight"),
+                out_norm=norm(layer, "out"),
+                mlp_norm=norm(layer, "mlp"),
                 gate_up=product(f"{layer}.mlp.gate_up_proj"),
                 down=product(f"{layer}.mlp.down_proj"),
+                down_norm=norm(layer, "down"),
             )
             for layer in (f"model.layers.{i}" for i in range(config.num_layers))
         ]
@@ -152,13 +170,9 @@ class Decoder:
         scale = dim**-0.5
         cos, sin = self._cos[step.positions], self._sin[step.positions]  # [T, d/2]
         residual = self._embedding[step.token_ids]  # [T, hidden]
-        x = residual
-        first = True
+        x: Tensor | None = None  # what the last part of a block made and `residual` does not contain yet
         for layer, pages in zip(self._layers, cache.layers, strict=True):
-            if first:
-                x, first = kernels.rms_norm(residual, layer.input_norm, eps), False
-            else:
-                x, residual = kernels.add_rms_norm(x, residual, layer.input_norm, eps)
+            x, residual = self._added(x, residual, layer.attention_norm)
             # [T, heads + 2·kv_heads, d]: q, k and v are views, nothing is copied
             qkv = layer.qkv(x).view(num_tokens, heads + 2 * kv_heads, dim)
             q, k, v = qkv.split_with_sizes((heads, kv_heads, kv_heads), dim=1)
@@ -170,15 +184,29 @@ class Decoder:
                 q, pages, step.page_table, step.query_start, step.context_lens, scale
             )
             x = layer.out(mixed.view(num_tokens, heads * dim))
-            x, residual = kernels.add_rms_norm(x, residual, layer.post_norm, eps)
+            if layer.out_norm is not None:
+                x = kernels.rms_norm(x, layer.out_norm, eps)
+            x, residual = self._added(x, residual, layer.mlp_norm)
             x = layer.down(kernels.silu_mul(layer.gate_up(x)))
+            if layer.down_norm is not None:
+                x = kernels.rms_norm(x, layer.down_norm, eps)
+        assert x is not None  # there is at least one layer
         if step.logit_rows.shape[0] == 0:
             return x.new_empty((0, config.vocab_size))
         # only the rows that sample reach the last norm and the head
         x, _ = kernels.add_rms_norm(x[step.logit_rows], residual[step.logit_rows], self._norm, eps)
         return self._head(x)
 
+    def _added(self, x: Tensor | None, residual: Tensor, norm: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(residual + x, normed where there is a norm; residual + x), each `[T, hidden]`."""
+        if norm is None:
+            total = residual if x is None else x + residual
+            return total, total
+        if x is None:
+            return self.kernels.rms_norm(residual, norm, self.config.rms_norm_eps), residual
+        return self.kernels.add_rms_norm(x, residual, norm, self.config.rms_norm_eps)
+
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Heads `[T, h, d]` normed over as many channels as there are weights: one head's."""
+        """Heads `[T, h, d]` normed over as many channels as there are weights: one head's or all."""
         rows = x.reshape(-1, weight.shape[0])
         return self.kernels.rms_norm(rows, weight, self.config.rms_norm_eps).view(x.shape)

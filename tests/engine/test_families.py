@@ -144,3 +144,10 @@ def test_qwen3_norms_each_head_and_knows_its_size() -> None:
     assert (config.qk_norm, config.head_dim) == ("head", 128)
     assert (config.qkv_bias, config.out_bias, config.mlp_bias) == (True, True, False)
     assert model_config(LLAMA).qk_norm is None
+
+
+def test_olmo2_norms_afterwards_and_all_heads_as_one() -> None:
+    short = {key: value for key, value in LLAMA.items() if key != "rms_norm_eps"}
+    config = model_config({**short, "architectures": ["Olmo2ForCausalLM"]})
+    assert (config.qk_norm, config.norm_position, config.rms_norm_eps) == ("all", "after", 1e-5)
+    assert model_config(LLAMA).norm_position == "before"
