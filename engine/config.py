@@ -91,6 +91,7 @@ class ModelConfig:
         None  # q and k are normed before rotation: each head, or all as one
     )
     norm_position: Literal["before", "after"] = "before"  # of attention and MLP
+    no_rope_layers: tuple[int, ...] = ()  # indices of the layers that rotate nothing
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # what the checkpoint stores
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None

@@ -6,7 +6,7 @@ and no tensors. A new Llama-like family is one entry in `FAMILIES`; no other cod
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -24,12 +24,24 @@ class Family:
     """What an architecture is beyond a plain Llama.
 
     `defaults`: fields that its config.json may leave out, as transformers fills them in. `always`: fields that
-    its config.json has no say in. `flags`: those of `ModelConfig` that follow from the name.
+    its config.json has no say in. `flags`: those of `ModelConfig` that follow from the name. `read_flags`: those
+    that it reads from fields of its own.
     """
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
     always: Mapping[str, Any] = field(default_factory=dict)
     flags: Mapping[str, Any] = field(default_factory=dict)
+    read_flags: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: {}
+
+
+def _no_rope_layers(config: Mapping[str, Any]) -> dict[str, Any]:
+    num_layers, interval = int(config["num_hidden_layers"]), config.get("no_rope_layer_interval", 4)
+    uses_rope = config.get("no_rope_layers")  # 1: this layer rotates; despite its name
+    if uses_rope is None:
+        uses_rope = [(i + 1) % int(interval) for i in range(num_layers)]
+    if len(uses_rope) < num_layers:
+        raise UnsupportedCheckpoint(f"no_rope_layers has {len(uses_rope)} entries for {num_layers} layers")
+    return {"no_rope_layers": tuple(i for i in range(num_layers) if not uses_rope[i])}
 
 
 _NO_BIAS = {"attention_bias": False, "attention_out_bias": False, "mlp_bias": False}
@@ -59,6 +71,15 @@ FAMILIES: Mapping[str, Family] = {
         defaults={"rms_norm_eps": 1e-5},
         always={"mlp_bias": False, "use_sliding_window": False},
         flags={"qk_norm": "all", "norm_position": "after"},
+    ),
+    "SmolLM3ForCausalLM": Family(
+        defaults={
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "rope_theta": 2000000.0,
+            "tie_word_embeddings": True,
+        },
+        read_flags=_no_rope_layers,
     ),
 }
 
@@ -117,6 +138,7 @@ def _decoder(architecture: str, family: Family, given: Mapping[str, Any]) -> Mod
             eos_token_ids=config["eos_token_ids"],
             bos_token_id=config.get("bos_token_id"),
             **family.flags,
+            **family.read_flags(config),
         )
     )
 

@@ -64,6 +64,7 @@ class Layer:
     qkv: Linear
     q_norm: Tensor | None
     k_norm: Tensor | None
+    uses_rope: bool
     out: Linear
     out_norm: Tensor | None
     mlp_norm: Tensor | None
@@ -142,6 +143,7 @@ class Decoder:
                 qkv=product(f"{layer}.self_attn.qkv_proj"),
                 q_norm=take(f"{layer}.self_attn.q_norm.weight", None),
                 k_norm=take(f"{layer}.self_attn.k_norm.weight", None),
+                uses_rope=i not in config.no_rope_layers,
                 out=product(f"{layer}.self_attn.o_proj"),
                 out_norm=norm(layer, "out"),
                 mlp_norm=norm(layer, "mlp"),
@@ -149,7 +151,7 @@ class Decoder:
                 down=product(f"{layer}.mlp.down_proj"),
                 down_norm=norm(layer, "down"),
             )
-            for layer in (f"model.layers.{i}" for i in range(config.num_layers))
+            for i, layer in ((i, f"model.layers.{i}") for i in range(config.num_layers))
         ]
         self._embedding = take("model.embed_tokens.weight")
         self._norm = take("model.norm.weight")
@@ -178,7 +180,8 @@ class Decoder:
             q, k, v = qkv.split_with_sizes((heads, kv_heads, kv_heads), dim=1)
             if layer.q_norm is not None and layer.k_norm is not None:
                 q, k = self._normed(q, layer.q_norm), self._normed(k, layer.k_norm)
-            kernels.rope(q, k, cos, sin)
+            if layer.uses_rope:
+                kernels.rope(q, k, cos, sin)
             kernels.store_kv(k, v, pages, step.slots)
             mixed = kernels.paged_attention(
                 q, pages, step.page_table, step.query_start, step.context_lens, scale

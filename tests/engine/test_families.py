@@ -124,6 +124,8 @@ def test_fields_left_out_are_those_of_transformers() -> None:
         ("Qwen2", {"use_sliding_window": True}, True),
         ("Qwen3", {"sliding_window": 64}, False),
         ("Qwen3", {"use_sliding_window": True}, True),
+        ("SmolLM3", {"sliding_window": 64}, False),
+        ("SmolLM3", {"sliding_window": 64, "use_sliding_window": True}, True),
         ("Llama", {"sliding_window": 64, "use_sliding_window": True}, False),  # transformers ignores it, too
     ],
     ids=str,
@@ -151,3 +153,31 @@ def test_olmo2_norms_afterwards_and_all_heads_as_one() -> None:
     config = model_config({**short, "architectures": ["Olmo2ForCausalLM"]})
     assert (config.qk_norm, config.norm_position, config.rms_norm_eps) == ("all", "after", 1e-5)
     assert model_config(LLAMA).norm_position == "before"
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, (3, 7)),
+        ({"no_rope_layer_interval": 3}, (2, 5)),
+        ({"no_rope_layers": None}, (3, 7)),
+        ({"no_rope_layers": [0, 1, 1, 1, 0, 1, 1, 1, 0, 0]}, (0, 4)),  # it may be longer than the model
+    ],
+    ids=str,
+)
+def test_smollm3_knows_the_layers_that_rotate_nothing(
+    fields: dict[str, Any], expected: tuple[int, ...]
+) -> None:
+    base = {**LLAMA, "num_hidden_layers": 8, **fields}
+    config = model_config({**base, "architectures": ["SmolLM3ForCausalLM"]})
+    assert (config.no_rope_layers, config.rope_theta, config.tied_embeddings) == (expected, 2e6, True)
+    assert model_config(base).no_rope_layers == ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [({"no_rope_layers": [1]}, "no_rope_layers"), ({"no_rope_layer_interval": 0}, "wrong kind")],
+)
+def test_smollm3_with_too_few_words_about_its_layers_is_refused(fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(UnsupportedCheckpoint, match=named):
+        model_config({**LLAMA, "architectures": ["SmolLM3ForCausalLM"], **fields})

@@ -45,6 +45,10 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"num_attention_heads": 6, "hidden_size": 96, "tie_word_embeddings": True},
         {"attention_bias": True, "num_key_value_heads": 4, "head_dim": 24},
     ),
+    "SmolLM3ForCausalLM": (
+        {"no_rope_layers": [0, 1], "attention_bias": True, "mlp_bias": True},
+        {"no_rope_layer_interval": 2, "num_hidden_layers": 4, "tie_word_embeddings": False},
+    ),
 }
 
 
