@@ -83,6 +83,8 @@ class ModelConfig:
     rms_norm_eps: float
     rope_theta: float
     rope_scaling: RopeScaling | None = None
+    partial_rotary_factor: float = 1.0  # the share of each head's channels that is rotated: the first ones
+    merged_weights: bool = False  # the checkpoint stores q, k, v as one tensor, and gate, up as one
     tied_embeddings: bool = False
     qkv_bias: bool = False
     out_bias: bool = False  # of the attention's output product
@@ -95,6 +97,11 @@ class ModelConfig:
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # what the checkpoint stores
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of each head that are rotated."""
+        return int(self.head_dim * self.partial_rotary_factor)
 
     def kv_bytes_per_token(self, dtype_bytes: int) -> int:
         """Bytes of K and V that one token occupies over all layers."""

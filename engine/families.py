@@ -44,6 +44,12 @@ def _no_rope_layers(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"no_rope_layers": tuple(i for i in range(num_layers) if not uses_rope[i])}
 
 
+def _partial_rotary(config: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    factor = parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor")
+    return {"partial_rotary_factor": float(factor or 1.0)}
+
+
 _NO_BIAS = {"attention_bias": False, "attention_out_bias": False, "mlp_bias": False}
 
 FAMILIES: Mapping[str, Family] = {
@@ -81,6 +87,12 @@ FAMILIES: Mapping[str, Family] = {
         },
         read_flags=_no_rope_layers,
     ),
+    "Phi3ForCausalLM": Family(
+        defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+        always={**_NO_BIAS, "use_sliding_window": True},
+        flags={"merged_weights": True},
+        read_flags=_partial_rotary,
+    ),
 }
 
 
@@ -115,6 +127,9 @@ def _decoder(architecture: str, family: Family, given: Mapping[str, Any]) -> Mod
     max_position = int(config.get("max_position_embeddings", 2048))
     _refuse_window(config, max_position)
     theta, scaling = rope_settings(config)
+    flags = {**family.flags, **family.read_flags(config)}
+    if "partial_rotary_factor" not in flags and _partial_rotary(config)["partial_rotary_factor"] != 1.0:
+        raise UnsupportedCheckpoint(f"partial_rotary_factor other than 1 is not supported for {architecture}")
     attention_bias = bool(config.get("attention_bias", False))
     return checked(
         ModelConfig(
@@ -137,8 +152,7 @@ def _decoder(architecture: str, family: Family, given: Mapping[str, Any]) -> Mod
             dtype=_dtype(config),
             eos_token_ids=config["eos_token_ids"],
             bos_token_id=config.get("bos_token_id"),
-            **family.flags,
-            **family.read_flags(config),
+            **flags,
         )
     )
 
@@ -157,8 +171,6 @@ def rope_settings(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]
     """Theta and scaling, from `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (4)."""
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    if float(parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise UnsupportedCheckpoint("partial_rotary_factor other than 1 is not supported")
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind == "default":
         return theta, None
@@ -187,6 +199,11 @@ def checked(config: ModelConfig) -> ModelConfig:
         )
     if config.head_dim < 2 or config.head_dim % 2:
         raise UnsupportedCheckpoint(f"head_dim must be even, not {config.head_dim}")
+    if not 2 <= config.rotary_dim <= config.head_dim or config.rotary_dim % 2:
+        raise UnsupportedCheckpoint(
+            f"partial_rotary_factor {config.partial_rotary_factor} of head_dim {config.head_dim} must be "
+            f"an even number of channels"
+        )
     return config
 
 

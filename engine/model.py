@@ -169,8 +169,8 @@ class Decoder:
         config, kernels, eps = self.config, self.kernels, self.config.rms_norm_eps
         num_tokens = step.token_ids.shape[0]
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
-        scale = dim**-0.5
-        cos, sin = self._cos[step.positions], self._sin[step.positions]  # [T, d/2]
+        scale, rotated = dim**-0.5, config.rotary_dim
+        cos, sin = self._cos[step.positions], self._sin[step.positions]  # [T, rotated / 2]
         residual = self._embedding[step.token_ids]  # [T, hidden]
         x: Tensor | None = None  # what the last part of a block made and `residual` does not contain yet
         for layer, pages in zip(self._layers, cache.layers, strict=True):
@@ -180,8 +180,10 @@ class Decoder:
             q, k, v = qkv.split_with_sizes((heads, kv_heads, kv_heads), dim=1)
             if layer.q_norm is not None and layer.k_norm is not None:
                 q, k = self._normed(q, layer.q_norm), self._normed(k, layer.k_norm)
-            if layer.uses_rope:
+            if layer.uses_rope and rotated == dim:
                 kernels.rope(q, k, cos, sin)
+            elif layer.uses_rope:
+                kernels.rope(q[..., :rotated], k[..., :rotated], cos, sin)
             kernels.store_kv(k, v, pages, step.slots)
             mixed = kernels.paged_attention(
                 q, pages, step.page_table, step.query_start, step.context_lens, scale

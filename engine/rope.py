@@ -15,8 +15,8 @@ from engine.config import ModelConfig
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
-    """`[head_dim / 2]` fp32, radians per token (Su et al. 2021; Llama 3 scaling as published by Meta)."""
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    """`[rotary_dim / 2]` fp32, radians per token (Su et al. 2021; Llama 3 scaling as published by Meta)."""
+    exponent = torch.arange(0, config.rotary_dim, 2, dtype=torch.int64).float() / config.rotary_dim
     frequencies = 1.0 / (config.rope_theta**exponent)
     scaling = config.rope_scaling
     if scaling is None:
@@ -32,7 +32,7 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 
 
 def rope_tables(config: ModelConfig, max_len: int, device: str) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each `[max_len, head_dim / 2]` fp32."""
+    """(cos, sin), each `[max_len, rotary_dim / 2]` fp32."""
     positions = torch.arange(max_len, dtype=torch.float32)
     angles = torch.outer(positions, inverse_frequencies(config))
     return angles.cos().to(device), angles.sin().to(device)

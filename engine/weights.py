@@ -1,8 +1,8 @@
 """Fills a decoder's parameters from a checkpoint, strictly.
 
-Owns the merging of q, k, v and gate, up, and the demand that every tensor of the file is used and every
-parameter of the model is filled. Knows no mathematics. Tensors are copied out of a memory map one at a time,
-so loading needs little more memory than the model.
+Owns the merging of q, k, v and gate, up where the file holds them apart, and the demand that every tensor of the
+file is used and every parameter of the model is filled. Knows no mathematics. Tensors are copied out of a memory
+map one at a time, so loading needs little more memory than the model.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def load_weights(decoder: Decoder, checkpoint: Checkpoint) -> None:
 
 
 def weight_targets(decoder: Decoder) -> dict[str, Target]:
-    """Hugging Face tensor name → where it goes."""
+    """The checkpoint's tensor name → where it goes."""
     config = decoder.config
     heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     inner = config.intermediate_size
@@ -64,7 +64,7 @@ def weight_targets(decoder: Decoder) -> dict[str, Target]:
     targets: dict[str, Target] = {}
     for name, parameter in decoder.parameters.items():
         module = name.split(".")[-2]
-        if module not in merged:
+        if config.merged_weights or module not in merged:
             targets[name] = Target(name, 0, parameter.shape[0])
             continue
         start = 0

@@ -61,6 +61,7 @@ class Kernels:
       the new residual is x + residual rounded to the dtype, and what is normed. May overwrite `residual`.
     - `rope(q [T, hq, d], k [T, hk, d], cos [T, d/2] fp32, sin [T, d/2] fp32)`: rotates in place; channel i
       is paired with channel i + d/2 (Su et al. 2021, in the half-split order of Hugging Face checkpoints).
+      Heads may be strided as well: d is then the number of first channels that are rotated, the others stay.
     - `store_kv(k [T, hk, d], v [T, hk, d], cache, slots [T] int64)`: slot -1 is skipped.
     - `silu_mul(gate_up [T, 2I]) -> [T, I]`: silu(first half) · second half (Shazeer 2020).
     - `paged_attention(q [T, hq, d], cache, page_table [R, P] int32, query_start [R+1] int32,

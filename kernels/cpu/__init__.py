@@ -22,7 +22,7 @@ __all__ = ["BuildError", "kernels"]
 _L, _P, _F, _I = c_long, c_void_p, c_float, c_int
 _ARGUMENTS = {
     "rms_norm": (_L, _L, _P, _L, _P, _L, _P, _F, _P, _I),
-    "rope": (_L, _L, _L, _L, _P, _L, _P, _L, _P, _P, _I),
+    "rope": (_L, _L, _L, _L, _P, _L, _L, _P, _L, _L, _P, _P, _I),
     "silu_mul": (_L, _L, _P, _L, _P, _I),
 }
 _PAGED_ARGUMENTS = {
@@ -108,7 +108,8 @@ class _Ops:
         tokens, heads, dim = q.shape
         kv_heads = k.shape[1]
         _require(
-            _rows(q) and _rows(k) and k.shape == (tokens, kv_heads, dim), "rope: q [T, hq, d], k [T, hk, d]"
+            q.stride(2) == k.stride(2) == 1 and k.shape == (tokens, kv_heads, dim) and dim % 2 == 0,
+            "rope: q [T, hq, d], k [T, hk, d]",
         )
         _require(
             cos.shape == sin.shape == (tokens, dim // 2)
@@ -119,7 +120,8 @@ class _Ops:
         )
         _same_dtype(q, k)
         self._rope[q.dtype](
-            tokens, heads, kv_heads, dim, q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0),
+            tokens, heads, kv_heads, dim, q.data_ptr(), q.stride(0), q.stride(1),
+            k.data_ptr(), k.stride(0), k.stride(1),
             cos.data_ptr(), sin.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
 

@@ -214,13 +214,14 @@ INLINE void FN(rotate)(SCALAR *head, long half, const float *cos, const float *s
     }
 }
 
-void FN(rope)(long tokens, long heads, long kv_heads, long dim, SCALAR *q, long q_stride, SCALAR *k, long k_stride,
-              const float *cos, const float *sin, int threads) {
+void FN(rope)(long tokens, long heads, long kv_heads, long dim, SCALAR *q, long q_stride, long q_head_stride, SCALAR *k,
+              long k_stride, long k_head_stride, const float *cos, const float *sin, int threads) {
     long half = dim / 2;
 #pragma omp parallel for num_threads(threads) if (tokens * heads * dim > PARALLEL_WORK)
     for (long t = 0; t < tokens; t++) {
-        for (long h = 0; h < heads; h++) FN(rotate)(q + t * q_stride + h * dim, half, cos + t * half, sin + t * half);
-        for (long h = 0; h < kv_heads; h++) FN(rotate)(k + t * k_stride + h * dim, half, cos + t * half, sin + t * half);
+        const float *c = cos + t * half, *s = sin + t * half;
+        for (long h = 0; h < heads; h++) FN(rotate)(q + t * q_stride + h * q_head_stride, half, c, s);
+        for (long h = 0; h < kv_heads; h++) FN(rotate)(k + t * k_stride + h * k_head_stride, half, c, s);
     }
 }
 

@@ -126,6 +126,8 @@ def test_fields_left_out_are_those_of_transformers() -> None:
         ("Qwen3", {"use_sliding_window": True}, True),
         ("SmolLM3", {"sliding_window": 64}, False),
         ("SmolLM3", {"sliding_window": 64, "use_sliding_window": True}, True),
+        ("Phi3", {"sliding_window": 2047}, True),
+        ("Phi3", {}, False),
         ("Llama", {"sliding_window": 64, "use_sliding_window": True}, False),  # transformers ignores it, too
     ],
     ids=str,
@@ -181,3 +183,36 @@ def test_smollm3_knows_the_layers_that_rotate_nothing(
 def test_smollm3_with_too_few_words_about_its_layers_is_refused(fields: dict[str, Any], named: str) -> None:
     with pytest.raises(UnsupportedCheckpoint, match=named):
         model_config({**LLAMA, "architectures": ["SmolLM3ForCausalLM"], **fields})
+
+
+PHI3 = {**LLAMA, "architectures": ["Phi3ForCausalLM"]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, 16),
+        ({"partial_rotary_factor": 0.75}, 12),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, 8),
+        ({"head_dim": 40, "partial_rotary_factor": 0.4}, 16),
+    ],
+    ids=str,
+)
+def test_phi3_rotates_the_first_channels(fields: dict[str, Any], expected: int) -> None:
+    config = model_config({**PHI3, **fields})
+    assert (config.rotary_dim, config.merged_weights, config.qkv_bias) == (expected, True, False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}, "longrope"),
+        ({"rope_scaling": {"type": "su"}}, "su"),
+        ({"partial_rotary_factor": 0.7}, "partial_rotary_factor"),  # 11 channels
+        ({"partial_rotary_factor": 2.0}, "partial_rotary_factor"),
+    ],
+    ids=str,
+)
+def test_phi3_that_rotates_otherwise_is_refused(fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(UnsupportedCheckpoint, match=named):
+        model_config({**PHI3, **fields})

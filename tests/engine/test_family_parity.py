@@ -1,4 +1,4 @@
-"""Every family's tokens and logprobs are those of transformers: two tiny models each, written by transformers itself,
+"""Every family's tokens and logprobs are those of transformers: tiny models, written by transformers itself,
 with little memory, in odd chunks, arriving in any order, preempted.
 
 A new family is one row in `MODELS`.
@@ -28,7 +28,7 @@ PAGE_SIZE = 16
 LENGTHS = (1, 16, 29, 47, 70)
 MAX_TOKENS = 64
 TOP = 3
-MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+MODELS: dict[str, tuple[dict[str, Any], ...]] = {
     "Qwen2ForCausalLM": (
         {},
         {"tie_word_embeddings": True, "num_attention_heads": 6, "hidden_size": 96, "vocab_size": 333},
@@ -48,6 +48,11 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "SmolLM3ForCausalLM": (
         {"no_rope_layers": [0, 1], "attention_bias": True, "mlp_bias": True},
         {"no_rope_layer_interval": 2, "num_hidden_layers": 4, "tie_word_embeddings": False},
+    ),
+    "Phi3ForCausalLM": (
+        {"partial_rotary_factor": 0.75, "num_key_value_heads": 1},
+        {"partial_rotary_factor": 0.4, "head_dim": 40, "tie_word_embeddings": True, "sliding_window": 600},
+        {"num_attention_heads": 2, "hidden_size": 80},
     ),
 }
 
@@ -102,7 +107,9 @@ def continued(model: Any, length: int, rng: random.Random) -> Case:
     return Case(prompt, tuple(whole[0, length:].tolist()), logprobs)
 
 
-@pytest.fixture(scope="module", params=[(name, i) for name in MODELS for i in range(2)], ids=str)
+@pytest.fixture(
+    scope="module", params=[(name, i) for name, models in MODELS.items() for i in range(len(models))], ids=str
+)
 def reference(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[Case]]:

@@ -82,6 +82,13 @@ def test_biases_the_config_does_not_speak_of_are_not_dropped(tmp_path: Path) -> 
         loaded(tmp_path)
 
 
+def test_where_merged_tensors_are_expected_single_ones_are_not_known(tmp_path: Path) -> None:
+    path = write_tiny_llama(tmp_path) / "config.json"
+    path.write_text(path.read_text().replace("LlamaForCausalLM", "Phi3ForCausalLM"))
+    with pytest.raises(UnsupportedCheckpoint, match=r"(gate|up|q|k|v)_proj\.weight is not known"):
+        loaded(tmp_path)
+
+
 def test_a_wrong_shape_is_named(tmp_path: Path) -> None:
     write_tiny_llama(tmp_path)
     rewrite(tmp_path, model__norm__weight=torch.ones(63))

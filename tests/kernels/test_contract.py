@@ -221,6 +221,22 @@ def test_rope_rotates_views_in_place(kernels: Kernels, dtype: torch.dtype, dim: 
     assert torch.equal(wide[:, 6:], wanted[:, 6:])
 
 
+@pytest.mark.parametrize(("dim", "rotated"), [(64, 48), (40, 16), (16, 2), (128, 96)])
+def test_rope_rotates_the_first_channels_and_leaves_the_others(
+    kernels: Kernels, dtype: torch.dtype, dim: int, rotated: int
+) -> None:
+    wide = torch.randn(33, 8, dim).to(dtype)  # q, k and v in one
+    before = wide.clone()
+    angles = torch.rand(33, rotated // 2) * 6
+    kernels.rope(wide[:, :4, :rotated], wide[:, 4:6, :rotated], angles.cos(), angles.sin())
+    expected = before[:, :6, :rotated].contiguous()
+    kernels.rope(expected[:, :4], expected[:, 4:6], angles.cos(), angles.sin())
+    assert torch.equal(wide[:, :6, :rotated], expected)
+    assert not torch.equal(expected, before[:, :6, :rotated])
+    assert torch.equal(wide[:, :6, rotated:], before[:, :6, rotated:])
+    assert torch.equal(wide[:, 6:], before[:, 6:])
+
+
 @pytest.mark.parametrize(("dim", "page_size"), [(64, 16), (40, 32), (6, 16)])
 def test_store_kv_fills_its_slots_only(
     kernels: Kernels, dtype: torch.dtype, dim: int, page_size: int
