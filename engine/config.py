@@ -93,6 +93,10 @@ class ModelConfig:
         None  # q and k are normed before rotation: each head, or all as one
     )
     norm_position: Literal["before", "after"] = "before"  # of attention and MLP
+    embedding_multiplier: float = 1.0
+    attention_multiplier: float | None = None  # of q · k; None: 1 / √head_dim
+    residual_multiplier: float = 1.0  # of what attention and MLP add
+    logits_scaling: float = 1.0  # logits are divided by it
     no_rope_layers: tuple[int, ...] = ()  # indices of the layers that rotate nothing
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # what the checkpoint stores
     eos_token_ids: tuple[int, ...] = ()

@@ -50,6 +50,11 @@ def _partial_rotary(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"partial_rotary_factor": float(factor or 1.0)}
 
 
+def _multipliers(config: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
+    return {name: float(config.get(name, 1.0)) for name in names}
+
+
 _NO_BIAS = {"attention_bias": False, "attention_out_bias": False, "mlp_bias": False}
 
 FAMILIES: Mapping[str, Family] = {
@@ -93,6 +98,7 @@ FAMILIES: Mapping[str, Family] = {
         flags={"merged_weights": True},
         read_flags=_partial_rotary,
     ),
+    "GraniteForCausalLM": Family(always={"use_sliding_window": False}, read_flags=_multipliers),
 }
 
 

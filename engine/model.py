@@ -169,9 +169,12 @@ class Decoder:
         config, kernels, eps = self.config, self.kernels, self.config.rms_norm_eps
         num_tokens = step.token_ids.shape[0]
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
-        scale, rotated = dim**-0.5, config.rotary_dim
+        scale = dim**-0.5 if config.attention_multiplier is None else config.attention_multiplier
+        rotated, added = config.rotary_dim, config.residual_multiplier
         cos, sin = self._cos[step.positions], self._sin[step.positions]  # [T, rotated / 2]
         residual = self._embedding[step.token_ids]  # [T, hidden]
+        if config.embedding_multiplier != 1.0:
+            residual = residual * config.embedding_multiplier
         x: Tensor | None = None  # what the last part of a block made and `residual` does not contain yet
         for layer, pages in zip(self._layers, cache.layers, strict=True):
             x, residual = self._added(x, residual, layer.attention_norm)
@@ -191,16 +194,21 @@ class Decoder:
             x = layer.out(mixed.view(num_tokens, heads * dim))
             if layer.out_norm is not None:
                 x = kernels.rms_norm(x, layer.out_norm, eps)
+            if added != 1.0:
+                x = x * added
             x, residual = self._added(x, residual, layer.mlp_norm)
             x = layer.down(kernels.silu_mul(layer.gate_up(x)))
             if layer.down_norm is not None:
                 x = kernels.rms_norm(x, layer.down_norm, eps)
+            if added != 1.0:
+                x = x * added
         assert x is not None  # there is at least one layer
         if step.logit_rows.shape[0] == 0:
             return x.new_empty((0, config.vocab_size))
         # only the rows that sample reach the last norm and the head
         x, _ = kernels.add_rms_norm(x[step.logit_rows], residual[step.logit_rows], self._norm, eps)
-        return self._head(x)
+        logits = self._head(x)
+        return logits if config.logits_scaling == 1.0 else logits / config.logits_scaling
 
     def _added(self, x: Tensor | None, residual: Tensor, norm: Tensor | None) -> tuple[Tensor, Tensor]:
         """(residual + x, normed where there is a norm; residual + x), each `[T, hidden]`."""

@@ -216,3 +216,11 @@ def test_phi3_rotates_the_first_channels(fields: dict[str, Any], expected: int) 
 def test_phi3_that_rotates_otherwise_is_refused(fields: dict[str, Any], named: str) -> None:
     with pytest.raises(UnsupportedCheckpoint, match=named):
         model_config({**PHI3, **fields})
+
+
+def test_granite_reads_its_four_multipliers() -> None:
+    fields = {"embedding_multiplier": 12, "attention_multiplier": 0.5, "residual_multiplier": 0.25}
+    config = model_config({**LLAMA, **fields, "architectures": ["GraniteForCausalLM"]})
+    assert (config.embedding_multiplier, config.attention_multiplier) == (12.0, 0.5)
+    assert (config.residual_multiplier, config.logits_scaling) == (0.25, 1.0)
+    assert model_config({**LLAMA, **fields}).attention_multiplier is None

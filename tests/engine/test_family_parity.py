@@ -54,6 +54,15 @@ MODELS: dict[str, tuple[dict[str, Any], ...]] = {
         {"partial_rotary_factor": 0.4, "head_dim": 40, "tie_word_embeddings": True, "sliding_window": 600},
         {"num_attention_heads": 2, "hidden_size": 80},
     ),
+    "GraniteForCausalLM": (
+        {"attention_bias": True, "mlp_bias": True, "attention_multiplier": 0.3, "tie_word_embeddings": True},
+        {
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.0625,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 8.0,
+        },
+    ),
 }
 
 
