@@ -99,6 +99,16 @@ FAMILIES: Mapping[str, Family] = {
         read_flags=_partial_rotary,
     ),
     "GraniteForCausalLM": Family(always={"use_sliding_window": False}, read_flags=_multipliers),
+    "SeedOssForCausalLM": Family(
+        defaults={
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 524288,
+            "attention_bias": True,
+            "attention_out_bias": False,
+        },
+        always={"use_sliding_window": False},
+    ),
 }
 
 

@@ -63,6 +63,10 @@ MODELS: dict[str, tuple[dict[str, Any], ...]] = {
             "logits_scaling": 8.0,
         },
     ),
+    "SeedOssForCausalLM": (
+        {"head_dim": 16, "tie_word_embeddings": True},
+        {"head_dim": 32, "attention_bias": False, "attention_out_bias": True, "mlp_bias": True},
+    ),
 }
 
 
