@@ -60,11 +60,15 @@ class EngineConfig:
 class RopeScaling:
     """Rotary frequency scaling. `kind` `llama3` uses all fields, `linear` only `factor`."""
 
-    kind: Literal["linear", "llama3"]
+    kind: Literal["linear", "llama3", "yarn"]
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
+    beta_fast: float = 32.0  # yarn: rotations over the original context from which on a channel is kept
+    beta_slow: float = 1.0  # yarn: rotations up to which a channel is stretched by `factor`
+    truncate: bool = True  # yarn: the channels where these happen are taken as whole numbers
+    attention_factor: float = 1.0  # of cosines and sines
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

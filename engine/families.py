@@ -6,6 +6,7 @@ and no tensors. A new Llama-like family is one entry in `FAMILIES`; no other cod
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -143,6 +144,8 @@ def _decoder(architecture: str, family: Family, given: Mapping[str, Any]) -> Mod
     max_position = int(config.get("max_position_embeddings", 2048))
     _refuse_window(config, max_position)
     theta, scaling = rope_settings(config)
+    if scaling is not None and scaling.kind == "yarn":  # published configs state the one or the other
+        max_position = max(max_position, int(scaling.original_max_position * scaling.factor))
     flags = {**family.flags, **family.read_flags(config)}
     if "partial_rotary_factor" not in flags and _partial_rotary(config)["partial_rotary_factor"] != 1.0:
         raise UnsupportedCheckpoint(f"partial_rotary_factor other than 1 is not supported for {architecture}")
@@ -200,7 +203,36 @@ def rope_settings(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]
             high_freq_factor=float(parameters["high_freq_factor"]),
             original_max_position=int(parameters["original_max_position_embeddings"]),
         )
-    raise UnsupportedCheckpoint(f"rope_type {kind!r} is not supported; allowed: default, linear, llama3")
+    if kind == "yarn":
+        return theta, _yarn(parameters, int(config.get("max_position_embeddings", 2048)))
+    raise UnsupportedCheckpoint(
+        f"rope_type {kind!r} is not supported; allowed: default, linear, llama3, yarn"
+    )
+
+
+def _yarn(parameters: Mapping[str, Any], max_position: int) -> RopeScaling:
+    factor = float(parameters["factor"])
+    if factor < 1.0:
+        raise UnsupportedCheckpoint(f"factor of rope_type yarn must be at least 1, not {factor}")
+    attention_factor = parameters.get("attention_factor")
+    if attention_factor is None:
+        some, all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
+        attention_factor = _mscale(factor, 1.0)
+        if some and all_dim:
+            attention_factor = _mscale(factor, float(some)) / _mscale(factor, float(all_dim))
+    return RopeScaling(
+        kind="yarn",
+        factor=factor,
+        original_max_position=int(parameters.get("original_max_position_embeddings") or max_position),
+        beta_fast=float(parameters.get("beta_fast") or 32.0),
+        beta_slow=float(parameters.get("beta_slow") or 1.0),
+        truncate=bool(parameters.get("truncate", True)),
+        attention_factor=float(attention_factor),
+    )
+
+
+def _mscale(factor: float, scale: float) -> float:
+    return 0.1 * scale * math.log(factor) + 1.0
 
 
 def checked(config: ModelConfig) -> ModelConfig:

@@ -64,6 +64,14 @@ def test_linear_rope() -> None:
     assert config.rope_scaling == RopeScaling(kind="linear", factor=4.0)
 
 
+def test_yarn_reaches_as_far_as_it_is_stretched() -> None:
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+    config = model_config({**LLAMA, "rope_scaling": rope})
+    assert config.max_position == 8192
+    assert model_config({**LLAMA, "rope_scaling": {"type": "yarn", "factor": 2.0}}).max_position == 4096
+    assert model_config({**LLAMA, "rope_scaling": rope, "max_position_embeddings": 9000}).max_position == 9000
+
+
 def test_generation_config_decides_the_end_tokens() -> None:
     assert model_config(LLAMA, {"eos_token_id": [7, 9]}).eos_token_ids == (7, 9)
     assert model_config(LLAMA, {"temperature": 1.0}).eos_token_ids == (2,)
@@ -75,7 +83,9 @@ def test_generation_config_decides_the_end_tokens() -> None:
     [
         ({"architectures": ["FancyForCausalLM"]}, "FancyForCausalLM"),
         ({"architectures": None}, "architecture"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2}}, "longrope"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "factor"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 0.5}}, "factor"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),

@@ -31,7 +31,18 @@ TOP = 3
 MODELS: dict[str, tuple[dict[str, Any], ...]] = {
     "Qwen2ForCausalLM": (
         {},
-        {"tie_word_embeddings": True, "num_attention_heads": 6, "hidden_size": 96, "vocab_size": 333},
+        {
+            "tie_word_embeddings": True,
+            "num_attention_heads": 6,
+            "hidden_size": 96,
+            "vocab_size": 333,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        },
     ),
     "MistralForCausalLM": (
         {"sliding_window": None, "head_dim": 24},
