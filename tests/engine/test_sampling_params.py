@@ -189,7 +189,7 @@ def run_whatever_is_accepted(engine: Engine, many: list[dict[str, Any]]) -> int:
     return len(accepted)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 @given(many=st.lists(fields, min_size=20, max_size=20))
 def test_whatever_is_accepted_runs(engine: Engine, many: list[dict[str, Any]]) -> None:
     run_whatever_is_accepted(engine, many)
