@@ -93,9 +93,7 @@ class ModelConfig:
     qkv_bias: bool = False
     out_bias: bool = False  # of the attention's output product
     mlp_bias: bool = False
-    qk_norm: Literal["head", "all"] | None = (
-        None  # q and k are normed before rotation: each head, or all as one
-    )
+    qk_norm: Literal["head", "all"] | None = None  # of q and k before rotation: each head, or all as one
     norm_position: Literal["before", "after"] = "before"  # of attention and MLP
     embedding_multiplier: float = 1.0
     attention_multiplier: float | None = None  # of q · k; None: 1 / √head_dim

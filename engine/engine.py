@@ -107,8 +107,7 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request. Raises `Rejected`, and then nothing has changed."""
         max_tokens = self._max_tokens(request)
-        who = identity(request)
-        run = self._by_identity.get(who)
+        run = self._by_identity.get(identity(request))
         if run is not None and run.serves(request):
             run.requests[request.id] = request
         else:
@@ -118,7 +117,7 @@ class Engine:
             ]
             checkers = [self._checker(request) for _ in sequences] if request.sampling.stop else []
             run = Run(request, sequences, checkers)
-            self._by_identity[who] = run
+            self._by_identity[run.identity] = run
             for sequence in sequences:
                 self._run_of[sequence] = run
                 if self._resumed(run, sequence):
@@ -307,9 +306,8 @@ class Engine:
             self._run_of.pop(sequence, None)
             if sequence.output is None:
                 self.scheduler.remove(sequence)
-        who = identity(run.sequences[0].request)
-        if self._by_identity.get(who) is run:
-            del self._by_identity[who]
+        if self._by_identity.get(run.identity) is run:
+            del self._by_identity[run.identity]
         completions = [
             run.completion(request, error=error, aborted=aborted) for request in run.requests.values()
         ]

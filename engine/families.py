@@ -45,9 +45,13 @@ def _no_rope_layers(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"no_rope_layers": tuple(i for i in range(num_layers) if not uses_rope[i])}
 
 
+def _rope_parameters(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return found
+
+
 def _partial_rotary(config: Mapping[str, Any]) -> dict[str, Any]:
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    factor = parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor")
+    factor = _rope_parameters(config).get("partial_rotary_factor") or config.get("partial_rotary_factor")
     return {"partial_rotary_factor": float(factor or 1.0)}
 
 
@@ -188,7 +192,7 @@ def _refuse_window(config: Mapping[str, Any], max_position: int) -> None:
 
 def rope_settings(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """Theta and scaling, from `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (4)."""
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    parameters = _rope_parameters(config)
     theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind == "default":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from typing import Any
 
 from engine.request import SamplingParams
 
@@ -47,12 +46,10 @@ class LogitRules:
     def __init__(self, sampling: SamplingParams, bad_words: tuple[tuple[int, ...], ...]) -> None:
         self.sampling = sampling
         self.bad_words = bad_words
-        penalties: tuple[Any, ...] = (
-            sampling.presence_penalty,
-            sampling.frequency_penalty,
-            sampling.repetition_penalty,
+        penalises = (
+            sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1
         )
-        self.counts = TokenCounts() if penalties != (0.0, 0.0, 1.0) else None
+        self.counts = TokenCounts() if penalises else None
 
     @classmethod
     def of(cls, sampling: SamplingParams, bad_words: tuple[tuple[int, ...], ...] = ()) -> LogitRules | None:

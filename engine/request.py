@@ -149,6 +149,10 @@ class SamplingParams:
         assert isinstance(self.logit_bias, tuple)
         return self.logit_bias
 
+    def end_token_ids(self, eos_token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """The tokens that end a sample, for a model whose ends of sequence are these."""
+        return self.stop_token_ids + (() if self.ignore_eos else eos_token_ids)
+
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0

@@ -25,10 +25,11 @@ def identity(request: Request) -> Hashable:
 class Run:
     """`checkers`: one per sequence, or none when no stop strings were asked for."""
 
-    __slots__ = ("checkers", "num_unfinished", "requests", "sequences")
+    __slots__ = ("checkers", "identity", "num_unfinished", "requests", "sequences")
 
     def __init__(self, request: Request, sequences: list[Sequence], checkers: list[StopChecker]) -> None:
         self.requests: dict[RequestId, Request] = {request.id: request}  # who asked, the first one first
+        self.identity = identity(request)
         self.sequences = sequences
         self.checkers = checkers
         self.num_unfinished = len(sequences)

@@ -54,7 +54,7 @@ class Sampler:
             sampling = row.sequence.request.sampling
             if row.sequence.num_generated >= sampling.min_tokens:
                 continue
-            ends = sampling.stop_token_ids + (() if sampling.ignore_eos else self._eos)
+            ends = sampling.end_token_ids(self._eos)
             allowed = [token_id for token_id in ends if token_id < self._vocab_size]
             if allowed:
                 logits[i, allowed] = float("-inf")

@@ -23,13 +23,12 @@ def check_vocabulary(request: Request, vocab_size: int, eos_token_ids: tuple[int
     for name, token_ids in named.items():
         if token_ids and (min(token_ids) < 0 or max(token_ids) >= vocab_size):
             raise Rejected("invalid_request", f"{name}: has token ids outside 0 to {vocab_size - 1}")
-    if allowed is not None and sampling.min_tokens:
-        ends = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos_token_ids)}
-        if ends.issuperset(allowed):
-            raise Rejected(
-                "invalid_request",
-                "allowed_token_ids: with min_tokens at least one must be a token that ends nothing",
-            )
+    ends = set(sampling.end_token_ids(eos_token_ids))
+    if allowed and sampling.min_tokens and ends.issuperset(allowed):
+        raise Rejected(
+            "invalid_request",
+            "allowed_token_ids: with min_tokens at least one must be a token that ends nothing",
+        )
 
 
 def bad_word_ids(tokenizer: Tokenizer | None, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:

@@ -156,8 +156,8 @@ class Message(_Strict):
 
 class Repetition(_Strict):
     max_pattern_size: int
-    min_pattern_size: int = 1
-    min_count: int = 2
+    min_pattern_size: int | None = None
+    min_count: int | None = None
 
 
 class JobBody(_Strict):
@@ -229,7 +229,7 @@ class JobBody(_Strict):
         try:
             if self.repetition_detection is not None:
                 given["repetition_detection"] = RepetitionDetectionParams(
-                    **self.repetition_detection.model_dump()
+                    **self.repetition_detection.model_dump(exclude_none=True)
                 )
             return SamplingParams(max_tokens=max_tokens, **given)
         except InvalidParameter as error:

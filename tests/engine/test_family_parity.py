@@ -20,7 +20,8 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.families import FAMILIES
 from engine.request import Output, Request, RequestId, SamplingParams
-from tests.support.pressure import expect_short_answers
+from tests.support.pressure import run_arriving
+from tests.support.theirs import continued
 from tests.support.tiny import VOCAB_SIZE, write_tokenizer
 
 NUM_PAGES = 11  # the longest alone needs 9
@@ -117,16 +118,10 @@ def write_tiny(folder: Path, architecture: str, changes: dict[str, Any]) -> Any:
     return model
 
 
-def continued(model: Any, length: int, rng: random.Random) -> Case:
+def reference_case(model: Any, length: int, rng: random.Random) -> Case:
     prompt = tuple(rng.randrange(3, VOCAB_SIZE) for _ in range(length))
+    whole = continued(model, prompt, MAX_TOKENS)
     with torch.inference_mode():
-        whole = model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, length, dtype=torch.long),
-            do_sample=False,
-            max_new_tokens=MAX_TOKENS,
-            pad_token_id=0,
-        )
         logprobs = model(whole).logits[0, length - 1 : -1].log_softmax(dim=-1)
     return Case(prompt, tuple(whole[0, length:].tolist()), logprobs)
 
@@ -142,7 +137,7 @@ def reference(
     torch.set_num_threads(1)
     model = write_tiny(folder, architecture, MODELS[architecture][number])
     rng = random.Random(7)
-    cases = [continued(model, length, rng) for length in LENGTHS]
+    cases = [reference_case(model, length, rng) for length in LENGTHS]
     assert len({token for case in cases for token in case.token_ids}) > 20  # else anything would match
     return folder, cases
 
@@ -176,24 +171,14 @@ def generated(folder: Path, prompts: list[tuple[int, ...]], chunk: int) -> list[
         )
     )
     assert engine.pool.num_pages == NUM_PAGES
-    rng = random.Random(chunk)
-    arriving = list(enumerate(prompts))
-    rng.shuffle(arriving)
-    found: dict[int, Output] = {}
     sampling = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, seed=1, logprobs=TOP)
-    while arriving or engine.has_work:
-        if arriving and rng.random() < 0.3:  # they come while others run
-            number, prompt = arriving.pop()
-            engine.add(Request(id=RequestId(str(number), 1), prompt_token_ids=prompt, sampling=sampling))
-        expect_short_answers(engine.scheduler)
-        if engine.scheduler.running and rng.random() < 0.05:
-            engine.scheduler.preempt(rng.choice(engine.scheduler.running))
-        for completion in engine.step():
-            assert completion.error is None
-            found[int(completion.id.job_id)] = completion.outputs[0]
-        engine.check()
+    requests = [
+        Request(id=RequestId(str(number), 1), prompt_token_ids=prompt, sampling=sampling)
+        for number, prompt in enumerate(prompts)
+    ]
+    done = run_arriving(engine, requests, seed=chunk)
     assert engine.stats()["num_preemptions"] > 3
-    return [found[number] for number in range(len(prompts))]
+    return [done[request.id].outputs[0] for request in requests]
 
 
 def test_every_family_is_compared() -> None:

@@ -89,18 +89,6 @@ def test_greedy_tokens_mostly_agree_with_those_of_a_plain_cache(
     assert difference > 0, "nothing was quantised"
 
 
-def test_a_nan_token_fails_its_own_request_only(tmp_path: Path) -> None:
-    runner = load(write_tiny_llama(tmp_path, nan_token_id=300), kv_cache_dtype="int8")
-    prompts = [[5, 6, 7], [5, 300, 7], [8, 9]]
-    sampling = [SamplingParams(temperature=0.0, seed=i, max_tokens=6) for i in range(3)]
-    clean = rollout(runner, [prompts[0], prompts[2]], [sampling[0], sampling[2]])
-    found = rollout(runner, prompts, sampling)
-    assert found[1] == [-1]
-    assert [found[0], found[2]] == clean
-    runner.cache.poison(range(runner.num_pages))
-    assert rollout(runner, [prompts[0], prompts[2]], [sampling[0], sampling[2]]) == clean
-
-
 def test_what_a_set_cannot_store_is_said_with_what_it_can(tmp_path: Path) -> None:
     folder = write_tiny_llama(tmp_path)
     with pytest.raises(InvalidParameter, match=r"allowed here: auto, int8$") as caught:

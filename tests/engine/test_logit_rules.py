@@ -14,9 +14,10 @@ from engine.plan import Row
 from engine.request import Request, RequestId, SamplingParams
 from engine.sampler import FAILED, Sampler
 from engine.sequence import Sequence
-from tests.engine.test_sampler import CONFIG
+from tests.support.shapes import shape
 
 VOCAB = 61
+CONFIG = shape(vocab_size=VOCAB, eos_token_ids=(2, 5))
 Words = tuple[tuple[int, ...], ...]
 
 

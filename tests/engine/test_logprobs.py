@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from engine import LLM
-from engine.config import ModelConfig
 from engine.engine import Engine
 from engine.plan import Draws, Row
 from engine.request import InvalidParameter, Output, Request, RequestId, SamplingParams
 from engine.sampler import FAILED, Sampler
 from tests.support.rollout import sequence
+from tests.support.shapes import shape
 from tests.support.tiny import EOS_TOKEN_ID, VOCAB_SIZE, write_tiny_llama
 
 NAN_TOKEN = 300
@@ -25,21 +25,7 @@ PROMPT = (5, 6, 7, 120, 33)
 
 
 def sampler(vocab_size: int) -> Sampler:
-    config = ModelConfig(
-        architecture="LlamaForCausalLM",
-        vocab_size=vocab_size,
-        hidden_size=8,
-        intermediate_size=8,
-        num_layers=1,
-        num_heads=1,
-        num_kv_heads=1,
-        head_dim=8,
-        max_position=64,
-        rms_norm_eps=1e-5,
-        rope_theta=1e4,
-        eos_token_ids=(EOS_TOKEN_ID,),
-    )
-    return Sampler(config)
+    return Sampler(shape(vocab_size=vocab_size, eos_token_ids=(EOS_TOKEN_ID,)))
 
 
 def row(seed: int = 0, **params: Any) -> Row:

@@ -15,7 +15,8 @@ from engine.engine import Engine
 from engine.plan import Plan, Row
 from engine.request import Request, RequestId, SamplingParams
 from engine.sequence import Sequence
-from tests.support.pressure import expect_short_answers
+from tests.support.pressure import run_arriving
+from tests.support.theirs import continued
 from tests.support.tiny import VOCAB_SIZE, write_tiny_llama
 
 NUM_PAGES = 22  # just enough for the longest alone
@@ -58,14 +59,7 @@ def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     cases = []
     for length in LENGTHS:
         prompt = tuple(rng.randrange(3, VOCAB_SIZE) for _ in range(length))
-        with torch.inference_mode():
-            whole = model.generate(
-                torch.tensor([prompt]),
-                attention_mask=torch.ones(1, length, dtype=torch.long),
-                do_sample=False,
-                max_new_tokens=MAX_TOKENS,
-                pad_token_id=0,
-            )
+        whole = continued(model, prompt, MAX_TOKENS)
         cases.append((prompt, tuple(whole[0, length:].tolist())))
     return folder, cases
 
@@ -75,24 +69,16 @@ def test_greedy_tokens_equal_transformers(reference: tuple[Path, Any], chunk: in
     folder, cases = reference
     engine = tiny_engine(folder, max_num_batched_tokens=chunk, max_num_seqs=16)
     assert engine.pool.num_pages == NUM_PAGES
-    rng = random.Random(chunk)
-    arriving = list(enumerate(cases))
-    rng.shuffle(arriving)
-    got: dict[int, tuple[int, ...]] = {}
-    while arriving or engine.has_work:
-        for _ in range(rng.randrange(4)):  # they come while others run
-            if arriving:
-                number, (prompt, _) = arriving.pop()
-                sampling = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, seed=number)
-                request = Request(id=RequestId(str(number), 1), prompt_token_ids=prompt, sampling=sampling)
-                engine.add(request)
-        expect_short_answers(engine.scheduler)
-        if engine.scheduler.running and rng.random() < 0.1:
-            engine.scheduler.preempt(rng.choice(engine.scheduler.running))
-        for completion in engine.step():
-            assert completion.error is None
-            got[int(completion.id.job_id)] = completion.outputs[0].token_ids
-        engine.check()
+    requests = [
+        Request(
+            id=RequestId(str(number), 1),
+            prompt_token_ids=prompt,
+            sampling=SamplingParams(temperature=0, max_tokens=MAX_TOKENS, seed=number),
+        )
+        for number, (prompt, _) in enumerate(cases)
+    ]
+    done = run_arriving(engine, requests, seed=chunk)
+    got = {int(key.job_id): completion.outputs[0].token_ids for key, completion in done.items()}
     assert got == {number: expected for number, (_, expected) in enumerate(cases)}
     assert engine.stats()["num_preemptions"] > 10
 
@@ -141,14 +127,7 @@ def test_smollm2_in_bf16_differs_only_between_near_equals() -> None:
     while engine.has_work:
         ours |= {int(done.id.job_id): done.outputs[0].token_ids for done in engine.step()}
     for number, prompt in enumerate(prompts):
-        with torch.inference_mode():
-            whole = theirs.generate(
-                torch.tensor([prompt]),
-                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                do_sample=False,
-                max_new_tokens=32,
-                pad_token_id=0,
-            )
+        whole = continued(theirs, prompt, 32)
         expected = whole[0, len(prompt) :].tolist()
         pairs = list(zip(ours[number], expected, strict=False))
         same = next((i for i, (mine, other) in enumerate(pairs) if mine != other), len(pairs))

@@ -11,6 +11,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.repetition import repeats
 from engine.request import InvalidParameter, RepetitionDetectionParams, Request, RequestId, SamplingParams
+from tests.support.pressure import run
 from tests.support.tiny import write_tiny_llama
 
 
@@ -61,6 +62,7 @@ def test_a_loop_ends_the_sample_but_not_before_min_tokens(tmp_path: Path) -> Non
         EngineConfig(model=str(write_tiny_llama(tmp_path)), threads=1, kv_cache_memory_bytes=1 << 22)
     )
     rule = RepetitionDetectionParams(max_pattern_size=2, min_count=3)
+    requests = []
     for number, min_tokens in enumerate((0, 20)):
         sampling = SamplingParams(
             seed=0,
@@ -71,12 +73,12 @@ def test_a_loop_ends_the_sample_but_not_before_min_tokens(tmp_path: Path) -> Non
             ignore_eos=True,
             repetition_detection=rule,
         )
-        engine.add(Request(id=RequestId(str(number), 1), prompt_token_ids=(9, 9, 9, 9), sampling=sampling))
-    done = {}
-    while engine.has_work:
-        done |= {int(completion.id.job_id): completion.outputs[0] for completion in engine.step()}
-    engine.check()
-    assert [(done[i].token_ids, done[i].finish_reason) for i in (0, 1)] == [
+        requests.append(
+            Request(id=RequestId(str(number), 1), prompt_token_ids=(9, 9, 9, 9), sampling=sampling)
+        )
+    done = run(engine, requests)
+    outputs = [done[request.id].outputs[0] for request in requests]
+    assert [(output.token_ids, output.finish_reason) for output in outputs] == [
         ((9,) * 3, "repetition"),
         ((9,) * 20, "repetition"),
     ]

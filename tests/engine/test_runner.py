@@ -49,8 +49,9 @@ def test_the_reference_set_gives_the_same_tokens(tmp_path: Path) -> None:
     assert rollout(load(folder, kernels="reference"), prompts, sampling) == fast
 
 
-def test_a_nan_token_fails_its_own_request_only(tmp_path: Path) -> None:
-    runner = load(write_tiny_llama(tmp_path, nan_token_id=300))
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
+def test_a_nan_token_fails_its_own_request_only(tmp_path: Path, kv_cache_dtype: str) -> None:
+    runner = load(write_tiny_llama(tmp_path, nan_token_id=300), kv_cache_dtype=kv_cache_dtype)
     prompts = [[5, 6, 7], [5, 300, 7], [8, 9]]
     sampling = [SamplingParams(temperature=0.0, seed=i, max_tokens=6) for i in range(3)]
     clean = rollout(runner, [prompts[0], prompts[2]], [sampling[0], sampling[2]])
@@ -58,6 +59,8 @@ def test_a_nan_token_fails_its_own_request_only(tmp_path: Path) -> None:
     assert found[1] == [-1]
     # and again, on pages that now hold NaN
     assert [found[0], found[2]] == clean
+    assert rollout(runner, [prompts[0], prompts[2]], [sampling[0], sampling[2]]) == clean
+    runner.cache.poison(range(runner.num_pages))
     assert rollout(runner, [prompts[0], prompts[2]], [sampling[0], sampling[2]]) == clean
 
 

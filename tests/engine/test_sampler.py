@@ -11,27 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.config import ModelConfig
 from engine.plan import Row
 from engine.request import SamplingParams
 from engine.sampler import FAILED, Sampler, uniforms
 from tests.support.rollout import sequence
+from tests.support.shapes import shape
 
 VOCAB = 3000
-CONFIG = ModelConfig(
-    architecture="LlamaForCausalLM",
-    vocab_size=VOCAB,
-    hidden_size=8,
-    intermediate_size=8,
-    num_layers=1,
-    num_heads=1,
-    num_kv_heads=1,
-    head_dim=8,
-    max_position=64,
-    rms_norm_eps=1e-5,
-    rope_theta=1e4,
-    eos_token_ids=(2, 5),
-)
+CONFIG = shape(vocab_size=VOCAB, eos_token_ids=(2, 5))
 SAMPLER = Sampler(CONFIG)
 
 

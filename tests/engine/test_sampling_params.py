@@ -18,6 +18,7 @@ from engine.request import (
     RequestId,
     SamplingParams,
 )
+from tests.support import pressure
 from tests.support.tiny import EOS_TOKEN_ID, VOCAB_SIZE, write_tiny_llama
 
 
@@ -31,16 +32,13 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 
 def run(engine: Engine, *sampling: SamplingParams) -> list[tuple[int, ...]]:
     """The first sample's tokens of each; nothing may fail."""
-    for number, params in enumerate(sampling):
-        engine.add(
-            Request(id=RequestId(str(number), 1), prompt_token_ids=(5 + number % 9, 6, 7), sampling=params)
-        )
-    done = {}
-    while engine.has_work:
-        done |= {int(completion.id.job_id): completion for completion in engine.step()}
-    engine.check()
-    assert [done[i].error for i in range(len(sampling))] == [None] * len(sampling)
-    return [done[i].outputs[0].token_ids for i in range(len(sampling))]
+    requests = [
+        Request(id=RequestId(str(number), 1), prompt_token_ids=(5 + number % 9, 6, 7), sampling=params)
+        for number, params in enumerate(sampling)
+    ]
+    done = pressure.run(engine, requests, poison=False)
+    assert [done[request.id].error for request in requests] == [None] * len(requests)
+    return [done[request.id].outputs[0].token_ids for request in requests]
 
 
 @pytest.mark.parametrize(

@@ -10,30 +10,18 @@ from __future__ import annotations
 
 import random
 
-from engine.config import EngineConfig, ModelConfig
+from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.plan import Draws, Plan
 from engine.request import Request, derive_seed
 from engine.sequence import Sequence
+from tests.support.shapes import shape
 
 VOCAB_SIZE = 1000
 EOS = 2
 END_RATE = 12  # one token in so many ends an answer
 
-MODEL = ModelConfig(
-    architecture="Checked",
-    vocab_size=VOCAB_SIZE,
-    hidden_size=1,
-    intermediate_size=1,
-    num_layers=1,
-    num_heads=1,
-    num_kv_heads=1,
-    head_dim=1,
-    max_position=100_000,
-    rms_norm_eps=1e-5,
-    rope_theta=1.0,
-    eos_token_ids=(EOS,),
-)
+MODEL = shape(vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,), architecture="Checked", max_position=100_000)
 
 
 def fingerprints(salt: str, tokens: list[int], known: list[int]) -> list[int]:

@@ -4,6 +4,7 @@ preempted all the time, and pages that are NaN wherever nothing of value may be.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable
 
 from engine.engine import Engine
@@ -37,5 +38,25 @@ def run(
         if poison:
             poison_free_pages(engine)
         done |= {completion.id: completion for completion in engine.step()}
+        engine.check()
+    return done
+
+
+def run_arriving(engine: Engine, requests: Iterable[Request], seed: int) -> dict[RequestId, Completion]:
+    """As `run`, but they come shuffled and while others run, and now and then one is preempted. None may fail."""
+    rng = random.Random(seed)
+    arriving = list(requests)
+    rng.shuffle(arriving)
+    done: dict[RequestId, Completion] = {}
+    while arriving or engine.has_work:
+        for _ in range(rng.randrange(4)):
+            if arriving:
+                engine.add(arriving.pop())
+        expect_short_answers(engine.scheduler)
+        if engine.scheduler.running and rng.random() < 0.1:
+            engine.scheduler.preempt(rng.choice(engine.scheduler.running))
+        for completion in engine.step():
+            assert completion.error is None
+            done[completion.id] = completion
         engine.check()
     return done
