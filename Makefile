@@ -3,17 +3,23 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Processes that run the tests; 0: pytest itself does.
+PROCESSES ?= 2
 
-.PHONY: demo test test-long lint bench venv model clean
+.PHONY: demo test test-long test-triton lint bench venv model clean
 
 demo: venv model
 	$(BIN)/python -m tests.support.demo
 
 test: venv model
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -n $(PROCESSES) --max-worker-restart 0 -m "not long and not interpreted"
 
 test-long: venv model
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest -n $(PROCESSES) --max-worker-restart 0 -m "long and not interpreted"
+
+# Every case of the triton kernels in triton's interpreter, and every kernel compiled ahead of time: hours.
+test-triton: venv
+	$(BIN)/python -m pytest -n $(PROCESSES) -m interpreted tests/kernels tests/engine
 
 # lint-imports runs without its cache, which has missed a changed import.
 lint: venv
@@ -26,10 +32,16 @@ lint: venv
 bench: venv model
 	$(BIN)/python -m tests.bench.bench_engine
 	$(BIN)/python -m tests.bench.bench_overhead
+	$(BIN)/python -m tests.bench.bench_submit
+	$(BIN)/python -m tests.bench.bench_claims
+	$(BIN)/python -m tests.bench.bench_noop
+	$(BIN)/python -m tests.bench.bench_fairness
 	$(BIN)/python -m tests.bench.bench_planning
 	$(BIN)/python -m tests.bench.bench_prefix
 	$(BIN)/python -m tests.bench.bench_deterministic
 	$(BIN)/python -m tests.bench.bench_kv8
+	$(BIN)/python -m tests.bench.bench_grammar
+	$(BIN)/python -m tests.bench.bench_loading
 
 venv: $(VENV)/.installed
 

@@ -1,74 +1,110 @@
-"""Batch routes: how far a batch is, what came out of it, and its cancel.
+"""Batch routes: hand in a file, list, how far a batch is, and its cancel.
 
-Owns the HTTP side of a batch. Results are streamed as JSON lines, one finished job after another in input
-order, also while the batch runs; no more than a chunk of them is ever in memory.
+Owns the HTTP side of a batch, whether it came as a file (OpenAI's contract) or as an array; its results are
+`api.result_routes`'s.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from typing import Annotated
 
-from fastapi import APIRouter, Depends, Request
-from fastapi.responses import StreamingResponse
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from api.body_limit import refuse_body
-from api.errors import not_found
-from api.schemas import BatchObject, ErrorObject, batch_object, job_object
-from api.services import Services, is_id, refuse_query
-from jobs.reads import BatchView
+from api.auth import BEARER, By
+from api.body_limit import read_json, refuse_body
+from api.errors import conflict, no_such_file, not_found
+from api.schemas import REFUSALS, BatchList, BatchObject, batch_list, batch_object
+from api.services import Seconds, Services, is_id, refuse_query, refuse_repeats, submit_of
+from jobs.batch_reads import BatchFilter
+from jobs.body import Name
+from jobs.file_batches import NoSuchFile, parse_wish
+from jobs.idempotency import Submit
+from jobs.reads import MAX_LIMIT, BatchView
+from jobs.states import BatchState
+from jobs.tenants import Owner
 
-_SEND_BYTES = 65_536  # lines are sent in pieces of about this size
+
+class BatchQuery(BaseModel):
+    """The query string of GET /v1/batches; OpenAI's two and three of ours. Times in unix seconds."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    after: Annotated[Name, Field(max_length=255)] | None = None
+    limit: Annotated[int, Field(ge=1, le=MAX_LIMIT)] = 20
+    status: BatchState | None = None
+    created_after: Seconds | None = None
+    created_before: Seconds | None = None
 
 
 def routes(services: Services) -> APIRouter:
     router = APIRouter(
         prefix="/v1/batches",
         tags=["batches"],
-        dependencies=[Depends(refuse_query)],
-        responses={"4XX": {"model": ErrorObject}},
+        dependencies=[Depends(BEARER)],
+        responses=REFUSALS,
     )
 
-    @router.get("/{batch_id}")
-    def get_batch(batch_id: str) -> BatchObject:
-        return batch_object(_batch(services, batch_id))
+    settings = services.settings
 
-    @router.get("/{batch_id}/results", response_class=StreamingResponse)
-    def get_results(batch_id: str) -> StreamingResponse:
-        """One line per finished job. `X-Incomplete: true` while jobs are open, so that more will follow."""
-        headers = {} if _batch(services, batch_id).closed else {"X-Incomplete": "true"}
-        return StreamingResponse(_lines(services, batch_id), headers=headers, media_type="application/jsonl")
+    @router.post("", dependencies=[Depends(refuse_query)])
+    async def create_batch(request: Request, caller: By) -> BatchObject:
+        """A batch of an uploaded file, which is checked afterwards. The same `Idempotency-Key` with the same body is
+        accepted once and answered each time."""
+        data = await read_json(
+            request, max_bytes=settings.max_body_bytes, max_array_bytes=settings.max_body_bytes
+        )
+        return await run_in_threadpool(_create, services, caller.owner, data, submit_of(request, data))
 
-    @router.post("/{batch_id}/cancel")
-    async def cancel_batch(batch_id: str, request: Request) -> BatchObject:
-        """Cancels all open jobs. `cancelling` until workers have let go of theirs."""
-        await refuse_body(request, max_bytes=services.settings.max_body_bytes)
-        return await run_in_threadpool(_cancel, services, batch_id)
+    @router.get("", dependencies=[Depends(refuse_repeats)])
+    def list_batches(query: Annotated[BatchQuery, Query()], caller: By) -> BatchList:
+        """A page of batches, newest first. `after` is the `last_id` of the page before."""
+        only = BatchFilter(
+            state=query.status, created_after=query.created_after, created_before=query.created_before
+        )
+        batches, has_more = services.batch_reads.page(
+            only, tenant=caller.tenant, after=query.after, limit=query.limit
+        )
+        return batch_list(batches, has_more)
+
+    @router.get("/{batch_id}", dependencies=[Depends(refuse_query)])
+    def get_batch(batch_id: str, caller: By) -> BatchObject:
+        batch = _batch(services, caller.tenant, batch_id)
+        return batch_object(batch, services.forecasts.of_batch(batch))
+
+    @router.post("/{batch_id}/cancel", dependencies=[Depends(refuse_query)], response_model=BatchObject)
+    async def cancel_batch(batch_id: str, request: Request, caller: By) -> BatchObject | JSONResponse:
+        """Cancels all open jobs. `cancelling` until workers have let go of theirs and the output is written. Safe to
+        repeat; a batch that ended otherwise is a 409."""
+        await refuse_body(request, max_bytes=settings.max_body_bytes)
+        return await run_in_threadpool(_cancel, services, caller.tenant, batch_id)
 
     return router
 
 
-def _lines(services: Services, batch_id: str) -> Iterator[bytes]:
-    piece = bytearray()
-    for job in services.reads.results(batch_id):
-        # ASCII, because some readers of lines also break them at U+2028 and its like.
-        piece += json.dumps(job_object(job).model_dump(mode="json"), ensure_ascii=True).encode() + b"\n"
-        if len(piece) >= _SEND_BYTES:
-            yield bytes(piece)
-            piece.clear()
-    if piece:
-        yield bytes(piece)
+def _create(services: Services, owner: Owner, data: object, submit: Submit | None) -> BatchObject:
+    try:
+        batch_id = services.file_batches.create(parse_wish(data), owner, submit)
+    except NoSuchFile as error:
+        raise no_such_file(error.file_id, param="input_file_id") from None
+    services.notice()
+    return batch_object(_batch(services, owner.tenant, batch_id))
 
 
-def _cancel(services: Services, batch_id: str) -> BatchObject:
-    if not is_id(batch_id) or services.cancels.cancel_batch(batch_id) is None:
+def _cancel(services: Services, tenant: str, batch_id: str) -> BatchObject | JSONResponse:
+    state = services.cancels.cancel_batch(batch_id, tenant=tenant) if is_id(batch_id) else None
+    if state is None:
         raise not_found("batch", batch_id)
-    return batch_object(_batch(services, batch_id))
+    if state in (BatchState.COMPLETED, BatchState.FAILED, BatchState.EXPIRED):
+        return conflict(f"a batch that is {state} cannot be cancelled", code="batch_closed")
+    services.notice()
+    return batch_object(_batch(services, tenant, batch_id))
 
 
-def _batch(services: Services, batch_id: str) -> BatchView:
-    batch = services.reads.batch(batch_id) if is_id(batch_id) else None
+def _batch(services: Services, tenant: str, batch_id: str) -> BatchView:
+    batch = services.reads.batch(batch_id, tenant=tenant) if is_id(batch_id) else None
     if batch is None:
         raise not_found("batch", batch_id)
     return batch

@@ -1,21 +1,20 @@
 """Body limits: a JSON body is bounded while it arrives, and understood strictly.
 
 Owns the bytes between the socket and a Python value: sizes, media type, encoding, and the JSON that RFC 8259
-leaves open. Duplicate names, NaN and Infinity are refused, since two readers of such a body may disagree
-about what it says. Refuses to know what a job is, save for one word: a body whose `jobs` has not shown up
-within the limit of a single job cannot be an array and is not read further.
+leaves open (`jobs.strict_json`). Refuses to know what a job is, save for one word: a body whose `jobs` has not shown
+up within the limit of a single job cannot be an array and is not read further.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import Any, NoReturn
 
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
 from api.errors import ApiError
+from jobs import strict_json
 
 READ_SECONDS = 300.0  # for a whole body, so that a slow sender does not hold its bytes for ever
 
@@ -34,15 +33,20 @@ async def read_json(request: Request, *, max_bytes: int, max_array_bytes: int) -
 
 async def refuse_body(request: Request, *, max_bytes: int) -> None:
     """For routes that take no fields: an empty body or `{}`."""
-    raw = await _read(request, max_bytes, max_bytes)
-    if not raw.strip():
-        return
-    data = parse_json(raw)
-    if not isinstance(data, dict):
-        raise ApiError(400, "the body must be empty", code="invalid_type")
-    for name in data:
+    for name in await read_fields(request, max_bytes=max_bytes):
         shown = name[:80].encode("utf-8", "backslashreplace").decode()
         raise ApiError(400, f"{shown}: this route takes no fields", code="unknown_parameter", param=shown)
+
+
+async def read_fields(request: Request, *, max_bytes: int) -> dict[str, Any]:
+    """The fields of a body that may as well be left out. Raises `ApiError` 400, 408 or 413."""
+    raw = await _read(request, max_bytes, max_bytes)
+    if not raw.strip():
+        return {}
+    data = parse_json(raw)
+    if not isinstance(data, dict):
+        raise ApiError(400, "the body must be empty or an object", code="invalid_type")
+    return data
 
 
 async def _read(request: Request, max_bytes: int, max_array_bytes: int) -> bytes:
@@ -87,37 +91,9 @@ def _refuse_media(request: Request) -> None:
         )
 
 
-class _Refused(ValueError):
-    """JSON that is well formed and still not accepted."""
-
-
 def parse_json(raw: bytes) -> Any:
     """Strict JSON in strict UTF-8. Raises `ApiError` 400."""
     try:
-        return json.loads(raw.decode(), object_pairs_hook=_object, parse_constant=_constant)
-    except UnicodeDecodeError as error:
-        message = f"the body is not valid UTF-8 at byte {error.start}"
-    except _Refused as error:
-        message = str(error)
-    except json.JSONDecodeError as error:
-        message = f"the body is not valid JSON: {error.msg} at line {error.lineno} column {error.colno}"
-    except RecursionError:
-        message = "the body is nested too deeply"
-    except ValueError:  # an integer of more digits than Python converts
-        message = "the body holds a number that is too long"
-    raise ApiError(400, message, code="invalid_json")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        seen: set[str] = set()
-        for name, _ in pairs:
-            if name in seen:
-                raise _Refused(f"the name {name[:80]!a} appears twice in one object")
-            seen.add(name)
-    return made
-
-
-def _constant(name: str) -> NoReturn:
-    raise _Refused(f"{name} is not JSON")
+        return strict_json.parse(raw)
+    except strict_json.BadJson as error:
+        raise ApiError(400, f"the body {error}", code="invalid_json") from None

@@ -9,8 +9,15 @@ from __future__ import annotations
 import click
 
 from api.cli_batch_file import run_batch
-from api.cli_jobs import cancel, results, status, submit
+from api.cli_jobs import cancel, retry, submit
+from api.cli_keys import keys
+from api.cli_prices import prices
+from api.cli_results import results
+from api.cli_schedules import schedule
 from api.cli_service import api, migrate, up, worker
+from api.cli_status import status
+from api.cli_tenants import tenants
+from api.cli_usage import usage
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -18,11 +25,14 @@ def main() -> None:
     """Bulk text generation you run yourself.
 
     Settings come from NIGHTPRESS_… variables; without any, everything lives in ./.nightpress. Exit status: 0
-    all well, 1 something failed or cannot be reached, 2 wrong usage.
+    all well, 1 something failed or cannot be reached, 2 wrong usage, 3 something was cancelled or expired and
+    nothing failed, 130 interrupted.
     """
 
 
-for command in (up, api, worker, migrate, submit, status, results, cancel, run_batch):
+for command in (up, api, worker, migrate, submit, status, results, cancel, retry, usage, schedule, run_batch):
+    main.add_command(command)
+for command in (keys, tenants, prices):
     main.add_command(command)
 
 

@@ -1,47 +1,18 @@
-"""Commands for those who have work: submit, status, results, cancel. All speak HTTP to a running API."""
+"""Commands for those who have work: submit, cancel, retry. All speak HTTP to a running API."""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
-from functools import wraps
+from collections.abc import Iterator
 from typing import IO, Any
 
 import click
 
-from api.cli_settings import load_settings
-from api.client import Client, ClientError
+from api.cli_client import client_options, fails_politely, json_option, plural, progress
+from api.client import Client
 
 JOBS_PER_BATCH = 10_000  # what POST /v1/jobs takes at once
 BYTES_PER_BATCH = 32_000_000  # of lines, well below the limit of an array's body
-
-url_option = click.option(
-    "--url", help="Address of the API; otherwise the one of `nightpress up`, or the port."
-)
-json_option = click.option("--json", "as_json", is_flag=True, help="Print the API's own objects.")
-
-
-def _client(url: str | None) -> Client:
-    if url is None:
-        settings = load_settings()
-        beside = settings.data_dir / "url"
-        url = beside.read_text().strip() if beside.is_file() else f"http://{settings.host}:{settings.port}"
-    if not url.startswith(("http://", "https://")):
-        raise click.UsageError(f"--url: {url} must start with http:// or https://")
-    return Client(url)
-
-
-def _fails_politely(command: Callable[..., None]) -> Callable[..., None]:
-    @wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except ClientError as error:
-            click.echo(f"nightpress: {error}", err=True)
-            sys.exit(1)
-
-    return run
 
 
 @click.command()
@@ -49,16 +20,33 @@ def _fails_politely(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--prompt", "prompts", multiple=True, help="A prompt instead of a file; may be repeated.")
 @click.option("--model", help="Model of the jobs of --prompt.")
 @click.option("--max-tokens", type=int, help="Limit of the jobs of --prompt.")
-@url_option
+@click.option(
+    "--idempotency-key",
+    help="Your name for this submit: given again with the same jobs, it hands in nothing twice.",
+)
+@click.option("--tier", type=click.Choice(["normal", "background"]), help="background: only where idle.")
+@click.option("--priority", type=click.IntRange(-4, 4), help="Each step doubles the share of these jobs.")
+@click.option("--completion-window", help="How long it may take, such as 90m, 24h or 7d.")
+@click.option("--not-before", type=float, help="Unix seconds before which nothing starts.")
+@click.option("--deadline", type=float, help="Unix seconds at which it must be done; instead of a window.")
+@click.option(
+    "--max-attempts", type=click.IntRange(1, 20), help="Times that a job is tried before it is failed."
+)
+@click.option("--backoff-seconds", type=float, help="Pause before the second attempt; doubled for each more.")
 @json_option
-@_fails_politely
+@client_options
+@fails_politely
 def submit(
     file: IO[bytes] | None,
     prompts: tuple[str, ...],
     model: str | None,
     max_tokens: int | None,
-    url: str | None,
+    idempotency_key: str | None,
+    max_attempts: int | None,
+    backoff_seconds: float | None,
+    client: Client,
     as_json: bool,
+    **terms: Any,
 ) -> None:
     """Hand in jobs and print the id of the job or the batch.
 
@@ -69,82 +57,65 @@ def submit(
         raise click.UsageError("give a FILE, or - for standard input, or --prompt")
     if file is not None and (model is not None or max_tokens is not None):
         raise click.UsageError("--model and --max-tokens belong to --prompt; jobs of a FILE name their own")
+    if max_attempts is not None:
+        terms["retry"] = {"max_attempts": max_attempts}
+        if backoff_seconds is not None:
+            terms["retry"]["backoff_seconds"] = backoff_seconds
+    elif backoff_seconds is not None:
+        raise click.UsageError("--backoff-seconds needs --max-attempts")
+    bodies: list[dict[str, Any]]
     if file is None:
         options = {"model": model, "max_tokens": max_tokens}
         given = {name: value for name, value in options.items() if value is not None}
         jobs = [{"prompt": prompt, **given} for prompt in prompts]
-        bodies = iter([jobs[0] if len(jobs) == 1 else {"jobs": jobs}])
+        bodies = [jobs[0] if len(jobs) == 1 else {"jobs": jobs}]
     else:
-        bodies = _bodies(file)
-    client = _client(url)
+        bodies = list(bodies_of(file))
     for body in bodies:
-        made = client.post("v1", "jobs", body=body)
-        click.echo(json.dumps(made) if as_json else made["id"])
+        body |= {name: value for name, value in terms.items() if value is not None}
+    sizes = [len(body["jobs"]) if isinstance(body.get("jobs"), list) else 1 for body in bodies]
+    with progress("submitted", sum(sizes), wanted=len(bodies) > 1) as bar:
+        for number, (body, size) in enumerate(zip(bodies, sizes, strict=True)):
+            key = f"{idempotency_key}-{number}" if idempotency_key and number else idempotency_key
+            made = client.post("v1", "jobs", body=body, idempotency_key=key)
+            click.echo(json.dumps(made) if as_json else made["id"])
+            bar.update(size)
 
 
 @click.command()
 @click.argument("name", metavar="ID")
-@url_option
 @json_option
-@_fails_politely
-def status(name: str, url: str | None, as_json: bool) -> None:
-    """How far a job or a batch is. Exit status 1 when it failed, wholly or in part."""
-    client = _client(url)
-    found = client.get("v1", _plural(name), name)
-    if as_json:
-        click.echo(json.dumps(found))
-    elif found["object"] == "batch":
-        counts = ", ".join(f"{number} {state}" for state, number in found["job_counts"].items() if number)
-        usage = found["usage"]
-        click.echo(f"{found['id']}  {found['status']}  {found['request_counts']['total']} jobs: {counts}")
-        click.echo(f"  tokens: {usage['input_tokens']} in, {usage['output_tokens']} out")
-    else:
-        click.echo(f"{found['id']}  {found['status']}  attempts: {found['attempts']}")
-        if found["error"]:
-            click.echo(f"  {found['error']['code']}: {found['error']['message']}")
-        for output in found["outputs"] or ():
-            click.echo(output["text"])
-    failed = found["request_counts"]["failed"] if found["object"] == "batch" else found["status"] == "failed"
-    sys.exit(1 if failed else 0)
-
-
-@click.command()
-@click.argument("batch")
-@click.option("-o", "--output", type=click.File("wb"), default="-", help="Where to write; standard output.")
-@url_option
-@_fails_politely
-def results(batch: str, output: IO[bytes], url: str | None) -> None:
-    """The finished jobs of a BATCH, one JSON object per line, in input order.
-
-    Exit status 1 when one of them failed. Jobs still open are named on standard error.
-    """
-    failed = False
-    with _client(url).lines("v1", "batches", batch, "results") as (incomplete, lines):
-        for line in lines:
-            output.write(line)
-            failed = failed or json.loads(line)["status"] == "failed"
-    output.flush()
-    if incomplete:
-        click.echo("nightpress: the batch is still running, more will follow", err=True)
-    sys.exit(1 if failed else 0)
-
-
-@click.command()
-@click.argument("name", metavar="ID")
-@url_option
-@json_option
-@_fails_politely
-def cancel(name: str, url: str | None, as_json: bool) -> None:
+@client_options
+@fails_politely
+def cancel(name: str, client: Client, as_json: bool) -> None:
     """Cancel a job, or all open jobs of a batch."""
-    found = _client(url).post("v1", _plural(name), name, "cancel")
+    found = client.post("v1", plural(name), name, "cancel")
     click.echo(json.dumps(found) if as_json else f"{found['id']}  {found['status']}")
 
 
-def _plural(name: str) -> str:
-    return "batches" if name.startswith("batch_") else "jobs"
+@click.command()
+@click.argument("name", metavar="ID")
+@click.option(
+    "--state",
+    "states",
+    multiple=True,
+    type=click.Choice(["failed", "expired", "cancelled"]),
+    help="Jobs in which state; may be repeated. Otherwise failed and expired ones.",
+)
+@click.option("--idempotency-key", help="Your name for this retry: given again, it hands in nothing twice.")
+@json_option
+@client_options
+@fails_politely
+def retry(
+    name: str, states: tuple[str, ...], idempotency_key: str | None, client: Client, as_json: bool
+) -> None:
+    """Hand in once more what did not work out of a batch, or one job, and print the new id."""
+    body = {"states": list(states)} if states else {}
+    made = client.post("v1", plural(name), name, "retry", body=body, idempotency_key=idempotency_key)
+    click.echo(json.dumps(made) if as_json else made["id"])
 
 
-def _bodies(file: IO[bytes]) -> Iterator[dict[str, Any]]:
+def bodies_of(file: IO[bytes]) -> Iterator[dict[str, Any]]:
     """Bodies of POST /v1/jobs: one for JSON, as many as are needed for lines."""
     text = file.read()
     name = getattr(file, "name", "<stdin>")

@@ -38,26 +38,20 @@ def up(data_dir: Path | None, model: str | None, port: int | None) -> None:
 
 @click.command()
 @data_dir_option
-@click.option("--host", help="Address to bind; loopback only, unless --allow-public is given.")
+@click.option("--host", help="Address to bind; loopback only, unless there is an API key.")
 @port_option
-@click.option("--allow-public", is_flag=True, help="Bind any address, answer under any name.")
 @click.option(
     "--url-file", type=click.Path(dir_okay=False, path_type=Path), help="Write the address here too."
 )
-def api(
-    data_dir: Path | None, host: str | None, port: int | None, allow_public: bool, url_file: Path | None
-) -> None:
-    """Run the HTTP API."""
+def api(data_dir: Path | None, host: str | None, port: int | None, url_file: Path | None) -> None:
+    """Run the HTTP API.
+
+    Without API keys it answers only programs on this machine; see `nightpress keys`.
+    """
     settings = load_settings(data_dir=data_dir, host=host, port=port)
     from api import server
 
-    if not allow_public and not server.is_loopback(settings.host):
-        raise click.UsageError(
-            f"refusing to bind {settings.host}: the API has no keys yet, so whoever reaches it may submit and "
-            "read everything. Bind a loopback address, or give --allow-public where something in front of it "
-            "decides who gets through."
-        )
-    sys.exit(server.run(settings, url_file, public=allow_public))
+    sys.exit(server.run(settings, url_file))
 
 
 @click.command()

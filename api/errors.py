@@ -8,6 +8,7 @@ that id by its kind and place; its text is shown to nobody, because it may hold 
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import traceback
 from collections.abc import Mapping
@@ -23,15 +24,32 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jobs.body import BadField
+from jobs.files import FileInUse
+from jobs.forecasts import WindowTooTight
+from jobs.idempotency import KeyReusedError
+from jobs.quotas import QuotaExceeded
+from jobs.retries import NothingToRetry
 
 log = logging.getLogger(__name__)
+
+LONGEST_WAIT_SECONDS = 60.0
+NO_DATABASE = (OperationalError, InterfaceError, PoolTimeoutError)
 
 
 class ApiError(Exception):
     """A refusal with a status code. `param` names the field, `code` is stable and machine readable."""
 
-    def __init__(self, status: int, message: str, *, code: str, param: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
+        self.headers = headers
         self.status = status
         self.message = message
         self.code = code
@@ -42,6 +60,12 @@ def not_found(noun: str, name: str) -> ApiError:
     return ApiError(404, f"there is no {noun} {name[:80]!a}", code="not_found", param=f"{noun}_id")
 
 
+def no_such_file(name: str, *, param: str = "file_id") -> ApiError:
+    """In OpenAI's words, which programs look for."""
+    shown = name[:80].encode("unicode_escape").decode()
+    return ApiError(404, f"No such File object: {shown}", code="not_found", param=param)
+
+
 def envelope(
     status: int,
     message: str,
@@ -50,28 +74,64 @@ def envelope(
     param: str | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
+    return JSONResponse(error_body(status, message, code=code, param=param), status, dict(headers or {}))
+
+
+def error_body(status: int, message: str, *, code: str, param: str | None = None) -> dict[str, Any]:
     kind = "invalid_request_error" if status < 500 else "server_error"
-    error = {"message": message, "type": kind, "param": param, "code": code}
-    return JSONResponse({"error": error}, status, dict(headers or {}))
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def install(app: FastAPI) -> None:
     """Make `app` answer in the envelope, whatever happens."""
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(BadField, _bad_field)
+    app.add_exception_handler(QuotaExceeded, _too_much)
+    app.add_exception_handler(WindowTooTight, _too_much)
+    app.add_exception_handler(KeyReusedError, _key_reused)
+    app.add_exception_handler(NothingToRetry, _nothing_to_retry)
+    app.add_exception_handler(FileInUse, _file_in_use)
     app.add_exception_handler(RequestValidationError, _bad_query)
     app.add_exception_handler(HTTPException, _http_error)
-    for kind in (OperationalError, InterfaceError, PoolTimeoutError):
+    for kind in NO_DATABASE:
         app.add_exception_handler(kind, _no_database)
     app.add_middleware(RequestIds)
 
 
 def _api_error(request: Request, error: Any) -> JSONResponse:
-    return envelope(error.status, error.message, code=error.code, param=error.param)
+    return envelope(error.status, error.message, code=error.code, param=error.param, headers=error.headers)
+
+
+def _key_reused(request: Request, error: Any) -> JSONResponse:
+    return envelope(
+        422, error.message, code=error.code, param="idempotency-key", headers={"x-should-retry": "false"}
+    )
+
+
+def _nothing_to_retry(request: Request, error: Any) -> JSONResponse:
+    return envelope(409, error.message, code=error.code, headers={"x-should-retry": "false"})
+
+
+def _file_in_use(request: Request, error: Any) -> JSONResponse:
+    return conflict(error.message, code=error.code)
+
+
+def conflict(message: str, *, code: str) -> JSONResponse:
+    """What stands against it will not go away by itself soon: OpenAI's clients would try 409 again."""
+    return envelope(409, message, code=code, headers={"x-should-retry": "false"})
 
 
 def _bad_field(request: Request, error: Any) -> JSONResponse:
     return envelope(400, str(error), code=error.code, param=error.param)
+
+
+def _too_much(request: Request, error: Any) -> JSONResponse:
+    """Whether to try again is said in OpenAI's two headers; their clients wait for a minute at most."""
+    wait = error.retry_after
+    headers = {} if wait is None else {"Retry-After": str(math.ceil(wait))}
+    if wait is None or wait > LONGEST_WAIT_SECONDS:
+        headers["x-should-retry"] = "false"
+    return envelope(429, error.message, code=error.code, param=error.param, headers=headers)
 
 
 def _bad_query(request: Request, error: Any) -> JSONResponse:
@@ -92,7 +152,12 @@ def _http_error(request: Request, error: Any) -> JSONResponse:
 
 
 def _no_database(request: Request, error: Any) -> JSONResponse:
-    log.error("api.database_unreachable request=%s error=%s", request.state.request_id, type(error).__name__)
+    return database_unreachable(request.scope, error)
+
+
+def database_unreachable(scope: Scope, error: Exception) -> JSONResponse:
+    request_id = scope["state"]["request_id"]
+    log.error("api.database_unreachable request=%s error=%s", request_id, type(error).__name__)
     message = "the database cannot be reached at the moment; try again"
     return envelope(503, message, code="database_unreachable", headers={"Retry-After": "2"})
 

@@ -12,11 +12,12 @@ from fastapi import APIRouter, Depends
 from fastapi.responses import JSONResponse
 
 from api.errors import ApiError
+from api.schemas import REFUSALS
 from api.services import Services, refuse_query
 
 
 def routes(services: Services) -> APIRouter:
-    router = APIRouter(tags=["health"], dependencies=[Depends(refuse_query)])
+    router = APIRouter(tags=["health"], dependencies=[Depends(refuse_query)], responses=REFUSALS)
 
     @router.get("/health")
     async def health() -> dict[str, str]:

@@ -6,6 +6,7 @@ is sent after the commit, and the wake-up of workers after the 202.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from typing import Annotated, Any, Literal
 
@@ -15,15 +16,18 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 
+from api.auth import BEARER, By
 from api.body_limit import read_json, refuse_body
-from api.errors import ApiError, not_found
-from api.schemas import ErrorObject, JobList, JobObject, batch_object, job_list, job_object
-from api.services import Services, is_id, refuse_query
-from jobs.body import BadField, CustomId, JobBody, ModelName, Name, parse_job, parse_metadata
+from api.errors import not_found
+from api.schemas import REFUSALS, BatchObject, JobList, JobObject, batch_object, job_list, job_object
+from api.services import Seconds, Services, is_id, refuse_query, refuse_repeats, submit_of
+from jobs.body import BadField, CustomId, ModelName, Name, parse_job, parse_jobs, parse_metadata
+from jobs.idempotency import Submit
 from jobs.reads import MAX_LIMIT, JobFilter
 from jobs.states import JobState
-
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+from jobs.tenants import Owner
+from jobs.terms import ORDINARY
+from jobs.terms_body import TERM_FIELDS, refuse_terms_inside, split_terms
 
 
 class JobQuery(BaseModel):
@@ -43,24 +47,29 @@ class JobQuery(BaseModel):
 
 
 def routes(services: Services) -> APIRouter:
-    router = APIRouter(prefix="/v1/jobs", tags=["jobs"], responses={"4XX": {"model": ErrorObject}})
+    router = APIRouter(
+        prefix="/v1/jobs",
+        tags=["jobs"],
+        dependencies=[Depends(BEARER)],
+        responses=REFUSALS,
+    )
     settings = services.settings
 
-    @router.post("", status_code=202, dependencies=[Depends(refuse_query)])
-    async def submit(request: Request) -> JSONResponse:
-        """One job, or `{"jobs": […]}` for a batch that keeps the order."""
+    @router.post(
+        "", status_code=202, response_model=JobObject | BatchObject, dependencies=[Depends(refuse_query)]
+    )
+    async def submit(request: Request, caller: By) -> JSONResponse:
+        """One job, or `{"jobs": […]}` for a batch that keeps the order. The same `Idempotency-Key` with the same body
+        is accepted once and answered each time."""
         data = await read_json(
             request, max_bytes=settings.max_body_bytes, max_array_bytes=settings.max_array_bytes
         )
         work = _submit_batch if isinstance(data, dict) and "jobs" in data else _submit_job
-        return await run_in_threadpool(work, services, data)
+        return await run_in_threadpool(work, services, caller.owner, data, submit_of(request, data))
 
-    @router.get("")
-    def list_jobs(query: Annotated[JobQuery, Query()], request: Request) -> JobList:
+    @router.get("", dependencies=[Depends(refuse_repeats)])
+    def list_jobs(query: Annotated[JobQuery, Query()], caller: By) -> JobList:
         """A page of jobs, newest first. `after` is the `last_id` of the page before."""
-        for name, times in Counter(name for name, _ in request.query_params.multi_items()).items():
-            if times > 1:
-                raise ApiError(400, f"{name}: is given {times} times", code="invalid_value", param=name)
         only = JobFilter(
             state=query.status,
             batch_id=query.batch_id,
@@ -69,74 +78,69 @@ def routes(services: Services) -> APIRouter:
             created_after=query.created_after,
             created_before=query.created_before,
         )
-        jobs, has_more = services.reads.jobs(only, after=query.after, limit=query.limit, order=query.order)
-        return job_list(jobs, has_more)
+        jobs, has_more = services.reads.jobs(
+            only, tenant=caller.tenant, after=query.after, limit=query.limit, order=query.order
+        )
+        return job_list(jobs, [services.forecasts.of_job(job) for job in jobs], has_more)
 
     @router.get("/{job_id}", dependencies=[Depends(refuse_query)])
-    def get_job(job_id: str) -> JobObject:
-        return _job(services, job_id)
+    def get_job(job_id: str, caller: By) -> JobObject:
+        return _job(services, caller.tenant, job_id)
 
     @router.post("/{job_id}/cancel", dependencies=[Depends(refuse_query)])
-    async def cancel_job(job_id: str, request: Request) -> JobObject:
+    async def cancel_job(job_id: str, request: Request, caller: By) -> JobObject:
         """A queued job is cancelled at once, a running one within a step of its engine and one renewal of its
         worker's lease. An ended job stays as it is."""
         await refuse_body(request, max_bytes=settings.max_body_bytes)
-        return await run_in_threadpool(_cancel, services, job_id)
+        return await run_in_threadpool(_cancel, services, caller.tenant, job_id)
 
     return router
 
 
-def _submit_job(services: Services, data: object) -> JSONResponse:
+def _submit_job(services: Services, owner: Owner, data: object, submit: Submit | None) -> JSONResponse:
+    terms, data = split_terms(data, time_now=time.time()) if isinstance(data, dict) else (ORDINARY, data)
     (body,) = services.intake.name_models([parse_job(data, services.settings)])
-    job_id = services.intake.accept_one(body)
+    job_id = services.intake.accept_one(body, owner, submit, terms=terms)
     return JSONResponse(
-        _job(services, job_id).model_dump(mode="json"),
+        _job(services, owner.tenant, job_id).model_dump(mode="json"),
         202,
         {"Location": f"/v1/jobs/{job_id}"},
         background=BackgroundTask(services.wake_workers, Counter([str(body.model)])),
     )
 
 
-def _submit_batch(services: Services, data: dict[str, Any]) -> JSONResponse:
+def _submit_batch(
+    services: Services, owner: Owner, data: dict[str, Any], submit: Submit | None
+) -> JSONResponse:
+    terms, data = split_terms(data, time_now=time.time())
     for name in data:
         if name not in ("jobs", "metadata"):
-            raise BadField(name, "unknown field; beside jobs only metadata is allowed", "unknown_parameter")
+            allowed = ", ".join(("metadata", *TERM_FIELDS))
+            raise BadField(
+                name, f"unknown field; beside jobs only these are allowed: {allowed}", "unknown_parameter"
+            )
     metadata = parse_metadata(data.get("metadata"))
-    bodies = _parse_jobs(data["jobs"], services)
-    batch_id = services.intake.accept_many(bodies, metadata)
-    batch = services.reads.batch(batch_id)
+    refuse_terms_inside(data["jobs"])
+    bodies = services.intake.name_models(parse_jobs(data["jobs"], services.settings))
+    batch_id = services.intake.accept_many(bodies, owner, metadata, submit, terms)
+    batch = services.reads.batch(batch_id, tenant=owner.tenant)
     assert batch is not None  # it has just been committed, and batches are never deleted
     return JSONResponse(
-        batch_object(batch).model_dump(mode="json"),
+        batch_object(batch, services.forecasts.of_batch(batch)).model_dump(mode="json"),
         202,
         {"Location": f"/v1/batches/{batch_id}"},
         background=BackgroundTask(services.wake_workers, Counter(str(body.model) for body in bodies)),
     )
 
 
-def _parse_jobs(jobs: object, services: Services) -> list[JobBody]:
-    settings = services.settings
-    if not isinstance(jobs, list):
-        raise BadField("jobs", "must be an array of jobs", "invalid_type")
-    if not 1 <= len(jobs) <= settings.max_array_jobs:
-        raise BadField("jobs", f"must hold 1 to {settings.max_array_jobs} jobs, got {len(jobs)}")
-    bodies: list[JobBody] = []
-    for index, one in enumerate(jobs):
-        try:
-            bodies.append(parse_job(one, settings))
-        except BadField as error:
-            raise error.inside(f"jobs[{index}]") from None
-    return services.intake.name_models(bodies)
-
-
-def _cancel(services: Services, job_id: str) -> JobObject:
-    if not is_id(job_id) or services.cancels.cancel_job(job_id) is None:
+def _cancel(services: Services, tenant: str, job_id: str) -> JobObject:
+    if not is_id(job_id) or services.cancels.cancel_job(job_id, tenant=tenant) is None:
         raise not_found("job", job_id)
-    return _job(services, job_id)
+    return _job(services, tenant, job_id)
 
 
-def _job(services: Services, job_id: str) -> JobObject:
-    job = services.reads.job(job_id) if is_id(job_id) else None
+def _job(services: Services, tenant: str, job_id: str) -> JobObject:
+    job = services.reads.job(job_id, tenant=tenant) if is_id(job_id) else None
     if job is None:
         raise not_found("job", job_id)
-    return job_object(job)
+    return job_object(job, services.forecasts.of_job(job))

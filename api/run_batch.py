@@ -15,16 +15,17 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
 from tqdm import tqdm
 
 from engine.checkpoint import Checkpoint
+from engine.growth import Growth, join
 from engine.request import Completion, Request, RequestId, derive_seed
 from engine.tokenizer import Tokenizer
-from engine.wire import Completions, FromEngine, Progress
+from engine.wire import Completions, FromEngine, Grown, Progress
 from jobs.answers import outcome_of
 from jobs.batch_file import (
     BadLine,
@@ -41,6 +42,9 @@ from jobs.batch_file import (
 )
 from jobs.body import BadField
 from jobs.engine_process import EngineProcess
+from jobs.failures import status_of
+from jobs.openai_answers import usage_object
+from jobs.quarantine import SUSPECT, Quarantine, is_guilty, suspicion_after
 from jobs.requests import request_of
 from jobs.settings import Settings
 
@@ -54,11 +58,18 @@ RATE_SECONDS = 10.0  # over which tok/s is taken
 
 @dataclass(slots=True)
 class Entry:
-    """One request that is encoded. `deaths`: engine deaths while it was in flight."""
+    """One request that is encoded. `suspicion`: of killing engines (`jobs.quarantine`). `growths`: what it has
+    made, to go on from after a death; `num_resumed` of them it was handed in with."""
 
     line: BatchLine
     request: Request
-    deaths: int = 0
+    suspicion: int = 0
+    growths: list[Growth] = field(default_factory=list)
+    num_resumed: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.request.id.job_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +84,9 @@ def run(settings: Settings, source: Path, target: Path, *, quiet: bool = False) 
         return _say("input and output are the same file", 1)
     try:
         total = check_input(source)
-        tokenizer = Tokenizer.open(Checkpoint.open(settings.model, settings.engine.revision))
+        engine = settings.engine
+        checkpoint = Checkpoint.open(settings.model, engine.revision, model_impl=engine.model_impl)
+        tokenizer = Tokenizer.open(checkpoint)
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("ab") as output:
             try:
@@ -102,8 +115,11 @@ class BatchRun:
         self._output = output
         self._done = done
         self._total = total
+        self._quiet = quiet
         self._entries = self._read(source)
         self._again: deque[Entry] = deque()  # after a death
+        self._suspects: dict[str, Entry] = {}  # of one, not in the engine
+        self._quarantine = Quarantine()
         self._in_flight: dict[RequestId, Entry] = {}
         self._messages: queue.SimpleQueue[FromEngine | Exit] = queue.SimpleQueue()
         self._process: EngineProcess | None = None
@@ -171,6 +187,7 @@ class BatchRun:
             seed=seed,
             tokenizer=self._tokenizer,
             settings=self._settings,
+            tenant="",  # one file, one owner
         )
         return Entry(line, request)
 
@@ -182,35 +199,31 @@ class BatchRun:
         return entry
 
     def _fill(self) -> None:
-        """Use the engine's credits. A request that met too many deaths runs alone, to convict or clear it."""
+        """Use the engine's credits. Suspects of an engine death have the engine to themselves."""
         if self._process is None:
-            first = self._next()  # a file with nothing left to do needs no engine
-            if first is None:
-                return
-            self._again.appendleft(first)
+            if not self._suspects:
+                first = self._next()  # a file with nothing left to do needs no engine
+                if first is None:
+                    return
+                self._again.appendleft(first)
             self._start()
             return
-        if self._deaths and any(self._is_suspect(entry) for entry in self._in_flight.values()):
+        if self._deaths and any(entry.suspicion >= SUSPECT for entry in self._in_flight.values()):
             return
         room = min(self._process.available_credits, FILL)
         chosen: list[Entry] = []
-        while len(chosen) < room and (entry := self._next()) is not None:
-            if self._is_suspect(entry):
-                if not self._in_flight and not chosen:
-                    chosen = [entry]
-                else:
-                    self._again.appendleft(entry)
-                break
-            chosen.append(entry)
+        if not self._suspects:
+            while len(chosen) < room and (entry := self._next()) is not None:
+                chosen.append(entry)
+        elif not self._in_flight:
+            names = self._quarantine.next_group(self._suspects)[: self._process.available_credits]
+            chosen = [self._suspects.pop(name) for name in names]
         if chosen:
             self._in_flight |= {entry.request.id: entry for entry in chosen}
             self._process.add(entry.request for entry in chosen)
 
-    def _is_suspect(self, entry: Entry) -> bool:
-        return entry.deaths >= self._settings.max_crashes
-
     def _finished(self) -> bool:
-        return self._exhausted and not self._again and not self._in_flight
+        return self._exhausted and not self._again and not self._suspects and not self._in_flight
 
     # --- engine ---------------------------------------------------------------------------------------------
 
@@ -220,8 +233,10 @@ class BatchRun:
             config = replace(config, max_num_requests=LONG_QUEUE)
         self._process = EngineProcess(
             config,
+            checkpoint_seconds=self._settings.checkpoint_seconds,
             on_message=self._messages.put,
             on_exit=lambda returncode, ids: self._messages.put(Exit(returncode, ids)),
+            bar=not self._quiet,
         )
         self._process.start()
 
@@ -234,9 +249,14 @@ class BatchRun:
 
     def _can_add(self) -> bool:
         more = bool(self._again) or not self._exhausted
-        entries = (*self._again, *self._in_flight.values()) if self._deaths else ()
-        suspect = any(self._is_suspect(entry) for entry in entries)
-        return more and not suspect and self._process is not None and self._process.available_credits > 0
+        tried = self._deaths and any(entry.suspicion >= SUSPECT for entry in self._in_flight.values())
+        return (
+            more
+            and not self._suspects
+            and not tried
+            and self._process is not None
+            and self._process.available_credits > 0
+        )
 
     def _take(self, message: FromEngine | Exit) -> None:
         match message:
@@ -249,6 +269,10 @@ class BatchRun:
                     self._synced = time.monotonic()
             case Progress():
                 self._partial = sum(message.num_generated.values())
+            case Grown():
+                for growth in message.growths:
+                    if entry := self._in_flight.get(growth.id):
+                        entry.growths.append(growth)
             case Exit():
                 self._died(message)
         self._show_rate()
@@ -271,20 +295,16 @@ class BatchRun:
         if completion.aborted:
             self._again.append(entry)
             return
+        self._quarantine.ended([entry.name])
         if completion.error is not None:
-            status = 500 if completion.error.code == "numerics" else 400
             error = completion.error
+            status = status_of(error.code)
             self._write(error_line(entry.line, status, error.message, code=error.code), failed=True)
             return
         outcome = outcome_of(completion, self._tokenizer)
         self._num_prompt += outcome.prompt_tokens
         self._num_generated += outcome.completion_tokens
-        usage = {
-            "prompt_tokens": outcome.prompt_tokens,
-            "completion_tokens": outcome.completion_tokens,
-            "total_tokens": outcome.prompt_tokens + outcome.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": outcome.cached_tokens},
-        }
+        usage = usage_object(outcome.prompt_tokens, outcome.completion_tokens, outcome.cached_tokens)
         self._write(answer_line(entry.line, self._settings.served_model, outcome.outputs, usage))
 
     def _died(self, end: Exit) -> None:
@@ -300,15 +320,26 @@ class BatchRun:
         else:
             self._failed_starts = 0
             self._deaths += 1
-        alone = len(end.ids) == 1
-        for request_id in end.ids:
-            entry = self._in_flight.pop(request_id)
-            if alone and self._is_suspect(entry):
+        entries = [self._in_flight.pop(request_id) for request_id in end.ids]
+        alone = len(entries) == 1 and entries[0].suspicion >= SUSPECT
+        for entry in entries:
+            before = entry.suspicion
+            entry.suspicion = suspicion_after(
+                before, end.returncode, stalled=False, progressed=len(entry.growths) > entry.num_resumed
+            )
+            entry.request = replace(entry.request, generated=join(entry.growths))
+            entry.num_resumed = len(entry.growths)
+            if alone and is_guilty(before, entry.suspicion):
                 reason = f"the engine process died ({end.returncode}) while running this request alone"
-                self._write(error_line(entry.line, 500, reason, code="engine_crash"), failed=True)
-                continue
-            entry.deaths += 1
-            self._again.append(entry)
+                self._write(
+                    error_line(entry.line, status_of("engine_crash"), reason, code="engine_crash"),
+                    failed=True,
+                )
+            elif entry.suspicion >= SUSPECT:
+                self._suspects[entry.name] = entry
+            else:
+                self._again.append(entry)
+        self._quarantine.died([entry.name for entry in entries if entry.name in self._suspects])
         self._bar.write(f"the engine ended with status {end.returncode}, starting it again", file=sys.stderr)
 
     # --- output ---------------------------------------------------------------------------------------------

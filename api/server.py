@@ -1,4 +1,4 @@
-"""The api process: uvicorn around the application, with a sweeper and the sender of wake-ups beside it.
+"""The api process: uvicorn around the application, with a sweeper, a timekeeper, clerks and wake-ups beside it.
 
 Owns the socket, the start-up order and the clean stop. The socket is bound here, before anything else starts,
 so that a port that is taken is a plain message, and port 0 can be told to whoever asked for it.
@@ -6,7 +6,6 @@ so that a port that is taken is a plain message, and port 0 can be told to whoev
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import signal
 import socket
@@ -15,14 +14,18 @@ from pathlib import Path
 
 import uvicorn
 from sqlalchemy.exc import SQLAlchemyError
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from api.app import create_app
-from api.errors import RequestIds, envelope
+from api.loopback import is_loopback
 from jobs.broker import make_app
+from jobs.clerk import Clerks
 from jobs.database import Database
+from jobs.intake import Intake
+from jobs.keys import Keys
 from jobs.settings import Settings
 from jobs.sweeper import Sweeper
+from jobs.timekeeper import Timekeeper
 from jobs.wakeups import WakeUps
 from migrations.schema import is_current
 
@@ -31,40 +34,10 @@ log = logging.getLogger(__name__)
 GRACE_SECONDS = 10  # for requests that are being answered when a stop comes
 
 
-def is_loopback(host: str) -> bool:
-    """True for `localhost` and addresses that only this machine reaches."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-class LocalNames:
-    """ASGI: refuses requests whose Host is not a name of this machine itself.
-
-    A web page can make its own name mean 127.0.0.1 and then read every answer (DNS rebinding). The browser
-    still sends that page's name as Host, and this is where it shows.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
-            name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-            if not is_loopback(name):
-                message = "this server answers only under a loopback name; see --allow-public"
-                answer = envelope(421, message, code="misdirected_request", param="host")
-                await RequestIds(answer)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-
-def run(settings: Settings, url_file: Path | None = None, *, public: bool = False) -> int:
+def run(settings: Settings, url_file: Path | None = None) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit status. Prints `listening on URL` once it answers.
 
-    Unless `public`, only requests that name this machine by a loopback name are answered.
+    Binds an address that other machines reach only when there is an API key.
     """
     logging.basicConfig(
         level=settings.log_level.upper(),
@@ -76,6 +49,11 @@ def run(settings: Settings, url_file: Path | None = None, *, public: bool = Fals
     try:
         if not is_current(database):
             return _refuse("the database has another shape than this version needs: run `nightpress migrate`")
+        if not is_loopback(settings.host) and not Keys(database).any():
+            return _refuse(
+                f"refusing to bind {settings.host}: there is no API key yet, so whoever reaches it could submit "
+                "and read everything. Make one with `nightpress keys create NAME`, or bind a loopback address."
+            )
         listener = _bind(settings.host, settings.port)
     except SQLAlchemyError as error:
         return _refuse(f"the database cannot be reached ({type(error).__name__})")
@@ -83,11 +61,17 @@ def run(settings: Settings, url_file: Path | None = None, *, public: bool = Fals
         return _refuse(f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}")
     wakeups = WakeUps(make_app(settings))
     sweeper = Sweeper(database, settings.sweep_seconds, wakeups.wake)
+    timekeeper = Timekeeper(database, Intake(database, settings), settings.sweep_seconds, wakeups.wake)
     sweeper.start()
+    timekeeper.start()
+    clerks = Clerks(database, settings, wakeups.wake)
+    clerks.start()
     try:
-        app: ASGIApp = create_app(settings, database, wakeups.wake)
-        _Server(app if public else LocalNames(app), settings, listener, url_file).serve_all()
+        app = create_app(settings, database, wakeups.wake, clerks.notice)
+        _Server(app, settings, listener, url_file).serve_all()
     finally:
+        timekeeper.stop()
+        clerks.stop()
         sweeper.stop()
         wakeups.close()
         database.close()

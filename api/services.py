@@ -6,16 +6,32 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 from fastapi import Request
+from pydantic import Field
 
 from api.errors import ApiError
+from api.waits import Waits
+from jobs.batch_reads import BatchReads
+from jobs.body import BadField
 from jobs.cancels import Cancels
+from jobs.completion_order import CompletionOrder
+from jobs.file_batches import FileBatches
+from jobs.files import Files
+from jobs.forecasts import Forecasts
+from jobs.idempotency import Submit
 from jobs.intake import Intake
 from jobs.reads import Reads
+from jobs.retries import Retries
+from jobs.schedule_runs import ScheduleRuns
+from jobs.schedules import Schedules
 from jobs.settings import Settings
+from jobs.tenants import Tenants
+from jobs.usage import Usages
 
 log = logging.getLogger(__name__)
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # a moment in a query string
 Wake = Callable[[str, int], None]
 
 
@@ -23,9 +39,21 @@ Wake = Callable[[str, int], None]
 class Services:
     settings: Settings
     intake: Intake
+    files: Files
+    file_batches: FileBatches
+    batch_reads: BatchReads
     reads: Reads
+    forecasts: Forecasts
     cancels: Cancels
+    waits: Waits
+    schedules: Schedules
+    runs: ScheduleRuns
     wake: Wake
+    order: CompletionOrder
+    retries: Retries
+    usages: Usages
+    tenants: Tenants
+    notice: Callable[[], None]  # there is a new batch of a file
 
     def wake_workers(self, models: Counter[str]) -> None:
         """Tell Redis that there is work. The jobs are safe in SQL, so a Redis that is down costs time only:
@@ -40,8 +68,28 @@ class Services:
 def refuse_query(request: Request) -> None:
     """A route dependency: query parameters that nobody reads are mistakes."""
     for name in request.query_params:
-        shown = name[:80].encode("utf-8", "backslashreplace").decode()
+        shown = _shown(name)
         raise ApiError(400, f"{shown}: unknown query parameter", code="unknown_parameter", param=shown)
+
+
+def refuse_repeats(request: Request) -> None:
+    """A route dependency: of a query parameter that is given twice, only one would count."""
+    for name, times in Counter(name for name, _ in request.query_params.multi_items()).items():
+        if times > 1:
+            shown = _shown(name)
+            raise ApiError(400, f"{shown}: is given {times} times", code="invalid_value", param=shown)
+
+
+def _shown(name: str) -> str:
+    return name[:80].encode("utf-8", "backslashreplace").decode()
+
+
+def submit_of(request: Request, data: object) -> Submit | None:
+    """The client's `Idempotency-Key`, with what it came with. Raises `BadField`."""
+    keys = request.headers.getlist("idempotency-key")
+    if len(keys) > 1:
+        raise BadField("idempotency-key", f"is given {len(keys)} times", "invalid_header")
+    return Submit.of(keys[0], data) if keys else None
 
 
 def is_id(name: str) -> bool:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engine.llm import LLM
-    from engine.request import RepetitionDetectionParams, SamplingParams
+    from engine.sampling_params import RepetitionDetectionParams, SamplingParams, StructuredOutputsParams
 
-__all__ = ["LLM", "RepetitionDetectionParams", "SamplingParams"]
+__all__ = ["LLM", "RepetitionDetectionParams", "SamplingParams", "StructuredOutputsParams"]
 
 
 def __getattr__(name: str) -> Any:
@@ -20,8 +20,8 @@ def __getattr__(name: str) -> Any:
         from engine.llm import LLM
 
         return LLM
-    if name in ("RepetitionDetectionParams", "SamplingParams"):
-        from engine import request
+    if name in __all__:
+        from engine import sampling_params
 
-        return getattr(request, name)
+        return getattr(sampling_params, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine.config import ModelConfig
 from engine.plan import Move
-from engine.request import InvalidParameter
+from engine.sampling_params import InvalidParameter
 from kernels import PagedKV
 
 EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}

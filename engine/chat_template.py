@@ -1,9 +1,9 @@
 """ChatTemplate: a checkpoint's Jinja template, rendered so that content stays content.
 
-Owns the sandbox (the one transformers uses, rebuilt here because importing transformers' renderer would load
-torch), the output cap, and the guard: where a message's text spells a control token, a nonce is put in front
+Owns what a template sees (what transformers gives it, rebuilt here because importing transformers' renderer would
+load torch), the output cap, and the guard: where a message's text spells a control token, a nonce is put in front
 of it before rendering, so that the tokenizer can tell it from the control tokens the template itself wrote.
-Templates come from the operator's checkpoint, never from a client.
+Templates come from the operator's checkpoint, never from a client; `template_sandbox` bounds them all the same.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any, NoReturn
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from engine.template_sandbox import BUDGET, Budget, TemplateSandbox
 
 MAX_RENDERED_CHARS = 4 * 2**20
 _ROLE = re.compile(r"[A-Za-z_-]{1,32}")
@@ -47,7 +48,7 @@ class ChatTemplate:
     """`special_tokens`: template variables such as `bos_token`. `control_tokens`: what content must not spell."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], control_tokens: Iterable[str]) -> None:
-        environment = ImmutableSandboxedEnvironment(
+        environment = TemplateSandbox(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
         )
         environment.filters["tojson"] = _tojson
@@ -78,12 +79,21 @@ class ChatTemplate:
                 tools=None,  # as transformers: templates ask `is not none`
                 documents=None,
                 **self._special_tokens,
+                **{BUDGET: Budget()},
             ):
                 size += len(chunk)
                 if size > MAX_RENDERED_CHARS:
                     raise ChatTemplateError(f"the rendered chat exceeds {MAX_RENDERED_CHARS} characters")
                 chunks.append(chunk)
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
             if isinstance(error, ChatTemplateError):
                 raise
             raise ChatTemplateError(f"the chat template refuses these messages: {error}") from error

@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from engine.request import InvalidParameter
+from engine.sampling_params import InvalidParameter
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "bfloat16", "float16", "float32"]
+ModelImpl = Literal["auto", "nightpress", "transformers"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +25,8 @@ class EngineConfig:
     revision: str | None = None  # of a hub id
     device: Device = "auto"
     dtype: DType = "auto"  # auto: the checkpoint's own, bfloat16 for GGUF
-    kernels: Literal["auto", "reference", "cpu"] = "auto"
+    model_impl: ModelImpl = "auto"  # whose code computes it; auto: ours where it knows the architecture
+    kernels: Literal["auto", "reference", "cpu", "triton"] = "auto"
     page_size: int = 16  # KV slots per page, in tokens
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048  # the token budget of one step
@@ -56,11 +58,15 @@ class EngineConfig:
             raise InvalidParameter("swap_space_bytes", "must be more than 0 where preemption_mode is swap")
 
 
+class UnsupportedCheckpoint(ValueError):
+    """These files cannot be run, and the message says why. Raised before any weight is read."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeScaling:
-    """Rotary frequency scaling. `kind` `llama3` uses all fields, `linear` only `factor`."""
+    """Rotary frequency scaling; each `kind` uses some of the fields."""
 
-    kind: Literal["linear", "llama3", "yarn"]
+    kind: Literal["linear", "llama3", "yarn", "longrope"]
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -69,6 +75,35 @@ class RopeScaling:
     beta_slow: float = 1.0  # yarn: rotations up to which a channel is stretched by `factor`
     truncate: bool = True  # yarn: the channels where these happen are taken as whole numbers
     attention_factor: float = 1.0  # of cosines and sines
+    short_factors: tuple[float, ...] = ()  # longrope: of each pair of channels, within the original context
+    long_factors: tuple[float, ...] = ()  # the same for an engine that goes beyond it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Storage:
+    """How a checkpoint names and lays out its tensors, where that is not Llama's way.
+
+    `names`: regular expressions and what replaces them, applied in this order, which turn its names into Llama's.
+    `derived`: a regular expression that finds the tensors that carry nothing of their own, such as masks.
+    """
+
+    names: tuple[tuple[str, str], ...] = ()
+    derived: str | None = None
+    # q, k, v: three tensors; one, q above k above v; or one, for each kv head its q heads, its k and its v
+    qkv: Literal["apart", "stacked", "grouped"] = "apart"
+    gate_up: Literal["apart", "stacked"] = "apart"
+    transposed: bool = False  # the products of blocks are [in, out]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixtureOfExperts:
+    """A router sends each token to a few of many MLPs and adds what they make, by its shares."""
+
+    num_experts: int
+    num_per_token: int
+    intermediate_size: int  # of one expert
+    normalised: bool  # the shares of a token's experts are divided by their sum
+    dense_layers: tuple[int, ...] = ()  # indices of the layers that have one plain MLP instead
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +111,7 @@ class ModelConfig:
     """Sizes and flags of one decoder. Families are data: no code branches on a name."""
 
     architecture: str  # as the checkpoint calls it, e.g. LlamaForCausalLM
+    definition: Literal["nightpress", "transformers"] = "nightpress"  # whose code computes it
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -84,21 +120,39 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     max_position: int
-    rms_norm_eps: float
+    norm_eps: float
     rope_theta: float
     rope_scaling: RopeScaling | None = None
     partial_rotary_factor: float = 1.0  # the share of each head's channels that is rotated: the first ones
-    merged_weights: bool = False  # the checkpoint stores q, k, v as one tensor, and gate, up as one
+    # how a token knows its place: by rotation, from a table, or by slopes added before scores are scaled
+    positions: Literal["rope", "learned", "alibi"] = "rope"
+    storage: Storage = Storage()
     tied_embeddings: bool = False
     qkv_bias: bool = False
     out_bias: bool = False  # of the attention's output product
     mlp_bias: bool = False
     qk_norm: Literal["head", "all"] | None = None  # of q and k before rotation: each head, or all as one
-    norm_position: Literal["before", "after"] = "before"  # of attention and MLP
+    norm_kind: Literal["rms", "layer"] = "rms"
+    norm_bias: bool = False
+    norm_offset: float = 0.0  # what checkpoints leave out of the weights of RMS norms
+    # of attention and MLP; both: before and after each; shared: one before the two
+    norm_position: Literal["before", "after", "both", "shared"] = "before"
+    parallel: bool = (
+        False  # attention and MLP see the same tokens; else the MLP sees what attention has added
+    )
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    gated_mlp: bool = True
+    moe: MixtureOfExperts | None = None
     embedding_multiplier: float = 1.0
+    rounds_embedding_multiplier: bool = False  # to the dtype of the activations, before it multiplies
     attention_multiplier: float | None = None  # of q · k; None: 1 / √head_dim
     residual_multiplier: float = 1.0  # of what attention and MLP add
     logits_scaling: float = 1.0  # logits are divided by it
+    logits_softcap: float | None = None  # c: logits become c · tanh(logit / c)
+    attention_softcap: float | None = None  # the same of attention's scores
+    # how many tokens a query of each layer sees, itself included; None: all of them; empty: all in every layer
+    windows: tuple[int | None, ...] = ()
+    windowed_rope_theta: float | None = None  # of layers with a window, unscaled; None: rotated as the others
     no_rope_layers: tuple[int, ...] = ()  # indices of the layers that rotate nothing
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # what the checkpoint stores
     eos_token_ids: tuple[int, ...] = ()

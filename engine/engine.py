@@ -13,18 +13,24 @@ from collections.abc import Hashable, Iterable
 from typing import Protocol
 
 from engine.checkpoint import Checkpoint
+from engine.compiling import Compiling
 from engine.config import EngineConfig, ModelConfig
+from engine.figures import Figures
+from engine.grammars import Grammars
+from engine.growth import Growth
 from engine.pages import PagePool, require
 from engine.plan import Draws, Plan
 from engine.request import Completion, Generated, Rejected, Request, RequestError, RequestId
-from engine.run import Run, identity
+from engine.run import Run, check_generated, identity
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.stop import StopChecker
+from engine.telling import Telling
 from engine.tokenizer import Tokenizer
 from engine.vocabulary import bad_word_ids, check_vocabulary
+from engine.wire import check_answer_fits
 
-PROMPT_STEP = 64  # tokens from which on a step's time says what computing a prompt costs
+COMPILE_WAIT_SECONDS = 0.05  # a step with nothing to compute waits so long for a grammar
 
 
 class Runner(Protocol):
@@ -45,7 +51,8 @@ class Runner(Protocol):
 
 
 class Engine:
-    """`tokenizer` is needed for stop strings only. `load` makes the runner and the tokenizer too."""
+    """`tokenizer` is needed for stop strings, bad words and structured outputs only. `load` makes the runner and the
+    tokenizer too."""
 
     def __init__(self, runner: Runner, tokenizer: Tokenizer | None, config: EngineConfig) -> None:
         self.config = config
@@ -64,28 +71,28 @@ class Engine:
             keeps=self._swap_pays,
         )
         self._runs: dict[RequestId, Run] = {}
+        self._checkpoints = Telling()
+        self._streams = Telling()  # of requests that somebody reads along
         self._run_of: dict[Sequence, Run] = {}
         self._by_identity: dict[Hashable, Run] = {}
+        self._compiling: Compiling | None = None  # runs that wait for their grammar; None: nobody has asked
         self._over: list[Run] = []  # ended by what they were resumed with
-        self._seconds_per_token: float | None = None  # of steps that compute prompts
-        self._num_steps = 0
-        self._busy_seconds = 0.0
-        self._num_prompt_tokens = 0
-        self._num_cached_tokens = 0
-        self._num_generated_tokens = 0
-        self._num_computed_tokens = 0
-        self._num_finished = 0
+        self._figures = Figures()
 
     @classmethod
-    def load(cls, config: EngineConfig) -> Engine:
-        """Open the checkpoint, load weights and tokenizer. Loads torch.
+    def load(cls, config: EngineConfig, *, bar: bool = False) -> Engine:
+        """Open the checkpoint, its tokenizer, then load the weights. Loads torch. `bar`: show how far it is on
+        stderr, if that is a terminal; else the log tells.
 
         Raises `UnsupportedCheckpoint`, `UnsupportedTokenizer` or `InvalidParameter`, which say why.
         """
         from engine.runner import ModelRunner
 
-        checkpoint = Checkpoint.open(config.model, config.revision)
-        return cls(ModelRunner.load(config, checkpoint), Tokenizer.open(checkpoint), config)
+        checkpoint = Checkpoint.open(config.model, config.revision, model_impl=config.model_impl)
+        tokenizer = Tokenizer.open(
+            checkpoint
+        )  # first: what is wrong with it is known before any weight is read
+        return cls(ModelRunner.load(config, checkpoint, bar=bar), tokenizer, config)
 
     # --- requests -------------------------------------------------------------------------------------------
 
@@ -111,6 +118,8 @@ class Engine:
         if run is not None and run.serves(request):
             run.requests[request.id] = request
         else:
+            structured = request.sampling.structured_outputs is not None
+            compiling = self._grammar_threads() if structured else None
             bad_words = bad_word_ids(self.tokenizer, request.sampling.bad_words)
             sequences = [
                 Sequence(request, index, max_tokens, bad_words) for index in range(request.sampling.n)
@@ -118,16 +127,24 @@ class Engine:
             checkers = [self._checker(request) for _ in sequences] if request.sampling.stop else []
             run = Run(request, sequences, checkers)
             self._by_identity[run.identity] = run
-            for sequence in sequences:
-                self._run_of[sequence] = run
-                if self._resumed(run, sequence):
-                    run.num_unfinished -= 1
-                else:
-                    self.scheduler.add(sequence)
-            if run.num_unfinished == 0:
+            self._run_of.update(dict.fromkeys(sequences, run))
+            live = [sequence for sequence in sequences if not self._resumed(run, sequence)]
+            run.num_unfinished = len(live)
+            if not live:
                 self._over.append(run)
+            elif compiling is not None:
+                compiling.add(run, live)
+            else:
+                for sequence in live:
+                    self.scheduler.add(sequence)
         self._runs[request.id] = run
-        self._num_prompt_tokens += len(request.prompt_token_ids)
+        nothing = (0,) * len(run.sequences)
+        self._checkpoints.begin(
+            request.id, tuple(len(made.token_ids) for made in request.generated) or nothing
+        )
+        if request.stream:
+            self._streams.begin(request.id, nothing)
+        self._figures.num_prompt_tokens += len(request.prompt_token_ids)
 
     def abort(self, request_id: RequestId) -> Completion | None:
         """End a request now; its pages are free when this returns, unless somebody else has asked for the same.
@@ -138,27 +155,30 @@ class Engine:
         if len(run.requests) == 1:
             return self._leave(run, aborted=True)[0]
         completion = run.completion(run.requests[request_id], aborted=True)
-        del run.requests[request_id], self._runs[request_id]
-        self._num_finished += 1
+        del run.requests[request_id]
+        self._forget(request_id)
+        self._figures.num_finished += 1
         return completion
 
     def step(self) -> list[Completion]:
-        """Compute one plan. Returns the requests that ended in it; nothing to do is an empty list."""
+        """Compute one plan. Returns the requests that ended in it; nothing to do is an empty list. While all wait for
+        their grammars it waits with them for a moment, so that a caller's loop does not spin."""
         completions = [completion for run in self._over for completion in self._leave(run)]
         self._over = []
+        completions += self._compiled()
         started = time.perf_counter()
         plan = self.scheduler.plan()
         if not plan.rows:
+            if self._compiling and not completions:
+                self._compiling.wait(COMPILE_WAIT_SECONDS)
             return completions
-        tokens, logprobs = self.runner.run(plan)
+        tokens, logprobs, prompt_logprobs = self.runner.run(plan)
         drew = [row.sequence for row in plan.sampling_rows]
-        self._num_steps += 1
-        self._num_computed_tokens += plan.num_tokens
-        self._num_generated_tokens += sum(token_id >= 0 for token_id in tokens)
-        ended = self.scheduler.settle(plan, tokens, logprobs)
+        ended = self.scheduler.settle(plan, tokens, logprobs, prompt_logprobs)
         completions += self._settle(self._stopped(drew, tokens))
         completions += self._settle(ended)
-        self._took(time.perf_counter() - started, plan.num_tokens)
+        num_drawn = sum(token_id >= 0 for token_id in tokens)
+        self._figures.took(time.perf_counter() - started, plan.num_tokens, num_drawn)
         return completions
 
     def progress(self) -> dict[RequestId, int]:
@@ -170,11 +190,28 @@ class Engine:
         goes on as if it had never been interrupted. Raises KeyError when it is not here."""
         return self._runs[request_id].generated
 
+    def grown(self) -> list[Growth]:
+        """What each request has made since the last call, or since its checkpoint; those that made nothing are
+        left out. All growths of a request, put together, are a checkpoint."""
+        return self._checkpoints.grown(self._runs)
+
+    @property
+    def num_streams(self) -> int:
+        return len(self._streams)
+
+    def streamed(self) -> list[Growth]:
+        """Tokens of requests with `stream` that are new since the last call, from the first one on, also of a request
+        that goes on from a checkpoint. A sample's last tokens come with the completion only."""
+        return self._streams.streamed(self._runs)
+
     def check(self) -> None:
         """Raise AssertionError when pages, contents, queues or requests contradict each other."""
         self.scheduler.check()
         unfinished = {s for run in self._runs.values() for s in run.sequences if s.output is None}
         queued = {*self.scheduler.running, *self.scheduler.waiting, *self.scheduler.warming}
+        compiling = set(self._compiling or ())
+        require(not queued & compiling, "a sequence runs without its grammar")
+        queued |= compiling
         require(unfinished == queued, "a sequence belongs to no request, or to none that runs")
         require(
             set(self._by_identity.values()) <= set(self._runs.values()),
@@ -190,14 +227,9 @@ class Engine:
             "num_requests": len(self._runs),
             "num_running": len(scheduler.running),  # sequences
             "num_waiting": scheduler.num_waiting,
-            "num_steps": self._num_steps,
-            "busy_seconds": self._busy_seconds,
-            "num_prompt_tokens": self._num_prompt_tokens,  # of all requests added
-            "num_cached_tokens": self._num_cached_tokens,  # of those that ended: what needed no computing
-            "num_generated_tokens": self._num_generated_tokens,
-            "num_computed_tokens": self._num_computed_tokens,  # recompute included
+            "num_compiling": len(self._compiling or ()),  # runs that wait for their grammar
+            **self._figures.counters(),
             "num_recomputed_tokens": scheduler.num_recomputed,
-            "num_finished": self._num_finished,
             "num_preemptions": scheduler.num_preemptions,
             "num_pages": self.pool.num_pages,
             "num_free_pages": self.pool.num_free,
@@ -219,14 +251,7 @@ class Engine:
         if sampling.seed is None:
             raise Rejected("invalid_request", "the request carries no seed")
         check_vocabulary(request, model.vocab_size, model.eos_token_ids)
-        if request.generated and len(request.generated) != sampling.n:
-            raise Rejected(
-                "invalid_request", f"generated: must have one entry for each of {sampling.n} samples"
-            )
-        for sample in request.generated:
-            wanted = 0 if sampling.logprobs is None else len(sample.token_ids)
-            if len(sample.logprobs) != wanted:
-                raise Rejected("invalid_request", f"generated: {wanted} logprobs are needed for these tokens")
+        check_generated(request)
         room = self.max_model_len - len(prompt)
         if room < 1:
             raise Rejected(
@@ -250,7 +275,30 @@ class Engine:
                 f"a prompt of {len(prompt)} and an output of {wanted} tokens need more KV memory than the"
                 f" {slots} tokens this engine has",
             )
+        check_answer_fits(request, wanted)
         return wanted
+
+    def _grammar_threads(self) -> Compiling:
+        """Raises `Rejected` where no grammar can be honoured."""
+        if self._compiling is None:
+            model = self.runner.model_config
+            if self.tokenizer is None or not model.eos_token_ids:
+                missing = "tokenizer" if self.tokenizer is None else "end of sequence among its tokens"
+                raise Rejected("invalid_request", f"structured_outputs: this engine has no {missing}")
+            self._compiling = Compiling(Grammars(self.tokenizer, model.vocab_size, model.eos_token_ids))
+        return self._compiling
+
+    def _compiled(self) -> list[Completion]:
+        """Let those in whose grammar is ready; the answers of those whose grammar cannot be."""
+        completions: list[Completion] = []
+        for run, sequences, error in self._compiling.take() if self._compiling else ():
+            self._figures.num_steps += 1  # it moves, though nothing may be computed
+            if error:
+                completions += self._leave(run, error=error)
+                continue
+            for sequence in sequences:
+                self.scheduler.add(sequence)
+        return completions
 
     def _checker(self, request: Request) -> StopChecker:
         if self.tokenizer is None:
@@ -264,6 +312,8 @@ class Engine:
             return False
         made = sequence.request.generated[sequence.index]
         sequence.logprobs += made.logprobs
+        if sequence.prompt_logprobs is not None:
+            sequence.prompt_logprobs += made.prompt_logprobs
         for token_id in made.token_ids:
             sequence.token_ids.append(token_id)
             sequence.output = self.scheduler.ending(sequence, token_id)
@@ -292,8 +342,7 @@ class Engine:
                 continue
             run.num_unfinished -= 1
             if sequence.output is None:
-                message = "the model's output was not finite (NaN or infinity) for this request"
-                completions += self._leave(run, error=RequestError(code="numerics", message=message))
+                completions += self._leave(run, error=_failure(sequence))
             elif run.num_unfinished == 0:
                 completions += self._leave(run)
         return completions
@@ -306,29 +355,35 @@ class Engine:
             self._run_of.pop(sequence, None)
             if sequence.output is None:
                 self.scheduler.remove(sequence)
+        if self._compiling:
+            self._compiling.remove(run)
         if self._by_identity.get(run.identity) is run:
             del self._by_identity[run.identity]
         completions = [
             run.completion(request, error=error, aborted=aborted) for request in run.requests.values()
         ]
         for request_id in run.requests:
-            del self._runs[request_id]
+            self._forget(request_id)
         run.requests = {}
-        self._num_finished += len(completions)
-        self._num_cached_tokens += sum(completion.num_cached_tokens for completion in completions)
+        self._figures.ended(completions)
         return completions
 
-    # --- rates ----------------------------------------------------------------------------------------------
-
-    def _took(self, seconds: float, num_tokens: int) -> None:
-        self._busy_seconds += seconds
-        if num_tokens >= PROMPT_STEP:
-            rate, before = seconds / num_tokens, self._seconds_per_token
-            self._seconds_per_token = rate if before is None else 0.9 * before + 0.1 * rate
+    def _forget(self, request_id: RequestId) -> None:
+        del self._runs[request_id]
+        self._checkpoints.end(request_id)
+        self._streams.end(request_id)
 
     def _swap_pays(self) -> bool:
         """Whether moving a page out and in again costs less than computing its tokens again, as measured."""
         if self.config.preemption_mode != "auto":
             return self.config.preemption_mode == "swap"
-        moved, computed = self.runner.seconds_per_page_moved, self._seconds_per_token
+        moved, computed = self.runner.seconds_per_page_moved, self._figures.seconds_per_token
         return moved is not None and (computed is None or moved < computed * self.pool.page_size)
+
+
+def _failure(sequence: Sequence) -> RequestError:
+    """Why a sequence left without an output."""
+    if sequence.matcher is not None and sequence.matcher.error:
+        return RequestError(code="grammar_error", message=f"structured_outputs: {sequence.matcher.error}")
+    message = "the model's output was not finite (NaN or infinity) for this request"
+    return RequestError(code="numerics", message=message)

@@ -1,91 +1,104 @@
 """Families as data: how the `config.json` of one architecture becomes a `ModelConfig`.
 
 Owns the reading of configuration fields and the refusal of what the decoder cannot compute. Knows no files
-and no tensors. A new Llama-like family is one entry in `FAMILIES`; no other code branches on its name.
+and no tensors. A new family is one entry in `FAMILIES`; no other code branches on its name. What a family says in
+words of its own is read in `family_fields`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
-from engine.config import ModelConfig, RopeScaling
+from engine import family_fields
+from engine.config import ModelConfig, Storage, UnsupportedCheckpoint
+from engine.rope_settings import rope_settings
+from engine.windows import Windowed, all_but_every, by_layer_types, every_layer, upper_layers, windows
 
+__all__ = ["FAMILIES", "Family", "UnsupportedCheckpoint", "checked", "model_config"]
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 DTypeName = Literal["bfloat16", "float16", "float32"]
-
-
-class UnsupportedCheckpoint(ValueError):
-    """These files cannot be run, and the message says why. Raised before any weight is read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """What an architecture is beyond a plain Llama.
 
-    `defaults`: fields that its config.json may leave out, as transformers fills them in. `always`: fields that
-    its config.json has no say in. `flags`: those of `ModelConfig` that follow from the name. `read_flags`: those
-    that it reads from fields of its own.
+    `words`: its names for fields of Llama. `defaults`: fields that its config.json may leave out, as transformers
+    fills them in. `fields`: those of Llama that follow from others. `always`: fields that its config.json has no say
+    in. `only`: fields that change what is computed, each with the one value that can be had. `flags`: those of
+    `ModelConfig` that follow from the name. `read_flags`: those that it reads from fields of its own. `windowed`:
+    which layers attend within `sliding_window`; None: no layer, whatever the fields say.
     """
 
+    words: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    fields: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: {}
     always: Mapping[str, Any] = field(default_factory=dict)
+    only: Mapping[str, Any] = field(default_factory=dict)
     flags: Mapping[str, Any] = field(default_factory=dict)
     read_flags: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: {}
+    windowed: Windowed | None = None
 
 
-def _no_rope_layers(config: Mapping[str, Any]) -> dict[str, Any]:
-    num_layers, interval = int(config["num_hidden_layers"]), config.get("no_rope_layer_interval", 4)
-    uses_rope = config.get("no_rope_layers")  # 1: this layer rotates; despite its name
-    if uses_rope is None:
-        uses_rope = [(i + 1) % int(interval) for i in range(num_layers)]
-    if len(uses_rope) < num_layers:
-        raise UnsupportedCheckpoint(f"no_rope_layers has {len(uses_rope)} entries for {num_layers} layers")
-    return {"no_rope_layers": tuple(i for i in range(num_layers) if not uses_rope[i])}
-
-
-def _rope_parameters(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    return found
-
-
-def _partial_rotary(config: Mapping[str, Any]) -> dict[str, Any]:
-    factor = _rope_parameters(config).get("partial_rotary_factor") or config.get("partial_rotary_factor")
-    return {"partial_rotary_factor": float(factor or 1.0)}
-
-
-def _multipliers(config: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
-    return {name: float(config.get(name, 1.0)) for name in names}
-
-
+_ACTIVATIONS: Mapping[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+_LAYER_NORMS = {"norm_kind": "layer", "norm_bias": True, "gated_mlp": False}
+_NUMBERS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+)
 _NO_BIAS = {"attention_bias": False, "attention_out_bias": False, "mlp_bias": False}
+
+_QWEN_WINDOW = {"use_sliding_window": False, "sliding_window": 4096}
+_GEMMA_FLAGS = {"norm_offset": 1.0, "norm_position": "both", "rounds_embedding_multiplier": True}
 
 FAMILIES: Mapping[str, Family] = {
     # Llama 1 to 3 and its many relatives under the same name, SmolLM2 among them
-    "LlamaForCausalLM": Family(always={"use_sliding_window": False}),
+    "LlamaForCausalLM": Family(),
     "MistralForCausalLM": Family(
         defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
         always={**_NO_BIAS, "use_sliding_window": True},
+        windowed=every_layer,
     ),
     "Qwen2ForCausalLM": Family(
-        defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096},
+        defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768, **_QWEN_WINDOW},
         always={**_NO_BIAS, "attention_bias": True},
+        windowed=by_layer_types(upper_layers),
     ),
     "Qwen3ForCausalLM": Family(
         defaults={
             "num_key_value_heads": 32,
             "head_dim": 128,
             "max_position_embeddings": 32768,
-            "sliding_window": 4096,
+            **_QWEN_WINDOW,
         },
         always={"mlp_bias": False},
         flags={"qk_norm": "head"},
+        windowed=by_layer_types(upper_layers),
     ),
     "Olmo2ForCausalLM": Family(
         defaults={"rms_norm_eps": 1e-5},
-        always={"mlp_bias": False, "use_sliding_window": False},
+        always={"mlp_bias": False},
         flags={"qk_norm": "all", "norm_position": "after"},
     ),
     "SmolLM3ForCausalLM": Family(
@@ -94,16 +107,23 @@ FAMILIES: Mapping[str, Family] = {
             "max_position_embeddings": 32768,
             "rope_theta": 2000000.0,
             "tie_word_embeddings": True,
+            "use_sliding_window": False,
         },
-        read_flags=_no_rope_layers,
+        read_flags=family_fields.no_rope_layers,
+        windowed=by_layer_types(family_fields.windowed_without_rope),
     ),
     "Phi3ForCausalLM": Family(
-        defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+        defaults={
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+        },
         always={**_NO_BIAS, "use_sliding_window": True},
-        flags={"merged_weights": True},
-        read_flags=_partial_rotary,
+        flags={"storage": Storage(qkv="stacked", gate_up="stacked")},
+        read_flags=family_fields.partial_rotary,
+        windowed=every_layer,
     ),
-    "GraniteForCausalLM": Family(always={"use_sliding_window": False}, read_flags=_multipliers),
+    "GraniteForCausalLM": Family(read_flags=family_fields.multipliers),
     "SeedOssForCausalLM": Family(
         defaults={
             "num_key_value_heads": 8,
@@ -112,8 +132,112 @@ FAMILIES: Mapping[str, Family] = {
             "attention_bias": True,
             "attention_out_bias": False,
         },
-        always={"use_sliding_window": False},
     ),
+    "Gemma2ForCausalLM": Family(
+        words=family_fields.GEMMA_WORDS,
+        defaults={
+            **family_fields.GEMMA_DEFAULTS,
+            "max_position_embeddings": 8192,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        always={"mlp_bias": False, "use_sliding_window": True, "sliding_window_pattern": 2},
+        flags=_GEMMA_FLAGS,
+        read_flags=family_fields.gemma_flags,
+        windowed=by_layer_types(all_but_every(2)),
+    ),
+    "Gemma3ForCausalLM": Family(
+        words=family_fields.GEMMA_WORDS,
+        defaults={
+            **family_fields.GEMMA_DEFAULTS,
+            "max_position_embeddings": 131072,
+            "rope_theta": 1000000.0,
+            "rope_local_base_freq": 10000.0,
+        },
+        always={"mlp_bias": False, "use_sliding_window": True},
+        only={"attn_logit_softcapping": None},  # transformers reads it and does not heed it
+        flags={**_GEMMA_FLAGS, "qk_norm": "head"},
+        read_flags=family_fields.gemma3_flags,
+        windowed=by_layer_types(all_but_every(6)),
+    ),
+    "GPT2LMHeadModel": Family(
+        words=family_fields.GPT2_WORDS,
+        defaults={
+            "max_position_embeddings": 1024,
+            "hidden_act": "gelu_new",
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": True,
+        },
+        fields=family_fields.four_times_wide,
+        always={
+            "attention_bias": True,
+            "mlp_bias": True,
+            "num_key_value_heads": None,
+        },
+        only={
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "add_cross_attention": False,
+        },
+        flags={**_LAYER_NORMS, "positions": "learned", "storage": family_fields.GPT2_STORAGE},
+    ),
+    "GPTNeoXForCausalLM": Family(
+        words=family_fields.NEOX_WORDS,
+        defaults={
+            "hidden_act": "gelu",
+            "rms_norm_eps": 1e-5,
+            "partial_rotary_factor": 0.25,
+            "attention_bias": True,
+        },
+        always={"mlp_bias": True, "num_key_value_heads": None},
+        flags={**_LAYER_NORMS, "storage": family_fields.NEOX_STORAGE},
+        read_flags=family_fields.neox_flags,
+    ),
+    "FalconForCausalLM": Family(
+        words=family_fields.FALCON_WORDS,
+        defaults={"hidden_act": "gelu", "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
+        fields=family_fields.falcon_fields,
+        only={"apply_residual_connection_post_layernorm": False},
+        flags={**_LAYER_NORMS, "storage": family_fields.FALCON_STORAGE},
+        read_flags=family_fields.falcon_flags,
+    ),
+    "MixtralForCausalLM": Family(
+        defaults={
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+        always={**_NO_BIAS, "use_sliding_window": True},
+        flags={"storage": family_fields.MIXTRAL_STORAGE},
+        read_flags=family_fields.mixtral_experts,
+        windowed=every_layer,
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        words={"num_experts": "num_local_experts"},
+        defaults={
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            **_QWEN_WINDOW,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": False,
+            "decoder_sparse_step": 1,
+        },
+        always={"mlp_bias": False},
+        flags={"qk_norm": "head"},
+        read_flags=family_fields.qwen3_experts,
+        windowed=every_layer,
+    ),
+}
+
+# Architectures that one may hope for, and why they are not there
+REFUSED: Mapping[str, str] = {
+    "Gemma3ForConditionalGeneration": "its checkpoint holds a vision tower beside the text model, and images are "
+    "not supported; the text model alone is Gemma3ForCausalLM",
 }
 
 
@@ -122,16 +246,30 @@ def model_config(config: Mapping[str, Any], generation: Mapping[str, Any] | None
 
     Raises `UnsupportedCheckpoint` naming the architecture or the field that is not supported.
     """
-    names = config.get("architectures") or []
-    if not isinstance(names, list) or len(names) != 1:
-        raise UnsupportedCheckpoint(f"config.json must name one architecture, not {names!r}")
-    family = FAMILIES.get(names[0])
+    architecture = only_architecture(config)
+    family = FAMILIES.get(architecture)
+    if architecture in REFUSED:
+        raise UnsupportedCheckpoint(f"architecture {architecture} is not supported: {REFUSED[architecture]}")
     if family is None:
-        raise UnsupportedCheckpoint(f"architecture {names[0]} is not supported; known: {', '.join(FAMILIES)}")
+        raise UnsupportedCheckpoint(
+            f"architecture {architecture} is not supported; known: {', '.join(FAMILIES)}"
+        )
     if config.get("quantization_config"):
-        raise UnsupportedCheckpoint("quantization_config: quantised safetensors are not supported")
+        given = config["quantization_config"]
+        method = given.get("quant_method", "of an unknown kind") if isinstance(given, dict) else given
+        raise UnsupportedCheckpoint(
+            f"quantization_config ({method}): quantised safetensors are not supported; use the original weights, "
+            "or a GGUF file of them"
+        )
+    for name in _NUMBERS:
+        if not isinstance(config.get(name), int | float | None):
+            raise UnsupportedCheckpoint(
+                f"config.json has a value of the wrong kind: {name} must be a number, not {config[name]!r}"
+            )
     try:
-        return _decoder(names[0], family, {**config, **_end_tokens(config, generation or {})})
+        return _decoder(
+            architecture, family, {**config, "eos_token_ids": end_tokens(config, generation or {})}
+        )
     except KeyError as error:
         raise UnsupportedCheckpoint(f"config.json lacks {error.args[0]}") from None
     except UnsupportedCheckpoint:
@@ -140,18 +278,33 @@ def model_config(config: Mapping[str, Any], generation: Mapping[str, Any] | None
         raise UnsupportedCheckpoint(f"config.json has a value of the wrong kind: {error}") from None
 
 
+def only_architecture(config: Mapping[str, Any]) -> str:
+    """The one that `architectures` names. Raises `UnsupportedCheckpoint` where it names none or several."""
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or len(names) != 1:
+        raise UnsupportedCheckpoint(f"config.json must name one architecture, not {names!r}")
+    return str(names[0])
+
+
 def _decoder(architecture: str, family: Family, given: Mapping[str, Any]) -> ModelConfig:
-    config = {**family.defaults, **given, **family.always}
-    if config.get("hidden_act", "silu") != "silu":
-        raise UnsupportedCheckpoint(f"hidden_act {config['hidden_act']!r} is not supported; allowed: silu")
+    config = _in_llamas_words(family, given)
+    activation = str(config.get("hidden_act", "silu"))
+    if activation not in _ACTIVATIONS:
+        raise UnsupportedCheckpoint(
+            f"hidden_act {activation!r} is not supported; allowed: {', '.join(_ACTIVATIONS)}"
+        )
     num_heads = int(config["num_attention_heads"])
     max_position = int(config.get("max_position_embeddings", 2048))
-    _refuse_window(config, max_position)
     theta, scaling = rope_settings(config)
     if scaling is not None and scaling.kind == "yarn":  # published configs state the one or the other
         max_position = max(max_position, int(scaling.original_max_position * scaling.factor))
     flags = {**family.flags, **family.read_flags(config)}
-    if "partial_rotary_factor" not in flags and _partial_rotary(config)["partial_rotary_factor"] != 1.0:
+    if "windowed_rope_theta" not in flags and "sliding_attention" in (config.get("rope_parameters") or {}):
+        raise UnsupportedCheckpoint(f"rope_parameters by kind of layer are not supported for {architecture}")
+    if (
+        "partial_rotary_factor" not in flags
+        and family_fields.partial_rotary(config)["partial_rotary_factor"] != 1.0
+    ):
         raise UnsupportedCheckpoint(f"partial_rotary_factor other than 1 is not supported for {architecture}")
     attention_bias = bool(config.get("attention_bias", False))
     return checked(
@@ -165,14 +318,16 @@ def _decoder(architecture: str, family: Family, given: Mapping[str, Any]) -> Mod
             num_kv_heads=int(config.get("num_key_value_heads") or num_heads),
             head_dim=int(config.get("head_dim") or config["hidden_size"] // num_heads),
             max_position=max_position,
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
             rope_theta=theta,
             rope_scaling=scaling,
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
             qkv_bias=attention_bias,
             out_bias=bool(config.get("attention_out_bias", attention_bias)),
             mlp_bias=bool(config.get("mlp_bias", False)),
-            dtype=_dtype(config),
+            activation=_ACTIVATIONS[activation],
+            windows=windows(config, family.windowed),
+            dtype=checkpoint_dtype(config),
             eos_token_ids=config["eos_token_ids"],
             bos_token_id=config.get("bos_token_id"),
             **flags,
@@ -180,74 +335,29 @@ def _decoder(architecture: str, family: Family, given: Mapping[str, Any]) -> Mod
     )
 
 
-def _refuse_window(config: Mapping[str, Any], max_position: int) -> None:
-    """A window that every context fits into is none at all; any other would need attention that skips tokens."""
-    window = config.get("sliding_window") if config.get("use_sliding_window", False) else None
-    if window is not None and int(window) < max_position:
-        raise UnsupportedCheckpoint(
-            f"sliding_window ({window}) is not supported where it is smaller than "
-            f"max_position_embeddings ({max_position})"
-        )
-
-
-def rope_settings(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Theta and scaling, from `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (4)."""
-    parameters = _rope_parameters(config)
-    theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if kind == "default":
-        return theta, None
-    if kind == "linear":
-        return theta, RopeScaling(kind="linear", factor=float(parameters["factor"]))
-    if kind == "llama3":
-        return theta, RopeScaling(
-            kind="llama3",
-            factor=float(parameters["factor"]),
-            low_freq_factor=float(parameters["low_freq_factor"]),
-            high_freq_factor=float(parameters["high_freq_factor"]),
-            original_max_position=int(parameters["original_max_position_embeddings"]),
-        )
-    if kind == "yarn":
-        return theta, _yarn(parameters, int(config.get("max_position_embeddings", 2048)))
-    raise UnsupportedCheckpoint(
-        f"rope_type {kind!r} is not supported; allowed: default, linear, llama3, yarn"
-    )
-
-
-def _yarn(parameters: Mapping[str, Any], max_position: int) -> RopeScaling:
-    factor = float(parameters["factor"])
-    if factor < 1.0:
-        raise UnsupportedCheckpoint(f"factor of rope_type yarn must be at least 1, not {factor}")
-    attention_factor = parameters.get("attention_factor")
-    if attention_factor is None:
-        some, all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
-        attention_factor = _mscale(factor, 1.0)
-        if some and all_dim:
-            attention_factor = _mscale(factor, float(some)) / _mscale(factor, float(all_dim))
-    return RopeScaling(
-        kind="yarn",
-        factor=factor,
-        original_max_position=int(parameters.get("original_max_position_embeddings") or max_position),
-        beta_fast=float(parameters.get("beta_fast") or 32.0),
-        beta_slow=float(parameters.get("beta_slow") or 1.0),
-        truncate=bool(parameters.get("truncate", True)),
-        attention_factor=float(attention_factor),
-    )
-
-
-def _mscale(factor: float, scale: float) -> float:
-    return 0.1 * scale * math.log(factor) + 1.0
+def _in_llamas_words(family: Family, given: Mapping[str, Any]) -> dict[str, Any]:
+    for name, allowed in family.only.items():
+        if given.get(name, allowed) != allowed:
+            raise UnsupportedCheckpoint(f"{name} {given[name]!r} is not supported; allowed: {allowed!r}")
+    said = {llamas: given[own] for own, llamas in family.words.items() if own in given}
+    config = {**family.defaults, **given, **said}
+    return {**config, **family.fields(config), **family.always}
 
 
 def checked(config: ModelConfig) -> ModelConfig:
     """The same config, or `UnsupportedCheckpoint` when its sizes contradict each other."""
-    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
+    for name in (*names, "max_position"):
         if getattr(config, name) < 1:
             raise UnsupportedCheckpoint(f"{name} must be at least 1, not {getattr(config, name)}")
     if config.num_heads % config.num_kv_heads:
         raise UnsupportedCheckpoint(
             f"num_attention_heads ({config.num_heads}) must be a multiple of "
             f"num_key_value_heads ({config.num_kv_heads})"
+        )
+    if config.moe is not None and not 1 <= config.moe.num_per_token <= config.moe.num_experts:
+        raise UnsupportedCheckpoint(
+            f"num_experts_per_tok must be 1 to {config.moe.num_experts}, not {config.moe.num_per_token}"
         )
     if config.head_dim < 2 or config.head_dim % 2:
         raise UnsupportedCheckpoint(f"head_dim must be even, not {config.head_dim}")
@@ -256,18 +366,27 @@ def checked(config: ModelConfig) -> ModelConfig:
             f"partial_rotary_factor {config.partial_rotary_factor} of head_dim {config.head_dim} must be "
             f"an even number of channels"
         )
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind == "longrope":
+        for name, factors in (("short_factor", scaling.short_factors), ("long_factor", scaling.long_factors)):
+            if len(factors) != config.rotary_dim // 2 or not all(factor > 0 for factor in factors):
+                raise UnsupportedCheckpoint(
+                    f"{name} of rope_type longrope must be {config.rotary_dim // 2} numbers above 0"
+                )
     return config
 
 
-def _end_tokens(config: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def end_tokens(config: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
+    """The end-of-sequence ids; those of `generation_config.json` win."""
     found = generation.get("eos_token_id")
     if found is None:
         found = config.get("eos_token_id")
     ids = found if isinstance(found, list) else [] if found is None else [found]
-    return {"eos_token_ids": tuple(int(token_id) for token_id in ids)}
+    return tuple(int(token_id) for token_id in ids)
 
 
-def _dtype(config: Mapping[str, Any]) -> DTypeName:
+def checkpoint_dtype(config: Mapping[str, Any]) -> DTypeName:
+    """What the weights are stored in."""
     name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     if name not in ("bfloat16", "float16", "float32"):
         raise UnsupportedCheckpoint(f"dtype {name} is not supported; allowed: bfloat16, float16, float32")

@@ -1,16 +1,16 @@
 """GGUFFile: the metadata and tensors of a llama.cpp checkpoint, under Hugging Face names.
 
 Owns the GGUF container (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md) and the way back from
-llama.cpp's conventions: tensor names, the row permutation of q and k, rope factors. Knows no torch. The
-header is parsed here rather than by the `gguf` package, whose reader needs two seconds for the vocabulary
-alone; that package is imported only to dequantise.
+llama.cpp's conventions: tensor names, the row permutation of q and k. Knows no torch, and no meaning of keys
+(`gguf_families`). The header is parsed here rather than by the `gguf` package, whose reader needs two seconds for the
+vocabulary alone; that package is imported for its names, its sizes and to dequantise.
 """
 
 from __future__ import annotations
 
+import os
 import struct
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,30 +19,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.config import ModelConfig, RopeScaling
-from engine.families import UnsupportedCheckpoint, checked
+from engine.config import ModelConfig
+from engine.families import UnsupportedCheckpoint
+from engine.gguf_families import ROPE_FACTORS, gguf_config, gguf_family
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _F32 = 0
-
-_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_TOP_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_ROPE_FACTORS = "rope_freqs.weight"
 
 
 class TensorInfo(NamedTuple):
@@ -66,137 +49,102 @@ class GGUFFile:
             metadata, tensors = _Header(memoryview(data.data)).parse()
         except (struct.error, ValueError, IndexError, KeyError, OverflowError) as error:
             raise UnsupportedCheckpoint(f"{path}: not a readable GGUF file: {error}") from None
-        return cls(path, metadata, tensors)
+        found = cls(path, metadata, tensors)
+        for name, info in tensors.items():
+            if info.offset + found.num_bytes(name) > data.size:
+                raise UnsupportedCheckpoint(f"{path} is cut short: tensor {name} lies beyond its end")
+        return found
 
     def model_config(self) -> ModelConfig:
-        """Sizes and flags. `dtype` is bfloat16: the quantised values carry no more."""
-        meta = self.metadata
-        if meta.get("general.architecture") != "llama":
-            raise UnsupportedCheckpoint(
-                f"GGUF architecture {meta.get('general.architecture')!r} is not supported; allowed: llama"
-            )
-        if meta.get("llama.expert_count"):
-            raise UnsupportedCheckpoint("GGUF mixture-of-experts models are not supported")
+        """Sizes and flags. Raises `UnsupportedCheckpoint` naming the key that is missing or not supported."""
+        shapes = {name: info.shape for name, info in self.tensors.items()}
         try:
-            num_heads = int(meta["llama.attention.head_count"])
-            hidden_size = int(meta["llama.embedding_length"])
-            head_dim = int(meta.get("llama.attention.key_length") or hidden_size // num_heads)
-            config = ModelConfig(
-                architecture="LlamaForCausalLM",
-                vocab_size=self.tensors["token_embd.weight"].shape[0],
-                hidden_size=hidden_size,
-                intermediate_size=int(meta["llama.feed_forward_length"]),
-                num_layers=int(meta["llama.block_count"]),
-                num_heads=num_heads,
-                num_kv_heads=int(meta.get("llama.attention.head_count_kv") or num_heads),
-                head_dim=head_dim,
-                max_position=int(meta["llama.context_length"]),
-                rms_norm_eps=float(meta["llama.attention.layer_norm_rms_epsilon"]),
-                rope_theta=float(meta.get("llama.rope.freq_base", 10000.0)),
-                tied_embeddings="output.weight" not in self.tensors,
-                qkv_bias="blk.0.attn_q.bias" in self.tensors,
-                out_bias="blk.0.attn_output.bias" in self.tensors,
-                mlp_bias="blk.0.ffn_gate.bias" in self.tensors,
-                eos_token_ids=self._end_tokens(),
-                bos_token_id=meta.get("tokenizer.ggml.bos_token_id"),
-            )
-        except KeyError as error:
-            raise UnsupportedCheckpoint(f"{self.path}: {error.args[0]} is missing") from None
-        if meta.get("llama.rope.dimension_count", head_dim) != head_dim:
-            raise UnsupportedCheckpoint("GGUF models that rotate only part of each head are not supported")
-        return checked(self._with_rope(config))
+            return gguf_config(self.metadata, shapes, self._rope_factors)
+        except UnsupportedCheckpoint as error:
+            raise UnsupportedCheckpoint(f"{self.path}: {error}") from None
 
-    def weights(self, threads: int = 2) -> Iterator[tuple[str, NDArray[np.float32]]]:
-        """Every tensor as (Hugging Face name, fp32 array), dequantised a few at a time.
+    def names(self, wanted: Iterable[str]) -> dict[str, str]:
+        """Hugging Face name → name here, of those `wanted` that are here, in the order of the file.
 
-        Raises `UnsupportedCheckpoint` for a name or a quantisation that is not known.
+        Raises `UnsupportedCheckpoint` for a tensor that nobody wants.
         """
-        config = self.model_config()
-        names = [name for name in self.tensors if name != _ROPE_FACTORS]
-        targets = [hf_name(name) for name in names]  # all names are checked before the first tensor is read
-        threads = min(threads, 4)  # each holds a few tensors in fp32
-        with ThreadPoolExecutor(threads) as pool:
-            window: list[Any] = []
-            for name, target in zip(names, targets, strict=True):
-                window.append((target, pool.submit(self._read, name, config)))
-                if len(window) > 2 * threads:
-                    done, future = window.pop(0)
-                    yield done, future.result()
-            for done, future in window:
-                yield done, future.result()
+        from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+        architecture = self.metadata["general.architecture"]
+        (number,) = (key for key, name in MODEL_ARCH_NAMES.items() if name == architecture)
+        known = get_tensor_name_map(number, int(self.metadata[f"{architecture}.block_count"]))
+        theirs = {known.get_name(name, try_suffixes=(".weight", ".bias")): name for name in wanted}
+        for name in self.tensors:
+            if name not in theirs and name != ROPE_FACTORS:
+                raise UnsupportedCheckpoint(f"{self.path}: tensor {name} is not known")
+        in_file = sorted(self.tensors, key=lambda name: self.tensors[name].offset)
+        return {theirs[name]: name for name in in_file if name in theirs}
+
+    def num_bytes(self, name: str) -> int:
+        """What a tensor occupies in the file. Raises `UnsupportedCheckpoint` for a type that is not known."""
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        info = self.tensors[name]
+        try:
+            per_block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(info.type_id)]
+        except ValueError:
+            raise UnsupportedCheckpoint(
+                f"{self.path}: tensor {name} has the unknown type {info.type_id}"
+            ) from None
+        whole_rows = len(info.shape) > 1 or per_block == 1
+        if not whole_rows or not info.shape or info.shape[-1] % per_block:
+            raise UnsupportedCheckpoint(
+                f"{self.path}: tensor {name} of shape {info.shape} has no whole blocks"
+            )
+        return prod(info.shape) // per_block * int(block_bytes)
+
+    def rows_per_head(self, name: str) -> int:
+        """Rows that `read` must give together: one head's where they are permuted, else 1."""
+        part = name.split(".")[-2]
+        if not gguf_family(self.metadata).interleaved or part not in ("attn_q", "attn_k"):
+            return 1
+        prefix = f"{self.metadata['general.architecture']}.attention.head_count"
+        num_heads = self.metadata[prefix]
+        if part == "attn_k":
+            num_heads = self.metadata.get(f"{prefix}_kv") or num_heads
+        return self.tensors[name].shape[0] // int(num_heads)
+
+    def read(self, fd: int, name: str, start: int, end: int) -> NDArray[np.float32]:
+        """Rows `start` to `end` of a tensor, dequantised, through an open descriptor of this file; for any number of
+        threads. Raises `UnsupportedCheckpoint` for a quantisation that the `gguf` package cannot undo."""
+        from gguf import GGMLQuantizationType, dequantize
+
+        info = self.tensors[name]
+        row_bytes = self.num_bytes(name) // info.shape[0]
+        wanted, offset = (end - start) * row_bytes, info.offset + start * row_bytes
+        raw = os.pread(fd, wanted, offset)
+        if len(raw) != wanted:
+            raise UnsupportedCheckpoint(f"{self.path} ended while it was read: has it been replaced?")
+        shape = (end - start, *info.shape[1:])
+        if info.type_id == _F32:
+            array: NDArray[np.float32] = np.frombuffer(bytearray(raw), np.float32).reshape(shape)
+        else:
+            blocks = np.frombuffer(raw, np.uint8).reshape(*shape[:-1], -1)
+            try:
+                array = dequantize(blocks, GGMLQuantizationType(info.type_id)).astype(np.float32, copy=False)
+            except NotImplementedError as error:
+                raise UnsupportedCheckpoint(f"{self.path}: tensor {name}: {error}") from None
+        unit = self.rows_per_head(name)
+        return array if unit == 1 else _uninterleaved(array, unit)
 
     def tokenizer_metadata(self) -> dict[str, Any]:
         """All `tokenizer.*` keys: ggml.tokens, .merges, .token_type, .pre, special ids, chat template."""
         return {key: value for key, value in self.metadata.items() if key.startswith("tokenizer.")}
 
-    def _end_tokens(self) -> tuple[int, ...]:
-        ids = [self.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
-        return tuple(dict.fromkeys(int(token_id) for token_id in ids if token_id is not None))
-
-    def _with_rope(self, config: ModelConfig) -> ModelConfig:
-        from dataclasses import replace
-
-        kind = self.metadata.get("llama.rope.scaling.type", "none")
-        if kind == "linear":
-            factor = float(self.metadata["llama.rope.scaling.factor"])
-            return replace(config, rope_scaling=RopeScaling(kind="linear", factor=factor))
-        if kind != "none":
-            raise UnsupportedCheckpoint(f"GGUF rope scaling {kind!r} is not supported; allowed: linear")
-        if _ROPE_FACTORS not in self.tensors:
-            return config
-        # Llama 3 stores one divisor per frequency instead of its parameters: accept them only if the
-        # published parameters give back exactly these divisors
-        stored = self._read(_ROPE_FACTORS, config)
-        scaling = RopeScaling(kind="llama3", factor=round(float(stored.max()), 4))
-        if not np.allclose(stored, _llama3_divisors(config, scaling), rtol=1e-4):
-            raise UnsupportedCheckpoint(f"{_ROPE_FACTORS} does not follow Llama 3's rule")
-        return replace(config, rope_scaling=scaling)
-
-    def _read(self, name: str, config: ModelConfig) -> NDArray[np.float32]:
-        from gguf import GGMLQuantizationType, dequantize
-        from gguf.quants import quant_shape_to_byte_shape
-
-        info = self.tensors[name]
-        try:
-            quant = GGMLQuantizationType(info.type_id)
-            if info.type_id == _F32:
-                raw = np.memmap(self.path, np.float32, "r", info.offset, info.shape)
-                array: NDArray[np.float32] = np.array(raw)
-            else:
-                shape = quant_shape_to_byte_shape(info.shape, quant)
-                raw_bytes = np.memmap(self.path, np.uint8, "r", info.offset, shape)
-                array = dequantize(raw_bytes, quant).astype(np.float32, copy=False)
-        except (ValueError, NotImplementedError) as error:
-            raise UnsupportedCheckpoint(f"{self.path}: tensor {name}: {error}") from None
-        part = name.split(".")[-2]
-        if part in ("attn_q", "attn_k"):
-            array = _unpermute(array, config.num_heads if part == "attn_q" else config.num_kv_heads)
-        return array
+    def _rope_factors(self) -> NDArray[np.float32]:
+        with self.path.open("rb") as file:
+            return self.read(file.fileno(), ROPE_FACTORS, 0, self.tensors[ROPE_FACTORS].shape[0])
 
 
-def hf_name(name: str) -> str:
-    """`blk.3.attn_q.weight` → `model.layers.3.self_attn.q_proj.weight`."""
-    if name in _TOP_NAMES:
-        return _TOP_NAMES[name]
-    parts = name.split(".")
-    if len(parts) == 4 and parts[0] == "blk" and parts[1].isdigit() and parts[2] in _LAYER_NAMES:
-        return f"model.layers.{parts[1]}.{_LAYER_NAMES[parts[2]]}.{parts[3]}"
-    raise UnsupportedCheckpoint(f"GGUF tensor {name} is not known")
-
-
-def _unpermute(array: NDArray[np.float32], num_heads: int) -> NDArray[np.float32]:
-    # llama.cpp interleaves the two halves of each head's rows: [heads, d/2, 2, ...] → [heads, 2, d/2, ...]
-    split = array.reshape(num_heads, array.shape[0] // num_heads // 2, 2, *array.shape[1:])
+def _uninterleaved(array: NDArray[np.float32], head_dim: int) -> NDArray[np.float32]:
+    """Rows `[heads · d, …]` in which each head's two halves alternate → the first half, then the second."""
+    split = array.reshape(-1, head_dim // 2, 2, *array.shape[1:])
     return np.ascontiguousarray(split.swapaxes(1, 2)).reshape(array.shape)
-
-
-def _llama3_divisors(config: ModelConfig, scaling: RopeScaling) -> NDArray[np.float64]:
-    exponent = np.arange(0, config.head_dim, 2) / config.head_dim
-    wavelength = 2 * np.pi * config.rope_theta**exponent
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    smooth = np.clip((scaling.original_max_position / wavelength - low) / (high - low), 0, 1)
-    divisors: NDArray[np.float64] = 1 / ((1 - smooth) / scaling.factor + smooth)
-    return divisors
 
 
 class _Header:
@@ -227,8 +175,6 @@ class _Header:
         data = -(-self.at // align) * align
         for name, info in found.items():
             found[name] = info._replace(offset=info.offset + data)
-            if info.offset + data + prod(info.shape) // 8 > len(self.view):
-                raise ValueError(f"tensor {name} lies beyond the end of the file")
         return metadata, found
 
     def scalar(self, code: str) -> Any:

@@ -1,8 +1,8 @@
 """A `tokenizers.Tokenizer` made of the vocabulary inside a GGUF file.
 
-Owns the translation of llama.cpp's tokenizer metadata: byte-level BPE (`tokenizer.ggml.model` = `gpt2`) with
-the pre-tokenizers named below. SentencePiece vocabularies (`llama`) and other pre-tokenizers are refused by
-name, because a nearly right split gives wrong tokens without an error.
+Owns the translation of llama.cpp's tokenizer metadata: byte-level BPE (`tokenizer.ggml.model` = `gpt2`) with the
+pre-tokenizers named below, and SentencePiece vocabularies (`llama`), whose scores say in which order pieces merge.
+Other pre-tokenizers are refused by name, because a nearly right split gives wrong tokens without an error.
 """
 
 from __future__ import annotations
@@ -13,13 +13,25 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.pre_tokenizers import PreTokenizer
 
-_CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's token types that are matched before any split
+from engine.families import UnsupportedCheckpoint
+
+_UNKNOWN, _CONTROL, _USER_DEFINED = (
+    2,
+    3,
+    4,
+)  # llama.cpp's token types; the last two are matched before any split
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_SEED = _QWEN2.replace(r" ?[^\s\p{L}\p{N}]+[\r\n]*", r" ?[^\s\p{L}\p{N}\r\n]+")
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # llama.cpp's own rule for files that name none
 _DEFAULT = (
     r"[\p{P}\$\+<=>\^~\|]+",
@@ -29,7 +41,7 @@ _DEFAULT = (
 )
 
 
-class UnsupportedTokenizer(ValueError):
+class UnsupportedTokenizer(UnsupportedCheckpoint):
     """This checkpoint's tokenizer cannot be used. The message says why."""
 
 
@@ -40,56 +52,131 @@ def _splits(*patterns: str) -> PreTokenizer:
     )
 
 
-def _smollm() -> PreTokenizer:
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+def _gpt2() -> PreTokenizer:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+
+
+def _digits_apart() -> PreTokenizer:
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
 
 
 _PRE_TOKENIZERS: dict[str, Callable[[], PreTokenizer]] = {
     "default": lambda: _splits(*_DEFAULT),
-    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-    "llama-bpe": lambda: _splits(_LLAMA3),
-    "qwen2": lambda: _splits(_QWEN2),
-    "smollm": _smollm,
+    "seed-coder": lambda: _splits(_SEED),
+    "tekken": lambda: _splits(_TEKKEN),
+    **dict.fromkeys(("gpt-2", "olmo", "phi-2"), _gpt2),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), _digits_apart),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "dbrx", "smaug-bpe"), lambda: _splits(_LLAMA3)),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), lambda: _splits(_QWEN2)),
 }
+_WHOLE_WORDS_FIRST = (
+    "llama-bpe",
+    "llama3",
+    "llama-v3",
+    "tekken",
+)  # a piece that is a token is not built by merges
+_BOS_BY_DEFAULT = ("llama-bpe", "llama3", "llama-v3", "tekken")
 
 
 def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     """Raises `UnsupportedTokenizer` naming the metadata key and what is allowed."""
-    model = metadata.get("tokenizer.ggml.model")
-    if model != "gpt2":
+    model, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
+    if model not in ("gpt2", "llama"):
         raise UnsupportedTokenizer(
-            f"tokenizer.ggml.model is {model!r}; only gpt2 (byte-level BPE) is supported"
+            f"tokenizer.ggml.model is {model!r}; supported: gpt2 (byte-level BPE), llama (SentencePiece)"
         )
-    pre = metadata.get("tokenizer.ggml.pre", "default")
-    if pre not in _PRE_TOKENIZERS:
+    if model == "gpt2" and pre not in _PRE_TOKENIZERS:
         raise UnsupportedTokenizer(
             f"tokenizer.ggml.pre is {pre!r}; supported: {', '.join(sorted(_PRE_TOKENIZERS))}"
         )
     try:
         tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-        merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
-        vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
-        tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
+        types: list[int] = metadata.get("tokenizer.ggml.token_type", [])
+        if model == "llama":
+            tokenizer = _sentencepiece(metadata, tokens, types)
+        else:
+            tokenizer = _byte_level(metadata, tokens, pre)
+        # Both keep the ids they have in the vocabulary.
+        tokenizer.add_special_tokens(_added(tokens, types, _CONTROL))
+        tokenizer.add_tokens(_added(tokens, types, _USER_DEFINED))
+        tokenizer.post_processor = _around(metadata, tokens, bos=model == "llama" or pre in _BOS_BY_DEFAULT)
     except KeyError as error:
         raise UnsupportedTokenizer(f"{error.args[0]} is missing") from None
     except Exception as error:  # tokenizers raises bare Exception for merges that name no token
         raise UnsupportedTokenizer(f"the GGUF vocabulary is broken: {error}") from error
+    return tokenizer
+
+
+def _byte_level(metadata: Mapping[str, Any], tokens: list[str], pre: str) -> Tokenizer:
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
+    vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in _WHOLE_WORDS_FIRST))
     tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]()
     tokenizer.decoder = decoders.ByteLevel()
-    if pre == "qwen2":
+    if pre in ("qwen2", "deepseek-r1-qwen"):
         tokenizer.normalizer = normalizers.NFC()
-    types: list[int] = metadata.get("tokenizer.ggml.token_type", [])
-    # Both keep the ids they have in the vocabulary.
-    tokenizer.add_special_tokens(_added(tokens, types, _CONTROL))
-    tokenizer.add_tokens(_added(tokens, types, _USER_DEFINED))
-    bos_id = metadata.get("tokenizer.ggml.bos_token_id")
-    if metadata.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe") and bos_id is not None:
-        bos = tokens[bos_id]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=[(bos, bos_id)]
-        )
     return tokenizer
+
+
+def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[int]) -> Tokenizer:
+    """BPE whose merges follow from the scores: the pair that makes the piece of the highest score goes first."""
+    vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
+    unknown = next((token for token, kind in zip(tokens, types, strict=False) if kind == _UNKNOWN), None)
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocabulary,
+            _merges(vocabulary, metadata["tokenizer.ggml.scores"]),
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    if (
+        metadata.get("general.architecture") == "phi3"
+    ):  # its own tokenizer.json puts a space before every text part
+        tokenizer.normalizer = normalizers.Sequence(
+            [*[normalizers.Prepend("▁")][: int(prefix)], normalizers.Replace(" ", "▁")]
+        )
+    else:
+        scheme = "first" if prefix else "never"
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return tokenizer
+
+
+def _merges(vocabulary: Mapping[str, int], scores: list[float]) -> list[tuple[str, str]]:
+    """Every way to put a piece together from two others, best piece first; of one piece, longest left part first,
+    as transformers orders them."""
+    found = []
+    for piece, token_id in vocabulary.items():
+        for at in range(1, len(piece)):
+            left, right = piece[:at], piece[at:]
+            if left in vocabulary and right in vocabulary:
+                found.append((-scores[token_id], -len(left), -len(right), token_id, left, right))
+    found.sort()
+    return [(left, right) for *_, left, right in found]
+
+
+def _around(
+    metadata: Mapping[str, Any], tokens: list[str], *, bos: bool
+) -> processors.TemplateProcessing | None:
+    """What stands before and behind a text. `bos`: whether it has one where the file does not say."""
+    ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+    first = ids["bos"] if metadata.get("tokenizer.ggml.add_bos_token", bos) else None
+    last = ids["eos"] if metadata.get("tokenizer.ggml.add_eos_token", False) else None
+    if first is None and last is None:
+        return None
+    before = [] if first is None else [tokens[first]]
+    behind = [] if last is None else [tokens[last]]
+    return processors.TemplateProcessing(
+        single=[*before, "$A", *behind],
+        pair=[*before, "$A", *behind, *(f"{token}:1" for token in before), "$B:1", *behind],
+        special_tokens=[(tokens[i], i) for i in dict.fromkeys((first, last)) if i is not None],
+    )
 
 
 def _added(tokens: list[str], types: list[int], wanted: int) -> list[AddedToken]:

@@ -20,16 +20,8 @@ from typing import Any, Literal
 from engine.chat_template import Message
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.request import (
-    Completion,
-    Rejected,
-    Request,
-    RequestError,
-    RequestId,
-    SamplingParams,
-    TokenLogprobs,
-    derive_seed,
-)
+from engine.request import Completion, Rejected, Request, RequestError, RequestId, TokenLogprobs, derive_seed
+from engine.sampling_params import SamplingParams
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +49,8 @@ class CompletionOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOutput:
-    """The answer to one prompt. `prompt` is None when token ids came in; `error` says why nothing came out."""
+    """The answer to one prompt. `prompt` is None when token ids came in; `error` says why nothing came out. With
+    `SamplingParams.prompt_logprobs`, `prompt_logprobs` has one entry per prompt token, None for the first."""
 
     request_id: str
     prompt: str | None
@@ -65,17 +58,19 @@ class RequestOutput:
     outputs: tuple[CompletionOutput, ...]
     num_cached_tokens: int = 0
     error: RequestError | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
 
 class LLM:
-    """`model` is a folder, a GGUF file or a hub id; the other settings are those of `EngineConfig`.
+    """`model` is a folder, a GGUF file or a hub id; the other settings are those of `EngineConfig`. `use_tqdm`: a
+    bar while the weights are read, if stderr is a terminal.
 
     Raises what `Engine.load` raises. Not for several threads at once.
     """
 
-    def __init__(self, model: str, **settings: Any) -> None:
+    def __init__(self, model: str, *, use_tqdm: bool = True, **settings: Any) -> None:
         self.config = EngineConfig(model=str(model), **settings)
-        self.engine = Engine.load(self.config)
+        self.engine = Engine.load(self.config, bar=use_tqdm)
         tokenizer = self.engine.tokenizer
         assert tokenizer is not None  # `load` makes one
         self.tokenizer = tokenizer
@@ -209,6 +204,7 @@ class LLM:
                 for index, output in enumerate(completion.outputs)
             ),
             num_cached_tokens=completion.num_cached_tokens,
+            prompt_logprobs=completion.prompt_logprobs,
         )
 
 

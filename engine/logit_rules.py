@@ -10,7 +10,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
-from engine.request import SamplingParams
+from engine.sampling_params import SamplingParams
 
 
 class TokenCounts:

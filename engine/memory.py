@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from engine.config import ModelConfig
-from engine.request import InvalidParameter
+from engine.sampling_params import InvalidParameter
 
 FREE_MEMORY_FRACTION = {"cpu": 0.5, "cuda": 0.9}  # a CPU's memory is shared with everyone else on it
 MAX_SWAP_BYTES = 2**33  # of host memory that nobody asked for

@@ -1,118 +1,43 @@
 """Decoder: the one transformer decoder, driven by the flags of a `ModelConfig`.
 
-Owns the order of operations and the tensors of the weights, under Hugging Face names, with q, k, v merged
-into `qkv_proj` and gate, up into `gate_up_proj` (one product each instead of three and two). Knows no files,
-no requests and no sampling. Weights are plain tensors, not `nn.Module`s: nothing here is trained, and the
-attribute machinery of modules costs more than the small operations of a decode step.
+Owns the tensors of the weights, how they become blocks, and the way from token ids over the blocks to logits.
+Knows no files, no requests and no sampling, and leaves names to `parameters` and the insides of a block to `block`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from engine.alibi import alibi_slopes
+from engine.attention import Rotation, SelfAttention
+from engine.block import Block, ParallelBlock
 from engine.cache import KVCache
 from engine.config import ModelConfig
+from engine.experts import Experts
+from engine.linear import Linear
+from engine.mlp import MLP, GatedMLP, PlainMLP
+from engine.norm import LayerNorm, Norm, RMSNorm
+from engine.parameters import NORM_NAMES, parameter_shapes
 from engine.rope import rope_tables
 from engine.step_input import StepInput
-from kernels import Kernels
+from kernels import Attention, Kernels
 
 
-class Linear:
-    """A product: x `[T, in]` → x · weightᵀ + bias `[T, out]`; weight `[out, in]`, bias `[out]`.
+class Hidden(NamedTuple):
+    """What the last block leaves of a step, each `[T, hidden]`: their sum goes to the last norm and the head."""
 
-    On a CPU in bf16 the weight is kept in oneDNN's blocked order instead of the plain one, where torch can do
-    that: the results are bit-equal and a product of one row takes half the time.
-    """
-
-    __slots__ = ("_bias", "_packed", "_weight", "num_inputs", "num_outputs")
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.num_outputs, self.num_inputs = weight.shape
-        self._bias = bias
-        self._packed = _packed(weight)
-        self._weight = weight if self._packed is None else None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self._packed is not None:
-            product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
-            return product
-        assert self._weight is not None
-        return F.linear(x, self._weight, self._bias)
-
-
-def _packed(weight: Tensor) -> Tensor | None:
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
-        return None
-    try:
-        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
-        torch.ops.mkldnn._linear_pointwise(weight.new_zeros(1, weight.shape[1]), packed, None, "none", [], "")
-    except (AttributeError, RuntimeError, NotImplementedError):  # a torch or a processor without it
-        return None
-    return packed
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """One block's norms and products. None: this model has no such norm."""
-
-    attention_norm: Tensor | None
-    qkv: Linear
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    uses_rope: bool
-    out: Linear
-    out_norm: Tensor | None
-    mlp_norm: Tensor | None
-    gate_up: Linear
-    down: Linear
-    down_norm: Tensor | None
-
-
-# Of the layer's four norms over the hidden channels, by `norm_position`: its name in checkpoints
-NORM_NAMES: Mapping[str, Mapping[str, str]] = {
-    "before": {"attention": "input_layernorm", "mlp": "post_attention_layernorm"},
-    "after": {"out": "post_attention_layernorm", "down": "post_feedforward_layernorm"},
-}
-
-
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every tensor the decoder holds. A tied head has no tensor of its own."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    heads = config.num_heads * config.head_dim
-    kv_heads = config.num_kv_heads * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
-    for i in range(config.num_layers):
-        layer = f"model.layers.{i}"
-        for norm in NORM_NAMES[config.norm_position].values():
-            shapes[f"{layer}.{norm}.weight"] = (hidden,)
-        shapes[f"{layer}.self_attn.qkv_proj.weight"] = (heads + 2 * kv_heads, hidden)
-        if config.qk_norm is not None:
-            each = config.qk_norm == "head"
-            shapes[f"{layer}.self_attn.q_norm.weight"] = (config.head_dim if each else heads,)
-            shapes[f"{layer}.self_attn.k_norm.weight"] = (config.head_dim if each else kv_heads,)
-        shapes[f"{layer}.self_attn.o_proj.weight"] = (hidden, heads)
-        shapes[f"{layer}.mlp.gate_up_proj.weight"] = (2 * inner, hidden)
-        shapes[f"{layer}.mlp.down_proj.weight"] = (hidden, inner)
-        if config.qkv_bias:
-            shapes[f"{layer}.self_attn.qkv_proj.bias"] = (heads + 2 * kv_heads,)
-        if config.out_bias:
-            shapes[f"{layer}.self_attn.o_proj.bias"] = (hidden,)
-        if config.mlp_bias:
-            shapes[f"{layer}.mlp.gate_up_proj.bias"] = (2 * inner,)
-            shapes[f"{layer}.mlp.down_proj.bias"] = (hidden,)
-    shapes["model.norm.weight"] = (hidden,)
-    if not config.tied_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
-    return shapes
+    added: Tensor
+    residual: Tensor
 
 
 class Decoder:
     """`parameters` is uninitialised memory until `weights.load_weights` has filled it; then `prepare` once."""
+
+    crowded_by: str | None = None  # what may make a row depend on the others, beside products: nothing
 
     def __init__(self, config: ModelConfig, kernels: Kernels, *, dtype: torch.dtype, device: str) -> None:
         self.config = config
@@ -123,103 +48,151 @@ class Decoder:
             name: torch.empty(shape, dtype=dtype, device=device)
             for name, shape in parameter_shapes(config).items()
         }
-        self._layers: list[Layer] = []
+        self._blocks: list[Block | ParallelBlock] = []
 
     def prepare(self, max_len: int) -> None:
-        """Move the loaded `parameters` into their products, and make rope tables for `max_len` positions."""
-        config, take = self.config, self.parameters.pop  # a packed weight frees its plain copy at once
-
-        def product(name: str) -> Linear:
-            return Linear(take(f"{name}.weight"), take(f"{name}.bias", None))
-
-        names = NORM_NAMES[config.norm_position]
-
-        def norm(layer: str, place: str) -> Tensor | None:
-            return take(f"{layer}.{names[place]}.weight") if place in names else None
-
-        self._layers = [
-            Layer(
-                attention_norm=norm(layer, "attention"),
-                qkv=product(f"{layer}.self_attn.qkv_proj"),
-                q_norm=take(f"{layer}.self_attn.q_norm.weight", None),
-                k_norm=take(f"{layer}.self_attn.k_norm.weight", None),
-                uses_rope=i not in config.no_rope_layers,
-                out=product(f"{layer}.self_attn.o_proj"),
-                out_norm=norm(layer, "out"),
-                mlp_norm=norm(layer, "mlp"),
-                gate_up=product(f"{layer}.mlp.gate_up_proj"),
-                down=product(f"{layer}.mlp.down_proj"),
-                down_norm=norm(layer, "down"),
-            )
-            for i, layer in ((i, f"model.layers.{i}") for i in range(config.num_layers))
-        ]
-        self._embedding = take("model.embed_tokens.weight")
-        self._norm = take("model.norm.weight")
-        head = self._embedding if config.tied_embeddings else take("lm_head.weight")
-        self._head = Linear(head, None)
-        self._cos, self._sin = rope_tables(config, max_len, self.device)
+        """Move the loaded `parameters` into their products, and make rope tables for `max_len` positions, which is at
+        most `max_position`."""
+        config = self.config
+        self._blocks = [self._block(i) for i in range(config.num_layers)]
+        self._embedding = self.parameters.pop("model.embed_tokens.weight")
+        self._positions = self.parameters.pop("model.embed_positions.weight", None)
+        self._last_norm = self._norm("model.norm")
+        self._head = Linear(self._embedding, None) if config.tied_embeddings else self._product("lm_head")
+        self._multiplier = config.embedding_multiplier
+        if config.rounds_embedding_multiplier:
+            self._multiplier = float(torch.tensor(self._multiplier).to(self.dtype))
+        self._tables: list[Rotation] = []
+        if config.positions == "rope":
+            self._tables.append(rope_tables(config, max_len, self.device))
+        if config.windowed_rope_theta is not None:
+            windowed = replace(config, rope_theta=config.windowed_rope_theta, rope_scaling=None)
+            self._tables.append(rope_tables(windowed, max_len, self.device))
+        self._table_of = [0 if self._window(i) is None else -1 for i in range(config.num_layers)]
 
     def distinct_products(self) -> list[Linear]:
         """One product of each shape that occurs: what a check of products must look at."""
-        layer = self._layers[0]
-        return [layer.qkv, layer.out, layer.gate_up, layer.down, self._head]
+        products = [product for block in self._blocks for product in block.products]
+        return list({product.shape: product for product in (*products, self._head)}.values())
+
+    def pad_groups(self, row_multiple: int) -> None:
+        """From now on pad the rows that an expert computes up to `row_multiple`, as `StepInput` pads a step's."""
+        for block in self._blocks:
+            if isinstance(block.mlp, Experts):
+                block.mlp.row_multiple = row_multiple
 
     def forward(self, step: StepInput, cache: KVCache) -> Tensor:
         """Run all tokens of the step and store their K and V. Logits `[S, vocab]` of `step.logit_rows`."""
-        config, kernels, eps = self.config, self.kernels, self.config.rms_norm_eps
-        num_tokens = step.token_ids.shape[0]
-        heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
-        scale = dim**-0.5 if config.attention_multiplier is None else config.attention_multiplier
-        rotated, added = config.rotary_dim, config.residual_multiplier
-        cos, sin = self._cos[step.positions], self._sin[step.positions]  # [T, rotated / 2]
+        return self.logits(self.hidden(step, cache), step.logit_rows)
+
+    def hidden(self, step: StepInput, cache: KVCache) -> Hidden:
+        """As `forward`, but all tokens of the step before the last norm and the head."""
+        # of the layers that see everything, and of those with a window: cos and sin, each [T, rotary_dim / 2]
+        rotations = [(cos[step.positions], sin[step.positions]) for cos, sin in self._tables]
         residual = self._embedding[step.token_ids]  # [T, hidden]
-        if config.embedding_multiplier != 1.0:
-            residual = residual * config.embedding_multiplier
-        x: Tensor | None = None  # what the last part of a block made and `residual` does not contain yet
-        for layer, pages in zip(self._layers, cache.layers, strict=True):
-            x, residual = self._added(x, residual, layer.attention_norm)
-            # [T, heads + 2·kv_heads, d]: q, k and v are views, nothing is copied
-            qkv = layer.qkv(x).view(num_tokens, heads + 2 * kv_heads, dim)
-            q, k, v = qkv.split_with_sizes((heads, kv_heads, kv_heads), dim=1)
-            if layer.q_norm is not None and layer.k_norm is not None:
-                q, k = self._normed(q, layer.q_norm), self._normed(k, layer.k_norm)
-            if layer.uses_rope and rotated == dim:
-                kernels.rope(q, k, cos, sin)
-            elif layer.uses_rope:
-                kernels.rope(q[..., :rotated], k[..., :rotated], cos, sin)
-            kernels.store_kv(k, v, pages, step.slots)
-            mixed = kernels.paged_attention(
-                q, pages, step.page_table, step.query_start, step.context_lens, scale
-            )
-            x = layer.out(mixed.view(num_tokens, heads * dim))
-            if layer.out_norm is not None:
-                x = kernels.rms_norm(x, layer.out_norm, eps)
-            if added != 1.0:
-                x = x * added
-            x, residual = self._added(x, residual, layer.mlp_norm)
-            x = layer.down(kernels.silu_mul(layer.gate_up(x)))
-            if layer.down_norm is not None:
-                x = kernels.rms_norm(x, layer.down_norm, eps)
-            if added != 1.0:
-                x = x * added
+        if self._multiplier != 1.0:
+            residual = residual * self._multiplier
+        if self._positions is not None:
+            residual = residual + self._positions[step.positions]
+        x: Tensor | None = None
+        for block, pages, table in zip(self._blocks, cache.layers, self._table_of, strict=True):
+            x, residual = block(x, residual, step, pages, rotations[table] if rotations else None)
         assert x is not None  # there is at least one layer
-        if step.logit_rows.shape[0] == 0:
-            return x.new_empty((0, config.vocab_size))
-        # only the rows that sample reach the last norm and the head
-        x, _ = kernels.add_rms_norm(x[step.logit_rows], residual[step.logit_rows], self._norm, eps)
+        return Hidden(x, residual)
+
+    def logits(self, hidden: Hidden, rows: Tensor) -> Tensor:
+        """`[N, vocab]` of the tokens `rows` `[N]` of a step. Only they reach the last norm and the head."""
+        config = self.config
+        if rows.shape[0] == 0:
+            return hidden.added.new_empty((0, config.vocab_size))
+        x, _ = self._last_norm.added(hidden.added[rows], hidden.residual[rows])
         logits = self._head(x)
-        return logits if config.logits_scaling == 1.0 else logits / config.logits_scaling
+        if config.logits_scaling != 1.0:
+            logits = logits / config.logits_scaling
+        if config.logits_softcap is not None:
+            logits = self.kernels.softcap(logits, config.logits_softcap)
+        return logits
 
-    def _added(self, x: Tensor | None, residual: Tensor, norm: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(residual + x, normed where there is a norm; residual + x), each `[T, hidden]`."""
-        if norm is None:
-            total = residual if x is None else x + residual
-            return total, total
-        if x is None:
-            return self.kernels.rms_norm(residual, norm, self.config.rms_norm_eps), residual
-        return self.kernels.add_rms_norm(x, residual, norm, self.config.rms_norm_eps)
+    def _block(self, index: int) -> Block | ParallelBlock:
+        config, layer, places = self.config, f"model.layers.{index}", NORM_NAMES[self.config.norm_position]
 
-    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Heads `[T, h, d]` normed over as many channels as there are weights: one head's or all."""
-        rows = x.reshape(-1, weight.shape[0])
-        return self.kernels.rms_norm(rows, weight, self.config.rms_norm_eps).view(x.shape)
+        def norm(place: str) -> Norm | None:
+            return self._norm(f"{layer}.{places[place]}") if place in places else None
+
+        if config.parallel:
+            return ParallelBlock(
+                attention_norm=norm("attention"),
+                attention=self._attention(index),
+                mlp_norm=norm("mlp"),
+                mlp=self._mlp(index),
+                multiplier=config.residual_multiplier,
+            )
+        return Block(
+            attention_norm=norm("attention"),
+            attention=self._attention(index),
+            out_norm=norm("out"),
+            mlp_norm=norm("mlp"),
+            mlp=self._mlp(index),
+            down_norm=norm("down"),
+            multiplier=config.residual_multiplier,
+        )
+
+    def _attention(self, index: int) -> SelfAttention:
+        config, part = self.config, f"model.layers.{index}.self_attn"
+        return SelfAttention(
+            kernels=self.kernels,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            rotary_dim=0 if index in config.no_rope_layers else config.rotary_dim,
+            how=self._how(index),
+            qkv=self._product(f"{part}.qkv_proj"),
+            q_norm=self._head_norm(f"{part}.q_norm"),
+            k_norm=self._head_norm(f"{part}.k_norm"),
+            out=self._product(f"{part}.o_proj"),
+        )
+
+    def _window(self, index: int) -> int | None:
+        return self.config.windows[index] if self.config.windows else None
+
+    def _how(self, index: int) -> Attention:
+        config = self.config
+        scale = config.head_dim**-0.5 if config.attention_multiplier is None else config.attention_multiplier
+        slopes = None
+        if config.positions == "alibi":
+            slopes = (alibi_slopes(config.num_heads) * scale).to(self.device)
+        return Attention(scale, window=self._window(index), softcap=config.attention_softcap, slopes=slopes)
+
+    def _product(self, name: str) -> Linear:
+        # taken out of `parameters`, so that a packed weight frees its plain copy at once
+        return Linear(self.parameters.pop(f"{name}.weight"), self.parameters.pop(f"{name}.bias", None))
+
+    def _mlp(self, index: int) -> MLP | Experts:
+        part, moe = f"model.layers.{index}.mlp", self.config.moe
+        if moe is None or index in moe.dense_layers:
+            return self._one_mlp(part)
+        return Experts(
+            self._product(f"{part}.gate"),
+            tuple(self._one_mlp(f"{part}.experts.{expert}") for expert in range(moe.num_experts)),
+            num_per_token=moe.num_per_token,
+            normalised=moe.normalised,
+        )
+
+    def _one_mlp(self, part: str) -> MLP:
+        kind, name = (GatedMLP, "gate_up_proj") if self.config.gated_mlp else (PlainMLP, "up_proj")
+        up, down = self._product(f"{part}.{name}"), self._product(f"{part}.down_proj")
+        return kind(self.kernels, self.config.activation, up, down)
+
+    def _norm(self, name: str) -> Norm:
+        weight, bias = self.parameters.pop(f"{name}.weight"), self.parameters.pop(f"{name}.bias", None)
+        if self.config.norm_kind == "rms":
+            assert bias is None
+            return RMSNorm(self.kernels, weight, self.config.norm_eps, self.config.norm_offset)
+        return LayerNorm(self.kernels, weight, bias, self.config.norm_eps)
+
+    def _head_norm(self, name: str) -> RMSNorm | None:
+        """Of q or k. None: this model has no such norm."""
+        weight = self.parameters.pop(f"{name}.weight", None)
+        if weight is None:
+            return None
+        return RMSNorm(self.kernels, weight, self.config.norm_eps, self.config.norm_offset)

@@ -7,11 +7,15 @@ share them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from types import MappingProxyType
+from typing import Literal, NamedTuple, TypeAlias
 
 from engine.request import TokenLogprobs
 from engine.sequence import Sequence
+
+PromptScores: TypeAlias = list[TokenLogprobs] | None  # None: something was not finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,15 @@ class Row:
     def samples(self) -> bool:
         """True when this row computes the sequence's last token, so that a next one is drawn."""
         return self.num_tokens == self.sequence.num_pending
+
+    @property
+    def scored(self) -> range:
+        """Positions among these tokens whose logits say how likely the prompt's next token was, if that is asked
+        for and not known yet."""
+        known, start = self.sequence.prompt_logprobs, self.sequence.num_computed
+        if known is None:
+            return range(0)
+        return range(max(start, len(known)), min(start + self.num_tokens, self.sequence.num_prompt - 1))
 
 
 class Move(NamedTuple):
@@ -52,9 +65,22 @@ class Plan:
         return [row for row in self.rows if row.samples]
 
 
+FAILED = -1  # in place of a token: this row's logits were not finite
+
+
 class Draws(NamedTuple):
     """`token_ids`: one per sampling row, in order, -1 for a row whose logits were not finite. `logprobs`: by
-    number of the sampling row, for rows that ask for them and did not fail."""
+    number of the sampling row, for rows that ask for them and did not fail. `prompt_logprobs`: by number of the row
+    in the plan, one per position in `Row.scored`; None for a row whose logits were not finite, which draws no token
+    either."""
 
     token_ids: list[int]
     logprobs: dict[int, TokenLogprobs]
+    prompt_logprobs: Mapping[int, PromptScores] = MappingProxyType({})
+
+    def with_scores(self, plan: Plan, scores: Mapping[int, PromptScores]) -> Draws:
+        """These draws, and `scores` as their `prompt_logprobs`."""
+        failed = {plan.rows[place].sequence for place, made in scores.items() if made is None}
+        drawn = zip(self.token_ids, plan.sampling_rows, strict=True)
+        token_ids = [FAILED if row.sequence in failed else token_id for token_id, row in drawn]
+        return Draws(token_ids, self.logprobs, scores)

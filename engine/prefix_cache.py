@@ -96,9 +96,9 @@ class PrefixCache:
     # --- finding --------------------------------------------------------------------------------------------
 
     def match(self, sequence: Sequence) -> Match:
-        """What is in the cache of all tokens but the last, which must be computed to draw the next."""
+        """What is in the cache of the tokens that need not be computed (`Sequence.num_reusable`)."""
         size, tokens = self.pool.page_size, sequence.token_ids
-        limit = len(tokens) - 1
+        limit = sequence.num_reusable
         keys = self.chain(sequence, limit)
         whole: list[Entry] = []
         for i in range(limit // size):

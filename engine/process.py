@@ -1,4 +1,4 @@
-"""The engine process: `python -m engine.process --read-fd N --write-fd M --parent-pid P`.
+"""The engine process: `python -m engine.process --read-fd N --write-fd M --parent-pid P [--bar]`.
 
 Owns three threads. The reader turns frames into an inbox, the main thread loads the model, takes the inbox and
 steps, the writer sends. So a step never waits for a pipe, and a worker's death is noticed during a step. The
@@ -38,11 +38,13 @@ from engine.wire import (
     FrameTooLargeError,
     FrameWriter,
     FromEngine,
+    Grown,
     Hello,
     Message,
     Progress,
     Stats,
     Stop,
+    Streamed,
     WireError,
 )
 
@@ -53,8 +55,10 @@ log = logging.getLogger(__name__)
 
 CREDITS_PER_SEQUENCE = 4  # requests held per running sequence: enough that the queue here never runs dry
 REPORT_SECONDS = 1.0
+STREAM_SECONDS = 0.02  # between two frames for those who read along: a step or more
 CHECK_SECONDS = 10.0  # a check walks over all pages: not after every single request of a quiet hour
 _FLUSH_SECONDS = 5.0  # for the last frames, when a worker does not read them
+_FEW_FRAMES = 16  # unsent; a worker that reads more slowly is not told of progress
 _PR_SET_PDEATHSIG = 1
 _ORPHANED = 2  # exit code when the worker is gone; nobody is left to read it
 
@@ -63,12 +67,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     parser = argparse.ArgumentParser(prog="python -m engine.process")
     for name in ("--read-fd", "--write-fd", "--parent-pid"):
         parser.add_argument(name, type=int, required=True)
+    parser.add_argument("--bar", action="store_true", help="show how far loading is, if stderr is a terminal")
     options = parser.parse_args(arguments)
     _tie_to_parent(options.parent_pid)
     for fd in (options.read_fd, options.write_fd):
         os.set_inheritable(fd, False)  # a compiler started from here must not hold the pipe open
     logging.basicConfig(level=logging.INFO, format="engine[%(process)d] %(levelname)s %(message)s")
-    os._exit(_Process(options.read_fd, options.write_fd).run())
+    os._exit(_Process(options.read_fd, options.write_fd, bar=options.bar).run())
 
 
 def _tie_to_parent(parent_pid: int) -> None:
@@ -81,13 +86,17 @@ def _tie_to_parent(parent_pid: int) -> None:
 
 
 class _Process:
-    def __init__(self, read_fd: int, write_fd: int) -> None:
+    def __init__(self, read_fd: int, write_fd: int, *, bar: bool) -> None:
+        self._bar = bar
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[FromEngine | None] = queue.SimpleQueue()
         self._draining = False
         self._stopping = False
         self._reported_at = 0.0
         self._checked_at = float("-inf")
+        self._grown_at = 0.0
+        self._streamed_at = 0.0
+        self._checkpoint_seconds = float("inf")
         self._was_busy: bool | None = None
         threading.Thread(target=self._read, args=(FrameReader(read_fd),), name="reader", daemon=True).start()
         self._writer = threading.Thread(
@@ -124,8 +133,10 @@ class _Process:
             Engine,
         )  # loads torch with the model, after the process is tied to its parent
 
-        engine = Engine.load(first.config)
+        engine = Engine.load(first.config, bar=self._bar)
         config = first.config
+        if first.checkpoint_seconds is not None:
+            self._checkpoint_seconds = first.checkpoint_seconds
         self._credits = config.max_num_requests or CREDITS_PER_SEQUENCE * config.max_num_seqs
         runner = engine.runner
         self._outbox.put(
@@ -198,15 +209,24 @@ class _Process:
         return None
 
     def _report(self, engine: Engine) -> None:
-        """Stats and progress once a second, and Stats whenever the engine turns busy or idle."""
+        """Streams and checkpoints; Stats and progress once a second, Stats also when it turns busy or idle."""
         now = time.monotonic()
+        few = self._outbox.qsize() < _FEW_FRAMES
+        due = few and engine.num_streams > 0 and now - self._streamed_at >= STREAM_SECONDS
+        if due and (growths := engine.streamed()):
+            self._streamed_at = now
+            self._outbox.put(Streamed(tuple(growths)))
+        if now - self._grown_at >= self._checkpoint_seconds and few:
+            self._grown_at = now
+            if growths := engine.grown():
+                self._outbox.put(Grown(tuple(growths)))
         due = now - self._reported_at >= REPORT_SECONDS
         if not due and engine.has_work == self._was_busy:
             return
         self._was_busy = engine.has_work
         self._reported_at = now
         self._outbox.put(Stats(engine.stats()))
-        if due and engine.has_work and self._outbox.qsize() < 16:  # lossy: not for a worker that reads slowly
+        if due and engine.has_work and self._outbox.qsize() < _FEW_FRAMES:  # lossy
             self._outbox.put(Progress(engine.progress()))
 
     def _send(self, completions: list[Completion]) -> None:
@@ -244,11 +264,19 @@ def _write_whole(frames: FrameWriter, message: FromEngine) -> None:
     try:
         frames.write(message)
     except FrameTooLargeError:
-        if not isinstance(message, Completions) or len(message.completions) < 2:
-            raise
-        middle = len(message.completions) // 2
-        _write_whole(frames, Completions(message.completions[:middle]))
-        _write_whole(frames, Completions(message.completions[middle:]))
+        for half in _halves(message):
+            _write_whole(frames, half)
+
+
+def _halves(message: FromEngine) -> tuple[FromEngine, FromEngine]:
+    match message:
+        case Completions(completions) if middle := len(completions) // 2:
+            return Completions(completions[:middle]), Completions(completions[middle:])
+        case Grown(growths) if middle := len(growths) // 2:
+            return Grown(growths[:middle]), Grown(growths[middle:])
+        case Streamed(growths) if middle := len(growths) // 2:
+            return Streamed(growths[:middle]), Streamed(growths[middle:])
+    raise WireError(f"one {type(message).__name__} takes more than a frame may")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.request import RepetitionDetectionParams
+from engine.sampling_params import RepetitionDetectionParams
 
 
 def repeats(token_ids: Sequence[int], num_generated: int, rule: RepetitionDetectionParams) -> bool:

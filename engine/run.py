@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import replace
 
-from engine.request import Completion, Generated, Output, Request, RequestError, RequestId
+from engine.request import Completion, Generated, Output, Rejected, Request, RequestError, RequestId
 from engine.sequence import Sequence
 from engine.stop import StopChecker
 from engine.waiting import level_of
@@ -20,6 +20,26 @@ def identity(request: Request) -> Hashable:
     """Equal for requests whose outputs are equal: a greedy one has no use for its seed."""
     sampling = replace(request.sampling, seed=0) if request.sampling.greedy else request.sampling
     return request.prompt_token_ids, sampling, request.cache_salt, request.generated
+
+
+def check_generated(request: Request) -> None:
+    """Raises `Rejected` for a checkpoint that this request could not have left behind."""
+    sampling, num_scored = request.sampling, len(request.prompt_token_ids) - 1
+    if request.generated and len(request.generated) != sampling.n:
+        raise Rejected(
+            "invalid_checkpoint", f"generated: must have one entry for each of {sampling.n} samples"
+        )
+    for index, sample in enumerate(request.generated):
+        wanted = 0 if sampling.logprobs is None else len(sample.token_ids)
+        if len(sample.logprobs) != wanted:
+            raise Rejected("invalid_checkpoint", f"generated: {wanted} logprobs are needed for these tokens")
+        most = num_scored if index == 0 and sampling.prompt_logprobs is not None else 0
+        least = most if sample.token_ids else 0
+        if not least <= len(sample.prompt_logprobs) <= most:
+            raise Rejected(
+                "invalid_checkpoint",
+                f"generated: {least} to {most} prompt_logprobs are needed in the entry of sample {index}",
+            )
 
 
 class Run:
@@ -36,16 +56,28 @@ class Run:
 
     @property
     def num_generated(self) -> int:
-        """Of all samples. A finished one counts what it kept: the surplus after a stop string is nobody's."""
-        return sum(len(s.output.token_ids) if s.output else s.num_generated for s in self.sequences)
+        """Of all samples."""
+        return sum(self.counts)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Tokens of each sample. A finished one counts what it kept: the surplus after a stop string is nobody's."""
+        return tuple(len(s.output.token_ids) if s.output else s.num_generated for s in self.sequences)
 
     @property
     def generated(self) -> tuple[Generated, ...]:
         """A checkpoint: what each sample has so far."""
-        made = [(s, len(s.output.token_ids) if s.output else s.num_generated) for s in self.sequences]
+        return self.generated_since((0,) * len(self.sequences))
+
+    def generated_since(self, starts: tuple[int, ...]) -> tuple[Generated, ...]:
+        """The same, from token `starts[k]` of sample k on."""
         return tuple(
-            Generated(token_ids=tuple(s.generated[:count]), logprobs=tuple(s.logprobs[:count]))
-            for s, count in made
+            Generated(
+                token_ids=tuple(s.token_ids[s.num_prompt + start : s.num_prompt + count]),
+                logprobs=tuple(s.logprobs[start:count]),
+                prompt_logprobs=() if start else tuple(s.prompt_logprobs or ()),
+            )
+            for s, start, count in zip(self.sequences, starts, self.counts, strict=True)
         )
 
     def serves(self, request: Request) -> bool:
@@ -76,12 +108,15 @@ class Run:
         whole = error is None and not aborted
         first = next(iter(self.requests)) == request.id
         num_prompt = len(request.prompt_token_ids)
+        scores = self.sequences[0].prompt_logprobs
         return Completion(
             id=request.id,
             outputs=tuple(filter(None, (s.finished_output for s in self.sequences))) if whole else (),
             error=error,
             aborted=aborted,
+            generated=self.generated if aborted and self.num_generated else (),
             num_prompt=num_prompt,
             num_generated=self.num_generated,
             num_cached_tokens=min(s.num_cached for s in self.sequences) if first else num_prompt,
+            prompt_logprobs=(None, *scores) if whole and scores is not None else None,
         )

@@ -12,6 +12,8 @@ fp32, steps are padded to a multiple of 16 rows, and compared again. `determinis
 from __future__ import annotations
 
 import logging
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,14 +21,18 @@ from torch import Tensor
 from engine.cache import EIGHT_BITS, KVCache
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig, ModelConfig
+from engine.logprobs import score_prompts, slice_rows
 from engine.memory import bytes_per_page, fitting_host_pages, fitting_pages, usable_pages
 from engine.model import Decoder
-from engine.plan import Draws, Plan
-from engine.request import InvalidParameter
+from engine.plan import Draws, Plan, PromptScores
 from engine.sampler import Sampler
+from engine.sampling_params import InvalidParameter
 from engine.step_input import StepInput
 from engine.weights import load_weights
 from kernels import Kernels, kernels_for
+
+if TYPE_CHECKING:
+    from engine.fallback import Fallback
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +45,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: Decoder | Fallback,
         cache: KVCache,
         *,
         page_size: int,
@@ -65,8 +71,8 @@ class ModelRunner:
         self._sampler = Sampler(decoder.config)
 
     @classmethod
-    def load(cls, config: EngineConfig, checkpoint: Checkpoint) -> ModelRunner:
-        """Read the weights, allocate the pages, check determinism.
+    def load(cls, config: EngineConfig, checkpoint: Checkpoint, *, bar: bool = False) -> ModelRunner:
+        """Read the weights, allocate the pages, check determinism. `bar`: show how far it is, at a terminal.
 
         Raises `InvalidParameter` for a setting that cannot work here, `UnsupportedCheckpoint` for weights.
         """
@@ -84,13 +90,18 @@ class ModelRunner:
             raise InvalidParameter("kernels", str(error)) from None
         storage = resolve_kv_cache_dtype(config.kv_cache_dtype, dtype, kernels)
         with torch.inference_mode():
-            decoder = Decoder(model, kernels, dtype=dtype, device=device)
-            load_weights(decoder, checkpoint)
+            decoder = load_decoder(checkpoint, kernels, dtype=dtype, device=device, bar=bar)
             decoder.prepare(max_model_len)
             cache = allocate_cache(
-                config, model, dtype=dtype, storage=storage, device=device, max_model_len=max_model_len
+                config,
+                decoder.config,
+                dtype=dtype,
+                storage=storage,
+                device=device,
+                max_model_len=max_model_len,
             )
             row_multiple, deterministic = resolve_deterministic(config.deterministic, decoder)
+            decoder.pad_groups(row_multiple)
         return cls(
             decoder,
             cache,
@@ -110,10 +121,16 @@ class ModelRunner:
         with torch.inference_mode():
             self.cache.move(plan.moves)
             step = StepInput.build(plan, self.page_size, row_multiple=self._row_multiple, device=self.device)
-            logits = self._decoder.forward(step, self.cache)
+            hidden = self._decoder.hidden(step, self.cache)
+            scores: dict[int, PromptScores] = {}
+            if step.scored_rows.shape[0]:
+                at_once = slice_rows(self.model_config.vocab_size, self._row_multiple)
+                scores = score_prompts(plan, step.scored_rows, partial(self._decoder.logits, hidden), at_once)
             if not sampling_rows:
-                return Draws([], {})
-            return self._sampler(logits[: len(sampling_rows)], sampling_rows)
+                return Draws([], {}, scores)
+            logits = self._decoder.logits(hidden, step.logit_rows)
+            draws = self._sampler(logits[: len(sampling_rows)], sampling_rows)
+            return draws.with_scores(plan, scores) if scores else draws
 
     def logits(self, plan: Plan) -> Tensor:
         """As `run`, but the logits `[rows that sample, vocab]` before any sampling."""
@@ -121,6 +138,19 @@ class ModelRunner:
             self.cache.move(plan.moves)
             step = StepInput.build(plan, self.page_size, row_multiple=self._row_multiple, device=self.device)
             return self._decoder.forward(step, self.cache)[: len(plan.sampling_rows)]
+
+
+def load_decoder(
+    checkpoint: Checkpoint, kernels: Kernels, *, dtype: torch.dtype, device: str, bar: bool = False
+) -> Decoder | Fallback:
+    """With its weights, not yet prepared. Raises `UnsupportedCheckpoint`."""
+    if checkpoint.config.definition == "transformers":
+        from engine.fallback import Fallback
+
+        return Fallback.load(checkpoint, kernels, dtype=dtype, device=device)
+    decoder = Decoder(checkpoint.config, kernels, dtype=dtype, device=device)
+    load_weights(decoder, checkpoint, bar=bar)
+    return decoder
 
 
 def resolve_device(device: str) -> str:
@@ -191,7 +221,7 @@ def allocate_cache(
     )
 
 
-def resolve_deterministic(wanted: bool | None, decoder: Decoder) -> tuple[int, bool]:
+def resolve_deterministic(wanted: bool | None, decoder: Decoder | Fallback) -> tuple[int, bool]:
     """(row multiple, whether tokens depend on their request alone). None: as on a CPU, where it is cheap.
 
     Raises `InvalidParameter` when it is wanted and cannot be had.
@@ -199,16 +229,20 @@ def resolve_deterministic(wanted: bool | None, decoder: Decoder) -> tuple[int, b
     on_cpu = torch.device(decoder.device).type == "cpu"
     if wanted is False or (wanted is None and not on_cpu):
         return 1, False
-    row_multiple, deterministic = row_invariance(decoder)
-    if not deterministic:
+    if decoder.crowded_by is not None:
+        row_multiple, deterministic = 1, False
+        reason = f"{decoder.crowded_by} cannot be checked, so tokens may depend on the crowd"
+    else:
+        row_multiple, deterministic = row_invariance(decoder)
         reason = "products on this machine depend on their row count, so tokens may depend on the crowd"
+    if not deterministic:
         if wanted:
             raise InvalidParameter("deterministic", f"cannot be had: {reason}")
         logger.warning(reason)
     return row_multiple, deterministic
 
 
-def row_invariance(decoder: Decoder) -> tuple[int, bool]:
+def row_invariance(decoder: Decoder | Fallback) -> tuple[int, bool]:
     """(row multiple to pad steps to, whether products are then bit-equal for any number of rows)."""
     multiples = (PADDED_ROWS,) if decoder.dtype == torch.float32 else (1, PADDED_ROWS)
     for multiple in multiples:
@@ -217,7 +251,7 @@ def row_invariance(decoder: Decoder) -> tuple[int, bool]:
     return 1, False
 
 
-def _products_invariant(decoder: Decoder, multiple: int) -> bool:
+def _products_invariant(decoder: Decoder | Fallback, multiple: int) -> bool:
     products = decoder.distinct_products()
     elements = sum(product.num_inputs * product.num_outputs for product in products)
     most = max(3 * PADDED_ROWS, min(512, int(_CHECK_FLOPS / (2 * elements)) // PADDED_ROWS * PADDED_ROWS))

@@ -5,7 +5,8 @@ depends on the row's logits, its seed and its position alone: the noise is a has
 float64, and ties are broken by token id, so the crowd in a step changes nothing. A feature that no row asks
 for costs nothing.
 
-Order as in vLLM: min_tokens, the request's own rules for logits (`adjust`), temperature, min-p, top-k, top-p.
+Order as in vLLM: the grammar's mask (`token_masks`), min_tokens, the request's own rules for logits (`adjust`),
+temperature, min-p, top-k, top-p.
 Logprobs are taken before all of them.
 """
 
@@ -15,14 +16,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import pad
 
 from engine.adjust import adjust
 from engine.config import ModelConfig
-from engine.plan import Draws, Row
+from engine.logprobs import log_softmax, ranked, token_logprobs
+from engine.plan import FAILED, Draws, Row
 from engine.request import TokenLogprobs
+from engine.token_masks import TokenMasks
 
-FAILED = -1  # in place of a token: this row's logits were not finite
 TOP_P_CANDIDATES = 1024  # nearly always hold the nucleus; a full sort is the fallback
 _INVERSE_2_53 = 2.0**-53
 
@@ -31,12 +32,15 @@ class Sampler:
     def __init__(self, config: ModelConfig) -> None:
         self._vocab_size = config.vocab_size
         self._eos = config.eos_token_ids
+        self._masks = TokenMasks()
 
     def __call__(self, logits: Tensor, rows: list[Row]) -> Draws:
         """logits `[S, vocab]`, any float dtype, overwritten; `rows` has S entries. One token id per row, or
-        `FAILED` where the largest logit is NaN or infinite, or the logprob that was asked for is."""
+        `FAILED` where the largest logit is NaN or infinite, or the logprob that was asked for is, or where the
+        row's grammar cannot go on (`Matcher.error`)."""
         asked = [i for i, row in enumerate(rows) if row.sequence.request.sampling.logprobs is not None]
-        raw = _log_softmax(logits, asked) if asked else None
+        raw = log_softmax(logits[torch.tensor(asked, device=logits.device)]) if asked else None
+        self._masks.apply(logits, rows)
         self._mask_early_ends(logits, rows)
         if any(row.sequence.rules is not None for row in rows):
             logits = logits.float()
@@ -95,7 +99,7 @@ def _draw_narrowed(
     vocab = logits.shape[1]
     limit = torch.where(top_k > 0, top_k, TOP_P_CANDIDATES).clamp(max=vocab)
     width = int(limit.max())
-    kept, order = _ranked(logits, width)
+    kept, order = ranked(logits, width)
     ranks = torch.arange(width, device=logits.device)
     weights = ((kept.double() - top) / heat[:, None]).exp_()
     weights.masked_fill_(ranks >= limit[:, None], 0.0)
@@ -113,7 +117,7 @@ def _draw_narrowed(
     found = order.gather(1, _inverse_cdf(sums, u, size)[:, None])[:, 0]
     for i in short.nonzero()[:, 0].tolist():  # the nucleus is wider than the candidates: sort this row whole
         row = slice(i, i + 1)
-        kept, order = _ranked(logits[row], vocab)
+        kept, order = ranked(logits[row], vocab)
         weights = ((kept.double() - top[row]) / heat[row, None]).exp_()
         sums = weights.cumsum(dim=1)
         size = (sums - weights < (top_p * mass)[row, None]).sum(dim=1).clamp_(min=1)
@@ -128,52 +132,15 @@ def _mask_unlikely(logits: Tensor, top: Tensor, heat: Tensor, min_p: Tensor) -> 
     logits.masked_fill_(shares < min_p[:, None], float("-inf"))
 
 
-def _log_softmax(logits: Tensor, chosen: list[int]) -> Tensor:
-    """Natural log of softmax of the rows `chosen`, float32 `[len(chosen), vocab]`.
-
-    torch reduces each row by itself, in an order given by its length; on CUDA by its alignment too, which the
-    padding makes the same for all rows. `logsumexp` would not do: it splits single long rows over threads.
-    """
-    picked = logits[torch.tensor(chosen, device=logits.device)].float()
-    vocab = picked.shape[1]
-    if vocab % 4:  # floats in 16 bytes
-        picked = pad(picked, (0, -vocab % 4), value=float("-inf"))
-    return torch.log_softmax(picked, dim=1)[:, :vocab]
-
-
 def _logprobs(raw: Tensor, tokens: Tensor, rows: list[Row], asked: list[int]) -> dict[int, TokenLogprobs]:
     """raw `[len(asked), vocab]`, tokens `[S]`. By row, for rows in `asked` that did not fail; a row whose
     logprob is not finite (an infinite logit that min_tokens masked) becomes `FAILED` in `tokens`."""
-    index = torch.tensor(asked, device=tokens.device)
-    ids = tokens[index]
-    values = raw.gather(1, ids.clamp(min=0)[:, None])[:, 0]
-    ids = torch.where(torch.isfinite(values), ids, FAILED)
-    tokens[index] = ids
     counts = [rows[i].sequence.request.sampling.logprobs or 0 for i in asked]
-    wide = [j for j, count in enumerate(counts) if count]
-    top: dict[int, tuple[tuple[int, float], ...]] = {}
-    if wide:
-        ranked, order = _ranked(raw[torch.tensor(wide, device=raw.device)], min(max(counts), raw.shape[1]))
-        for j, near, best in zip(wide, order.tolist(), ranked.tolist(), strict=True):
-            top[j] = tuple(zip(near, best, strict=True))[: counts[j]]
-    return {
-        i: TokenLogprobs(token_id=token_id, logprob=value, top=top.get(j, ()))
-        for j, (i, token_id, value) in enumerate(zip(asked, ids.tolist(), values.tolist(), strict=True))
-        if token_id != FAILED
-    }
-
-
-def _ranked(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The `width` largest logits of each row, descending, and their token ids; ties by the lower id.
-
-    Sorted by one int64 key per token, unique in its row: the logit's bits made monotone, then the inverted
-    id. `topk` on the logits alone would break ties differently for different row counts.
-    """
-    bits = logits.view(torch.int32)
-    keys = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long() << 32
-    keys += torch.arange(logits.shape[1] - 1, -1, -1, device=logits.device)
-    order = keys.topk(width, dim=1, sorted=True).indices
-    return logits.gather(1, order), order
+    made = token_logprobs(raw, tokens[torch.tensor(asked, device=tokens.device)], counts)
+    for i, one in zip(asked, made, strict=True):
+        if one is None:
+            tokens[i] = FAILED
+    return {i: one for i, one in zip(asked, made, strict=True) if one is not None}
 
 
 def _inverse_cdf(sums: Tensor, u: Tensor, size: Tensor | int) -> Tensor:

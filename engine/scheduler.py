@@ -2,8 +2,9 @@
 
 Keep this small: it is the heart, and every feature would like to live here. There are no phases. A sequence
 has tokens and some of them are computed; each step hands out one budget of tokens, running sequences first in
-order of admission, then waiting ones in the order of their queue, until budget, places or pages run out. A chunk
-of a prompt, a decoded token, a checkpoint and a recompute after preemption are the same catching up.
+order of admission, then waiting ones in the order of their queue, until budget, places or pages run out. Priority
+goes before all of that: whoever waits comes before the running ones of lower priority. A chunk of a prompt, a decoded
+token, a checkpoint and a recompute after preemption are the same catching up.
 
 A sequence is admitted when the pages for all the tokens it has now can be had, and when the forecast says that
 everybody can then grow to the expected length. Expectations err; when pages run out all the same, the running
@@ -20,11 +21,12 @@ after Sarathi (Agrawal et al. 2023).
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from itertools import groupby
 
 from engine.forecast import Forecast
 from engine.lengths import OutputLengths
 from engine.pages import PagePool, require
-from engine.plan import Plan, Row
+from engine.plan import Plan, PromptScores, Row
 from engine.prefix_cache import Match, PrefixCache
 from engine.repetition import repeats
 from engine.request import Output, TokenLogprobs
@@ -110,21 +112,14 @@ class Scheduler:
         self._num_plans += 1
         draft = _Draft(self.max_num_batched_tokens)
         preemptions_before = self.num_preemptions
-        for sequence in tuple(self.running):
-            if draft.budget == 0:
-                break
-            if not sequence.pages:  # preempted a moment ago, for one before it
-                continue
-            needed = sequence.num_computed + min(sequence.num_pending, draft.budget)
-            while not self._reserve(sequence, needed):
-                victim = self._victim()
-                draft.take_back(victim)
-                self.preempt(victim)
-                if victim is sequence:
+        for priority, equals in groupby(sorted(self.running, key=_priority), key=_priority):
+            self._admit(draft, before=priority)
+            for sequence in equals:
+                if draft.budget == 0:
                     break
-            else:
-                draft.give(sequence)
-        if self.num_preemptions == preemptions_before and self._num_plans >= self._retry_at:
+                if sequence.pages:  # else preempted a moment ago, for one before it
+                    self._go_on(sequence, draft)
+        if self.num_preemptions == preemptions_before:
             self._admit(draft)
         if not draft.rows:
             return Plan(())
@@ -133,19 +128,29 @@ class Scheduler:
         return Plan(tuple(Row(sequence, num_tokens) for sequence, num_tokens in draft.rows.items()), moves)
 
     def settle(
-        self, plan: Plan, tokens: list[int], logprobs: Mapping[int, TokenLogprobs] | None = None
+        self,
+        plan: Plan,
+        tokens: list[int],
+        logprobs: Mapping[int, TokenLogprobs] | None = None,
+        prompt_logprobs: Mapping[int, PromptScores] | None = None,
     ) -> list[Sequence]:
-        """Take in a step: `tokens` has one id per sampling row, in order, `logprobs` those that were asked for,
-        by number of the sampling row. Returns who left.
+        """Take in a step, as `Draws` has it: `tokens` has one id per sampling row, in order, `logprobs` those that
+        were asked for, by number of the sampling row, `prompt_logprobs` by number of the row. Returns who left.
 
-        Those carry an `output`; one whose token is -1 (logits that were not finite) leaves without.
+        Those carry an `output`; one whose token is -1 or whose `prompt_logprobs` are None (logits that were not
+        finite) leaves without.
         """
         drawn = iter(enumerate(tokens))
         finished: list[Sequence] = []
-        for row in plan.rows:
+        for place, row in enumerate(plan.rows):
             sequence, samples = row.sequence, row.samples
             self._computed(sequence, row.num_tokens)
+            scores = prompt_logprobs.get(place, []) if prompt_logprobs else []
+            if scores and sequence.prompt_logprobs is not None:
+                sequence.prompt_logprobs += scores
             if not samples:
+                if scores is None:  # one that samples has a token -1 as well
+                    finished.append(sequence)
                 continue
             number, token_id = next(drawn)
             if token_id < 0:
@@ -223,9 +228,13 @@ class Scheduler:
 
     # --- coming in ------------------------------------------------------------------------------------------
 
-    def _admit(self, draft: _Draft) -> None:
+    def _admit(self, draft: _Draft, *, before: float = float("inf")) -> None:
+        """Let those in whose priority number is below `before`."""
         forecast = None
-        while draft.budget > 0 and (sequence := self.waiting.peek()) is not None:
+        while draft.budget > 0 and self._num_plans >= self._retry_at:
+            sequence = self.waiting.peek()
+            if sequence is None or _priority(sequence) >= before:
+                return
             match = self.cache.match(sequence)
             place = len(self.running) + len(self.warming) < self.max_num_seqs
             if place and self._park(sequence, match):
@@ -254,8 +263,8 @@ class Scheduler:
         draft.give(sequence)
 
     def _park(self, sequence: Sequence, match: Match) -> bool:
-        keys = self.cache.chain(sequence, len(sequence.token_ids) - 1)
-        whole = (len(sequence.token_ids) - 1) // self.pool.page_size
+        keys = self.cache.chain(sequence, sequence.num_reusable)
+        whole = sequence.num_reusable // self.pool.page_size
         if not self.warming.park(sequence, keys[len(match.whole) : whole]):
             return False
         self.waiting.remove(sequence)
@@ -266,7 +275,7 @@ class Scheduler:
         if not self.running:
             return False
         victim = self._victim()
-        if victim.request.priority <= sequence.request.priority:
+        if _priority(victim) <= _priority(sequence):
             return False
         draft.take_back(victim)
         self.preempt(victim)
@@ -300,6 +309,16 @@ class Scheduler:
 
     # --- going on -------------------------------------------------------------------------------------------
 
+    def _go_on(self, sequence: Sequence, draft: _Draft) -> None:
+        needed = sequence.num_computed + min(sequence.num_pending, draft.budget)
+        while not self._reserve(sequence, needed):
+            victim = self._victim()
+            draft.take_back(victim)
+            self.preempt(victim)
+            if victim is sequence:
+                return
+        draft.give(sequence)
+
     def _computed(self, sequence: Sequence, num_tokens: int) -> None:
         before, size = sequence.num_computed, self.pool.page_size
         now = sequence.num_computed = before + num_tokens
@@ -327,7 +346,7 @@ class Scheduler:
 
     def _victim(self) -> Sequence:
         """Of the lowest priority the least computed; of equals, the one admitted last."""
-        return min(reversed(self.running), key=lambda one: (-one.request.priority, one.num_computed))
+        return min(reversed(self.running), key=lambda one: (-_priority(one), one.num_computed))
 
     def _leave(self, sequence: Sequence) -> None:
         """It does not run any more and will not come back."""
@@ -346,6 +365,10 @@ class Scheduler:
         for sequence in reversed(sequences):
             self.waiting.put_back(sequence)
             self._retry_at = 0
+
+
+def _priority(sequence: Sequence) -> int:
+    return sequence.request.priority
 
 
 def _stopped(sequence: Sequence, stop_token_id: int | None = None) -> Output:

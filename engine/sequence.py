@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from engine.logit_rules import LogitRules
+from engine.matcher import Matcher
 from engine.request import Output, Request, TokenLogprobs, derive_seed
 
 
@@ -23,6 +24,7 @@ class Sequence:
         "index",
         "keys",
         "logprobs",
+        "matcher",
         "max_tokens",
         "num_cached",
         "num_computed",
@@ -31,6 +33,7 @@ class Sequence:
         "num_shared_pages",
         "output",
         "pages",
+        "prompt_logprobs",
         "request",
         "rules",
         "seed",
@@ -58,7 +61,12 @@ class Sequence:
         self.expected_tokens = max_tokens  # how many it will probably generate
         self.num_preemptions = 0
         self.logprobs: list[TokenLogprobs] = []  # one per generated token, if the request asks for them
+        # of the prompt's tokens from the second on, as far as they are known; None: not asked for, or not of this
+        # sample, because one of them says it for all
+        scores = index == 0 and sampling.prompt_logprobs is not None
+        self.prompt_logprobs: list[TokenLogprobs] | None = [] if scores else None
         self.rules = LogitRules.of(sampling, bad_words)  # None: the logits are taken as they are
+        self.matcher: Matcher | None = None  # where it stands in its grammar, if the request has one
         self.output: Output | None = None  # set once, when it finishes
 
     @property
@@ -82,6 +90,14 @@ class Sequence:
         if self.output is None or self.request.sampling.logprobs is None:
             return self.output
         return replace(self.output, logprobs=tuple(self.logprobs[: len(self.output.token_ids)]))
+
+    @property
+    def num_reusable(self) -> int:
+        """Leading tokens whose K and V may be taken from somewhere instead of being computed: not the last one, and
+        none whose logits are still wanted for the logprobs of the prompt."""
+        if self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt - 1:
+            return len(self.prompt_logprobs)
+        return len(self.token_ids) - 1
 
     @property
     def num_pending(self) -> int:

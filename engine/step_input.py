@@ -17,7 +17,7 @@ from engine.plan import Plan
 
 @dataclass(frozen=True, slots=True)
 class StepInput:
-    """T tokens (padding included), R rows, S rows that sample (padding included)."""
+    """T tokens, R rows, S rows that sample, N positions that are scored; T, S and N with their padding."""
 
     token_ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64
@@ -25,11 +25,12 @@ class StepInput:
     page_table: Tensor  # [R, P] int32
     query_start: Tensor  # [R + 1] int32
     context_lens: Tensor  # [R] int32, this step's tokens included
-    logit_rows: Tensor  # [S] int64: tokens whose logits are wanted; padding repeats token 0
+    logit_rows: Tensor  # [S] int64: tokens whose logits draw the next; padding repeats token 0
+    scored_rows: Tensor  # [N] int64: the same for logits that score a prompt's next token (`Row.scored`)
 
     @classmethod
     def build(cls, plan: Plan, page_size: int, *, row_multiple: int = 1, device: str = "cpu") -> StepInput:
-        """`row_multiple`: T and S are padded up to it (see `runner` on determinism)."""
+        """`row_multiple`: T, S and N are padded up to it (see `runner` on determinism)."""
         rows = plan.rows
         counts = np.array([row.num_tokens for row in rows], dtype=np.int64)
         query_start = np.zeros(len(rows) + 1, dtype=np.int64)
@@ -44,6 +45,7 @@ class StepInput:
         used = -(-(computed + counts) // page_size)  # pages each row reads
         page_table = np.zeros((len(rows), int(used.max(initial=0))), dtype=np.int64)
         sampled: list[int] = []
+        scored: list[int] = []
         for r, row in enumerate(rows):
             sequence, start, end = row.sequence, int(query_start[r]), int(query_start[r + 1])
             first = sequence.num_computed
@@ -51,16 +53,20 @@ class StepInput:
             page_table[r, : used[r]] = sequence.pages[: used[r]]
             if row.samples:
                 sampled.append(end - 1)
+            scored += (start + position - first for position in row.scored)
 
         owner = np.repeat(np.arange(len(rows)), counts)  # row of each token
         at = np.arange(total) - query_start[owner] + computed[owner]
         positions[:total] = at
         slots[:total] = page_table[owner, at // page_size] * page_size + at % page_size
-        logit_rows = np.zeros(_round_up(len(sampled), row_multiple), dtype=np.int64)
-        logit_rows[: len(sampled)] = sampled
 
         def tensor(array: np.ndarray) -> Tensor:
             return torch.from_numpy(array).to(device, non_blocking=True)
+
+        def chosen(tokens: list[int]) -> Tensor:
+            rows = np.zeros(_round_up(len(tokens), row_multiple), dtype=np.int64)
+            rows[: len(tokens)] = tokens
+            return tensor(rows)
 
         return cls(
             token_ids=tensor(token_ids),
@@ -69,7 +75,8 @@ class StepInput:
             page_table=tensor(page_table.astype(np.int32)),
             query_start=tensor(query_start.astype(np.int32)),
             context_lens=tensor((computed + counts).astype(np.int32)),
-            logit_rows=tensor(logit_rows),
+            logit_rows=chosen(sampled),
+            scored_rows=chosen(scored),
         )
 
 

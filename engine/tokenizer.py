@@ -1,9 +1,10 @@
 """Tokenizer: text to token ids and back, for one checkpoint, without torch.
 
 Owns the rule that text from a client is text: control tokens spelled in a prompt or a message are encoded as
-ordinary characters, and only the checkpoint's own post-processor and chat template write real ones. Knows
-nothing of requests. The API and the worker import this, so it is `tokenizers` alone (transformers' AutoTokenizer
-needs seconds and loads torch).
+ordinary characters, and only the checkpoint's own post-processor and chat template write real ones
+(`control_tokens` says how). Where no text spells one, the ids are those of transformers. Knows nothing of requests.
+The API and the worker import this, so it is `tokenizers` alone (transformers' AutoTokenizer needs seconds and loads
+torch).
 """
 
 from __future__ import annotations
@@ -15,73 +16,79 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 from tokenizers import decoders
 
 from engine.chat_template import ChatTemplate, ChatTemplateError, Message
 from engine.checkpoint import Checkpoint
+from engine.control_tokens import sealed
 from engine.gguf_file import GGUFFile
 from engine.gguf_tokenizer import UnsupportedTokenizer, gguf_tokenizer
 
 __all__ = ["ChatTemplateError", "Detokenizer", "Tokenizer", "UnsupportedTokenizer"]
 
+_METASPACE = "▁"  # SentencePiece's space (Kudo and Richardson 2018)
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # and its tokens of single bytes
 _TEMPLATE_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
 
 class Tokenizer:
-    """Made by `open`. Safe to share between threads."""
+    """Made by `open`, or of the text of a tokenizer.json. Safe to share between threads."""
 
-    def __init__(
-        self, backend: tokenizers.Tokenizer, *, template: str | None, special_tokens: dict[str, str]
-    ) -> None:
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = True  # from here on, text is text
-        self._backend = backend
-        self._special_tokens = special_tokens
-        added = backend.get_added_tokens_decoder()
-        self._control_ids = {token.content: token_id for token_id, token in added.items() if token.special}
-        self._added_ids = frozenset(added)
-        self._template = ChatTemplate(template, special_tokens, self._control_ids) if template else None
-        self.byte_level = isinstance(backend.decoder, decoders.ByteLevel)
+    def __init__(self, definition: str, *, template: str | None, special_tokens: dict[str, str]) -> None:
+        self._backend, self._controls = sealed(definition)
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self.control_ids = frozenset(self._controls.ids.values())
+        self._template = ChatTemplate(template, special_tokens, self._controls.ids) if template else None
+        self.byte_level = isinstance(self._backend.decoder, decoders.ByteLevel)
 
     @classmethod
     def open(cls, checkpoint: Checkpoint) -> Tokenizer:
-        """The tokenizer of a folder (tokenizer.json) or of a GGUF file. Raises `UnsupportedTokenizer`."""
+        """The tokenizer of a folder (tokenizer.json) or of a GGUF file. Raises `UnsupportedTokenizer`, also where it
+        knows tokens that the model does not."""
         if checkpoint.kind == "gguf":
-            return cls._from_gguf(checkpoint.path)
-        return cls._from_folder(checkpoint.path)
+            tokenizer = cls._from_gguf(checkpoint.path)
+        else:
+            tokenizer = cls._from_folder(checkpoint.path)
+        last, rows = tokenizer._last_id(), checkpoint.config.vocab_size
+        if last >= rows:
+            raise UnsupportedTokenizer(
+                f"{checkpoint.path}: the tokenizer has token ids up to {last}, the model's vocab_size is {rows}: "
+                "they do not belong together. Use the tokenizer files that came with the weights"
+            )
+        return tokenizer
 
     @classmethod
     def _from_folder(cls, folder: Path) -> Tokenizer:
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise UnsupportedTokenizer(
-                f"{folder}: tokenizer.json is missing (tokenizer.model alone is not enough)"
-            )
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise UnsupportedTokenizer(f"{path} cannot be read: {error}") from error
-        special = _read_json(folder / "special_tokens_map.json")
-        settings = _read_json(folder / "tokenizer_config.json")
-        special |= {name: value for name, value in settings.items() if name in _TEMPLATE_TOKENS}
-        names = {name: _content(special.get(name)) for name in _TEMPLATE_TOKENS}
-        return cls(
-            backend,
+        special_tokens, settings = _settings(folder)
+        return cls._made(
+            str(folder),
+            _definition(folder),
             template=_template_source(folder, settings),
-            special_tokens={name: token for name, token in names.items() if token is not None},
+            special_tokens=special_tokens,
         )
+
+    @classmethod
+    def _made(
+        cls, origin: str, definition: str, *, template: str | None, special_tokens: dict[str, str]
+    ) -> Tokenizer:
+        try:
+            return cls(definition, template=template, special_tokens=special_tokens)
+        except ChatTemplateError as error:
+            raise UnsupportedTokenizer(f"{origin}: {error}") from None
+        except Exception as error:  # tokenizers raises bare Exception
+            raise UnsupportedTokenizer(f"{origin}: the tokenizer cannot be read: {error}") from error
 
     @classmethod
     def _from_gguf(cls, path: Path) -> Tokenizer:
         metadata = GGUFFile.open(path).metadata
-        backend = gguf_tokenizer(metadata)
+        definition = gguf_tokenizer(metadata).to_str()
         tokens = metadata["tokenizer.ggml.tokens"]
         keys = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
         ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
-        return cls(
-            backend,
+        return cls._made(
+            str(path),
+            definition,
             template=metadata.get("tokenizer.chat_template"),
             special_tokens={name: tokens[i] for name, i in ids.items() if i is not None},
         )
@@ -89,6 +96,10 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         return int(self._backend.get_vocab_size())
+
+    def to_json(self) -> str:
+        """All of it as the text of a tokenizer.json, whatever file it came from."""
+        return self._controls.unseal(self._backend.to_str())
 
     @property
     def has_chat_template(self) -> bool:
@@ -111,35 +122,49 @@ class Tokenizer:
     def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
         """Token ids of a chat: the template's control tokens are control tokens, those in content are text."""
         rendered = self._chat_template().render(messages, add_generation_prompt=add_generation_prompt)
-        token_ids: list[int] = []
-        at = 0
-        for match in self._controls(rendered.nonce).finditer(rendered.guarded):
-            token_ids += self.encode_part(rendered.guarded[at : match.start()].replace(rendered.nonce, ""))
-            token_ids.append(self._control_ids[match.group()])
-            at = match.end()
-        return token_ids + self.encode_part(rendered.guarded[at:].replace(rendered.nonce, ""))
+        return self._controls.encode(self._backend, rendered.guarded, rendered.nonce)
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+        if skip_special_tokens:
+            return str(self._backend.decode([i for i in token_ids if i not in self.control_ids]))
+        return self._controls.unseal(self._backend.decode(list(token_ids), skip_special_tokens=False))
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes one token adds to the text of a `byte_level` tokenizer; b"" for a control token."""
+        """The bytes one token adds to a text; b"" for a control token. Exact for a `byte_level` tokenizer; for
+        SentencePiece's the start of a text may lose a space that its first token has."""
         token = self._backend.id_to_token(token_id)
-        if token is None or token in self._control_ids:
+        if token is None or token_id in self.control_ids:
             return b""
+        if not self.byte_level:
+            byte = _BYTE_TOKEN.fullmatch(token)
+            return bytes.fromhex(byte[1]) if byte else token.replace(_METASPACE, " ").encode()
         try:
             return bytes(_BYTE_OF_CHAR[char] for char in token)
         except KeyError:  # an added token written as it is read
             return token.encode()
+
+    def token_text(self, token_id: int) -> str:
+        """One token as people read it: a part of a character as its replacement sign, a control token by its name."""
+        if token_id in self.control_ids:
+            return self._controls.unseal(str(self._backend.id_to_token(token_id)))
+        return self.token_bytes(token_id).decode("utf-8", "replace")
 
     def _chat_template(self) -> ChatTemplate:
         if self._template is None:
             raise ChatTemplateError("this checkpoint has no chat template: send a prompt instead of messages")
         return self._template
 
-    def _controls(self, nonce: str) -> re.Pattern[str]:
-        alternatives = "|".join(map(re.escape, sorted(self._control_ids, key=len, reverse=True)))
-        return re.compile(f"(?<!{nonce})(?:{alternatives})" if alternatives else r"(?!)")
+    def is_skipped(self, token_id: int) -> bool:
+        """Whether `decode` leaves the token out: a control token, or none at all."""
+        return token_id in self.control_ids or self._backend.id_to_token(token_id) is None
+
+    def is_byte(self, token_id: int) -> bool:
+        """Whether the token is a byte that a tokenizer without byte-level tokens falls back to, as `<0x0A>`."""
+        return bool(_BYTE_TOKEN.fullmatch(self._backend.id_to_token(token_id) or ""))
+
+    def _last_id(self) -> int:
+        last = self._backend.get_vocab_size(with_added_tokens=False) - 1
+        return max(last, *self._backend.get_added_tokens_decoder(), -1)
 
     def encode_part(self, text: str) -> list[int]:
         """Token ids of text inside another text: nothing is put around it. Raises ValueError as `encode` does."""
@@ -156,7 +181,8 @@ class Detokenizer:
     """Text of a growing list of tokens, a piece per token; a character split over tokens comes when it is whole.
 
     All pieces together are `Tokenizer.decode` of all tokens. For tokenizers that are not byte-level the last
-    few tokens are decoded again each time (after vLLM's `detokenize_incrementally`).
+    few tokens are decoded again each time (after vLLM's `detokenize_incrementally`), and bytes that stand for
+    characters come when their run has ended: what follows decides whether all of them are valid.
     """
 
     _PATIENCE = 16  # tokens a character may need before its replacement sign is taken as meant
@@ -171,7 +197,11 @@ class Detokenizer:
         """The text this token completes, possibly none."""
         if self._utf8 is not None:
             return self._utf8.decode(self._tokenizer.token_bytes(token_id))
+        if self._tokenizer.is_skipped(token_id):  # left out before anything is put together
+            return ""
         self._token_ids.append(token_id)
+        if self._tokenizer.is_byte(token_id):
+            return ""
         text = self._unread()
         if not text or (text.endswith("�") and len(self._token_ids) - self._num_read < self._PATIENCE):
             return ""
@@ -216,6 +246,31 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def _definition(folder: Path) -> str:
+    path = folder / "tokenizer.json"
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        found = next((name for name in ("tokenizer.model", "vocab.json") if (folder / name).is_file()), None)
+        raise UnsupportedTokenizer(
+            f"{folder}: tokenizer.json is missing"
+            + (f" ({found} alone is not enough)" if found else "")
+            + ". Where transformers, sentencepiece and protobuf are installed, AutoTokenizer.from_pretrained(folder)"
+            ".save_pretrained(folder) writes it"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UnsupportedTokenizer(f"{path} cannot be read: {error}") from None
+
+
+def _settings(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """(special tokens by the names that templates use, tokenizer_config.json)"""
+    settings = _read_json(folder / "tokenizer_config.json")
+    special = _read_json(folder / "special_tokens_map.json")
+    special |= {name: value for name, value in settings.items() if name in _TEMPLATE_TOKENS}
+    names = {name: _content(special.get(name)) for name in _TEMPLATE_TOKENS}
+    return {name: token for name, token in names.items() if token is not None}, settings
+
+
 def _content(token: Any) -> str | None:
     """Special tokens are written as strings, or as maps with a `content`."""
     if isinstance(token, dict):
@@ -227,7 +282,10 @@ def _template_source(folder: Path, settings: dict[str, Any]) -> str | None:
     """chat_template.jinja, else tokenizer_config.json's: one template, or several of which `default` is taken."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UnsupportedTokenizer(f"{path} cannot be read: {error}") from None
     source = settings.get("chat_template")
     if isinstance(source, list):
         named = {one.get("name"): one.get("template") for one in source if isinstance(one, dict)}

@@ -22,7 +22,8 @@ def check_vocabulary(request: Request, vocab_size: int, eos_token_ids: tuple[int
     }
     for name, token_ids in named.items():
         if token_ids and (min(token_ids) < 0 or max(token_ids) >= vocab_size):
-            raise Rejected("invalid_request", f"{name}: has token ids outside 0 to {vocab_size - 1}")
+            code = "invalid_checkpoint" if name == "generated" else "invalid_request"
+            raise Rejected(code, f"{name}: has token ids outside 0 to {vocab_size - 1}")
     ends = set(sampling.end_token_ids(eos_token_ids))
     if allowed and sampling.min_tokens and ends.issuperset(allowed):
         raise Rejected(

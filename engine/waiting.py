@@ -1,7 +1,7 @@
 """WaitingQueue: in which order the waiting sequences run, for queues of tens of thousands.
 
-Owns the order and nothing else. Levels come first: lower `priority`, then the earlier deadline, by the minute, since
-an exact order of deadlines would tear siblings apart. Inside a level the sequences hang in a radix tree
+Owns the order and nothing else. Levels come first: lower `priority`, then the lower `turn`. Turns should be
+coarse, since an exact order would tear siblings apart. Inside a level the sequences hang in a radix tree
 over their prompts' page keys and are taken depth first: siblings run one after another while their prefix is in
 memory, and nobody's prefix is computed, lost and computed again. Which branch comes next, and who inside it, is
 decided by expected length, longest first, so that the long answers do not run alone at the end of the night.
@@ -25,13 +25,11 @@ from engine.sequence import Sequence
 
 Policy = Literal["planned", "fcfs"]
 Level: TypeAlias = tuple[int, float]
-DEADLINE_SECONDS = 60.0  # deadlines within one such span are equals
 
 
 def level_of(request: Request) -> Level:
     """Smaller runs first."""
-    deadline = float("inf") if request.deadline is None else request.deadline // DEADLINE_SECONDS
-    return request.priority, deadline
+    return request.priority, float("inf") if request.turn is None else request.turn
 
 
 class _Node:

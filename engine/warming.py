@@ -36,10 +36,11 @@ class Warming:
 
     def park(self, sequence: Sequence, missing: Items[bytes]) -> bool:
         """True if somebody computes the first of the pages that `sequence` is missing: then it waits here until
-        the last one that is being computed is there."""
+        the last one that is being computed is there. It never waits for one of lower priority."""
         last = None
         for key in missing:
-            if key not in self._leaders:
+            leader = self._leaders.get(key)
+            if leader is None or leader.request.priority > sequence.request.priority:
                 break
             last = key
         if last is None:

@@ -14,10 +14,14 @@ from typing import Literal, TypeAlias
 
 from engine import codec
 from engine.config import EngineConfig
-from engine.request import Completion, Request, RequestId
+from engine.growth import Growth
+from engine.request import Completion, Rejected, Request, RequestId
 
 MAX_FRAME_BYTES = 256 * 2**20  # 128 samples of 131,072 tokens at 5 bytes each, three times over
 _LENGTH_BYTES = 4
+_TOKEN_BYTES = 5
+_OUTPUT_BYTES = 2**11  # of one sample besides its tokens: a stop string has at most 256 characters
+_COMPLETION_BYTES = 2**14  # of one answer besides its samples
 
 
 class WireError(ValueError):
@@ -33,9 +37,11 @@ class FrameTooLargeError(WireError):
 
 @dataclass(frozen=True, slots=True)
 class Configure:
-    """The first frame: how the engine is to be run."""
+    """The first frame: how the engine is to be run, and how often it tells what requests have made (`Grown`);
+    None: never."""
 
     config: EngineConfig
+    checkpoint_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +102,20 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class Grown:
+    """What requests have made since the last such frame. Put together they are checkpoints, so none is left out."""
+
+    growths: tuple[Growth, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """New tokens of requests with `stream` (`engine.Engine.streamed`), soon after the steps that made them."""
+
+    growths: tuple[Growth, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Stats:
     """`engine.Engine.stats()`; about once a second while busy, and when the engine turns idle or busy."""
 
@@ -111,12 +131,15 @@ class Fatal:
 
 
 ToEngine: TypeAlias = Configure | Add | Abort | Drain | Stop
-FromEngine: TypeAlias = Hello | Completions | Progress | Stats | Fatal
+FromEngine: TypeAlias = Hello | Completions | Progress | Grown | Streamed | Stats | Fatal
 Message: TypeAlias = ToEngine | FromEngine
 
 _KINDS: dict[str, type[Message]] = {
     kind.__name__: kind
-    for kind in (Configure, Add, Abort, Drain, Stop, Hello, Completions, Progress, Stats, Fatal)
+    for kind in (
+        *(Configure, Add, Abort, Drain, Stop),
+        *(Hello, Completions, Progress, Grown, Streamed, Stats, Fatal),
+    )
 }
 
 
@@ -144,6 +167,30 @@ def decode(body: bytes) -> Message:
         return codec.build(_KINDS[value[0]], value[1])
     except codec.DecodeError as error:
         raise WireError(str(error)) from error
+
+
+def check_answer_fits(request: Request, max_tokens: int) -> None:
+    """Raises `Rejected` when the answer to `request`, with at most `max_tokens` tokens per sample, could be too
+    long for a frame. Every length below is the most that msgpack takes."""
+    sampling, num_prompt = request.sampling, len(request.prompt_token_ids)
+    per_token = _TOKEN_BYTES + _logprobs_bytes(sampling.logprobs)
+    size = sampling.n * (_OUTPUT_BYTES + max_tokens * per_token) + _COMPLETION_BYTES
+    size += num_prompt * _logprobs_bytes(sampling.prompt_logprobs)
+    if size > MAX_FRAME_BYTES:
+        raise Rejected(
+            "invalid_request",
+            f"{sampling.n} samples of up to {max_tokens} tokens behind a prompt of {num_prompt}, with logprobs "
+            f"{sampling.logprobs} and prompt_logprobs {sampling.prompt_logprobs}, could take {size} bytes; an answer "
+            f"may have {MAX_FRAME_BYTES}: ask for less of n, max_tokens, logprobs or prompt_logprobs",
+        )
+
+
+def _logprobs_bytes(count: int | None) -> int:
+    """Of one `TokenLogprobs` with the `count` likeliest tokens: a map of three names with their values."""
+    if count is None:
+        return 0
+    token_id, logprob, top = (1 + 8) + 5, (1 + 7) + 9, (1 + 3) + 3 + count * (1 + 5 + 9)
+    return 1 + token_id + logprob + top
 
 
 class FrameReader:

@@ -18,13 +18,16 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
-from jobs.body import BadField, JobBody, parse_job
+from jobs.body import BadField, parse_job
 from jobs.celery_results import CeleryResults
 from jobs.database import Database
-from jobs.intake import Intake, check_task_id
+from jobs.intake import Intake, Message, check_task_id
 from jobs.models import Job
+from jobs.quotas import QuotaExceeded
 from jobs.settings import Settings
 from jobs.states import TERMINAL
+from jobs.tenants import DEFAULT, check_tenant
+from jobs.terms_body import split_terms
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +38,8 @@ RETRY_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One message: `args` must be empty, `kwargs` is the body of one job. `committed()` is called once."""
+    """One message: `args` must be empty, `kwargs` is the body of one job and, if the sender likes, `tenant`:
+    whoever can write to Redis is trusted to say for whom. `committed()` is called once."""
 
     task_id: str
     args: list[Any]
@@ -99,7 +103,7 @@ class Arrivals(threading.Thread):
                     return None
                 else:
                     refusal = BadField(None, "the job could not be stored", "unstorable_job")
-                    self._refuse(group[0].task_id, refusal)
+                    self._refuse(group[0].task_id, refusal, DEFAULT)
                     return group[0].committed()
 
     def _gather(self) -> tuple[list[Arrival], bool]:
@@ -118,37 +122,47 @@ class Arrivals(threading.Thread):
         return group, False
 
     def _accept(self, group: list[Arrival]) -> None:
-        good: list[tuple[str, JobBody]] = []
+        good: list[Message] = []
         for arrival in group:
-            if isinstance(parsed := self._parse(arrival), JobBody):
-                good.append((arrival.task_id, parsed))
+            if isinstance(parsed := self._parse(arrival), Message):
+                good.append(parsed)
             else:
-                self._refuse(arrival.task_id, parsed)
+                self._refuse(arrival.task_id, parsed, DEFAULT)
         if good:
-            self.intake.accept_messages(good)
-            self._tell_started([task_id for task_id, _ in good])
-            for task_id, _ in good:
-                if self.is_revoked(task_id):
-                    self.cancel(task_id)
+            refused = self.intake.accept_messages(good)
+            for message in good:
+                if (error := refused.get(message.task_id)) is not None:
+                    # A tenant that does not exist has nothing; whoever runs the service hears of it.
+                    tenant = message.tenant if isinstance(error, QuotaExceeded) else DEFAULT
+                    self._refuse(message.task_id, error, tenant)
+            good = [message for message in good if message.task_id not in refused]
+            self._tell_started([message.task_id for message in good])
+            for message in good:
+                if self.is_revoked(message.task_id):
+                    self.cancel(message.task_id)
         for arrival in group:
             arrival.committed()
         if good:
-            self.on_jobs({body.model for _, body in good if body.model})
+            self.on_jobs({message.body.model for message in good if message.body.model})
 
-    def _parse(self, arrival: Arrival) -> JobBody | BadField:
+    def _parse(self, arrival: Arrival) -> Message | BadField:
         try:
             check_task_id(arrival.task_id)
             if arrival.args:
                 raise BadField("args", "give the job as keyword arguments only")
-            (body,) = self.intake.name_models([parse_job(arrival.kwargs, self.settings)])
-            return body
+            named = arrival.kwargs.get("tenant")
+            tenant = DEFAULT if named is None else check_tenant(named)
+            job = {name: value for name, value in arrival.kwargs.items() if name != "tenant"}
+            terms, job = split_terms(job, time_now=time.time())
+            (body,) = self.intake.name_models([parse_job(job, self.settings)])
+            return Message(arrival.task_id, body, tenant, terms)
         except BadField as error:
             return error
 
-    def _refuse(self, task_id: str, error: BadField) -> None:
+    def _refuse(self, task_id: str, error: BadField | QuotaExceeded, tenant: str) -> None:
         log.warning("arrivals.refused param=%s code=%s", error.param, error.code)
         try:
-            self.intake.accept_invalid(task_id, error)
+            self.intake.accept_invalid(task_id, error.as_error(), tenant)
         except BadField:
             pass  # not even its id can be stored: the sender still hears of it
         self.results.failed(task_id, error.as_error())

@@ -7,32 +7,23 @@ to know engines: it makes a `JobBody` of a line and a line of an answer.
 
 from __future__ import annotations
 
+import codecs
 import json
 import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Final
 
-from jobs.body import NOT_SUPPORTED_YET, BadField, JobBody, parse_job
+from jobs.body import BadField, JobBody
+from jobs.openai_answers import completion_object, error_object
+from jobs.openai_body import CHAT, COMPLETIONS, Url, read_asked
 from jobs.settings import Settings
+from jobs.strict_json import BadJson, parse
 
-CHAT = "/v1/chat/completions"
-COMPLETIONS = "/v1/completions"
+ENDPOINTS: Final = (CHAT, COMPLETIONS)
 MAX_SHOWN = 10  # of many mistakes
-
-# OpenAI's fields that change nothing here, and values of others that mean "off".
-IGNORED = frozenset({"user", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
-OFF: dict[str, tuple[Any, ...]] = {
-    "stream": (False,),
-    "logprobs": (False,),
-    "echo": (False,),
-    "tools": ([],),
-    "tool_choice": ("none",),
-    "response_format": ({"type": "text"},),
-    "best_of": (1,),
-}
 
 _OUR_START = b'{"id": "batch_req_'  # of every line that we write
 
@@ -42,7 +33,12 @@ class BatchFileError(ValueError):
 
 
 class BadLine(ValueError):
-    """One line that is not a request. It costs an error line, the others go on."""
+    """One line that is not a request. `code` and `param` as in the errors of OpenAI's batch object."""
+
+    def __init__(self, message: str, *, code: str = "invalid_request", param: str | None = None) -> None:
+        self.code = code
+        self.param = param
+        super().__init__(f"{param}: {message}" if param else message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,56 +47,59 @@ class BatchLine:
 
     number: int
     custom_id: str
-    url: Literal["/v1/chat/completions", "/v1/completions"]
+    url: Url
     body: dict[str, Any]
 
     def job(self, settings: Settings) -> JobBody:
         """What the engine is asked for. The body's `model` gives way to the one that is run. Raises `BadField`."""
-        given = {
-            name: value
-            for name, value in self.body.items()
-            if name not in IGNORED and name != "model" and not _is_off(name, value)
-        }
-        other = "prompt" if self.url == CHAT else "messages"
-        for name in (other, "custom_id"):
-            if name in given:
-                raise BadField(name, f"is not a field of {self.url}", "unknown_parameter")
-        return parse_job(given, settings)
+        given = {name: value for name, value in self.body.items() if name != "model"}
+        return read_asked(self.url, given, settings, may_stream=False).body
+
+    def named_job(self, settings: Settings, *, checked: bool = False) -> JobBody:
+        """The same with the line's own model, which must be there, and its custom_id. `checked`: this very line has
+        been through here before. Raises `BadField`."""
+        if self.body.get("model") is None:
+            raise BadField("model", "is required", "missing_required_parameter")
+        return read_asked(
+            self.url, self.body, settings, may_stream=False, custom_id=self.custom_id, checked=checked
+        ).body
 
 
-def _is_off(name: str, value: object) -> bool:
-    off = any(
-        value == known and isinstance(value, bool) == isinstance(known, bool) for known in OFF.get(name, ())
-    )
-    return off or (value is None and name in NOT_SUPPORTED_YET)
-
-
-def parse_line(number: int, raw: bytes) -> BatchLine:
-    """Raises `BadLine`."""
+def parse_line(number: int, raw: bytes, endpoint: str | None = None) -> BatchLine:
+    """`endpoint`: the only url that is allowed; None: any that we know. Raises `BadLine`."""
+    if number == 1:  # editors write a byte order mark
+        raw = raw.removeprefix(codecs.BOM_UTF8)
     try:
-        data = json.loads(
-            raw.decode("utf-8-sig" if number == 1 else "utf-8")
-        )  # editors write a byte order mark
-    except UnicodeDecodeError:
-        raise BadLine("is not valid UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        raise BadLine(f"is not valid JSON: {error}") from None
+        data = parse(raw)
+    except BadJson as error:
+        raise BadLine(str(error), code="invalid_json_line") from None
     if not isinstance(data, dict):
-        raise BadLine("is not a JSON object")
-    custom_id, url, body = data.get("custom_id"), data.get("url"), data.get("body")
+        raise BadLine("is not a JSON object", code="invalid_json_line")
+    custom_id, body = data.get("custom_id"), data.get("body")
+    url: Any = data.get("url")
     if not isinstance(custom_id, str) or not custom_id:
-        raise BadLine("custom_id: must be a non-empty string")
-    if any("\ud800" <= character <= "\udfff" for character in custom_id):
-        raise BadLine("custom_id: must be valid Unicode, without lone surrogates")
+        raise BadLine("must be a non-empty string", param="custom_id")
+    if not custom_id.isascii() and any("\ud800" <= character <= "\udfff" for character in custom_id):
+        raise BadLine("must be valid Unicode, without lone surrogates", param="custom_id")
     if data.get("method", "POST") != "POST":
-        raise BadLine("method: must be POST")
-    if url not in (CHAT, COMPLETIONS):
-        raise BadLine(f"url: must be {CHAT} or {COMPLETIONS}")
+        raise BadLine("must be POST", param="method")
+    if url not in (ENDPOINTS if endpoint is None else (endpoint,)):
+        raise BadLine(f"must be {endpoint or ' or '.join(ENDPOINTS)}", code="url_mismatch", param="url")
     if not isinstance(body, dict):
-        raise BadLine("body: must be an object")
+        raise BadLine("must be an object", param="body")
     if unknown := data.keys() - {"custom_id", "method", "url", "body"}:
-        raise BadLine(f"{ascii(min(unknown))[:80]}: unknown field")
+        raise BadLine("unknown field", param=ascii(min(unknown))[1:-1][:80])
     return BatchLine(number, custom_id, url, body)
+
+
+def bounded_lines(file: BinaryIO, max_bytes: int) -> Iterator[bytes | None]:
+    """Every line from where `file` is, with its end; None for one of more than `max_bytes`, which is never in memory
+    whole."""
+    while line := file.readline(max_bytes + 1):
+        rest = line
+        while len(rest) > max_bytes and not rest.endswith(b"\n"):
+            rest = file.readline(max_bytes + 1)
+        yield line if rest is line else None
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -181,56 +180,43 @@ def resume(path: Path) -> Done:
 
 
 def answer_line(line: BatchLine, model: str, outputs: list[dict[str, Any]], usage: dict[str, Any]) -> bytes:
-    """`outputs` as `jobs.outcomes.Outcome` has them: index, text, finish_reason, stop_reason."""
-    chat = line.url == CHAT
-    choices = []
-    for output in outputs:
-        text = output["text"]
-        choice = (
-            {"message": {"role": "assistant", "content": text, "refusal": None}} if chat else {"text": text}
-        )
-        choices.append(
-            {
-                "index": output["index"],
-                **choice,
-                "logprobs": None,
-                "finish_reason": output["finish_reason"],
-                "stop_reason": output["stop_reason"],
-            }
-        )
-    body = {
-        "id": ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12),
-        "object": "chat.completion" if chat else "text_completion",
-        "created": int(time.time()),
-        "model": model,
-        "choices": choices,
-        "usage": usage,
-    }
-    return _line(line.custom_id, _response(200, body), None)
+    """`outputs` and `usage` as `jobs.openai_answers` takes them."""
+    number = line.body.get("logprobs")
+    body = completion_object(
+        line.url,
+        outputs,
+        answer_id=("chatcmpl-" if line.url == CHAT else "cmpl-") + secrets.token_hex(12),
+        created=int(time.time()),
+        model=model,
+        usage=usage,
+        numbered=line.url == COMPLETIONS and isinstance(number, int) and not isinstance(number, bool),
+    )
+    return output_line(secrets.token_hex(12), line.custom_id, response(secrets.token_hex(12), 200, body))
 
 
 def error_line(line: BatchLine, status: int, message: str, *, code: str, param: str | None = None) -> bytes:
     """A request that failed, as the API would have answered it."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    error = {"message": message, "type": kind, "param": param, "code": code}
-    return _line(line.custom_id, _response(status, {"error": error}), None)
+    body = error_object(status, message, code=code, param=param)
+    return output_line(secrets.token_hex(12), line.custom_id, response(secrets.token_hex(12), status, body))
 
 
 def bad_line(number: int, error: BadLine) -> bytes:
     """A line that is no request has no custom_id to answer under; `line` is its number in the input."""
-    return _line(None, None, {"code": "invalid_line", "message": f"line {number}: {error}", "line": number})
+    told = {"code": "invalid_line", "message": f"line {number}: {error}", "line": number}
+    return output_line(secrets.token_hex(12), None, None, told)
 
 
-def _response(status: int, body: dict[str, Any]) -> dict[str, Any]:
-    return {"status_code": status, "request_id": "req_" + secrets.token_hex(12), "body": body}
+def response(name: str, status: int, body: dict[str, Any]) -> dict[str, Any]:
+    return {"status_code": status, "request_id": f"req_{name}", "body": body}
 
 
-def _line(custom_id: str | None, response: dict[str, Any] | None, error: dict[str, Any] | None) -> bytes:
-    made = {
-        "id": "batch_req_" + secrets.token_hex(12),
-        "custom_id": custom_id,
-        "response": response,
-        "error": error,
-    }
+def output_line(
+    name: str,
+    custom_id: str | None,
+    response: dict[str, Any] | None,
+    error: dict[str, Any] | None = None,
+) -> bytes:
+    """`name`: the part of the id behind `batch_req_`."""
+    made = {"id": f"batch_req_{name}", "custom_id": custom_id, "response": response, "error": error}
     # ASCII, because some readers of lines also break them at U+2028 and its like.
     return json.dumps(made, ensure_ascii=True).encode() + b"\n"

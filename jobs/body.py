@@ -1,9 +1,9 @@
 """JobBody: what a client may ask of one job, the same over HTTP, Redis and files.
 
 Owns the fields, their names (OpenAI's where OpenAI has one) and every refusal. Refuses to know HTTP, SQL and
-tokens: ranges of sampling fields are `engine.request.SamplingParams`'s own, so that no second opinion about
-them can exist. A field that is not understood is refused, never ignored, because a silently dropped
-`response_format` is a wrong answer by morning.
+tokens: ranges of sampling fields are `engine.sampling_params.SamplingParams`'s own, so that no second opinion about
+them can exist. A field that is not understood is refused, never ignored, because a silently dropped `tools` is a
+wrong answer by morning.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from engine.request import InvalidParameter, RepetitionDetectionParams, SamplingParams
+from engine.sampling_params import InvalidParameter, RepetitionDetectionParams, SamplingParams
 from jobs.settings import Settings
+from jobs.structured_outputs import ResponseFormat, StructuredOutputs
 
 MAX_CUSTOM_ID_CHARS = 512
 MAX_MODEL_CHARS = 255
+MAX_JOB_LOGPROBS = 100_000  # of one job, likeliest tokens included: some 8 MB of JSON
 MAX_METADATA_PAIRS = 16
 MAX_METADATA_KEY_CHARS = 64
 MAX_METADATA_VALUE_CHARS = 512
@@ -33,9 +35,9 @@ MAX_METADATA_VALUE_CHARS = 512
 # fmt: off
 # OpenAI's fields that mean something we cannot do yet: told apart from a typing mistake.
 NOT_SUPPORTED_YET = frozenset({
-    "audio", "best_of", "echo", "function_call", "functions", "logprobs", "modalities", "parallel_tool_calls",
-    "prediction", "reasoning_effort", "response_format", "stream", "stream_options", "suffix", "tool_choice",
-    "tools", "top_logprobs", "web_search_options",
+    "audio", "best_of", "echo", "function_call", "functions", "modalities", "parallel_tool_calls", "prediction",
+    "reasoning_effort", "stream", "stream_options", "suffix", "tool_choice", "tools", "verbosity",
+    "web_search_options",
 })
 # fmt: on
 
@@ -149,9 +151,16 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
 
 
+class _Part(_Strict):
+    """How a part of a message is described; it is checked by `_joined`, which can say what is wrong."""
+
+    type: Literal["text"]
+    text: str
+
+
 class Message(_Strict):
     role: Literal["system", "user", "assistant"]
-    content: Annotated[Text, BeforeValidator(_joined)]
+    content: Annotated[Text, BeforeValidator(_joined, json_schema_input_type=str | list[_Part])]
 
 
 class Repetition(_Strict):
@@ -182,11 +191,17 @@ class JobBody(_Strict):
     max_tokens: int | None = None
     max_completion_tokens: int | None = None  # OpenAI's newer name of max_tokens
     min_tokens: int | None = None
-    stop: Annotated[list[Text], BeforeValidator(_listed)] | None = None
+    stop: (
+        Annotated[list[Text], BeforeValidator(_listed, json_schema_input_type=str | list[str] | None)] | None
+    ) = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     repetition_detection: Repetition | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    structured_outputs: StructuredOutputs | None = None
+    response_format: ResponseFormat | None = None
 
     custom_id: CustomId | None = None
     metadata: Metadata | None = None
@@ -199,6 +214,10 @@ class JobBody(_Strict):
             raise PydanticCustomError(
                 "one_of:max_completion_tokens", "give max_tokens or max_completion_tokens, not both"
             )
+        if self.structured_outputs is not None and self.response_format is not None:
+            raise PydanticCustomError(
+                "one_of:response_format", "give structured_outputs or response_format, not both"
+            )
         return self
 
     @property
@@ -210,37 +229,54 @@ class JobBody(_Strict):
 
     def stored(self) -> dict[str, Any]:
         """As `models.Job.body` keeps it; `JobBody.model_validate` reads it back."""
-        return self.model_dump(mode="json", exclude_none=True)
+        return self.model_dump(mode="json", exclude_none=True, by_alias=True)
+
+    def length_limit(self, default_max_tokens: int) -> int:
+        """The most tokens that one sample may have."""
+        given = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return max(default_max_tokens, self.min_tokens or 0) if given is None else given
 
     def sampling(self, default_max_tokens: int, max_n: int) -> SamplingParams:
         """The engine's parameters. `seed` may still be None; the job's stored seed replaces it.
 
-        Raises `engine.request.InvalidParameter` under the name that the client used.
+        Raises `engine.sampling_params.InvalidParameter` under the name that the client used.
         """
-        length = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
         given: dict[str, Any] = {
             name: value for name in PLAIN_FIELDS if (value := getattr(self, name)) is not None
         }
         if self.n is not None and self.n > max_n:
             raise InvalidParameter("n", f"must be an integer from 1 to {max_n}")
-        max_tokens: int | None = getattr(self, length)
-        if max_tokens is None:
-            max_tokens = max(default_max_tokens, self.min_tokens or 0)
+        length = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+        max_tokens = self.length_limit(default_max_tokens)
         try:
             if self.repetition_detection is not None:
                 given["repetition_detection"] = RepetitionDetectionParams(
                     **self.repetition_detection.model_dump(exclude_none=True)
                 )
-            return SamplingParams(max_tokens=max_tokens, **given)
+            form = self.structured_outputs or self.response_format
+            if form is not None:
+                given["structured_outputs"] = form.params()
+            if self.logprobs:
+                given["logprobs"] = self.top_logprobs or 0
+            elif self.top_logprobs:
+                raise InvalidParameter("top_logprobs", "needs logprobs to be true")
+            sampling = SamplingParams(max_tokens=max_tokens, **given)
         except InvalidParameter as error:
-            if error.param == "max_tokens":
-                raise InvalidParameter(length, error.message) from None
-            raise
+            name = {"max_tokens": length, "logprobs": "top_logprobs"}.get(error.param, error.param)
+            raise InvalidParameter(name, error.message) from None
+        if sampling.logprobs is not None:
+            count = sampling.n * max_tokens * (1 + sampling.logprobs)
+            if count > MAX_JOB_LOGPROBS:
+                raise InvalidParameter(
+                    "logprobs",
+                    f"n × {length} × (1 + top_logprobs) may be at most {MAX_JOB_LOGPROBS}, and is {count}",
+                )
+        return sampling
 
 
 def parse_job(data: object, settings: Settings) -> JobBody:
     """The body of one job, wholly checked. Raises `BadField` for the first thing that is wrong."""
-    body = _validated(JobBody, data)
+    body = validated(JobBody, data)
     texts = [body.prompt] if body.messages is None else [message.content for message in body.messages]
     if sum(len(text or "") for text in texts) > settings.max_body_bytes:
         param = "prompt" if body.messages is None else "messages"
@@ -252,16 +288,44 @@ def parse_job(data: object, settings: Settings) -> JobBody:
     return body
 
 
+def read_job(data: object) -> JobBody:
+    """A body that `parse_job` has accepted before: its shape alone is looked at. Raises `BadField`."""
+    return validated(JobBody, data)
+
+
 class _WithMetadata(_Strict):
     metadata: Metadata | None = None
 
 
 def parse_metadata(data: object) -> dict[str, str]:
     """A batch's own metadata, under the same rules as a job's. Raises `BadField`."""
-    return _validated(_WithMetadata, {"metadata": data}).metadata or {}
+    return validated(_WithMetadata, {"metadata": data}).metadata or {}
 
 
-def _validated(kind: type[M], data: object) -> M:
+def parse_jobs(jobs: object, settings: Settings) -> list[JobBody]:
+    """The bodies of an array of jobs. Raises `BadField`; its param begins with `jobs` or `jobs[i]`."""
+    if not isinstance(jobs, list):
+        raise BadField("jobs", "must be an array of jobs", "invalid_type")
+    if not 1 <= len(jobs) <= settings.max_array_jobs:
+        raise BadField("jobs", f"must hold 1 to {settings.max_array_jobs} jobs, got {len(jobs)}")
+    bodies: list[JobBody] = []
+    for index, one in enumerate(jobs):
+        try:
+            bodies.append(parse_job(one, settings))
+        except BadField as error:
+            raise error.inside(f"jobs[{index}]") from None
+    return bodies
+
+
+def parse_fields(kind: type[M], data: object, noun: str) -> M:
+    """`data` as `kind`, for other things than jobs. Raises `BadField` under the names and in the words of all."""
+    if not isinstance(data, dict):
+        raise BadField(None, f"a {noun} must be a JSON object", "invalid_type")
+    return validated(kind, data)
+
+
+def validated(kind: type[M], data: object) -> M:
+    """Raises `BadField` for the first thing that is wrong with `data`."""
     if not isinstance(data, dict):
         raise BadField(None, "a job must be a JSON object", "invalid_type")
     try:

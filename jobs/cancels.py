@@ -8,10 +8,15 @@ a result that meet are put in an order: whichever commits first stands.
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, select, update
+from collections.abc import Sequence
 
+from sqlalchemy import ColumnElement, Connection, select, update
+
+from jobs import tallies
+from jobs.batch_intake import stop_inserting
 from jobs.batches import close_batches
-from jobs.database import Database, now
+from jobs.checkpoints import forget
+from jobs.database import Database, now, portions
 from jobs.models import Batch, Job
 from jobs.states import OPEN, BatchState, JobState
 
@@ -22,42 +27,82 @@ class Cancels:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def cancel_job(self, job_id: str, *, running: bool = True) -> JobState | None:
+    def cancel_job(self, job_id: str, *, tenant: str) -> JobState | None:
         """The state after the call: `cancelled` (was queued), `cancelling` (is held by a worker), or the
-        terminal state that came first. With `running=False` a job that is held goes on. None when there is
-        no such job."""
-        return self._database.transact(lambda connection: _cancel_job(connection, job_id, running))
+        terminal state that came first. None when the tenant has no such job."""
+        theirs = Job.tenant == tenant
+        return self._database.transact(lambda connection: _cancel_job(connection, job_id, theirs, True))
 
-    def cancel_batch(self, batch_id: str) -> BatchState | None:
-        """Cancel every open job of a batch. `cancelling` while workers hold some of them, else `cancelled`;
-        a batch that had ended keeps its state. None when there is no such batch."""
-        return self._database.transact(lambda connection: _cancel_batch(connection, batch_id))
+    def revoke(self, job_id: str, *, running: bool) -> JobState | None:
+        """The same for a job that came through Redis, by whoever commands the broker, whatever its tenant.
+        With `running=False` a job that is held goes on."""
+        through_redis = Job.source == "redis"
+        return self._database.transact(
+            lambda connection: _cancel_job(connection, job_id, through_redis, running)
+        )
+
+    def cancel_batch(self, batch_id: str, *, tenant: str) -> BatchState | None:
+        """Cancel every open job of a batch. `cancelling` while workers hold some of them, else `cancelled`, or for a
+        batch of a file until its output is written; a batch that had ended keeps its state. None when the tenant has
+        no such batch."""
+        # First of all no more jobs come, or some would be made behind the back of those who cancel them.
+        self._database.transact(lambda connection: _stop_file_batch(connection, batch_id, tenant))
+        return self._database.transact(lambda connection: _cancel_batch(connection, batch_id, tenant))
 
 
-def _cancel_job(connection: Connection, job_id: str, running: bool) -> JobState | None:
+def _stop_file_batch(connection: Connection, batch_id: str, tenant: str) -> None:
+    batch = connection.execute(
+        select(*Batch.__table__.columns)
+        .where(Batch.id == batch_id, Batch.tenant == tenant, Batch.input_file_id.is_not(None))
+        .with_for_update()
+    ).one_or_none()
+    if batch is None or batch.finished_at is not None or batch.state == BatchState.CANCELLING:
+        return
+    change = stop_inserting(connection, batch)
+    # Before its first job a batch has nothing to wait for.
+    at_once = batch.state == BatchState.VALIDATING
+    connection.execute(
+        update(Batch)
+        .where(Batch.id == batch_id)
+        .values(
+            state=BatchState.CANCELLED if at_once else BatchState.CANCELLING,
+            cancelling_at=now(),
+            finished_at=now() if at_once else None,
+        )
+    )
+    tallies.add(connection, [change])
+
+
+def _cancel_job(
+    connection: Connection, job_id: str, allowed: ColumnElement[bool], running: bool
+) -> JobState | None:
     row = connection.execute(
-        select(Job.state, Job.batch_id).where(Job.id == job_id).with_for_update()
+        select(Job.state, Job.batch_id).where(Job.id == job_id, allowed).with_for_update()
     ).one_or_none()
     if row is None:
         return None
-    if running or row.state == JobState.QUEUED:
-        _cancel_locked(connection, [job_id])
+    changes = _cancel_locked(connection, [job_id]) if running or row.state == JobState.QUEUED else []
     if row.state == JobState.QUEUED:
         close_batches(connection, [row.batch_id])
+    tallies.add(connection, changes)
     return JobState(connection.scalars(select(Job.state).where(Job.id == job_id)).one())
 
 
-def _cancel_batch(connection: Connection, batch_id: str) -> BatchState | None:
+def _cancel_batch(connection: Connection, batch_id: str, tenant: str) -> BatchState | None:
+    theirs = select(Batch.state).where(Batch.id == batch_id, Batch.tenant == tenant)
+    if connection.scalars(theirs).one_or_none() is None:
+        return None
     ids = list(
         connection.scalars(
             select(Job.id)
-            .where(Job.batch_id == batch_id, Job.state.in_(OPEN))
+            .where(Job.batch_id == batch_id, Job.tenant == tenant, Job.state.in_(OPEN))
             .order_by(Job.id)
             .with_for_update()
         )
     )
-    for start in range(0, len(ids), 500):
-        _cancel_locked(connection, ids[start : start + 500])
+    changes: list[tallies.Change] = []
+    for some in portions(ids):
+        changes += _cancel_locked(connection, some)
     if ids:
         connection.execute(
             update(Batch)
@@ -65,13 +110,18 @@ def _cancel_batch(connection: Connection, batch_id: str) -> BatchState | None:
             .values(state=BatchState.CANCELLING, cancelling_at=now())
         )
     close_batches(connection, [batch_id])
-    state = connection.scalars(select(Batch.state).where(Batch.id == batch_id)).one_or_none()
-    return None if state is None else BatchState(state)
+    tallies.add(connection, changes)
+    return BatchState(connection.scalars(theirs).one())
 
 
-def _cancel_locked(connection: Connection, job_ids: list[str]) -> None:
+def _cancel_locked(connection: Connection, job_ids: Sequence[str]) -> list[tallies.Change]:
+    """What that ends at once leaves its tenant's sums."""
     jobs = update(Job).where(Job.id.in_(job_ids))
-    connection.execute(
-        jobs.where(Job.state == JobState.QUEUED).values(state=JobState.CANCELLED, finished_at=now())
-    )
+    ended = connection.execute(
+        jobs.where(Job.state == JobState.QUEUED)
+        .values(state=JobState.CANCELLED, finished_at=now())
+        .returning(Job.tenant, Job.estimated_tokens)
+    ).all()
     connection.execute(jobs.where(Job.state == JobState.IN_PROGRESS).values(state=JobState.CANCELLING))
+    forget(connection, job_ids)
+    return [tallies.ended(row.tenant, row.estimated_tokens) for row in ended]

@@ -2,7 +2,8 @@
 
 Owns what Celery's result backend is told: STARTED when the job is in SQL, then SUCCESS, FAILURE or REVOKED when
 its end is. A copy for convenience, with an expiry; SQL and the API hold the truth. Its own thread, because a
-Redis that is away must not hold up the writer; what could not be stored is dropped with a word in the log.
+Redis that is away must not hold up the writer; an end that could not be stored is dropped with a word in the log, and
+told again by a later sweep (`jobs.teller`), since `on_told` hears only of those that were.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from celery.states import READY_STATES
@@ -21,6 +23,7 @@ from jobs.states import JobState
 log = logging.getLogger(__name__)
 
 MAX_PENDING = 10_000
+TOLD_TOGETHER = 256
 
 
 class JobFailedError(RuntimeError):
@@ -28,10 +31,20 @@ class JobFailedError(RuntimeError):
 
 
 class CeleryResults(threading.Thread):
-    def __init__(self, app: NightpressCelery) -> None:
+    def __init__(
+        self, app: NightpressCelery, on_told: Callable[[Sequence[str]], None] = lambda job_ids: None
+    ) -> None:
         super().__init__(name="celery-results", daemon=True)
         self.backend = app.backend
+        self.on_told = on_told  # ids of jobs whose end the backend has now
+        self._told: list[str] = []
+        self._busy = False
         self._pending: queue.Queue[tuple[str, str, Any] | None] = queue.Queue(MAX_PENDING)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits to be stored."""
+        return self._pending.empty() and not self._busy
 
     def started(self, job_id: str) -> None:
         self._put((job_id, "STARTED", {}))
@@ -49,6 +62,9 @@ class CeleryResults(threading.Thread):
             self._put((outcome.job_id, "SUCCESS", answer(outcome, recorded.model)))
         elif recorded.state is JobState.FAILED:
             self.failed(outcome.job_id, outcome.error or {"code": "failed", "message": "the job failed"})
+        elif recorded.state is JobState.EXPIRED:
+            expired = {"code": "expired", "message": "the job had not ended by its deadline"}
+            self.failed(outcome.job_id, outcome.error or expired)
         elif recorded.state is JobState.CANCELLED:
             self.revoked(outcome.job_id)
 
@@ -66,18 +82,37 @@ class CeleryResults(threading.Thread):
 
     def run(self) -> None:
         while (item := self._pending.get()) is not None:
+            self._busy = True
             job_id, state, value = item
             try:
-                if state == "STARTED" and self.backend.get_state(job_id) in READY_STATES:
-                    continue  # another worker was faster than this message
-                if state == "REVOKED":
-                    self.backend.mark_as_revoked(job_id, reason=value)
-                elif state == "FAILURE":
-                    self.backend.mark_as_failure(job_id, value)
-                else:
-                    self.backend.store_result(job_id, value, state)
+                self._store(job_id, state, value)
             except Exception as error:
                 log.warning("celery_results.failed job=%s error=%s", job_id, type(error).__name__)
+            else:
+                if state in READY_STATES:
+                    self._told.append(job_id)
+            if self._told and (self._pending.empty() or len(self._told) >= TOLD_TOGETHER):
+                self._say_told()
+            self._busy = False
+        self._say_told()
+
+    def _store(self, job_id: str, state: str, value: Any) -> None:
+        if state == "STARTED" and self.backend.get_state(job_id) in READY_STATES:
+            return  # another worker was faster than this message
+        if state == "REVOKED":
+            self.backend.mark_as_revoked(job_id, reason=value)
+        elif state == "FAILURE":
+            self.backend.mark_as_failure(job_id, value)
+        else:
+            self.backend.store_result(job_id, value, state)
+
+    def _say_told(self) -> None:
+        told, self._told = self._told, []
+        try:
+            if told:
+                self.on_told(told)
+        except Exception as error:  # then they are told once more
+            log.warning("celery_results.unmarked jobs=%d error=%s", len(told), type(error).__name__)
 
 
 def answer(outcome: Outcome, model: str) -> dict[str, Any]:

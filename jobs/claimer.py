@@ -1,8 +1,10 @@
 """Claimer: the thread that takes jobs from SQL whenever the engine has room, and turns them into requests.
 
-Owns two decisions: how many to claim (a window of a few times what the engine runs at once, so that it can
-plan, in groups, so that the first prompt is computed while the next is still being encoded), and what to do with
-a job that several engine deaths have met: it runs alone, so that a further death convicts it and nobody else.
+Owns three decisions: how many to claim (a window of a few times what the engine runs at once, so that it can
+plan, in groups, so that the first prompt is computed while the next is still being encoded); of which tiers (a
+reserve beyond the window is for jobs that somebody waits for; background jobs come in only where nothing else is
+queued and places in the engine would be idle, and there they yield by their priority); and that suspects of an engine
+death have the engine to themselves (`quarantine` says which of them together).
 """
 
 from __future__ import annotations
@@ -10,8 +12,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from functools import partial
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -22,17 +25,25 @@ from jobs.database import Database
 from jobs.engine_process import EngineGoneError, NoCreditError
 from jobs.holdings import Holding, Holdings
 from jobs.outcomes import Outcome
+from jobs.quarantine import SUSPECT, Quarantine
 from jobs.supervisor import EngineSupervisor
+from jobs.terms import Tier
 
 log = logging.getLogger(__name__)
 
 CLAIM_GROUP = 64
+ANSWERING = (Tier.INTERACTIVE, Tier.INTERACTIVE)
+FOREGROUND = (Tier.INTERACTIVE, Tier.NORMAL)
+BACKGROUND = (Tier.BACKGROUND, Tier.BACKGROUND)
+ALL = (ANSWERING, FOREGROUND, BACKGROUND)
 RETRY_SECONDS = 1.0
 STOP_SECONDS = 10.0
 
 
 class Claimer(threading.Thread):
-    """`window` is the most jobs held at once; `encode` makes a request of a claim or raises, then that job fails."""
+    """`window` is the most jobs held at once that are not of the background tier, `places` what the engine runs at
+    once, `reserve` how many interactive jobs may be held beyond the window; `encode` makes a request of a claim or
+    raises, then that job fails."""
 
     def __init__(
         self,
@@ -46,8 +57,9 @@ class Claimer(threading.Thread):
         finish: Callable[[Outcome], None],
         on_more: Callable[[], None],
         window: int,
-        low_water: int,
-        max_crashes: int,
+        places: int,
+        reserve: int,
+        weights: str = "",
     ) -> None:
         super().__init__(name="claimer", daemon=True)
         self.database = database
@@ -59,23 +71,48 @@ class Claimer(threading.Thread):
         self.finish = finish
         self.on_more = on_more  # SQL holds more than fits in here: others may have it
         self.window = window
-        self.low_water = low_water  # claim again when so many are left
-        self.max_crashes = max_crashes
-        self._suspects: deque[Holding] = deque()
-        self._alone: RequestId | None = None  # the suspect that has the engine to itself
-        self._more = True  # whether SQL may hold more for us than the last claim brought
+        self.places = places
+        self.reserve = reserve
+        self._slack = places // 4 + 1  # claim again when so many have left
+        self.weights = weights
+        self._quarantine = Quarantine()
+        self._suspects: dict[str, Holding] = {}  # by job id, in order of work; not sent yet
+        self._on_trial: frozenset[RequestId] = frozenset()  # suspects that have the engine to themselves
+        # Tiers of which SQL may hold more for us than the last claim brought.
+        self._more = set(ALL)
+        self._lock = threading.Lock()  # of the quarantine
         self._wake = threading.Event()
         self._stopping = False
 
     def wake(self) -> None:
         """There may be work (a message, a sweep): look."""
-        self._more = True
+        self._more.update(ALL)
         self._wake.set()
 
     def on_room(self) -> None:
         """A job left: go on only if there was more to claim, so that an empty queue is not asked again and again."""
-        if self._suspects or self._alone or (self._more and len(self.holdings) <= self.low_water):
+        held, background = len(self.holdings), self.holdings.num_background
+        if (
+            self._suspects
+            or self._on_trial
+            or (FOREGROUND in self._more and held - background <= max(self.window - self._slack, 0))
+            or (BACKGROUND in self._more and held <= max(self.places - self._slack, 0))
+        ):
             self._wake.set()
+
+    def were_on_trial(self, ids: Collection[RequestId]) -> bool:
+        """Whether these suspects had the engine to themselves: then nobody else can have killed it."""
+        return bool(ids) and self._on_trial.issuperset(ids)
+
+    def on_suspects(self, job_ids: Collection[str]) -> None:
+        """An engine died with these in it, and they come back as suspects."""
+        with self._lock:
+            self._quarantine.died(job_ids)
+
+    def on_ended(self, job_ids: Collection[str]) -> None:
+        """These jobs are over, for good."""
+        with self._lock:
+            self._quarantine.ended(job_ids)
 
     def stop(self) -> None:
         """Claim nothing more; what is claimed but not sent stays in the holdings."""
@@ -105,41 +142,83 @@ class Claimer(threading.Thread):
     def _fill(self) -> None:
         claimed = False
         while not self._stopping:
-            if self._alone and self.holdings.get(self._alone):
+            if any(self.holdings.get(request_id) for request_id in self._on_trial):
                 return None
-            self._alone = None
+            self._on_trial = frozenset()
             if self._suspects:
-                return self._run_alone()
-            room = min(self.window - len(self.holdings), self.supervisor.room, CLAIM_GROUP)
-            if room <= 0 or not self._more:
-                if claimed and self._more:
+                return self._try_suspects()
+            tiers, room = self._next_claim()
+            if room <= 0:
+                if claimed and FOREGROUND in self._more:
                     self.on_more()
                 return None
-            self._more = False  # before the claim: a wake-up that comes during it counts
+            # before the claim: a wake-up that comes during it counts
+            self._more.discard(tiers)
+            if tiers == FOREGROUND:
+                self._more.discard(ANSWERING)
             claims = self.database.transact(
-                partial(claim, worker_id=self.worker_id(), model=self.model, limit=room)
+                partial(
+                    claim,
+                    worker_id=self.worker_id(),
+                    model=self.model,
+                    limit=room,
+                    tiers=tiers,
+                    weights=self.weights,
+                )
             )
             claimed = True
             if len(claims) == room:
-                self._more = True
-            self._admit(self.holdings.add(claims))
+                self._more.add(tiers)
+            self._admit(self.holdings.add(self._with_turns(claims)))
+
+    def _next_claim(self) -> tuple[tuple[Tier, Tier], int]:
+        """Of which tiers, and how many; 0: nothing now."""
+        held, background, free = len(self.holdings), self.holdings.num_background, self.supervisor.room
+        foreground = held - background
+        for tiers, room in (
+            (FOREGROUND, min(self.window - foreground, free - self.reserve)),
+            (ANSWERING, min(self.window + self.reserve - foreground, free)),
+            (BACKGROUND, 0 if FOREGROUND in self._more else min(self.places - held, free - self.reserve)),
+        ):
+            if tiers in self._more and room > 0:
+                return tiers, min(room, CLAIM_GROUP)
+        return FOREGROUND, 0
+
+    def _with_turns(self, claims: list[Claim]) -> list[Claim]:
+        """In the engine whose tenant has little there goes first, or a few jobs would wait behind a window full of
+        another's; in steps of what runs at once, so that most of a tenant's own are planned together. Urgent jobs go
+        by deadline, to the minute."""
+        held = Counter(holding.claim.tenant for holding in self.holdings.all())
+        turns: list[Claim] = []
+        for one in claims:
+            turn = float(held[one.tenant] // self.places)
+            if one.tier is Tier.URGENT and one.deadline is not None:
+                turn = one.deadline // 60
+            turns.append(replace(one, turn=turn))
+            held[one.tenant] += 1
+        return turns
 
     def _admit(self, holdings: list[Holding]) -> None:
-        suspects = [holding for holding in holdings if holding.claim.crashes >= self.max_crashes]
-        self._suspects.extend(suspects)
+        suspects = [holding for holding in holdings if holding.claim.crashes >= SUSPECT]
+        self._suspects |= {holding.claim.job_id: holding for holding in suspects}
         self._send([holding for holding in holdings if holding not in suspects])
 
-    def _run_alone(self) -> None:
-        """One suspect at a time, with nothing else in the engine; its end wakes us for the next."""
+    def _try_suspects(self) -> None:
+        """One group of them, with nothing else in the engine; its end wakes us for the next."""
         if self.supervisor.num_in_flight > 0 or self.supervisor.room == 0:
             return
-        holding = self._suspects.popleft()
-        if self.holdings.get(holding.id) is None:  # no longer ours: the lease was lost meanwhile
-            self._wake.set()
-            return
-        self._alone = holding.id
-        log.warning("claimer.alone job=%s crashes=%d", holding.claim.job_id, holding.claim.crashes)
-        self._send([holding])
+        # those that are no longer ours left when the lease was lost
+        self._suspects = {
+            name: holding
+            for name, holding in self._suspects.items()
+            if self.holdings.get(holding.id) is holding
+        }
+        with self._lock:
+            names = self._quarantine.next_group(self._suspects)[: self.supervisor.room]
+        group = [self._suspects.pop(name) for name in names]
+        self._on_trial = frozenset(holding.id for holding in group)
+        log.warning("claimer.trial jobs=%d", len(group))
+        self._send(group)
         self._wake.set()
 
     def _send(self, holdings: list[Holding]) -> None:
@@ -164,7 +243,7 @@ class Claimer(threading.Thread):
             # The engine died between the claim and now, and never saw these.
             for request in requests:
                 self.finish(Outcome(job_id=request.id.job_id, fence=request.id.fence, kind="released"))
-            self._more = True
+            self._more.update(ALL)
 
 
 def _refusal(claim: Claim, error: BaseException) -> Outcome:

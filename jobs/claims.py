@@ -1,6 +1,7 @@
 """Claims: how a worker takes queued jobs. One statement, one plain index scan.
 
-Owns the order of work (tier, fair tag, prefix group, id) and the fence. Knows nothing of tokens or engines.
+Owns the order of work (tier, fair tag, prefix group, id) and the fence; how tags are made is `fair_tags`'s.
+Knows nothing of tokens or engines.
 PostgreSQL skips rows that another worker is claiming; on SQLite the write transaction is the lock.
 """
 
@@ -11,9 +12,12 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, func, literal_column, select, update
 
+from engine.request import Generated
+from jobs.checkpoints import load
 from jobs.database import now
 from jobs.models import Job
 from jobs.states import JobState
+from jobs.terms import DELAYED, Tier
 
 # A literal, not a parameter: a partial index serves only statements that visibly imply its condition.
 QUEUED: ColumnElement[bool] = literal_column(f"jobs.state = '{JobState.QUEUED}'")
@@ -30,13 +34,29 @@ class Claim:
     crashes: int
     source: str
     tenant: str
+    tier: Tier
+    fair_tag: float
+    deadline: float | None
+    audience: int = 0
+    generated: tuple[Generated, ...] = ()  # a checkpoint, where it goes on
+    estimated_tokens: int = 0
+    turn: float = 0.0  # among the jobs of its tier inside the engine (`jobs.claimer`)
 
 
-def claim(connection: Connection, *, worker_id: str, model: str, limit: int) -> list[Claim]:
-    """Take up to `limit` queued jobs for `model`, in order of work; fewer means the queue is empty now."""
+def claim(
+    connection: Connection,
+    *,
+    worker_id: str,
+    model: str,
+    limit: int,
+    tiers: tuple[Tier, Tier] = (Tier.INTERACTIVE, Tier.BACKGROUND),
+    weights: str = "",
+) -> list[Claim]:
+    """Take up to `limit` queued jobs for `model` from the first to the last of `tiers`, in order of work; fewer means
+    that nothing else waits there now. They bring their checkpoints, if these `weights` made them."""
     chosen = (
         select(Job.id)
-        .where(Job.model == model, QUEUED)
+        .where(Job.model == model, Job.tier >= int(tiers[0]), Job.tier <= int(tiers[1]), QUEUED)
         .order_by(Job.tier, Job.fair_tag, Job.prefix_group, Job.id)
         .limit(limit)
         .with_for_update(skip_locked=True)
@@ -61,17 +81,36 @@ def claim(connection: Connection, *, worker_id: str, model: str, limit: int) -> 
             Job.crashes,
             Job.source,
             Job.tenant,
+            Job.audience,
             Job.tier,
             Job.fair_tag,
             Job.prefix_group,
+            Job.estimated_tokens,
+            Job.deadline,
         )
     ).all()
     ordered = sorted(rows, key=lambda row: (row.tier, row.fair_tag, row.prefix_group, row.id))
+    generated = load(connection, [row.id for row in ordered if row.fence > 1], weights)
     return [
-        Claim(row.id, row.fence, row.body, row.seed, row.crashes, row.source, row.tenant) for row in ordered
+        Claim(
+            row.id,
+            row.fence,
+            row.body,
+            row.seed,
+            row.crashes,
+            row.source,
+            row.tenant,
+            Tier(row.tier),
+            row.fair_tag,
+            row.deadline,
+            row.audience,
+            generated.get(row.id, ()),
+            row.estimated_tokens,
+        )
+        for row in ordered
     ]
 
 
 def models_with_work(connection: Connection) -> list[str]:
-    """Models that have at least one queued job."""
-    return list(connection.scalars(select(Job.model).where(QUEUED).distinct()))
+    """Models that have at least one queued job that may start."""
+    return list(connection.scalars(select(Job.model).where(QUEUED, Job.tier < DELAYED).distinct()))

@@ -11,20 +11,23 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Double, Engine, create_engine, event
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.orm import DeclarativeBase
 from sqlalchemy.sql.functions import FunctionElement
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+PORTION = 500  # ids that one statement names
 BUSY_SECONDS = 30.0  # how long SQLite waits for another writer
 # A peer that froze or vanished must not hold anybody for longer than a lease or two.
 POSTGRES_ARGUMENTS: dict[str, Any] = {
@@ -110,6 +113,19 @@ class Database:
 
     def close(self) -> None:
         self.engine.dispose()
+
+
+def portions(items: Sequence[T], size: int = PORTION) -> Iterator[Sequence[T]]:
+    """The items in their order, as many at a time as one statement should name."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def insert_into(connection: Connection, table: type[DeclarativeBase]) -> sqlite.Insert | postgresql.Insert:
+    """An INSERT that can say ON CONFLICT, in the words of this connection's database."""
+    if connection.dialect.name == "sqlite":
+        return sqlite.Insert(table)
+    return postgresql.Insert(table)
 
 
 def is_transient(error: DBAPIError) -> bool:

@@ -57,16 +57,21 @@ class EngineProcess:
     the last message: `returncode` as `subprocess` has it (negative: the signal), `ids` the requests that were
     added and not answered. Both run on this object's reader thread and must not call `stop` or `wait_exit`.
     If `on_message` raises, nobody knows what was taken: the process is killed and its ids are reported.
+    `bar`: while it loads, the process shows a bar on our stderr, if that is a terminal; else it logs two lines.
     """
 
     def __init__(
         self,
         config: EngineConfig,
         *,
+        checkpoint_seconds: float | None = None,
         on_message: Callable[[FromEngine], None],
         on_exit: Callable[[int, tuple[RequestId, ...]], None],
+        bar: bool = False,
     ) -> None:
         self.config = config
+        self.checkpoint_seconds = checkpoint_seconds
+        self._bar = bar
         self.hello: Hello | None = None
         self.fatal: Fatal | None = None
         self._on_message = on_message
@@ -101,6 +106,7 @@ class EngineProcess:
             "--parent-pid",
             str(os.getpid()),
         ]
+        command += ["--bar"] if self._bar else []
         roots = [str(Path(engine.request.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         environment = {
             # OpenMP threads that wait for each other give their core away almost at once: no slower alone (11.3
@@ -120,7 +126,7 @@ class EngineProcess:
         finally:
             os.close(child_read)
             os.close(child_write)
-        self._outbox.put(Configure(self.config))
+        self._outbox.put(Configure(self.config, self.checkpoint_seconds))
         pid = self._process.pid
         self._reader = threading.Thread(
             target=self._read, args=(FrameReader(our_read),), name=f"engine-reader-{pid}", daemon=True

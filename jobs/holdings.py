@@ -10,8 +10,10 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from engine.growth import Growth, size_of
 from engine.request import RequestId
 from jobs.claims import Claim
+from jobs.terms import Tier
 
 
 @dataclass(slots=True)
@@ -20,10 +22,20 @@ class Holding:
     sent: bool = False  # handed to the engine process
     dropped: bool = False  # cancelled or handed back before it was sent: never send it
     num_generated: int = 0  # as of the last progress frame
+    num_saved: int = 0  # tokens that its checkpoint in SQL holds
 
     @property
     def id(self) -> RequestId:
         return RequestId(self.claim.job_id, self.claim.fence)
+
+    @property
+    def in_background(self) -> bool:
+        return self.claim.tier is Tier.BACKGROUND
+
+    @property
+    def progressed(self) -> bool:
+        """Whether it is safe in SQL that it got further than where it was claimed."""
+        return self.num_saved > size_of(self.claim.generated)
 
 
 class Holdings:
@@ -33,15 +45,23 @@ class Holdings:
         self._lock = threading.Lock()
         self._emptied = threading.Condition(self._lock)
         self._held: dict[RequestId, Holding] = {}
+        self._num_background = 0
 
     def __len__(self) -> int:
         with self._lock:
             return len(self._held)
 
+    @property
+    def num_background(self) -> int:
+        """How many of them are of the background tier."""
+        with self._lock:
+            return self._num_background
+
     def add(self, claims: Iterable[Claim]) -> list[Holding]:
-        holdings = [Holding(claim) for claim in claims]
+        holdings = [Holding(claim, num_saved=size_of(claim.generated)) for claim in claims]
         with self._lock:
             self._held.update((holding.id, holding) for holding in holdings)
+            self._num_background += sum(holding.in_background for holding in holdings)
         return holdings
 
     def get(self, request_id: RequestId) -> Holding | None:
@@ -72,10 +92,17 @@ class Holdings:
                 if holding := self._held.get(request_id):
                     holding.num_generated = count
 
+    def saved(self, growths: Iterable[Growth]) -> None:
+        with self._lock:
+            for growth in growths:
+                if holding := self._held.get(growth.id):
+                    holding.num_saved = sum(growth.starts) + size_of(growth.generated)
+
     def remove(self, request_ids: Iterable[RequestId]) -> None:
         with self._lock:
             for request_id in request_ids:
-                self._held.pop(request_id, None)
+                if holding := self._held.pop(request_id, None):
+                    self._num_background -= holding.in_background
             if not self._held:
                 self._emptied.notify_all()
 

@@ -1,43 +1,36 @@
 """Intake: jobs enter SQL here, whichever door they came through.
 
-Owns ids, seeds, the order keys of new rows, and the choice of a model for a job that names none. Refuses to
-know HTTP, Redis and what happens next. A job is accepted when its insert has committed, not before. Ids are
-made before the transaction and every insert passes over ids that exist, so a transaction whose commit got
-lost can be run again, and a Redis message that is delivered twice makes one job.
+Owns the choice of a model for a job that names none. Refuses to know HTTP, Redis and what happens next; what a
+new row holds is `jobs.job_rows`'s. A job is accepted when its insert has committed, not before; whether its
+tenant has room (`jobs.quotas`) is asked in the same transaction. Ids are made before the transaction, which
+looks for them first, so one whose commit got lost can be run again, and a Redis message that is delivered twice
+makes one job and counts once.
 """
 
 from __future__ import annotations
 
-import secrets
-import time
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Table, select
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import Connection, insert, select
 
-from engine.request import derive_seed
+from jobs import tallies
+from jobs.audience import Audience
 from jobs.body import BadField, JobBody
 from jobs.database import Database, now
+from jobs.forecasts import Forecasts
+from jobs.idempotency import Submit, claim
+from jobs.job_rows import insert_all, insert_new, job_row, load_of, new_id, refused_row
 from jobs.models import Batch, Job, Worker
+from jobs.quotas import QuotaExceeded, Room, open_room
 from jobs.settings import Settings
-from jobs.states import LIVE_WORKER, TERMINAL, BatchState, JobState
+from jobs.states import LIVE_WORKER, BatchState
+from jobs.tenants import Owner
+from jobs.terms import ORDINARY, Terms
 
 MAX_ID_CHARS = 255
-TIER_NORMAL = 2
-FAIR_BUCKET_SECONDS = 10  # jobs of one bucket are ordered by prefix group
-PREFIX_CHARS = 256
-_ROWS_PER_STATEMENT = 1000
-
-
-def new_id(kind: str, position: int = 0) -> str:
-    """`job_` and 32 hex digits that sort by time, then by position: 48 bits ms, 32 position, 48 random."""
-    return f"{kind}_{time.time_ns() // 1_000_000:012x}{position:08x}{secrets.token_hex(6)}"
-
-
-def prefix_group(model: str, opening: str) -> int:
-    """The same 63-bit number for jobs that start with the same text, on every machine and in every run."""
-    return derive_seed("prefix", model, opening[:PREFIX_CHARS])
 
 
 def check_task_id(task_id: object) -> str:
@@ -49,12 +42,41 @@ def check_task_id(task_id: object) -> str:
     return task_id
 
 
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One job from Redis, under its task id and the tenant that it names."""
+
+    task_id: str
+    body: JobBody
+    tenant: str
+    terms: Terms = ORDINARY
+
+
+@dataclass(frozen=True, slots=True)
+class NewBatch:
+    """A batch and its jobs as rows, made before the transaction that inserts them."""
+
+    row: dict[str, Any]
+    jobs: list[dict[str, Any]]
+    terms: Terms
+
+    @property
+    def id(self) -> str:
+        return str(self.row["id"])
+
+    @property
+    def models(self) -> Counter[str]:
+        """How many of its jobs are for which model."""
+        return Counter(str(job["model"]) for job in self.jobs)
+
+
 class Intake:
     """Every `accept_…` commits or raises; bodies are what `jobs.body.parse_job` returned."""
 
-    def __init__(self, database: Database, settings: Settings) -> None:
+    def __init__(self, database: Database, settings: Settings, forecasts: Forecasts | None = None) -> None:
         self._database = database
         self._settings = settings
+        self._forecasts = forecasts or Forecasts(database, settings)
 
     # --- model ----------------------------------------------------------------------------------------------
 
@@ -94,116 +116,184 @@ class Intake:
 
     # --- doors ----------------------------------------------------------------------------------------------
 
-    def accept_one(self, body: JobBody) -> str:
-        """One job over HTTP; returns its id. Raises `BadField` for a model that cannot be guessed."""
+    def accept_one(
+        self,
+        body: JobBody,
+        owner: Owner,
+        submit: Submit | None = None,
+        *,
+        terms: Terms = ORDINARY,
+        audience: Audience = Audience.NOBODY,
+    ) -> str:
+        """One job over HTTP; returns its id, or that of the job which the same `submit` made before. Raises
+        `BadField` for a model that cannot be guessed, `QuotaExceeded`, `WindowTooTight` and `KeyReusedError`."""
         (body,) = self.name_models([body])
-        row = _row(new_id("job"), body, source="http")
-        self._database.transact(lambda connection: _insert_jobs(connection, [row]))
-        return str(row["id"])
+        row = job_row(
+            new_id("job"), body, owner, self._settings, source="http", terms=terms, audience=audience
+        )
+        self._forecasts.prepare(terms)
 
-    def accept_many(self, bodies: Sequence[JobBody], metadata: dict[str, str] | None = None) -> str:
-        """A batch in the given order, in one transaction: all of it or nothing. Returns the batch's id."""
+        def work(connection: Connection) -> str:
+            job_id = str(row["id"])
+            if submit and (known := claim(connection, submit, tenant=owner.tenant, target=job_id)) != job_id:
+                return known
+            if connection.scalars(select(Job.id).where(Job.id == job_id)).first() is None:
+                self._insert_whole(connection, owner.tenant, [row], terms=terms)
+            return job_id
+
+        accepted = self._database.transact(work)
+        self._forecasts.accepted(_tokens_by_model([row]))
+        return accepted
+
+    def accept_many(
+        self,
+        bodies: Sequence[JobBody],
+        owner: Owner,
+        metadata: dict[str, str] | None = None,
+        submit: Submit | None = None,
+        terms: Terms = ORDINARY,
+    ) -> str:
+        """A batch in the given order, in one transaction: all of it or nothing. Returns the batch's id, or that of
+        the batch which the same `submit` made before. Raises `BadField`, `QuotaExceeded`, `WindowTooTight` and
+        `KeyReusedError`."""
+        new = self.new_batch(bodies, owner, metadata, terms)
+
+        def work(connection: Connection) -> str:
+            if submit and (known := claim(connection, submit, tenant=owner.tenant, target=new.id)) != new.id:
+                return known
+            if connection.scalars(select(Batch.id).where(Batch.id == new.id)).first() is None:
+                self.insert_batch(connection, new)
+            return new.id  # there already: this very transaction was committed before its connection was lost
+
+        accepted = self._database.transact(work)
+        self.committed(new)
+        return accepted
+
+    def new_batch(
+        self,
+        bodies: Sequence[JobBody],
+        owner: Owner,
+        metadata: dict[str, str] | None = None,
+        terms: Terms = ORDINARY,
+        schedule_id: str | None = None,
+    ) -> NewBatch:
+        """The rows of a batch, for a door whose transaction writes more than that. Raises `BadField`."""
         if not bodies:
             raise BadField("jobs", "at least one job is required")
-        batch = {
-            "id": new_id("batch"),
-            "tenant": "default",
+        batch_id = new_id("batch")
+        row = {
+            "id": batch_id,
+            "tenant": owner.tenant,
+            "key_id": owner.key_id,
             "state": BatchState.IN_PROGRESS,
             "endpoint": "/v1/jobs",
             "total": len(bodies),
             "metadata": metadata or {},
+            "schedule_id": schedule_id,
         }
-        rows = [
-            _row(new_id("job", i), body, source="http", batch_id=batch["id"], position=i)
+        jobs = [
+            job_row(
+                new_id("job", i),
+                body,
+                owner,
+                self._settings,
+                source="http",
+                terms=terms,
+                batch_id=batch_id,
+                position=i,
+            )
             for i, body in enumerate(self.name_models(bodies))
         ]
+        self._forecasts.prepare(terms)
+        return NewBatch(row, jobs, terms)
+
+    def insert_batch(self, connection: Connection, new: NewBatch) -> None:
+        """Raises `BadField` for an unknown tenant, `QuotaExceeded` and `WindowTooTight`, each before anything is
+        written."""
+        time_now = connection.scalar(select(now()))
+        row = new.row | {"created_at": time_now}
+        self._insert_whole(connection, new.row["tenant"], new.jobs, row, terms=new.terms)
+
+    def committed(self, new: NewBatch) -> None:
+        """Call it when the transaction of `insert_batch` has committed: forecasts heed the batch at once."""
+        self._forecasts.accepted(_tokens_by_model(new.jobs))
+
+    def accept_messages(self, messages: Sequence[Message]) -> dict[str, BadField | QuotaExceeded]:
+        """Jobs that came through Redis, under their task ids. An id that exists is passed over, whatever its
+        body. Returns the ids whose tenant does not exist or has no room, with the reason; the others are
+        accepted. Raises `BadField` before anything is written if an id or a model is impossible."""
+        bodies = self.name_models([message.body for message in messages])
+        rows: dict[str, dict[str, Any]] = {}
+        for message, body in zip(messages, bodies, strict=True):
+            task_id = check_task_id(message.task_id)
+            owner = Owner(message.tenant, None)
+            row = job_row(task_id, body, owner, self._settings, source="redis", terms=message.terms)
+            rows.setdefault(task_id, row)
+        return self._database.transact(lambda connection: self._insert_fitting(connection, rows))
+
+    def accept_invalid(self, task_id: str, error: dict[str, Any], tenant: str) -> None:
+        """A Redis message that is refused: nobody waits for a 400, so it becomes a failed job with `error`."""
+        row = refused_row(check_task_id(task_id), tenant, self._settings.served_model, error)
 
         def work(connection: Connection) -> None:
-            _insert(connection, Batch.__table__, [batch | {"created_at": connection.scalar(select(now()))}])
-            _insert_jobs(connection, rows)
+            num_new = len(insert_new(connection, [row]))
+            tallies.add(connection, [tallies.Change(tenant, stored_bytes=tallies.size_of({}) * num_new)])
 
         self._database.transact(work)
-        return str(batch["id"])
 
-    def accept_messages(self, messages: Sequence[tuple[str, JobBody]]) -> None:
-        """Jobs that came through Redis, under their task ids. An id that exists is passed over, whatever its
-        body. Raises `BadField` before anything is written if an id or a model is impossible."""
-        bodies = self.name_models([body for _, body in messages])
-        rows = [
-            _row(check_task_id(task_id), body, source="redis")
-            for (task_id, _), body in zip(messages, bodies, strict=True)
-        ]
-        self._database.transact(lambda connection: _insert_jobs(connection, rows))
+    # --- transactions -----------------------------------------------------------------------------------------
 
-    def accept_invalid(self, task_id: str, error: BadField) -> None:
-        """A Redis message whose body is refused: nobody waits for a 400, so it becomes a failed job."""
-        row = {
-            "id": check_task_id(task_id),
-            "tenant": "default",
-            "batch_id": None,
-            "position": 0,
-            "custom_id": None,
-            "model": self._settings.served_model,
-            "source": "redis",
-            "body": {},
-            "metadata": {},
-            "seed": derive_seed("job", task_id),
-            "state": JobState.FAILED,
-            "tier": TIER_NORMAL,
-            "prefix_group": 0,
-            "error": error.as_error(),
-        }
-        self._database.transact(lambda connection: _insert_jobs(connection, [row]))
+    def _insert_whole(
+        self,
+        connection: Connection,
+        tenant: str,
+        rows: Sequence[dict[str, Any]],
+        batch: dict[str, Any] | None = None,
+        *,
+        terms: Terms,
+    ) -> None:
+        load = load_of(rows)
+        open_room(connection, tenant, self._settings).take(load)
+        self._forecasts.check_all(connection, _tokens_by_model(rows), terms)
+        if batch is not None:
+            connection.execute(insert(Batch), [batch])
+        insert_all(connection, rows)
+        tallies.add(connection, [load.change(tenant)])
 
-
-def _row(
-    job_id: str, body: JobBody, *, source: str, batch_id: object = None, position: int = 0
-) -> dict[str, Any]:
-    if body.model is None:
-        raise ValueError("a job needs a model before it can be stored")
-    return {
-        "id": job_id,
-        "tenant": "default",
-        "batch_id": batch_id,
-        "position": position,
-        "custom_id": body.custom_id,
-        "model": body.model,
-        "source": source,
-        "body": body.stored(),
-        "metadata": body.metadata or {},
-        "seed": derive_seed("job", job_id) if body.seed is None else body.seed,
-        "state": JobState.QUEUED,
-        "tier": TIER_NORMAL,
-        "prefix_group": prefix_group(body.model, body.opening),
-    }
+    def _insert_fitting(
+        self, connection: Connection, rows: dict[str, dict[str, Any]]
+    ) -> dict[str, BadField | QuotaExceeded]:
+        refused: dict[str, BadField | QuotaExceeded] = {}
+        rooms: dict[str, Room | BadField] = {}
+        for tenant in sorted({str(row["tenant"]) for row in rows.values()}):
+            try:
+                rooms[tenant] = open_room(connection, tenant, self._settings)
+            except BadField as error:
+                rooms[tenant] = error
+        known = set(connection.scalars(select(Job.id).where(Job.id.in_(sorted(rows)))))
+        fitting: list[dict[str, Any]] = []
+        for task_id, row in rows.items():
+            if task_id in known:
+                continue
+            room = rooms[row["tenant"]]
+            if isinstance(room, BadField):
+                refused[task_id] = room
+                continue
+            try:
+                room.take(load_of([row]))
+            except QuotaExceeded as error:
+                refused[task_id] = error
+            else:
+                fitting.append(row)
+        # Another worker may have received the same message: only what really went in counts.
+        inserted = insert_new(connection, fitting)
+        tallies.add(connection, [load_of([rows[key]]).change(rows[key]["tenant"]) for key in inserted])
+        return refused
 
 
-def _insert_jobs(connection: Connection, rows: Sequence[dict[str, Any]]) -> None:
-    # Read once, so that all jobs of a batch have one time, and the database's, not this machine's.
-    time_now = connection.scalars(select(now())).one()
-    clock = {
-        "created_at": time_now,
-        "fair_tag": float(time_now // FAIR_BUCKET_SECONDS * FAIR_BUCKET_SECONDS),
-        "fence": 0,
-        "crashes": 0,
-    }
-    ended = {"finished_at": time_now}
-    open_ = {"finished_at": None}
-    # In id order like every statement that touches several jobs, so that two inserts cannot deadlock.
-    _insert(
-        connection,
-        Job.__table__,
-        [
-            row | clock | (ended if row["state"] in TERMINAL else open_)
-            for row in sorted(rows, key=lambda row: str(row["id"]))
-        ],
-    )
-
-
-def _insert(connection: Connection, table: Any, rows: Sequence[dict[str, Any]]) -> None:
-    """INSERT … ON CONFLICT DO NOTHING, spelled for this connection's database."""
-    assert isinstance(table, Table)
-    insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
-    statement = insert(table).on_conflict_do_nothing(index_elements=["id"])
-    for start in range(0, len(rows), _ROWS_PER_STATEMENT):
-        connection.execute(statement, rows[start : start + _ROWS_PER_STATEMENT])
+def _tokens_by_model(rows: Sequence[dict[str, Any]]) -> Counter[str]:
+    """Estimated tokens."""
+    tokens: Counter[str] = Counter()
+    for row in rows:
+        tokens[row["model"]] += row["estimated_tokens"]
+    return tokens

@@ -7,19 +7,29 @@ know how an answer is written (`api.schemas`). Lists and results go by keyset, n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Row, Select, and_, func, literal_column, select, tuple_
+from sqlalchemy import ColumnElement, Connection, Row, Select, and_, func, literal_column, select
 
-from jobs.body import BadField
-from jobs.database import Database, now
+from jobs.completion_order import Order
+from jobs.database import Database, now, portions
+from jobs.keyset import page
 from jobs.models import Batch, Job, LedgerEntry, Result, Worker
 from jobs.states import HELD, LIVE_WORKER, TERMINAL, BatchState, JobState, LedgerKind, WorkerState
+from jobs.terms import DELAYED, Tier, tier_of
 
 CHUNK = 500  # results read at a time
 MAX_LIMIT = 100
+# fmt: off
+# Of a batch, those that its view shows as they are.
+_PLAIN_COLUMNS = (
+    "id", "endpoint", "total", "created_at", "cancelling_at", "finished_at", "input_file_id", "output_file_id",
+    "error_file_id", "completion_window", "model", "errors", "in_progress_at", "expires_at", "finalizing_at",
+    "num_inserted", "schedule_id", "retry_of",
+)
+# fmt: on
 # Spelled out, because a bound parameter would keep the database from using the partial indexes.
 _QUEUED: ColumnElement[str] = literal_column(f"'{JobState.QUEUED.value}'")
 
@@ -47,10 +57,17 @@ class JobView:
     created_at: float
     started_at: float | None
     finished_at: float | None
+    fair_tag: float
+    estimated_tokens: int
     attempts: int
+    tier: Tier
+    priority: int
+    not_before: float | None
+    deadline: float | None
     error: dict[str, Any] | None
     outputs: list[dict[str, Any]] | None
     usage: Usage | None
+    retry_of: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +82,20 @@ class BatchView:
     created_at: float
     cancelling_at: float | None
     finished_at: float | None
+    schedule_id: str | None
+    input_file_id: str | None = None
+    output_file_id: str | None = None
+    error_file_id: str | None = None
+    completion_window: str | None = None
+    model: str | None = None
+    errors: list[dict[str, Any]] | None = None  # of the validation: code, line, message, param
+    in_progress_at: float | None = None
+    expires_at: float | None = None
+    finalizing_at: float | None = None
+    num_inserted: int = 0  # of a file's `total` lines, those that are jobs by now
     counts: dict[JobState, int]
     usage: Usage
+    retry_of: str | None = None
 
     @property
     def closed(self) -> bool:
@@ -97,89 +126,109 @@ class Readiness:
 
 
 class Reads:
-    """Each call is one short read transaction; `results` is one per chunk."""
+    """Each call is one short read transaction; `results` is one per chunk.
+
+    What belongs to somebody is asked for under its `tenant`; another's id is answered like one that nobody has."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def job(self, job_id: str) -> JobView | None:
+    def job(self, job_id: str, *, tenant: str) -> JobView | None:
+        query = _jobs().where(Job.id == job_id, Job.tenant == tenant)
         with self._database.read() as connection:
-            row = connection.execute(_jobs().where(Job.id == job_id)).one_or_none()
+            row = connection.execute(query).one_or_none()
         return None if row is None else _job_view(row)
 
     def jobs(
         self,
         only: JobFilter,
         *,
+        tenant: str,
         after: str | None = None,
         limit: int = 20,
         order: Literal["asc", "desc"] = "desc",
     ) -> tuple[list[JobView], bool]:
         """A page of jobs by time of creation, and whether more follow. `after` is the last id of the page
         before. Raises `BadField` when there is no such job."""
-        query = _jobs().where(*_conditions(only)).limit(limit + 1)
-        place = tuple_(Job.created_at, Job.id)
-        descending = order == "desc"
-        query = query.order_by(*((c.desc() for c in (Job.created_at, Job.id)) if descending else place))
+        query = _jobs().where(Job.tenant == tenant, *_conditions(only))
         with self._database.read() as connection:
-            if after is not None:
-                found = connection.execute(
-                    select(Job.created_at, Job.id).where(Job.id == after)
-                ).one_or_none()
-                if found is None:
-                    raise BadField("after", "there is no such job")
-                edge = tuple_(*found)
-                query = query.where(place < edge if descending else place > edge)
-            rows = connection.execute(query).all()
-        return [_job_view(row) for row in rows[:limit]], len(rows) > limit
+            rows, more = page(
+                connection,
+                query,
+                Job,
+                tenant=tenant,
+                noun="job",
+                after=after,
+                limit=limit,
+                descending=order == "desc",
+            )
+        return [_job_view(row) for row in rows], more
 
-    def batch(self, batch_id: str) -> BatchView | None:
+    def batch(self, batch_id: str, *, tenant: str) -> BatchView | None:
+        query = select(*Batch.__table__.columns).where(Batch.id == batch_id, Batch.tenant == tenant)
         with self._database.read() as connection:
-            batch = connection.execute(
-                select(*Batch.__table__.columns).where(Batch.id == batch_id)
-            ).one_or_none()
-            if batch is None:
-                return None
-            counts = connection.execute(
-                select(Job.state, func.count()).where(Job.batch_id == batch_id).group_by(Job.state)
-            ).all()
-            usage = connection.execute(
-                select(
-                    func.coalesce(func.sum(LedgerEntry.prompt_tokens), 0),
-                    func.coalesce(func.sum(LedgerEntry.completion_tokens), 0),
-                    func.coalesce(func.sum(LedgerEntry.cached_tokens), 0),
-                ).where(LedgerEntry.batch_id == batch_id, LedgerEntry.kind == LedgerKind.BILLED)
-            ).one()
-        return BatchView(
-            id=batch.id,
-            state=BatchState(batch.state),
-            endpoint=batch.endpoint,
-            total=batch.total,
-            metadata=batch.metadata,
-            created_at=batch.created_at,
-            cancelling_at=batch.cancelling_at,
-            finished_at=batch.finished_at,
-            counts={JobState(state): count for state, count in counts},
-            usage=Usage(*map(int, usage)),
-        )
+            views = batch_views(connection, connection.execute(query).all())
+        return views[0] if views else None
 
-    def results(self, batch_id: str) -> Iterator[JobView]:
-        """The finished jobs of a batch in input order, read a chunk at a time, also while it runs."""
-        last = -1
+    def results(
+        self,
+        batch_id: str,
+        *,
+        tenant: str,
+        order: Order = Order.INPUT,
+        after: int | None = None,
+        last: int | None = None,
+    ) -> Iterator[JobView]:
+        """The finished jobs of a batch in input order, or those that have a place in the order of completion, read a
+        chunk at a time, also while it runs. `after` (excluded) and `last`: as a `Page` has them."""
+        column, start = order.column, order.first if after is None else after
         while True:
             query = (
                 _jobs()
-                .where(Job.batch_id == batch_id, Job.position > last, Job.state.in_(TERMINAL))
-                .order_by(Job.position)
+                .add_columns(column.label("cursor"))
+                .where(
+                    Job.batch_id == batch_id,
+                    Job.tenant == tenant,
+                    column > start,
+                    Job.state.in_(TERMINAL),
+                )
+                .order_by(column)
                 .limit(CHUNK)
             )
+            if last is not None:
+                query = query.where(column <= last)
             with self._database.read() as connection:
                 rows = connection.execute(query).all()
             for row in rows:
                 yield _job_view(row)
             if len(rows) < CHUNK:
                 return
-            last = rows[-1].position
+            start = rows[-1].cursor
+
+    def ended(self, job_ids: Sequence[str]) -> set[str]:
+        """Which of these jobs have ended; for those who wait for them, and know whose they are."""
+        found: set[str] = set()
+        for some in portions(sorted(job_ids)):
+            query = select(Job.id).where(Job.id.in_(some), Job.state.in_(TERMINAL))
+            with self._database.read() as connection:
+                found |= set(connection.scalars(query))
+        return found
+
+    def body(self, job_id: str, *, tenant: str) -> dict[str, Any] | None:
+        """What a job asks for, as `JobBody.stored` made it."""
+        query = select(Job.body).where(Job.id == job_id, Job.tenant == tenant)
+        with self._database.read() as connection:
+            return connection.scalars(query).one_or_none()
+
+    def models(self) -> dict[str, float]:
+        """Models that live workers serve, loaded or still loading, and since when, in unix seconds."""
+        query = (
+            select(Worker.model, func.min(Worker.started_at).label("since"))
+            .where(Worker.state.in_(LIVE_WORKER), Worker.lease_until > now())
+            .group_by(Worker.model)
+        )
+        with self._database.read() as connection:
+            return {row.model: row.since for row in connection.execute(query)}
 
     def readiness(self, stall_seconds: float) -> Readiness:
         """Ready: there is nothing to do, or a live worker is loaded and, if it is busy, its engine has made a
@@ -193,7 +242,7 @@ class Reads:
                     (now() - func.coalesce(Worker.last_step_at, Worker.started_at)).label("since_step"),
                 ).where(Worker.state.in_(LIVE_WORKER), Worker.lease_until > now())
             ).all()
-            queued = select(Job.id).where(Job.state == _QUEUED).limit(1)
+            queued = select(Job.id).where(Job.state == _QUEUED, Job.tier < DELAYED).limit(1)
             held = select(Job.id).where(Job.worker_id.is_not(None), Job.state.in_(HELD)).limit(1)
             has_work = any(connection.execute(query).first() is not None for query in (queued, held))
         num_workers: dict[WorkerState, int] = {}
@@ -230,6 +279,42 @@ class Reads:
             return connection.execute(query).first() is not None
 
 
+def batch_views(connection: Connection, rows: Sequence[Row[Any]]) -> list[BatchView]:
+    """Rows of the batches table with the numbers and the bills of their jobs."""
+    ids = [row.id for row in rows]
+    # A batch's id is enough: its jobs and bills are its tenant's.
+    counts: dict[str, dict[JobState, int]] = {batch_id: {} for batch_id in ids}
+    for batch_id, state, count in connection.execute(
+        select(Job.batch_id, Job.state, func.count())
+        .where(Job.batch_id.in_(ids))
+        .group_by(Job.batch_id, Job.state)
+    ):
+        counts[str(batch_id)][JobState(state)] = count
+    usage = {
+        batch_id: Usage(*map(int, sums))
+        for batch_id, *sums in connection.execute(
+            select(
+                LedgerEntry.batch_id,
+                func.sum(LedgerEntry.prompt_tokens),
+                func.sum(LedgerEntry.completion_tokens),
+                func.sum(LedgerEntry.cached_tokens),
+            )
+            .where(LedgerEntry.batch_id.in_(ids), LedgerEntry.kind == LedgerKind.BILLED)
+            .group_by(LedgerEntry.batch_id)
+        )
+    }
+    return [
+        BatchView(
+            state=BatchState(row.state),
+            metadata=row.metadata,
+            counts=counts[row.id],
+            usage=usage.get(row.id, Usage(0, 0, 0)),
+            **{name: getattr(row, name) for name in _PLAIN_COLUMNS},
+        )
+        for row in rows
+    ]
+
+
 def _jobs() -> Select[Any]:
     return select(
         Job.id,
@@ -242,8 +327,15 @@ def _jobs() -> Select[Any]:
         Job.created_at,
         Job.started_at,
         Job.finished_at,
+        Job.fair_tag,
+        Job.estimated_tokens,
         Job.fence,
+        Job.tier,
+        Job.priority,
+        Job.not_before,
+        Job.deadline,
         Job.error,
+        Job.retry_of,
         Result.outputs,
         Result.prompt_tokens,
         Result.completion_tokens,
@@ -264,15 +356,21 @@ def _job_view(row: Row[Any]) -> JobView:
         created_at=row.created_at,
         started_at=row.started_at,
         finished_at=row.finished_at,
+        fair_tag=row.fair_tag,
+        estimated_tokens=row.estimated_tokens,
         attempts=row.fence,
+        tier=tier_of(row.tier),
+        priority=row.priority,
+        not_before=row.not_before,
+        deadline=row.deadline,
         error=row.error,
         outputs=row.outputs if done else None,
         usage=Usage(row.prompt_tokens, row.completion_tokens, row.cached_tokens) if done else None,
+        retry_of=row.retry_of,
     )
 
 
 def _conditions(only: JobFilter) -> Iterator[ColumnElement[bool]]:
-    yield Job.tenant == "default"
     for column, value in (
         (Job.state, only.state),
         (Job.batch_id, only.batch_id),

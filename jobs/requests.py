@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from engine.request import Request, RequestId
+from engine.request import Generated, Request, RequestId
 from engine.tokenizer import Tokenizer
 from jobs.body import JobBody
 from jobs.settings import Settings
@@ -21,9 +21,14 @@ def request_of(
     seed: int,
     tokenizer: Tokenizer,
     settings: Settings,
-    tenant: str = "",
+    tenant: str,
+    priority: int = 0,
+    turn: float | None = None,
+    generated: tuple[Generated, ...] = (),
+    stream: bool = False,
 ) -> Request:
-    """Prefixes are shared inside a tenant only.
+    """Prefixes are shared inside a tenant only. `priority`, `turn`: as in `Request`. `generated`: a checkpoint.
+    `stream`: tell of its tokens as they are made.
 
     Raises `InvalidParameter`, or another ValueError for a chat that the checkpoint's template refuses."""
     if body.messages is not None:
@@ -37,4 +42,8 @@ def request_of(
         prompt_token_ids=tuple(ids),
         sampling=replace(sampling, seed=seed),
         cache_salt=tenant,
+        priority=priority,
+        turn=turn,
+        generated=generated,
+        stream=stream,
     )

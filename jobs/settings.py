@@ -25,7 +25,10 @@ class EngineSettings(BaseModel):
     revision: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    kernels: Literal["auto", "reference", "cpu"] = "auto"
+    model_impl: Literal["auto", "nightpress", "transformers"] = Field(
+        "auto", description="whose code computes the model; auto: ours where it knows the architecture"
+    )
+    kernels: Literal["auto", "reference", "cpu", "triton"] = "auto"
     page_size: int = 16
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
@@ -65,6 +68,9 @@ class Settings(BaseSettings):
     )
 
     data_dir: Path = Field(Path(".nightpress"), description="where embedded mode keeps SQLite and Valkey")
+    files_dir: Path | None = Field(
+        None, description="where uploaded and output files lie; none: data_dir/files"
+    )
     database_url: str = Field(
         "", description="sqlite:///… or postgresql+psycopg://…; empty: SQLite in data_dir"
     )
@@ -83,7 +89,9 @@ class Settings(BaseSettings):
     renew_seconds: float = Field(
         5.0, gt=0, description="how often a worker renews its lease and hears of cancels"
     )
-    sweep_seconds: float = Field(5.0, gt=0, description="how often expired leases are looked for")
+    sweep_seconds: float = Field(
+        5.0, gt=0, description="how often expired leases and due schedules are looked for"
+    )
     grace_seconds: float = Field(20.0, ge=0, description="how long a drain lets running jobs finish")
     stall_seconds: float = Field(
         120.0, gt=0, description="a busy engine without a step for so long is restarted"
@@ -94,15 +102,45 @@ class Settings(BaseSettings):
     claim_window: int = Field(
         3, ge=1, le=16, description="jobs a worker may hold, in multiples of max_num_seqs"
     )
-    max_crashes: int = Field(
-        2, ge=1, description="engine deaths after which a job runs alone, to convict or clear it"
+    checkpoint_seconds: float = Field(
+        5.0, gt=0, description="how often the tokens of running jobs are saved, to go on from after a death"
     )
 
     max_body_bytes: int = Field(1_000_000, gt=0, description="largest body of a single job")
     max_array_bytes: int = Field(64_000_000, gt=0, description="largest body of a jobs array")
     max_array_jobs: int = Field(10_000, gt=0, description="most jobs in one array")
+    max_file_bytes: int = Field(1_000_000_000, gt=0, description="largest file that may be uploaded")
+    max_batch_jobs: int = Field(1_000_000, gt=0, description="most lines in the input file of a batch")
     max_n: int = Field(16, ge=1, le=128, description="most samples per job")
+    interactive_seconds: float = Field(
+        600.0,
+        gt=0,
+        description="how long a request that waits for its answer may take before it is cancelled",
+    )
     default_max_tokens: int = Field(1024, ge=1, description="for jobs that name no max_tokens")
+
+    quota_queued_jobs: int | None = Field(None, ge=0, description="most jobs of a tenant that have not ended")
+    quota_queued_tokens: int | None = Field(None, ge=0, description="most estimated tokens of those jobs")
+    quota_stored_bytes: int | None = Field(
+        None, ge=0, description="most bytes of a tenant's bodies and outputs"
+    )
+    quota_tokens_per_day: int | None = Field(
+        None, ge=0, description="most tokens billed to a tenant per UTC day"
+    )
+
+    promise_slack: float = Field(
+        1.0, gt=0, description="how much longer than forecast a submit with a window is taken to need"
+    )
+    promise_refuse: bool = Field(
+        True, description="whether a submit is refused whose window cannot be met as measured"
+    )
+
+    api_key: str = Field("", repr=False, description="the key that the command line's client sends")
+
+    metrics_host: str = Field("127.0.0.1", description="address a worker's metrics port binds")
+    metrics_port: int | None = Field(
+        None, ge=0, le=65535, description="port of each worker's /metrics; 0: a free one, none: off"
+    )
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
@@ -135,6 +173,11 @@ class Settings(BaseSettings):
     @property
     def valkey_socket(self) -> Path:
         return self.data_dir.absolute() / "valkey.sock"
+
+    @property
+    def files(self) -> Path:
+        """Folder of the files; all api processes must see the same one."""
+        return (self.files_dir or self.data_dir / "files").absolute()
 
     @property
     def database(self) -> str:

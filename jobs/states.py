@@ -5,10 +5,21 @@
     │  ▲                 │    │
     │  └─────────────────┘    │ cancel
     │   sweeper (lease lost)  ▼
-    │   worker (drain,     cancelling ───────────► cancelled
-    │   engine death)         writer, or the sweeper when the worker is dead
+    │   worker (drain,     cancelling ───────────► cancelled | expired
+    │   engine death,         writer, or the sweeper when the worker is dead
+    │   retry after a failure)
     │
     └──────────────► cancelled (cancel)      queued ──► expired (sweeper, past the deadline)
+
+Past its deadline a held job is told to stop in the way of a cancel, and ends as `expired`.
+A batch of a file; one of an array begins at in_progress and has no finalizing:
+
+              clerk                 last job ends               clerk
+  validating ───────► in_progress ─────────────────► finalizing ───────► completed | expired
+    │   │                  │                             │               | failed (its file got lost)
+    │   └──► failed        └─────────► cancelling ◄──────┘ cancel
+    │        (bad line)                    │
+    └──► cancelled (cancel)                └───► cancelled (clerk, when its output is written)
 
 A terminal state never changes: every UPDATE names the state it moves from, and the fence of the claim.
 """

@@ -13,8 +13,10 @@ import time
 from collections.abc import Callable, Sequence
 
 from engine.config import EngineConfig
+from engine.growth import Growth
 from engine.request import Completion, Request, RequestId
-from engine.wire import Completions, FromEngine, Hello, Progress, Stats
+from engine.wire import Completions, FromEngine, Grown, Hello, Progress, Stats, Streamed
+from jobs.engine_figures import EngineFigures
 from jobs.engine_process import EngineProcess
 
 log = logging.getLogger(__name__)
@@ -27,33 +29,46 @@ STOP_SECONDS = 5.0
 class EngineSupervisor(threading.Thread):
     """Callbacks run on the engine reader's thread, except `on_hopeless`, which runs on this one.
 
-    `on_death(returncode, ids)` follows an unordered death; `on_hopeless(reason)` says that starting is given up.
+    `on_death(returncode, ids, stalled)` follows an unordered death, `stalled` when it was killed for making no steps;
+    `on_hopeless(reason)` says that starting is given up.
     """
 
     def __init__(
         self,
         config: EngineConfig,
         *,
+        checkpoint_seconds: float | None = None,
         on_ready: Callable[[Hello], None],
         on_completions: Callable[[Sequence[Completion]], None],
         on_progress: Callable[[dict[RequestId, int]], None],
-        on_death: Callable[[int, tuple[RequestId, ...]], None],
+        on_grown: Callable[[Sequence[Growth]], None],
+        on_streamed: Callable[[Sequence[Growth]], None],
+        on_death: Callable[[int, tuple[RequestId, ...], bool], None],
         on_hopeless: Callable[[str], None],
     ) -> None:
         super().__init__(name="engine-supervisor", daemon=True)
         self.config = config
+        self.checkpoint_seconds = checkpoint_seconds
         self.on_ready = on_ready
         self.on_completions = on_completions
         self.on_progress = on_progress
+        self.on_grown = on_grown
+        self.on_streamed = on_streamed
         self.on_death = on_death
         self.on_hopeless = on_hopeless
         self.num_starts = 0
         self.hello: Hello | None = None  # of the process that runs now
-        self.stats: dict[str, int | float] = {}
+        self.figures = EngineFigures({}, {})  # replaced whole, so that readers see both parts of one moment
         self.moved_at = time.monotonic()  # when it last showed progress
         self._process: EngineProcess | None = None
+        self._stalled = False  # the process was killed for making no steps
         self._stopping = threading.Event()
         self._ended = threading.Event()
+
+    @property
+    def stats(self) -> dict[str, int | float]:
+        """What the engine that runs now said of itself last; empty while it starts."""
+        return self.figures.now
 
     # --- requests -------------------------------------------------------------------------------------------
 
@@ -93,6 +108,7 @@ class EngineSupervisor(threading.Thread):
             return
         if still > start_seconds if self.hello is None else process.in_flight and still > step_seconds:
             log.error("engine.stalled pid=%s seconds=%.0f", process.pid, still)
+            self._stalled = True
             process.kill()
 
     # --- life -----------------------------------------------------------------------------------------------
@@ -101,7 +117,13 @@ class EngineSupervisor(threading.Thread):
         failed_starts = 0
         while not self._stopping.is_set():
             self._ended.clear()
-            process = EngineProcess(self.config, on_message=self._take, on_exit=self._end)
+            self._stalled = False
+            process = EngineProcess(
+                self.config,
+                checkpoint_seconds=self.checkpoint_seconds,
+                on_message=self._take,
+                on_exit=self._end,
+            )
             self._process = process
             self.num_starts += 1
             self.moved_at = time.monotonic()
@@ -137,10 +159,14 @@ class EngineSupervisor(threading.Thread):
                 self.on_completions(message.completions)
             case Progress():
                 self.on_progress(message.num_generated)
+            case Grown():
+                self.on_grown(message.growths)
+            case Streamed():
+                self.on_streamed(message.growths)
             case Stats():
                 if message.values.get("num_steps") != self.stats.get("num_steps"):
                     self.moved_at = time.monotonic()
-                self.stats = message.values
+                self.figures = EngineFigures(message.values, self.figures.before)
             case Hello():
                 self.moved_at = time.monotonic()
                 self.hello = message
@@ -150,10 +176,10 @@ class EngineSupervisor(threading.Thread):
 
     def _end(self, returncode: int, ids: tuple[RequestId, ...]) -> None:
         self.hello = None
-        self.stats = {}
+        self.figures = self.figures.after_death()
         try:
             if not self._stopping.is_set():
                 log.error("engine.died returncode=%d in_flight=%d", returncode, len(ids))
-                self.on_death(returncode, ids)
+                self.on_death(returncode, ids, self._stalled)
         finally:
             self._ended.set()

@@ -2,27 +2,35 @@
 
 Owns three repairs, all idempotent and safe to run in many processes at once: leases that expired are marked
 lost, jobs that carry the name of a worker that is gone go back to the queue (or end, if they were being
-cancelled), and models that have queued jobs are announced again, because Redis may have lost the wake-up.
+cancelled), and models that have queued jobs are announced again, because Redis may have lost the wake-up. It also
+is the clock of `deadlines`.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
+from functools import partial
 
 from sqlalchemy import Connection, insert, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
+from jobs import tallies
 from jobs.batches import close_batches
+from jobs.checkpoints import forget
 from jobs.claims import models_with_work
 from jobs.database import Database, now
+from jobs.deadlines import MOVES_PER_SWEEP, edges_of_risk, expire, has_due, has_late, make_due, make_urgent
 from jobs.models import Job, LedgerEntry, Worker
+from jobs.outcomes import ending_of
 from jobs.states import HELD, LIVE_WORKER, JobState, LedgerKind, WorkerState
 
 log = logging.getLogger(__name__)
 
 REPAIRS_PER_SWEEP = 1000
+LOOK_AHEAD_SECONDS = 30.0  # less than the spare time of `deadlines`
 STOP_SECONDS = 10.0
 
 EXPIRED = select(Worker.id).where(Worker.state.in_(sorted(LIVE_WORKER)), Worker.lease_until < now()).limit(1)
@@ -47,7 +55,19 @@ def expire_leases(connection: Connection) -> list[str]:
 def take_back(connection: Connection) -> tuple[int, int]:
     """Requeue, or end as cancelled, the jobs of workers that are gone. Returns how many of each."""
     rows = connection.execute(
-        STRANDED.with_only_columns(Job.id, Job.fence, Job.state, Job.tenant, Job.model, Job.batch_id)
+        STRANDED.with_only_columns(
+            *(
+                Job.id,
+                Job.fence,
+                Job.state,
+                Job.tenant,
+                Job.key_id,
+                Job.model,
+                Job.batch_id,
+                Job.estimated_tokens,
+                Job.error,
+            )
+        )
         .order_by(Job.id)
         .limit(REPAIRS_PER_SWEEP)
         .with_for_update(skip_locked=True)
@@ -62,12 +82,14 @@ def take_back(connection: Connection) -> tuple[int, int]:
             .where(Job.id.in_([row.id for row in requeued]))
             .values(state=JobState.QUEUED, worker_id=None)
         )
+    for state in (JobState.CANCELLED, JobState.EXPIRED):
+        ended = [row.id for row in cancelled if ending_of(row.error) is state]
+        if ended:
+            connection.execute(
+                update(Job).where(Job.id.in_(ended)).values(state=state, worker_id=None, finished_at=now())
+            )
     if cancelled:
-        connection.execute(
-            update(Job)
-            .where(Job.id.in_([row.id for row in cancelled]))
-            .values(state=JobState.CANCELLED, worker_id=None, finished_at=now())
-        )
+        forget(connection, [row.id for row in cancelled])
     # What a dead worker had made is not known here; the attempt itself is still on record.
     connection.execute(
         insert(LedgerEntry).values(created_at=now()),
@@ -77,6 +99,7 @@ def take_back(connection: Connection) -> tuple[int, int]:
                 "fence": row.fence,
                 "kind": LedgerKind.CANCELLED if row.state == JobState.CANCELLING else LedgerKind.WASTED,
                 "tenant": row.tenant,
+                "key_id": row.key_id,
                 "model": row.model,
                 "batch_id": row.batch_id,
                 "prompt_tokens": 0,
@@ -87,18 +110,31 @@ def take_back(connection: Connection) -> tuple[int, int]:
         ],
     )
     close_batches(connection, sorted({row.batch_id for row in cancelled if row.batch_id}))
+    tallies.add(
+        connection,
+        [tallies.ended(row.tenant, row.estimated_tokens) for row in cancelled],
+    )
     return len(requeued), len(cancelled)
 
 
 class Sweeper(threading.Thread):
-    """Runs `sweep` every `sweep_seconds`. `announce(model)` is called for each model that has queued jobs."""
+    """Runs `sweep` every `sweep_seconds`. `announce(model)` is called for each model that has queued jobs, and `also`
+    at the end of each sweep."""
 
-    def __init__(self, database: Database, sweep_seconds: float, announce: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        database: Database,
+        sweep_seconds: float,
+        announce: Callable[[str], None],
+        also: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__(name="sweeper", daemon=True)
         self.database = database
         self.sweep_seconds = sweep_seconds
         self.announce = announce
+        self.also = also
         self._stopping = threading.Event()
+        self._look_ahead_at = 0.0
 
     def run(self) -> None:
         while not self._stopping.wait(self.sweep_seconds):
@@ -114,6 +150,14 @@ class Sweeper(threading.Thread):
         with self.database.read() as connection:
             expired, stranded = bool(connection.scalar(EXPIRED)), bool(connection.scalar(STRANDED.limit(1)))
             models = models_with_work(connection)
+            due, late = has_due(connection), has_late(connection)
+            edges = edges_of_risk(connection) if self._looks_ahead() else {}
+        if due:
+            models += self._until_done(make_due)
+        if late:
+            self._until_done(expire)
+        for model, edge in edges.items():
+            self._until_done(partial(make_urgent, model=model, edge=edge))
         if expired and (lost := self.database.transact(expire_leases)):
             log.warning("sweeper.lost workers=%s", ",".join(lost))
         requeued = cancelled = 0
@@ -126,8 +170,27 @@ class Sweeper(threading.Thread):
             log.warning("sweeper.took_back requeued=%d cancelled=%d", requeued, cancelled)
             with self.database.read() as connection:
                 models = models_with_work(connection)
-        for model in models:
+        for model in dict.fromkeys(models):
             self.announce(model)
+        self.also()
+
+    def _until_done(self, move: Callable[[Connection], int | list[str]]) -> list[str]:
+        """Portion after portion, each its own transaction; what they moved, if they say so."""
+        moved: list[str] = []
+        while not self._stopping.is_set():
+            some = self.database.transact(move)
+            number = some if isinstance(some, int) else len(some)
+            moved += [] if isinstance(some, int) else some
+            if number < MOVES_PER_SWEEP:
+                break
+        return list(dict.fromkeys(moved))
+
+    def _looks_ahead(self) -> bool:
+        """Whether it is time to look for deadlines at risk, which reads every queued job that has one."""
+        if time.monotonic() < self._look_ahead_at:
+            return False
+        self._look_ahead_at = time.monotonic() + LOOK_AHEAD_SECONDS
+        return True
 
     def stop(self) -> None:
         self._stopping.set()

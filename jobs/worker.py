@@ -1,14 +1,15 @@
 """Worker: the parts of one worker process put together, their start and their end.
 
-Owns the wiring between Celery's side (`pool`), SQL's side (claimer, writer, lease keeper, sweeper, arrivals)
-and the engine's side (supervisor), and the order in which they stop. Each part owns its thread; none of them
-knows another, they meet here. No torch is loaded in this process.
+Owns the wiring between Celery's side (`pool`), SQL's side (claimer, writer, lease keeper, sweeper, timekeeper,
+arrivals) and the engine's side (supervisor), and the order in which they stop. Each part owns its thread; none
+of them knows another, they meet here. No torch is loaded in this process.
 """
 
 from __future__ import annotations
 
 import logging
 import queue
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,28 +24,39 @@ from engine.tokenizer import Tokenizer
 from engine.wire import Hello
 from jobs.answers import outcome_of
 from jobs.arrivals import Arrivals
+from jobs.audience import Audience
 from jobs.body import JobBody
+from jobs.broadcast import Broadcast
 from jobs.broker import NightpressCelery
 from jobs.cancels import Cancels
 from jobs.celery_results import CeleryResults
+from jobs.checkpointer import Checkpointer
 from jobs.claimer import Claimer
 from jobs.claims import Claim
 from jobs.database import Database, now
+from jobs.exposition import MetricsServer, serve
 from jobs.holdings import Holding, Holdings
+from jobs.intake import Intake
 from jobs.lease_keeper import LeaseKeeper
 from jobs.leases import leave, new_worker_id, register
 from jobs.outcomes import Outcome, Recorded
+from jobs.pace import Pace, last_known
+from jobs.quarantine import SUSPECT, is_guilty, suspicion_after
 from jobs.requests import request_of
 from jobs.settings import Settings
-from jobs.states import JobState, WorkerState
+from jobs.states import TERMINAL, JobState, WorkerState
 from jobs.supervisor import EngineSupervisor
 from jobs.sweeper import Sweeper
+from jobs.teller import Teller
+from jobs.timekeeper import Timekeeper
 from jobs.wakeups import WakeUps
+from jobs.worker_metrics import WorkerMetrics
 from jobs.writer import Writer
 
 log = logging.getLogger(__name__)
 
 LEAVE_SECONDS = 3.0
+FLUSH_SECONDS = 3.0  # for the last checkpoints of an engine that died
 HAND_BACK_SECONDS = 10.0  # for the engine to answer aborts, and for SQL to take them, at the end of a drain
 
 
@@ -59,7 +71,9 @@ class Worker:
         on_hopeless: Callable[[str], None],
         is_revoked: Callable[[str], bool],
     ) -> None:
-        checkpoint = Checkpoint.open(settings.model, settings.engine.revision)
+        checkpoint = Checkpoint.open(
+            settings.model, settings.engine.revision, model_impl=settings.engine.model_impl
+        )
         self.settings = settings
         self.model = settings.served_model
         self.tokenizer = Tokenizer.open(checkpoint)
@@ -69,18 +83,27 @@ class Worker:
         self.draining = False
         self._started = False
         self.results = CeleryResults(app)
+        teller = Teller(self.database, self.results)
+        self.results.on_told = teller.told
         self.wake_ups = WakeUps(app)
         self.cancels = Cancels(self.database)
         self._chores: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._seen_steps: int | float | None = None
+        self.pace = Pace()
         self._counted = (time.monotonic(), 0.0)  # when, and how many tokens the engine had generated
         name = lambda: self.worker_id  # noqa: E731
-        self.writer = Writer(self.database, self.holdings, name, self._on_recorded)
+        weights = checkpoint.fingerprint()
+        self.writer = Writer(self.database, self.holdings, name, self._on_recorded, weights)
+        self.checkpointer = Checkpointer(self.database, self.holdings, name, weights)
+        self.broadcast = Broadcast(settings.redis, self.tokenizer, self._stop_of)
         self.supervisor = EngineSupervisor(
             settings.engine_config(),
+            checkpoint_seconds=settings.checkpoint_seconds,
             on_ready=self._on_ready,
             on_completions=self._on_completions,
             on_progress=self.holdings.progress,
+            on_grown=self.checkpointer.put,
+            on_streamed=self.broadcast.put,
             on_death=self._on_death,
             on_hopeless=on_hopeless,
         )
@@ -96,8 +119,9 @@ class Worker:
             finish=self.writer.put,
             on_more=lambda: self.wake_ups.wake(self.model),
             window=window,
-            low_water=max(window - max_num_seqs // 4 - 1, 0),
-            max_crashes=settings.max_crashes,
+            places=max_num_seqs,
+            reserve=max(1, max_num_seqs // 4),
+            weights=weights,
         )
         self.keeper = LeaseKeeper(
             self.database,
@@ -113,7 +137,10 @@ class Worker:
                 settings.stall_seconds, settings.start_seconds
             ),
         )
-        self.sweeper = Sweeper(self.database, settings.sweep_seconds, self._announce)
+        self.sweeper = Sweeper(self.database, settings.sweep_seconds, self._announce, also=teller.sweep)
+        self.timekeeper = Timekeeper(
+            self.database, Intake(self.database, settings), settings.sweep_seconds, self._announce
+        )
         self.arrivals = Arrivals(
             self.database,
             settings,
@@ -122,6 +149,14 @@ class Worker:
             is_revoked=is_revoked,
             cancel=lambda job_id: self.cancel([job_id], running=False),
         )
+        self.metrics = WorkerMetrics(
+            self.model,
+            figures=lambda: self.supervisor.figures,
+            is_up=lambda: self.supervisor.hello is not None and not self.draining,
+            num_starts=lambda: self.supervisor.num_starts,
+            num_held=lambda: len(self.holdings),
+        )
+        self._metrics_server: MetricsServer | None = None
         self._chore_thread = threading.Thread(target=self._do_chores, name="chores", daemon=True)
 
     # --- life -----------------------------------------------------------------------------------------------
@@ -129,11 +164,15 @@ class Worker:
     def start(self) -> None:
         """Register and start every thread. Raises when SQL cannot be reached."""
         self.database.transact(lambda connection: self._register(connection, self.worker_id))
+        with self.database.read() as connection:
+            self.pace = Pace(last_known(connection, model=self.model, host=socket.gethostname()))
         log.info("worker.start id=%s model=%s", self.worker_id, self.model)
-        for thread in (self.results, self.writer, self.supervisor, self.claimer, self.keeper, self.sweeper):
+        threads = (self.results, self.writer, self.checkpointer, self.supervisor, self.claimer, self.keeper)
+        for thread in (*threads, self.broadcast, self.sweeper, self.timekeeper):
             thread.start()
         self.arrivals.start()
         self._chore_thread.start()
+        self._metrics_server = serve(self.metrics.registry, self.settings)
         self._started = True
 
     def drain(self, grace_seconds: float) -> None:
@@ -155,8 +194,11 @@ class Worker:
         if not self.holdings.wait_empty(HAND_BACK_SECONDS):
             log.error("worker.drain_incomplete held=%d", len(self.holdings))
         self.supervisor.stop()
+        self.timekeeper.stop()
         self.sweeper.stop()
+        self.checkpointer.stop()
         self.writer.stop(HAND_BACK_SECONDS)
+        self.broadcast.stop(HAND_BACK_SECONDS)
         self.keeper.stop()
         try:
             self.database.transact(
@@ -169,6 +211,8 @@ class Worker:
         self.wake_ups.wake(self.model)  # for whoever takes over what was handed back
         self.wake_ups.close()
         self.results.stop(HAND_BACK_SECONDS)
+        if self._metrics_server is not None:
+            self._metrics_server.stop()
         self.database.close()
         log.info("worker.left id=%s", self.worker_id)
 
@@ -191,7 +235,7 @@ class Worker:
 
     def _cancel(self, job_ids: Sequence[str], running: bool) -> None:
         for job_id in job_ids:
-            state = self.cancels.cancel_job(job_id, running=running)
+            state = self.cancels.revoke(job_id, running=running)
             if state is JobState.CANCELLED:
                 self.results.revoked(job_id)
             elif state is JobState.CANCELLING:
@@ -214,7 +258,15 @@ class Worker:
             tokenizer=self.tokenizer,
             settings=self.settings,
             tenant=claim.tenant,
+            priority=claim.tier,
+            turn=claim.turn,
+            generated=claim.generated,
+            stream=claim.audience == Audience.TEXT,
         )
+
+    def _stop_of(self, request_id: RequestId) -> Sequence[str] | None:
+        holding = self.holdings.get(request_id)
+        return None if holding is None else JobBody.model_validate(holding.claim.body).stop or ()
 
     def _end(self, holding: Holding) -> None:
         """Abort one job wherever it is; its state in SQL says whether that is a cancel or a hand-back."""
@@ -224,13 +276,18 @@ class Worker:
             self.supervisor.abort([holding.id])
 
     def _on_recorded(self, recorded: list[Recorded]) -> None:
+        self.metrics.recorded(recorded)
         for item in recorded:
+            if item.audience != Audience.NOBODY:
+                name = RequestId(item.outcome.job_id, item.outcome.fence)
+                self.broadcast.over(name, ended=item.state in TERMINAL)
             if item.source == "redis" and item.state in (
                 JobState.COMPLETED,
                 JobState.FAILED,
                 JobState.CANCELLED,
             ):
                 self.results.ended(item)
+        self.claimer.on_ended([item.outcome.job_id for item in recorded if item.state in TERMINAL])
         if not self.draining:
             if any(item.state is JobState.QUEUED for item in recorded):
                 self.claimer.wake()
@@ -238,8 +295,10 @@ class Worker:
 
     def _on_lost(self) -> None:
         """A sweeper took our jobs: forget them, stop computing them, come back under a new name."""
+        self.metrics.lost_lease()
         held = self.holdings.all()
         self.holdings.clear()
+        self.broadcast.forget()
         self.supervisor.abort([holding.id for holding in held if holding.sent])
         if not self.draining:
             name = new_worker_id()
@@ -260,6 +319,7 @@ class Worker:
     def _report(self) -> dict[str, Any]:
         stats, hello = self.supervisor.stats, self.supervisor.hello
         state = WorkerState.READY if hello else WorkerState.STARTING
+        self.pace.observe(stats)
         report: dict[str, Any] = {
             "state": WorkerState.DRAINING if self.draining else state,
             "num_running": int(stats.get("num_running", 0)),
@@ -269,6 +329,7 @@ class Worker:
             "engine_starts": self.supervisor.num_starts,
             "max_model_len": hello.max_model_len if hello else None,
             "stats": dict(stats),
+            "pace": self.pace.figures.stored(),
         }
         if (steps := stats.get("num_steps")) != self._seen_steps:
             self._seen_steps = steps
@@ -292,17 +353,27 @@ class Worker:
 
     def _on_completions(self, completions: Sequence[Completion]) -> None:
         for completion in completions:
-            if self.holdings.get(completion.id):
-                self.writer.put(outcome_of(completion, self.tokenizer))
+            if holding := self.holdings.get(completion.id):
+                outcome = outcome_of(completion, self.tokenizer)
+                self.writer.put(outcome)
+                if outcome.kind == "completed":
+                    made = outcome.prompt_tokens - outcome.cached_tokens + outcome.completion_tokens
+                    self.pace.completed(computed_tokens=made, estimated_tokens=holding.claim.estimated_tokens)
 
-    def _on_death(self, returncode: int, ids: tuple[RequestId, ...]) -> None:
-        for request_id in ids:
-            if holding := self.holdings.get(request_id):
-                self.writer.put(self._crashed(holding, returncode, alone=len(ids) == 1))
+    def _on_death(self, returncode: int, ids: tuple[RequestId, ...], stalled: bool) -> None:
+        alone = len(ids) == 1 and self.claimer.were_on_trial(ids)
+        self.checkpointer.flush(FLUSH_SECONDS)  # what it had told of before it died
+        holdings = [holding for request_id in ids if (holding := self.holdings.get(request_id))]
+        outcomes = [self._crashed(holding, returncode, stalled, alone=alone) for holding in holdings]
+        self.claimer.on_suspects([o.job_id for o in outcomes if (o.crashes or 0) >= SUSPECT])
+        for outcome in outcomes:
+            self.writer.put(outcome)
         self.keeper.poke()
 
-    def _crashed(self, holding: Holding, returncode: int, *, alone: bool) -> Outcome:
-        convicted = alone and holding.claim.crashes >= self.settings.max_crashes
+    def _crashed(self, holding: Holding, returncode: int, stalled: bool, *, alone: bool) -> Outcome:
+        before = holding.claim.crashes
+        after = suspicion_after(before, returncode, stalled=stalled, progressed=holding.progressed)
+        guilty = alone and is_guilty(before, after)
         error = {
             "code": "engine_crash",
             "message": f"the engine process died (exit status {returncode}) while running this job alone",
@@ -310,8 +381,9 @@ class Worker:
         return Outcome(
             job_id=holding.claim.job_id,
             fence=holding.claim.fence,
-            kind="failed" if convicted else "released",
-            error=error if convicted else None,
-            completion_tokens=holding.num_generated,
-            crashed=True,
+            kind="failed" if guilty else "released",
+            error=error if guilty else None,
+            completion_tokens=max(holding.num_generated, holding.num_saved),
+            kept_tokens=holding.num_saved,
+            crashes=after,
         )

@@ -1,8 +1,9 @@
 """Writer: the thread that commits outcomes, many in one transaction.
 
-Owns the spool of outcomes that are not committed yet. It gathers for 20 ms or 256 outcomes, commits, and only
-then lets go of the jobs and tells whoever waits (Celery results, the claimer). While the database is away the
-spool waits in memory; it is bounded, because a job keeps its place in the holdings until it is committed.
+Owns the spool of outcomes that are not committed yet. It gathers for 20 ms or 256 outcomes, or until one comes that
+somebody waits for (`audience`), commits, and only then lets go of the jobs and tells whoever waits (Celery results,
+listeners, the claimer). While the database is away the spool waits in memory; it is bounded, because a job keeps its
+place in the holdings until it is committed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import replace
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 
 from engine.request import RequestId
+from jobs.audience import Audience
 from jobs.database import Database
 from jobs.holdings import Holdings
 from jobs.outcomes import Outcome, Recorded, record
@@ -37,12 +39,14 @@ class Writer(threading.Thread):
         holdings: Holdings,
         worker_id: Callable[[], str],
         on_recorded: Callable[[list[Recorded]], None],
+        weights: str = "",
     ) -> None:
         super().__init__(name="writer", daemon=True)
         self.database = database
         self.holdings = holdings
         self.worker_id = worker_id
         self.on_recorded = on_recorded
+        self.weights = weights
         self.num_stale = 0
         self._spool: queue.SimpleQueue[Outcome | None] = queue.SimpleQueue()
 
@@ -91,7 +95,7 @@ class Writer(threading.Thread):
         if first is None:
             return [], True
         group = {first.job_id: first}
-        deadline = time.monotonic() + GATHER_SECONDS
+        deadline = time.monotonic() + (0.0 if self._is_awaited(first) else GATHER_SECONDS)
         while len(group) < GATHER_OUTCOMES:
             try:
                 outcome = self._spool.get(timeout=max(0.0, deadline - time.monotonic()))
@@ -100,12 +104,18 @@ class Writer(threading.Thread):
             if outcome is None:
                 return list(group.values()), True
             group[outcome.job_id] = outcome
+            if self._is_awaited(outcome):
+                deadline = 0.0  # what is here already goes along
         return list(group.values()), False
+
+    def _is_awaited(self, outcome: Outcome) -> bool:
+        holding = self.holdings.get(RequestId(outcome.job_id, outcome.fence))
+        return holding is not None and holding.claim.audience != Audience.NOBODY
 
     def _commit(self, group: list[Outcome]) -> None:
         worker_id = self.worker_id()
         recorded = self.database.transact(
-            lambda connection: record(connection, worker_id=worker_id, outcomes=group)
+            lambda connection: record(connection, worker_id=worker_id, outcomes=group, weights=self.weights)
         )
         self.holdings.remove([RequestId(outcome.job_id, outcome.fence) for outcome in group])
         if stale := sum(item.state is None for item in recorded):

@@ -1,4 +1,4 @@
-"""The six operations of a decoder step, as one frozen value with one written contract.
+"""The operations of a decoder step, as one frozen value with one written contract.
 
 Owns the contract and the choice of a set. Knows nothing of models, requests or pages' owners. A set is a
 `Kernels` value handed down by whoever built it: no globals and no environment variables choose one, so two
@@ -7,14 +7,16 @@ models with different sets can live in one process.
 Contract, for every set. T tokens, R rows (sequences), hq query heads, hk key/value heads, d head dimension,
 P pages per row in the table. All tensors on one device; x, weights, q, k and v share one dtype.
 
-- Sums, exponentials and divisions are in fp32; each result is rounded to the dtype once.
+- Sums, exponentials and divisions are in fp32; each result is rounded to the dtype once. A set may also round the
+  weights of a softmax to the dtype before they meet V, as tensor cores take them.
 - Every token's result depends on that token's inputs alone, never on T, R or the other rows.
 - The last dimension is contiguous; token rows may be strided (views of a wider matrix).
 - T = 0 and R = 0 are allowed and do nothing.
 
 Cache layout: `PagedKV`. Slot s is token `s % page_size` of page `s // page_size`. Slots that no row's context
-covers may hold anything, NaN included. Nor does a query meet what its own row stores behind it: NaN there
-changes no bit of the query's result.
+covers may hold anything, NaN included. Nor does a query meet what its own row stores behind it, or before its
+window: NaN there changes no bit of the query's result. Entries of the page table whose tokens no query of the
+row sees are not read: they need not be pages.
 
 A cache of 8 bits has one scale per token and kv head, for K and for V. The scale is the largest |x| over d
 divided by 127 (int8) or 448 (fp8), rounded up to bfloat16 so that nothing clips; what is stored is x / scale,
@@ -27,14 +29,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from importlib.util import find_spec
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-KernelSet = Literal["auto", "reference", "cpu"]
+KernelSet = Literal["auto", "reference", "cpu", "triton"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,21 +55,61 @@ class PagedKV:
     value_scales: Tensor | None = None  # [pages, hk, page_size] bfloat16
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Attention:
+    """How one layer attends. The score of a query and a key is `scale` · (q · k); then, where given,
+
+    - `softcap` c: c · tanh(score / c) (Gemma 2),
+    - `slopes` [hq] fp32, on the device of q: plus slope · (key position - query position) (ALiBi: Press et al. 2022),
+    - `window` w: a query sees itself and the w - 1 tokens before it, and no others (Beltagy et al. 2020).
+
+    Raises `ValueError` for a window below 1 and a softcap that is not above 0.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    slopes: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window must be at least 1, not {self.window}")
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"softcap must be above 0, not {self.softcap}")
+
+
+class RMSNorm(Protocol):
+    def __call__(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor: ...
+
+
+class AddRMSNorm(Protocol):
+    def __call__(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+    ) -> tuple[Tensor, Tensor]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Kernels:
     """One kernel set.
 
-    - `rms_norm(x [T, H], weight [H], eps) -> [T, H]`: x / sqrt(mean(x²) + eps) · weight
-      (Zhang and Sennrich 2019).
-    - `add_rms_norm(x [T, H], residual [T, H], weight [H], eps) -> (normed [T, H], new residual [T, H])`:
+    - `rms_norm(x [T, H], weight [H], eps, offset=0) -> [T, H]`: x / sqrt(mean(x²) + eps) · (weight + offset)
+      (Zhang and Sennrich 2019; Gemma stores its weights less 1).
+    - `add_rms_norm(x [T, H], residual [T, H], weight [H], eps, offset=0) -> (normed [T, H], new residual [T, H])`:
       the new residual is x + residual rounded to the dtype, and what is normed. May overwrite `residual`.
+    - `layer_norm(x [T, H], weight [H], bias [H] or None, eps) -> [T, H]`: (x - mean(x)) / sqrt(var(x) + eps)
+      · weight + bias, with the variance of the H values themselves, not an estimate (Ba et al. 2016).
+    - `add_layer_norm(x [T, H], residual [T, H], weight [H], bias [H] or None, eps)`: as `add_rms_norm`.
     - `rope(q [T, hq, d], k [T, hk, d], cos [T, d/2] fp32, sin [T, d/2] fp32)`: rotates in place; channel i
       is paired with channel i + d/2 (Su et al. 2021, in the half-split order of Hugging Face checkpoints).
       Heads may be strided as well: d is then the number of first channels that are rotated, the others stay.
     - `store_kv(k [T, hk, d], v [T, hk, d], cache, slots [T] int64)`: slot -1 is skipped.
-    - `silu_mul(gate_up [T, 2I]) -> [T, I]`: silu(first half) · second half (Shazeer 2020).
+    - `act(x [T, I], activation) -> [T, I]`, by name: `silu` x / (1 + exp(-x)); `gelu` x · Φ(x), Φ the normal
+      distribution function; `gelu_tanh` x / 2 · (1 + tanh(√(2/π) · (x + 0.044715 x³))) (Hendrycks and Gimpel 2016);
+      `relu` max(x, 0).
+    - `act_mul(gate_up [T, 2I], activation) -> [T, I]`: act(first half) · second half (Shazeer 2020).
+    - `softcap(x [T, N], c) -> [T, N]`: c · tanh(x / c) (Gemma 2).
     - `paged_attention(q [T, hq, d], cache, page_table [R, P] int32, query_start [R+1] int32,
-      context_lens [R] int32, scale) -> [T, hq, d]`: causal attention of each row's queries
+      context_lens [R] int32, how: Attention) -> [T, hq, d]`: causal attention of each row's queries
       `query_start[r]:query_start[r+1]` over its first `context_lens[r]` tokens, of which those queries are
       the last ones and are already stored. Query head h reads kv head `h // (hq / hk)`. Rows of one token
       and of many mix freely. Tokens from `query_start[R]` on are padding: their result is zero.
@@ -75,27 +119,34 @@ class Kernels:
 
     name: str
     quantised: tuple[torch.dtype, ...]
-    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
-    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    rms_norm: RMSNorm
+    add_rms_norm: AddRMSNorm
     rope: Callable[[Tensor, Tensor, Tensor, Tensor], None]
     store_kv: Callable[[Tensor, Tensor, PagedKV, Tensor], None]
-    silu_mul: Callable[[Tensor], Tensor]
-    paged_attention: Callable[[Tensor, PagedKV, Tensor, Tensor, Tensor, float], Tensor]
+    layer_norm: Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
+    add_layer_norm: Callable[[Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor]]
+    act: Callable[[Tensor, Activation], Tensor]
+    act_mul: Callable[[Tensor, Activation], Tensor]
+    softcap: Callable[[Tensor, float], Tensor]
+    paged_attention: Callable[[Tensor, PagedKV, Tensor, Tensor, Tensor, Attention], Tensor]
 
 
 def kernels_for(device: str, name: KernelSet = "auto", *, dtype: torch.dtype = torch.bfloat16) -> Kernels:
-    """The set for a device. `auto` takes the fastest that runs there.
+    """The set for a device. `auto` takes `cpu` on a CPU and `reference` on a GPU: `triton` must be asked for, until
+    it has been tried on one.
 
     Raises `ValueError` for a name that is unknown or cannot run on the device. Asking for `cpu` where no
     C compiler works gives `reference`, with a warning in the log, because the answers are the same.
     """
     from kernels import reference
 
-    if name not in ("auto", "reference", "cpu"):
-        raise ValueError(f"kernels must be auto, reference or cpu, not {name!r}")
+    if name not in ("auto", "reference", "cpu", "triton"):
+        raise ValueError(f"kernels must be auto, reference, cpu or triton, not {name!r}")
     on_cpu = torch.device(device).type == "cpu"
     if name == "cpu" and not on_cpu:
         raise ValueError(f"the cpu kernels cannot run on {device}")
+    if name == "triton":
+        return _triton(device)
     if name == "reference" or not on_cpu or dtype not in (torch.bfloat16, torch.float32):
         return reference.KERNELS
 
@@ -106,3 +157,13 @@ def kernels_for(device: str, name: KernelSet = "auto", *, dtype: torch.dtype = t
     except cpu.BuildError as error:
         logger.warning("cpu kernels unavailable, using the slow reference set: %s", error)
         return reference.KERNELS
+
+
+def _triton(device: str) -> Kernels:
+    """Raises `ValueError` where it cannot run."""
+    if find_spec("triton") is None:
+        raise ValueError("the triton kernels need triton: pip install 'nightpress[gpu]'")
+
+    from kernels import gpu
+
+    return gpu.kernels(device)

@@ -5,25 +5,45 @@ Owns readability; speed is for the other sets, which are tested against this one
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import Kernels, PagedKV
+from kernels import Activation, Attention, Kernels, PagedKV
 
 LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # largest magnitude that an 8-bit cache can store
 MAX_SCORES = 2**25  # attention scores held at once, so that long contexts need no memory of their own
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     wide = x.float()
     # x·rsqrt(mean) row by row: the mean runs over the last dimension only
     scaled = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
-    return (scaled * weight.float()).to(x.dtype)
+    return (scaled * (weight.float() + offset)).to(x.dtype)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
     total = (x.float() + residual.float()).to(x.dtype)
-    return rms_norm(total, weight, eps), total
+    return rms_norm(total, weight, eps, offset), total
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    wide = x.float()
+    centred = wide - wide.mean(dim=-1, keepdim=True)
+    scaled = centred * torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + eps) * weight.float()
+    return (scaled if bias is None else scaled + bias.float()).to(x.dtype)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    total = (x.float() + residual.float()).to(x.dtype)
+    return layer_norm(total, weight, bias, eps), total
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -64,9 +84,25 @@ def _indexable(x: Tensor) -> Tensor:
     return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
+_ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+def act(x: Tensor, activation: Activation) -> Tensor:
+    return _ACTIVATIONS[activation](x.float()).to(x.dtype)
+
+
+def act_mul(gate_up: Tensor, activation: Activation) -> Tensor:
     gate, up = gate_up.float().chunk(2, dim=-1)
-    return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
+    return (_ACTIVATIONS[activation](gate) * up).to(gate_up.dtype)
+
+
+def softcap(x: Tensor, cap: float) -> Tensor:
+    return (cap * torch.tanh(x.float() / cap)).to(x.dtype)
 
 
 def paged_attention(
@@ -75,49 +111,62 @@ def paged_attention(
     page_table: Tensor,
     query_start: Tensor,
     context_lens: Tensor,
-    scale: float,
+    how: Attention,
 ) -> Tensor:
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     _, num_heads, head_dim = q.shape
-    _, num_kv_heads, _, page_size = cache.keys.shape
+    num_kv_heads = cache.keys.shape[1]
     group = num_heads // num_kv_heads
+    slopes = None if how.slopes is None else how.slopes.reshape(num_kv_heads, group, 1)
     starts, lens = query_start.tolist(), context_lens.tolist()
     for row, length in enumerate(lens):
         start, end = starts[row], starts[row + 1]
         if start == end:
             continue
-        k, v = _context(cache, page_table[row, : -(-length // page_size)].long(), length)
-        harmful = ~v.isfinite().all(dim=-1).all(dim=0)  # [length]
-        some_harmful = end - start > 1 and bool(harmful.any())  # a single query sees its whole context
+        window = length if how.window is None else how.window
+        base = max(0, length - (end - start) - window + 1)  # the first token that any of them sees
+        k, v = _context(cache, page_table[row], base, length)
+        tokens = torch.arange(base, length, device=q.device)
+        harmful = ~v.isfinite().all(dim=-1).all(dim=0)  # [length - base]
+        some_harmful = end - start > 1 and bool(harmful.any())  # a single query sees all of them
         # 0 · NaN is NaN: the joint product takes zeros for tokens that not every query may see
         harmless = v.masked_fill(harmful[None, :, None], 0.0) if some_harmful else v
-        slice_len = max(1, MAX_SCORES // (num_heads * length))
+        slice_len = max(1, MAX_SCORES // (num_heads * (length - base)))
         for first in range(start, end, slice_len):
             last = min(first + slice_len, end)
             queries = q[first:last].float().reshape(last - first, num_kv_heads, group, head_dim)
-            scores = torch.einsum("nhgd,hld->nhgl", queries, k) * scale  # [n, hk, group, length]
+            scores = torch.einsum("nhgd,hld->nhgl", queries, k) * how.scale  # [n, hk, group, length - base]
+            if how.softcap is not None:
+                scores = softcap(scores, how.softcap)
             position = torch.arange(length - (end - first), length - (end - last), device=q.device)
-            hidden = torch.arange(length, device=q.device)[None, :] > position[:, None]  # [n, length]
+            distance = tokens[None, :] - position[:, None]  # [n, length - base]
+            if slopes is not None:
+                scores += slopes * distance[:, None, None, :]
+            hidden = (distance > 0) | (distance <= -window)
             scores.masked_fill_(hidden[:, None, None, :], float("-inf"))
             weights = torch.softmax(scores, dim=-1)
             mixed = torch.einsum("nhgl,hld->nhgd", weights, harmless)
             if some_harmful:
-                for n, seen in enumerate((position + 1).tolist()):
-                    if harmful[:seen].any():  # a query that does see them
-                        mixed[n] = torch.einsum("hgl,hld->hgd", weights[n, :, :, :seen], v[:, :seen])
+                for n, seen in enumerate(~hidden):
+                    if harmful[seen].any():  # a query that does see them
+                        mixed[n] = torch.einsum("hgl,hld->hgd", weights[n][:, :, seen], v[:, seen])
             out[first:last] = mixed.reshape(last - first, num_heads, head_dim).to(q.dtype)
     return out
 
 
-def _context(cache: PagedKV, pages: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """K and V of a row `[hk, length, d]` in fp32, cut before any arithmetic: what lies beyond may be NaN."""
-    _, heads, dim, _ = cache.keys.shape
-    k = _indexable(cache.keys)[pages].permute(1, 0, 3, 2).reshape(heads, -1, dim)[:, :length]
-    v = _indexable(cache.values)[pages].transpose(0, 1).reshape(heads, -1, dim)[:, :length]
+def _context(cache: PagedKV, page_table: Tensor, base: int, length: int) -> tuple[Tensor, Tensor]:
+    """K and V of a row's tokens `base:length` `[hk, length - base, d]` in fp32, cut before any arithmetic: what
+    lies outside may be NaN, and its pages none."""
+    _, heads, dim, page_size = cache.keys.shape
+    skipped = base // page_size
+    pages = page_table[skipped : -(-length // page_size)].long()
+    cut = slice(base - skipped * page_size, length - skipped * page_size)
+    k = _indexable(cache.keys)[pages].permute(1, 0, 3, 2).reshape(heads, -1, dim)[:, cut]
+    v = _indexable(cache.values)[pages].transpose(0, 1).reshape(heads, -1, dim)[:, cut]
     k, v = k.view(cache.keys.dtype).float(), v.view(cache.values.dtype).float()
     if cache.key_scales is not None and cache.value_scales is not None:
-        k = k * cache.key_scales[pages].transpose(0, 1).reshape(heads, -1, 1)[:, :length].float()
-        v = v * cache.value_scales[pages].transpose(0, 1).reshape(heads, -1, 1)[:, :length].float()
+        k = k * cache.key_scales[pages].transpose(0, 1).reshape(heads, -1, 1)[:, cut].float()
+        v = v * cache.value_scales[pages].transpose(0, 1).reshape(heads, -1, 1)[:, cut].float()
     return k, v
 
 
@@ -128,6 +177,10 @@ KERNELS = Kernels(
     add_rms_norm=add_rms_norm,
     rope=rope,
     store_kv=store_kv,
-    silu_mul=silu_mul,
+    layer_norm=layer_norm,
+    add_layer_norm=add_layer_norm,
+    act=act,
+    act_mul=act_mul,
+    softcap=softcap,
     paged_attention=paged_attention,
 )

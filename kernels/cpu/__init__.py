@@ -14,21 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import Kernels, PagedKV
+from kernels import Activation, Attention, Kernels, PagedKV
 from kernels.cpu.build import BuildError, load_library
 
 __all__ = ["BuildError", "kernels"]
 
 _L, _P, _F, _I = c_long, c_void_p, c_float, c_int
 _ARGUMENTS = {
-    "rms_norm": (_L, _L, _P, _L, _P, _L, _P, _F, _P, _I),
+    "rms_norm": (_L, _L, _P, _L, _P, _L, _P, _F, _F, _P, _I),
     "rope": (_L, _L, _L, _L, _P, _L, _L, _P, _L, _L, _P, _P, _I),
-    "silu_mul": (_L, _L, _P, _L, _P, _I),
+    "layer_norm": (_L, _L, _P, _L, _P, _L, _P, _P, _F, _P, _I),
+    "act": (_L, _L, _P, _P, _L, _P, _I, _I),
+    "softcap": (_L, _L, _P, _L, _F, _P, _I),
 }
 _PAGED_ARGUMENTS = {
     "store_kv": (_L, _L, _L, _L, _P, _L, _P, _L, _P, _P, _P, _P, _P, _I),
-    "paged_attention": (_L, _L, _L, _L, _L, _P, _L, _P, _P, _P, _P, _P, _L, _P, _P, _F, _P, _I),
+    "paged_attention": (_L, _L, _L, _L, _L, _P, _L, _P, _P, _P, _P, _P, _L, _P, _P, _F, _L, _F, _P, _P, _I),
 }
+_ACTIVATIONS: Mapping[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}  # as in ops.c
 _SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 _PAGED_SUFFIXES = {  # by the dtype of the activations and that of the cache
     (torch.bfloat16, torch.bfloat16): "bf16",
@@ -54,7 +57,11 @@ def kernels() -> Kernels:
         add_rms_norm=ops.add_rms_norm,
         rope=ops.rope,
         store_kv=ops.store_kv,
-        silu_mul=ops.silu_mul,
+        layer_norm=ops.layer_norm,
+        add_layer_norm=ops.add_layer_norm,
+        act=ops.act,
+        act_mul=ops.act_mul,
+        softcap=ops.softcap,
         paged_attention=ops.paged_attention,
     )
 
@@ -76,21 +83,25 @@ class _Ops:
         self._rms_norm = tables["rms_norm"]
         self._rope = tables["rope"]
         self._store_kv = tables["store_kv"]
-        self._silu_mul = tables["silu_mul"]
+        self._layer_norm = tables["layer_norm"]
+        self._act = tables["act"]
+        self._softcap = tables["softcap"]
         self._paged_attention = tables["paged_attention"]
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
         tokens, width = x.shape
         _require(x.stride(1) == 1 and weight.shape == (width,), "rms_norm: x [T, H], weight [H]")
         _same_dtype(x, weight)
         out = torch.empty((tokens, width), dtype=x.dtype)
         self._rms_norm[x.dtype](
             tokens, width, x.data_ptr(), x.stride(0), None, 0,
-            weight.data_ptr(), eps, out.data_ptr(), torch.get_num_threads(),
+            weight.data_ptr(), eps, offset, out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return out
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         tokens, width = x.shape
         _require(
             x.shape == residual.shape and weight.shape == (width,) and x.stride(1) == residual.stride(1) == 1,
@@ -100,9 +111,38 @@ class _Ops:
         out = torch.empty((tokens, width), dtype=x.dtype)
         self._rms_norm[x.dtype](
             tokens, width, x.data_ptr(), x.stride(0), residual.data_ptr(), residual.stride(0),
-            weight.data_ptr(), eps, out.data_ptr(), torch.get_num_threads(),
+            weight.data_ptr(), eps, offset, out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return out, residual
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        return self._layer_normed(x, None, weight, bias, eps)
+
+    def add_layer_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        return self._layer_normed(x, residual, weight, bias, eps), residual
+
+    def _layer_normed(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        tokens, width = x.shape
+        added, shift = x if residual is None else residual, weight if bias is None else bias
+        _require(
+            x.shape == added.shape
+            and weight.shape == shift.shape == (width,)
+            and x.stride(1) == added.stride(1) == 1,
+            "layer_norm: x and residual [T, H], weight and bias [H]",
+        )
+        _same_dtype(x, added, weight, shift)
+        out = torch.empty((tokens, width), dtype=x.dtype)
+        self._layer_norm[x.dtype](
+            tokens, width, x.data_ptr(), x.stride(0),
+            None if residual is None else residual.data_ptr(), added.stride(0),
+            weight.data_ptr(), None if bias is None else bias.data_ptr(), eps, out.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return out
 
     def rope(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         tokens, heads, dim = q.shape
@@ -136,12 +176,33 @@ class _Ops:
             *_pointers(cache), slots.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
+    def act(self, x: Tensor, activation: Activation) -> Tensor:
+        tokens, width = x.shape
+        _require(x.stride(1) == 1, "act: x [T, I]")
+        out = torch.empty((tokens, width), dtype=x.dtype)
+        self._act[x.dtype](
+            tokens, width, x.data_ptr(), None, x.stride(0),
+            out.data_ptr(), _ACTIVATIONS[activation], torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    def act_mul(self, gate_up: Tensor, activation: Activation) -> Tensor:
         tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
-        _require(gate_up.stride(1) == 1 and gate_up.shape[1] % 2 == 0, "silu_mul: gate_up [T, 2I]")
+        _require(gate_up.stride(1) == 1 and gate_up.shape[1] % 2 == 0, "act_mul: gate_up [T, 2I]")
         out = torch.empty((tokens, width), dtype=gate_up.dtype)
-        self._silu_mul[gate_up.dtype](
-            tokens, width, gate_up.data_ptr(), gate_up.stride(0), out.data_ptr(), torch.get_num_threads()
+        gate = gate_up.data_ptr()
+        self._act[gate_up.dtype](
+            tokens, width, gate, gate + width * gate_up.element_size(), gate_up.stride(0),
+            out.data_ptr(), _ACTIVATIONS[activation], torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    def softcap(self, x: Tensor, cap: float) -> Tensor:
+        tokens, width = x.shape
+        _require(x.stride(1) == 1, "softcap: x [T, N]")
+        out = torch.empty((tokens, width), dtype=x.dtype)
+        self._softcap[x.dtype](
+            tokens, width, x.data_ptr(), x.stride(0), cap, out.data_ptr(), torch.get_num_threads()
         )
         return out
 
@@ -152,7 +213,7 @@ class _Ops:
         page_table: Tensor,
         query_start: Tensor,
         context_lens: Tensor,
-        scale: float,
+        how: Attention,
     ) -> Tensor:
         tokens, heads, dim = q.shape
         rows, kv_heads = page_table.shape[0], cache.keys.shape[1]
@@ -165,6 +226,12 @@ class _Ops:
             and page_table.is_contiguous(),
             "paged_attention: page_table [R, P], query_start [R+1], context_lens [R], all int32",
         )
+        slopes = how.slopes
+        _require(
+            slopes is None
+            or (slopes.shape == (heads,) and slopes.dtype == torch.float32 and slopes.is_contiguous()),
+            "paged_attention: slopes [hq] fp32",
+        )
         out = torch.empty((tokens, heads, dim), dtype=q.dtype)
         covered = int(query_start[-1])
         if covered < tokens:
@@ -172,7 +239,8 @@ class _Ops:
         failed = self._paged_attention[_pair(q, cache)](
             rows, kv_heads, heads // kv_heads, dim, page_size, q.data_ptr(), q.stride(0),
             *_pointers(cache), page_table.data_ptr(), page_table.shape[1],
-            query_start.data_ptr(), context_lens.data_ptr(), scale, out.data_ptr(), torch.get_num_threads(),
+            query_start.data_ptr(), context_lens.data_ptr(), how.scale, how.window or 0, how.softcap or 0.0,
+            None if slopes is None else slopes.data_ptr(), out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         if failed:
             raise MemoryError("paged_attention: no memory for its list of work items")

@@ -6,7 +6,8 @@
  *
  * Order of summation: blocks of BLOCK context tokens from position 0, inside a block by 16 lanes for the softmax
  * and by token for the values. It is fixed by the query token alone, so neither chunking nor other rows nor threads
- * change a bit of it. Masked scores are -inf, whose weight is exactly 0; their values are never multiplied.
+ * change a bit of it. Masked scores are -inf, whose weight is exactly 0; their values are never multiplied. Tiles of
+ * 16 tokens that lie before the windows of all queries are not read, nor are the page numbers of whole pages there.
  */
 #ifndef BLOCK
 #define BLOCK 256 /* context tokens per round of the online softmax (Milakov and Gimelshein 2018) */
@@ -19,27 +20,49 @@ typedef struct {
     const int32_t *pages;
     long head, kv_heads, dim, page_size;
     long first, group, start_position; /* vector i belongs to token (first + i) / group of the row's queries */
+    long window; /* how many tokens a query sees at most */
+    float softcap; /* in powers of two; 0: none */
+    const float *slopes; /* of the heads that read this kv head, or NULL */
 } head_context;
 
-/* How many of a block's tokens query vector i sees, when the block begins at token `from`. */
-INLINE long visible_tokens(const head_context *at, int i, long from, long tokens) {
-    long seen = at->start_position + (at->first + i) / at->group + 1 - from;
-    return seen < 0 ? 0 : seen < tokens ? seen : tokens;
+INLINE long query_position(const head_context *at, int i) { return at->start_position + (at->first + i) / at->group; }
+
+INLINE long within(long token, long tokens) { return token < 0 ? 0 : token < tokens ? token : tokens; }
+
+/* Of the `tokens` tokens of a block that begins at token `from`, query vector i sees those from first_visible on,
+ * before last_visible. */
+INLINE long first_visible(const head_context *at, int i, long from, long tokens) {
+    return within(query_position(at, i) - at->window + 1 - from, tokens);
 }
 
-/* One query's scores of a block become weights, of which the first `seen` count. Moves the running maximum and the
- * running sum per lane, and returns the factor for what was mixed before. With scales, the weights that are left in
- * `scores` are those of stored values; the sum counts them without. */
-static __attribute__((noinline)) float weigh_block(float *scores, int tiles, long seen, const uint16_t *const *scales,
+INLINE long last_visible(const head_context *at, int i, long from, long tokens) {
+    return within(query_position(at, i) + 1 - from, tokens);
+}
+
+/* What query vector i adds to the scores of a block's tokens first..last beyond the product: cap, then slope. */
+static __attribute__((noinline)) void bend_scores(const head_context *at, int i, long from, long first, long last,
+                                                  float *scores) {
+    float slope = at->slopes ? at->slopes[(at->first + i) % at->group] * LOG2E : 0;
+    vf s;
+    for (long t = first - first % LANES; t < last; t += LANES) {
+        memcpy(&s, scores + t, sizeof s);
+        if (at->softcap) s = at->softcap * vtanh(s / at->softcap);
+        if (slope) s += slope * __builtin_convertvector(LANE + (int32_t)(from + t - query_position(at, i)), vf);
+        memcpy(scores + t, &s, sizeof s);
+    }
+}
+
+/* One query's scores of a block become weights, of which those of tokens first..last count. Moves the running maximum
+ * and the running sum per lane, and returns the factor for what was mixed before. With scales, the weights that are
+ * left in `scores` are those of stored values; the sum counts them without. */
+static __attribute__((noinline)) float weigh_block(float *scores, long first, long last, const uint16_t *const *scales,
                                                    float *largest, vf *total) {
+    const int begin = first / LANES, end = (last + LANES - 1) / LANES; /* the tiles that hold them */
     vf most = splat(-INFINITY), s;
-    for (int t = 0; t < tiles; t++) {
+    for (long t = begin * LANES; t < first; t++) scores[t] = -INFINITY;
+    for (long t = last; t < end * LANES; t++) scores[t] = -INFINITY;
+    for (int t = begin; t < end; t++) {
         memcpy(&s, scores + t * LANES, sizeof s);
-        long lanes = seen - t * LANES;
-        if (lanes < LANES) {
-            s = choose(LANE >= (int32_t)(lanes < 0 ? 0 : lanes), splat(-INFINITY), s);
-            memcpy(scores + t * LANES, &s, sizeof s);
-        }
         most = vmax(most, s);
     }
     float before = *largest, now = lane_max(most);
@@ -47,7 +70,7 @@ static __attribute__((noinline)) float weigh_block(float *scores, int tiles, lon
     *largest = now;
     float rescale = vexp2(splat(before - now))[0];
     vf sum = *total * rescale;
-    for (int t = 0; t < tiles; t++) {
+    for (int t = begin; t < end; t++) {
         memcpy(&s, scores + t * LANES, sizeof s);
         s = vexp2(s - now);
         sum += s;
@@ -119,11 +142,11 @@ INLINE void ST(mix_values)(const int nq, float (*weights)[BLOCK], long first, lo
     if (c < dim) ST(mix_channels)(nq, 1, weights, first, last, values, dim, c, dim - c, rescale, mixed);
 }
 
-/* The few tokens that one query of a group sees and the first one does not. */
+/* The few tokens that one query of a group sees and not all do. */
 static __attribute__((noinline)) void ST(mix_rest)(float (*weights)[BLOCK], long first, long last,
-                                                   const STORED *const *values, long dim, float *mixed) {
-    const float one = 1.0f;
-    ST(mix_values)(1, weights, first, last, values, dim, &one, mixed);
+                                                   const STORED *const *values, long dim, float rescale,
+                                                   float *mixed) {
+    ST(mix_values)(1, weights, first, last, values, dim, &rescale, mixed);
 }
 
 /* nq query vectors against one kv head's context. queries: [dim][nq], already scaled. Leaves the sums of
@@ -134,13 +157,14 @@ INLINE void ST(attend)(const int nq, const head_context *at, const float *querie
     vf total[MAX_QUERIES] = {};
     for (int i = 0; i < nq; i++) largest[i] = -INFINITY;
     memset(mixed, 0, nq * dim * sizeof(float));
-    long end = at->start_position + (at->first + nq - 1) / at->group + 1; /* the last query sees so many tokens */
-    for (long from = 0; from < end; from += BLOCK) {
-        long tokens = end - from < BLOCK ? end - from : BLOCK;
-        int tiles = (tokens + LANES - 1) / LANES, t = 0;
+    const long begin = first_visible(at, 0, 0, LONG_MAX), end = last_visible(at, nq - 1, 0, LONG_MAX);
+    for (long from = begin / BLOCK * BLOCK; from < end; from += BLOCK) {
+        const long tokens = end - from < BLOCK ? end - from : BLOCK;
+        const int tiles = (tokens + LANES - 1) / LANES;
+        int t = begin > from ? (begin - from) / LANES : 0; /* the first tile that any of them sees */
         const STORED *keys[BLOCK / LANES], *values[BLOCK / LANES];
         const uint16_t *key_scales[BLOCK / LANES], *value_scales[BLOCK / LANES];
-        for (int i = 0; i < tiles; i++) {
+        for (int i = t; i < tiles; i++) {
             long token = from + i * LANES, offset = token % page_size;
             long page = at->pages[token / page_size] * at->kv_heads + at->head;
             keys[i] = (const STORED *)at->keys + page * dim * page_size + offset;
@@ -156,17 +180,27 @@ INLINE void ST(attend)(const int nq, const head_context *at, const float *querie
             ST(score_tiles)(nq, 2, queries, dim, keys + t, key_scales + t, page_size, scores, t * LANES);
         for (; t < tiles; t++)
             ST(score_tiles)(nq, 1, queries, dim, keys + t, key_scales + t, page_size, scores, t * LANES);
-        for (int i = 0; i < nq; i++)
-            rescale[i] = weigh_block(scores[i], tiles, visible_tokens(at, i, from, tokens),
-                                     SCALED ? value_scales : NULL, largest + i, total + i);
-        /* What not every query may see could be NaN, and 0 * NaN is NaN: the queries share the tokens that the first
-         * of them sees, and each goes on alone with its rest. That is the same sum in the same order. */
-        long shared = visible_tokens(at, 0, from, tokens);
-        ST(mix_values)(nq, scores, 0, shared, values, dim, rescale, mixed);
+        long first[nq], last[nq]; /* of the block's tokens, those that each query sees */
         for (int i = 0; i < nq; i++) {
-            long seen = visible_tokens(at, i, from, tokens);
-            if (seen > shared) ST(mix_rest)(scores + i, shared, seen, values, dim, mixed + i * dim);
+            first[i] = first_visible(at, i, from, tokens), last[i] = last_visible(at, i, from, tokens);
+            rescale[i] = 1.0f;
+            if (first[i] >= last[i]) continue;
+            if (at->softcap || at->slopes) bend_scores(at, i, from, first[i], last[i], scores[i]);
+            rescale[i] = weigh_block(scores[i], first[i], last[i], SCALED ? value_scales : NULL, largest + i, total + i);
         }
+        /* What not every query may see could be NaN, and 0 * NaN is NaN: the queries share the tokens that all of them
+         * see, and each goes alone through its rest before and behind. That is the same sum in the same order. */
+        const long shared = first[nq - 1], shared_end = last[0] > shared ? last[0] : shared;
+        for (int i = 0; i < nq; i++) {
+            long rest = last[i] < shared ? last[i] : shared;
+            if (first[i] >= rest) continue;
+            ST(mix_rest)(scores + i, first[i], rest, values, dim, rescale[i], mixed + i * dim);
+            rescale[i] = 1.0f;
+        }
+        ST(mix_values)(nq, scores, shared, shared_end, values, dim, rescale, mixed);
+        for (int i = 0; i < nq; i++)
+            if (shared_end < last[i])
+                ST(mix_rest)(scores + i, shared_end, last[i], values, dim, 1.0f, mixed + i * dim);
     }
     for (int i = 0; i < nq; i++) denominators[i] = lane_sum(total[i]);
 }

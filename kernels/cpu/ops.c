@@ -10,6 +10,7 @@
  */
 #ifndef SCALAR
 
+#include <limits.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -17,6 +18,7 @@
 
 #define LANES 16
 #define PARALLEL_WORK 16384 /* elements below which waking a second thread costs more than it saves */
+#define LOG2E 1.44269504f /* scores count in powers of two */
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -46,13 +48,11 @@ INLINE float lane_max(vf v) {
     return m;
 }
 
-/* 2^x, relative error below 2e-7; exactly 1 at 0, exactly 0 below -126 (so at -inf too); NaN stays NaN. */
-INLINE vf vexp2(vf x) {
+/* p of 2^y = 2^n * (1 + p), -1/3 < p < 1/2, and the bits of 2^n, for y in [-126, 127]. */
+INLINE vf part_of_exp2(vf y, vi *power) {
     const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer held in the low bits */
-    vf low = splat(-126.0f), high = splat(127.0f);
-    vf y = choose(x < low, low, choose(x > high, high, x));
     vf n = y + shift;
-    vi exponent = ((vi)n << 23) + (127 << 23);
+    *power = ((vi)n << 23) + (127 << 23);
     vf f = y - (n - shift); /* in [-1/2, 1/2] */
     vf p = splat(1.5252734e-5f);
     p = p * f + 1.5403530e-4f;
@@ -61,8 +61,52 @@ INLINE vf vexp2(vf x) {
     p = p * f + 5.5504109e-2f;
     p = p * f + 2.4022651e-1f;
     p = p * f + 6.9314718e-1f;
-    p = p * f + 1.0f;
-    return choose(x < low, (vf){}, p * (vf)exponent);
+    return p * f;
+}
+
+/* 2^x, relative error below 2e-7; exactly 1 at 0, exactly 0 below -126 (so at -inf too); NaN stays NaN. */
+INLINE vf vexp2(vf x) {
+    vf low = splat(-126.0f), high = splat(127.0f);
+    vi power;
+    vf p = part_of_exp2(choose(x < low, low, choose(x > high, high, x)), &power) + 1.0f;
+    return choose(x < low, (vf){}, p * (vf)power);
+}
+
+/* Hyperbolic tangent, relative error below 5e-7: (e^2x - 1) / (e^2x + 1), where e^2x - 1 loses nothing near 0. */
+INLINE vf vtanh(vf x) {
+    vf low = splat(-40.0f), high = splat(40.0f), y = x * 2.88539008f; /* 2 / ln 2: counts in powers of two */
+    y = choose(y < low, low, choose(y > high, high, y));
+    vi exponent;
+    vf p = part_of_exp2(y, &exponent), power = (vf)exponent;
+    vf less = (power - 1.0f) + power * p;
+    return less / (less + 2.0f);
+}
+
+/* The activations of the contract, by the numbers that kernels/cpu/__init__.py passes. */
+enum { SILU, GELU, GELU_TANH, RELU };
+
+INLINE vf activated(int how, vf x) {
+    const float log2_e = 1.44269504f;
+    if (how == RELU) return choose(x < (vf){}, (vf){}, x); /* NaN stays NaN */
+    if (how == SILU) return x / (1.0f + vexp2(x * -log2_e));
+    if (how == GELU_TANH) { /* (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)) */
+        vf u = 0.797884561f * x * (1.0f + 0.044715f * x * x);
+        return x / (1.0f + vexp2(u * (-2.0f * log2_e)));
+    }
+    /* GELU: x * Phi(x), where Phi(-|x|) = exp(-x*x/2) * t * polynomial(t), t = 1 / (1 + 0.2687 |x|); the polynomial
+     * is a minimax fit of our own, relative error 2e-8 up to |x| = 14, where Phi is nothing to an fp32 */
+    vf t = 1.0f / (1.0f + 0.268700577f * vmax(x, -x));
+    vf p = splat(2.94825796e-2f);
+    p = p * t - 0.131135744f;
+    p = p * t + 0.181919201f;
+    p = p * t - 8.07142970e-2f;
+    p = p * t + 0.115000302f;
+    p = p * t + 6.93309872e-2f;
+    p = p * t + 0.101951585f;
+    p = p * t + 0.106959930f;
+    p = p * t + 0.107205466f;
+    vf tail = p * t * vexp2(x * x * (-0.5f * log2_e));
+    return x * choose(x < (vf){}, tail, 1.0f - tail);
 }
 
 INLINE vf load_i8(const int8_t *p) {
@@ -175,9 +219,9 @@ INLINE void FN(store_some)(SCALAR *p, vf v, long n) {
     memcpy(p, padded, n * sizeof *p);
 }
 
-/* out[t] = norm(x[t] (+ residual[t])) * weight; residual is overwritten by the rounded sum. residual may be NULL. */
+/* out[t] = norm(x[t] (+ residual[t])) * (weight + offset); residual is overwritten by the rounded sum. residual may be NULL. */
 void FN(rms_norm)(long tokens, long width, const SCALAR *x, long x_stride, SCALAR *residual, long r_stride,
-                  const SCALAR *weight, float eps, SCALAR *out, int threads) {
+                  const SCALAR *weight, float eps, float offset, SCALAR *out, int threads) {
 #pragma omp parallel for num_threads(threads) if (tokens * width > PARALLEL_WORK)
     for (long t = 0; t < tokens; t++) {
         const SCALAR *row = x + t * x_stride;
@@ -197,7 +241,38 @@ void FN(rms_norm)(long tokens, long width, const SCALAR *x, long x_stride, SCALA
         float scale = 1.0f / sqrtf(lane_sum(squares) / width + eps);
         for (long i = 0; i < width; i += LANES) {
             vf a = FN(load_some)(row + i, width - i) * scale;
-            FN(store_some)(out + t * width + i, a * FN(load_some)(weight + i, width - i), width - i);
+            FN(store_some)(out + t * width + i, a * (FN(load_some)(weight + i, width - i) + offset), width - i);
+        }
+    }
+}
+
+/* out[t] = (x[t] (+ residual[t]) - mean) / deviation * weight (+ bias), as rms_norm; residual and bias may be NULL. */
+void FN(layer_norm)(long tokens, long width, const SCALAR *x, long x_stride, SCALAR *residual, long r_stride,
+                    const SCALAR *weight, const SCALAR *bias, float eps, SCALAR *out, int threads) {
+#pragma omp parallel for num_threads(threads) if (tokens * width > PARALLEL_WORK)
+    for (long t = 0; t < tokens; t++) {
+        const SCALAR *row = x + t * x_stride;
+        vf total = {}, squares = {};
+        if (residual) {
+            SCALAR *sum = residual + t * r_stride;
+            for (long i = 0; i < width; i += LANES) {
+                vf a = FN(load_some)(row + i, width - i) + FN(load_some)(sum + i, width - i);
+                FN(store_some)(sum + i, a, width - i);
+            }
+            row = sum;
+        }
+        for (long i = 0; i < width; i += LANES) total += FN(load_some)(row + i, width - i);
+        float mean = lane_sum(total) / width;
+        for (long i = 0; i < width; i += LANES) {
+            vf a = FN(load_some)(row + i, width - i) - mean;
+            a = choose(LANE < (int32_t)(width - i), a, (vf){}); /* lanes behind the row are not of it */
+            squares += a * a;
+        }
+        float scale = 1.0f / sqrtf(lane_sum(squares) / width + eps);
+        for (long i = 0; i < width; i += LANES) {
+            vf a = (FN(load_some)(row + i, width - i) - mean) * scale * FN(load_some)(weight + i, width - i);
+            if (bias) a += FN(load_some)(bias + i, width - i);
+            FN(store_some)(out + t * width + i, a, width - i);
         }
     }
 }
@@ -225,23 +300,42 @@ void FN(rope)(long tokens, long heads, long kv_heads, long dim, SCALAR *q, long 
     }
 }
 
-void FN(silu_mul)(long tokens, long width, const SCALAR *gate_up, long stride, SCALAR *out, int threads) {
-#pragma omp parallel for num_threads(threads) if (tokens * width > PARALLEL_WORK)
-    for (long t = 0; t < tokens; t++) {
-        const SCALAR *gate = gate_up + t * stride, *up = gate + width;
-        for (long i = 0; i < width; i += LANES) {
-            vf g = FN(load_some)(gate + i, width - i);
-            vf silu = g / (1.0f + vexp2(g * -1.44269504f));
-            FN(store_some)(out + t * width + i, silu * FN(load_some)(up + i, width - i), width - i);
-        }
+INLINE void FN(act_row)(int how, long width, const SCALAR *x, const SCALAR *up, SCALAR *out) {
+    for (long i = 0; i < width; i += LANES) {
+        vf a = activated(how, FN(load_some)(x + i, width - i));
+        if (up) a *= FN(load_some)(up + i, width - i);
+        FN(store_some)(out + i, a, width - i);
     }
 }
 
-/* A query as column of `to`: to[d * columns] = from[d] * scale, so that scores count in powers of two. */
+/* out[t] = act(x[t]) (* up[t]); up may be NULL. */
+void FN(act)(long tokens, long width, const SCALAR *x, const SCALAR *up, long stride, SCALAR *out, int how, int threads) {
+#pragma omp parallel for num_threads(threads) if (tokens * width > PARALLEL_WORK)
+    for (long t = 0; t < tokens; t++) {
+        const SCALAR *row = x + t * stride, *by = up ? up + t * stride : NULL;
+        SCALAR *to = out + t * width;
+        if (how == SILU) FN(act_row)(SILU, width, row, by, to);
+        else if (how == GELU) FN(act_row)(GELU, width, row, by, to);
+        else if (how == GELU_TANH) FN(act_row)(GELU_TANH, width, row, by, to);
+        else FN(act_row)(RELU, width, row, by, to);
+    }
+}
+
+/* out[t] = cap * tanh(x[t] / cap) */
+void FN(softcap)(long tokens, long width, const SCALAR *x, long stride, float cap, SCALAR *out, int threads) {
+#pragma omp parallel for num_threads(threads) if (tokens * width > PARALLEL_WORK)
+    for (long t = 0; t < tokens; t++)
+        for (long i = 0; i < width; i += LANES) {
+            vf a = cap * vtanh(FN(load_some)(x + t * stride + i, width - i) / cap);
+            FN(store_some)(out + t * width + i, a, width - i);
+        }
+}
+
+/* A query as column of `to`: to[d * columns] = from[d] * scale, in powers of two. */
 INLINE void FN(spread)(const SCALAR *from, long dim, float scale, int columns, float *to) {
     float row[LANES];
     for (long d = 0; d < dim; d += LANES) {
-        vf v = FN(load_some)(from + d, dim - d) * (scale * 1.44269504f);
+        vf v = FN(load_some)(from + d, dim - d) * (scale * LOG2E);
         memcpy(row, &v, sizeof v);
         for (long j = 0; j < LANES && d + j < dim; j++) to[(d + j) * columns] = row[j];
     }

@@ -65,8 +65,10 @@ void KV(store_kv)(long tokens, long kv_heads, long dim, long page_size, const SC
 int KV(paged_attention)(long rows, long kv_heads, long group, long dim, long page_size, const SCALAR *q, long q_stride,
                         const STORED *k_cache, const STORED *v_cache, const uint16_t *k_scales,
                         const uint16_t *v_scales, const int32_t *page_table, long table_stride,
-                        const int32_t *query_start, const int32_t *context_lens, float scale, SCALAR *out, int threads) {
-    /* one item: ITEM_TOKENS query tokens of one row and one kv head; item_start[r] counts those before row r */
+                        const int32_t *query_start, const int32_t *context_lens, float scale, long window,
+                        float softcap, const float *slopes, SCALAR *out, int threads) {
+    /* window 0, softcap 0, slopes NULL: none. One item: ITEM_TOKENS query tokens of one row and one kv head;
+     * item_start[r] counts those before row r */
     long *item_start = malloc((rows + 1) * sizeof(long));
     if (!item_start) return -1;
     item_start[0] = 0;
@@ -74,7 +76,8 @@ int KV(paged_attention)(long rows, long kv_heads, long group, long dim, long pag
     for (long r = 0; r < rows; r++) {
         long count = query_start[r + 1] - query_start[r];
         item_start[r + 1] = item_start[r] + (count + ITEM_TOKENS - 1) / ITEM_TOKENS * kv_heads;
-        work += count * context_lens[r] * kv_heads * group * dim;
+        long context = context_lens[r], seen = window && window < context ? window : context;
+        work += count * seen * kv_heads * group * dim;
     }
     long out_stride = kv_heads * group * dim;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (work > 4 * PARALLEL_WORK)
@@ -95,6 +98,8 @@ int KV(paged_attention)(long rows, long kv_heads, long group, long dim, long pag
             .keys = k_cache, .values = v_cache, .key_scales = k_scales, .value_scales = v_scales,
             .pages = page_table + r * table_stride, .head = head, .kv_heads = kv_heads, .dim = dim,
             .page_size = page_size, .group = group, .start_position = context_lens[r] - count,
+            .window = window ? window : context_lens[r], .softcap = softcap * LOG2E,
+            .slopes = slopes ? slopes + head * group : NULL,
         };
         for (at.first = token * group; at.first < last; at.first += MAX_QUERIES) {
             int nq = last - at.first < MAX_QUERIES ? last - at.first : MAX_QUERIES;

@@ -12,6 +12,7 @@ from fastapi.testclient import TestClient
 from api.app import create_app
 from jobs.database import Database
 from jobs.settings import Settings
+from tests.support.clients import local_client
 from tests.support.databases import Databases
 
 LIMITS: dict[str, Any] = {"max_body_bytes": 10_000, "max_array_bytes": 200_000, "max_array_jobs": 50}
@@ -38,7 +39,7 @@ def woken() -> list[tuple[str, int]]:
 @pytest.fixture
 def client(database: Database, settings: Settings, woken: list[tuple[str, int]]) -> Iterator[TestClient]:
     app = create_app(settings, database, lambda model, num_jobs: woken.append((model, num_jobs)))
-    with TestClient(app, raise_server_exceptions=False) as client:
+    with local_client(app, raise_server_exceptions=False) as client:
         yield client
 
 
@@ -47,6 +48,6 @@ def front(databases: Databases) -> Iterator[TestClient]:
     """One client for a module's refusals, which never reach the database."""
     with databases.fresh("sqlite") as url:
         database = Database(url)
-        with TestClient(create_app(Settings(model="tiny", **LIMITS), database)) as client:
+        with local_client(create_app(Settings(model="tiny", **LIMITS), database)) as client:
             yield client
         database.close()

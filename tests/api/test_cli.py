@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,14 @@ from typing import Any
 import httpx
 import pytest
 from click.testing import CliRunner, Result
+from sqlalchemy import delete, select, update
 
 from api.cli import main
 from api.cli_jobs import _batches
 from jobs.claims import claim
 from jobs.database import Database
+from jobs.leases import register
+from jobs.models import Job, Worker
 from jobs.outcomes import Outcome, record
 from migrations.schema import is_current
 from tests.support.databases import Databases
@@ -90,6 +94,22 @@ def complete(database: Database, kind: str = "completed") -> None:
                 for one in claims
             ],
         )
+
+
+def test_a_submit_names_its_terms(run: Run, database: Database) -> None:
+    deadline = int(time.time()) + 3_600
+    terms = ("--deadline", str(deadline), "--priority", "2", "--max-attempts", "3", "--backoff-seconds", "5")
+    done = run("submit", "--prompt", "a", "--model", "tiny", "--json", *terms)
+    assert done.exit_code == 0, done.output
+    job = json.loads(done.stdout)
+    assert (job["deadline"], job["priority"], job["tier"]) == (deadline, 2, "normal")
+    with database.read() as connection:
+        retry = connection.scalars(select(Job.retry).where(Job.id == job["id"])).one()
+    assert (retry["max_attempts"], retry["backoff_seconds"]) == (3, 5)
+    assert run("cancel", job["id"]).exit_code == 0
+    alone = run("submit", "--prompt", "a", "--backoff-seconds", "5")
+    assert alone.exit_code == 2
+    assert "--max-attempts" in alone.output
 
 
 def test_the_api_says_where_it_listens(api: Process) -> None:
@@ -173,6 +193,21 @@ def test_failed_jobs_are_an_exit_status(run: Run, database: Database) -> None:
     assert run("results", batch_id).exit_code == 1
 
 
+def test_a_file_with_a_bad_line_is_an_exit_status(run: Run, api: Process) -> None:
+    """Checked by a clerk of the running api."""
+    url = (api.log.parent / "url").read_text().strip()
+    form: dict[str, Any] = {"data": {"purpose": "batch"}, "files": {"file": ("in.jsonl", b"{")}}
+    wish = {"endpoint": "/v1/completions", "completion_window": "24h"}
+    wish["input_file_id"] = httpx.post(f"{url}/v1/files", **form).json()["id"]
+    batch_id = httpx.post(f"{url}/v1/batches", json=wish).json()["id"]
+    told = wait_until(
+        lambda: (found := run("status", batch_id)).exit_code == 1 and found.output, "it fails", START_SECONDS
+    )
+    assert "failed" in told
+    assert "line 1: invalid_json_line: is not valid JSON" in told
+    assert run("cancel", batch_id).exit_code == 1
+
+
 def test_cancel(run: Run) -> None:
     job_id = run("submit", "--prompt", "a").output.strip()
     assert run("cancel", job_id).output == f"{job_id}  cancelled\n"
@@ -198,8 +233,8 @@ def test_cancel(run: Run) -> None:
         (["status", "job_1", "--url", "ftp://x"], None, 2, "http://"),
         (["status", "job_1", "--url", "http://127.0.0.1:1"], None, 1, "cannot be reached"),
         (["status"], None, 2, "ID"),
-        (["api", "--host", "0.0.0.0"], None, 2, "--allow-public"),
-        (["api", "--host", "example.com"], None, 2, "no keys"),
+        (["api", "--allow-public"], None, 2, "--allow-public"),
+        (["status", "job_1", "--api-key", "sk-1"], None, 2, "is not an API key"),
         (["api", "--port", "70000"], None, 2, "--port"),
         (["up"], None, 2, "--model"),
         (["run-batch", "-i", "/no/such", "-o", "x"], None, 2, "/no/such"),
@@ -258,3 +293,75 @@ def test_an_api_that_cannot_start_says_why(database: Database, tmp_path: Path, r
     expected = {"shape": "nightpress migrate", "port": f"port {port}", "database": "cannot be reached"}
     assert expected[reason] in process.text()
     assert "Traceback" not in process.text()
+
+
+def test_a_submit_with_a_name_hands_in_nothing_twice(run: Run) -> None:
+    arguments = ("submit", "--prompt", "a", "--prompt", "b", "--idempotency-key", "night 7")
+    first, again = run(*arguments), run(*arguments)
+    assert first.exit_code == again.exit_code == 0
+    assert first.output == again.output
+    other = run("submit", "--prompt", "c", "--idempotency-key", "night 7")
+    assert other.exit_code != 0
+    assert "Idempotency-Key" in other.output
+
+
+def test_schedules_from_first_to_last(run: Run, database: Database, tmp_path: Path) -> None:
+    lines = tmp_path / "night.jsonl"
+    lines.write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+    made = run(
+        "schedule", "create", "nightly", str(lines), "--cron", "30 1 * * *", "--time-zone", "Europe/Berlin"
+    )
+    assert made.exit_code == 0, made.output
+    schedule_id = made.stdout.strip()
+    paused = run(
+        "schedule", "create", "single", "-", "--cron", "0 4 * * *", "--paused", text='{"prompt": "x"}'
+    )
+    assert paused.exit_code == 0, paused.output
+    listed = run("schedule", "list").stdout.splitlines()
+    assert listed[0].startswith(f"{paused.stdout.strip()}  single  0 4 * * *  UTC  1 jobs  paused")
+    assert listed[1].startswith(f"{schedule_id}  nightly  30 1 * * *  Europe/Berlin  2 jobs  next 2")
+    shown = json.loads(run("schedule", "show", "nightly", "--json").stdout)
+    assert shown["jobs"] == [{"prompt": "one"}, {"prompt": "two"}]
+    assert json.loads(run("schedule", "list", "--json").stdout)["data"][1] == shown | {"jobs": None}
+    assert "paused" in run("schedule", "pause", "nightly").stdout
+    assert "paused" in run("schedule", "show", schedule_id).stdout
+    assert "next 2" in run("schedule", "resume", schedule_id).stdout
+    batch_id = run("schedule", "run", "nightly").stdout.strip()
+    assert "2 jobs: 2 queued" in run("status", batch_id).stdout
+    complete(database)
+    (line,) = run("schedule", "runs", "nightly").stdout.splitlines()
+    assert line.endswith(f"  manual  {batch_id}")
+    assert run("schedule", "delete", "nightly").stdout == f"{schedule_id}  deleted\n"
+    assert run("schedule", "runs", schedule_id).stdout.splitlines() == [line]
+    gone = run("schedule", "run", "nightly")
+    assert (gone.exit_code, gone.stderr) == (1, "nightpress: there is no schedule 'nightly'\n")
+    bad = run("schedule", "create", "bad", str(lines), "--cron", "x", "--time-zone", "UTC")
+    assert bad.exit_code == 1
+    assert "cron: must be five fields" in bad.stderr
+    many = run("schedule", "create", "many", "-", "--cron", "0 4 * * *", text='{"prompt": "x"}\n' * 10_001)
+    assert many.exit_code == 2
+    assert "more jobs than one batch takes" in many.stderr
+
+
+def test_status_says_when(run: Run, database: Database) -> None:
+    job = {"prompt": "a", "max_tokens": 50}
+    batch_id = run("submit", "-", text=json.dumps({"jobs": [job, job]})).stdout.strip()
+    assert "done at" not in run("status", batch_id).stdout
+    pace = {
+        "tokens_per_second": 9.0,
+        "steps_per_second": 1.0,
+        "computed_tokens": 1.0,
+        "estimated_tokens": 1.0,
+    }
+    with database.write() as connection:
+        register(connection, worker_id="measured", model="tiny", lease_seconds=600)
+        connection.execute(update(Worker).where(Worker.id == "measured").values(pace=pace))
+
+    def status() -> str:
+        return run("status", batch_id).stdout
+
+    wait_until(lambda: "done at about 2" in status(), "the api looks at its workers again")
+    complete(database)
+    assert "done at" not in status()
+    with database.write() as connection:
+        connection.execute(delete(Worker).where(Worker.id == "measured"))

@@ -17,13 +17,14 @@ from jobs.leases import register
 from jobs.settings import Settings
 from jobs.states import WorkerState
 from tests.api.test_job_routes import error_of
+from tests.support.clients import local_client
 from tests.support.tree import ROOT
 
 SECRET = "the launch code is 1234"
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/v1", "/v1/job", "/v1/jobs/", "/docs", "/v1/batches", "/%00", "/metrics"]
+    "path", ["/", "/v1", "/v1/job", "/v1/jobs/", "/docs", "/v1/batch", "/%00", "/metrics/"]
 )
 def test_an_unknown_route(front: TestClient, path: str) -> None:
     assert error_of(front.get(path), 404)["code"] == "not_found"
@@ -73,7 +74,7 @@ def test_an_error_in_the_code_is_a_plain_500(database: Database, settings: Setti
     def broken() -> None:
         raise RuntimeError(SECRET)
 
-    with TestClient(app) as client, caplog.at_level(logging.INFO):
+    with local_client(app) as client, caplog.at_level(logging.INFO):
         answer = client.get("/broken")
     assert error_of(answer, 500)["code"] == "internal_error"
     assert SECRET not in answer.text + caplog.text
@@ -83,7 +84,7 @@ def test_an_error_in_the_code_is_a_plain_500(database: Database, settings: Setti
 
 def test_a_database_that_is_gone_is_a_503() -> None:
     database = Database("postgresql+psycopg://nobody@127.0.0.1:1/nothing")
-    with TestClient(create_app(Settings(model="tiny"), database)) as client:
+    with local_client(create_app(Settings(model="tiny"), database)) as client:
         for path in ("/v1/jobs", "/v1/jobs/job_1", "/v1/batches/batch_1", "/ready"):
             answer = client.get(path)
             assert error_of(answer, 503)["code"] == "database_unreachable"
@@ -118,9 +119,28 @@ def test_the_schema_can_be_made(front: TestClient) -> None:
         "/v1/jobs",
         "/v1/jobs/{job_id}",
         "/v1/jobs/{job_id}/cancel",
+        "/v1/batches",
         "/v1/batches/{batch_id}",
         "/v1/batches/{batch_id}/results",
         "/v1/batches/{batch_id}/cancel",
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/responses/{response_id}",
+        "/v1/responses/{response_id}/cancel",
+        "/v1/models",
+        "/v1/models/{model_id}",
+        "/v1/jobs/{job_id}/retry",
+        "/v1/batches/{batch_id}/retry",
+        "/v1/usage",
+        "/metrics",
+        "/v1/schedules",
+        "/v1/schedules/{schedule_id}",
+        "/v1/schedules/{schedule_id}/run",
+        "/v1/schedules/{schedule_id}/runs",
+        "/v1/files",
+        "/v1/files/{file_id}",
+        "/v1/files/{file_id}/content",
         "/health",
         "/ready",
     }

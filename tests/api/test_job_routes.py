@@ -15,8 +15,14 @@ from jobs.database import Database
 from jobs.leases import register
 from jobs.outcomes import Outcome, record
 from jobs.settings import Settings
+from tests.support.clients import local_client
 
 OUTPUT = {"index": 0, "text": "out\x00\u2028", "finish_reason": "stop", "stop_reason": "\n"}
+LIKELIEST = {"token": "\x00", "bytes": [0], "logprob": -0.5}
+LOGPROBS = {
+    "content": [{"token": "<eos>", "bytes": None, "logprob": -9999.0, "top_logprobs": [LIKELIEST]}],
+    "refusal": None,
+}
 
 
 def error_of(answer: Any, status: int) -> dict[str, Any]:
@@ -56,10 +62,16 @@ def test_one_job_is_accepted(client: TestClient, woken: list[tuple[str, int]]) -
         "created_at": job["created_at"],
         "started_at": None,
         "finished_at": None,
+        "estimated_completion_at": None,
         "outputs": None,
         "usage": None,
         "error": None,
         "attempts": 0,
+        "retry_of": None,
+        "tier": "normal",
+        "priority": 0,
+        "not_before": None,
+        "deadline": None,
     }
     assert isinstance(job["created_at"], int)
     assert client.get(answer.headers["location"]).json() == job
@@ -73,14 +85,15 @@ def test_a_completed_job_has_outputs_and_usage(client: TestClient, database: Dat
         job_id=job_id,
         fence=claimed.fence,
         kind="completed",
-        outputs=[OUTPUT],
+        outputs=[OUTPUT, OUTPUT | {"index": 1, "logprobs": LOGPROBS}],
         prompt_tokens=3,
         completion_tokens=4,
         cached_tokens=1,
     )
     database.transact(lambda connection: record(connection, worker_id="w", outcomes=[outcome]))
     job = client.get(f"/v1/jobs/{job_id}").json()
-    assert (job["status"], job["outputs"], job["attempts"]) == ("completed", [OUTPUT], 1)
+    outputs = [OUTPUT | {"logprobs": None}, OUTPUT | {"index": 1, "logprobs": LOGPROBS}]
+    assert (job["status"], job["outputs"], job["attempts"]) == ("completed", outputs, 1)
     assert job["usage"] == {
         "prompt_tokens": 3,
         "completion_tokens": 4,
@@ -147,7 +160,7 @@ def test_a_bad_body_is_refused_whole_and_named(front: TestClient, body: Any, par
 
 
 def test_a_job_without_a_model_where_none_is_served(database: Database, tmp_path: Path) -> None:
-    with TestClient(create_app(Settings(data_dir=tmp_path), database)) as client:
+    with local_client(create_app(Settings(data_dir=tmp_path), database)) as client:
         assert error_of(client.post("/v1/jobs", json={"prompt": "a"}), 400)["param"] == "model"
         jobs = {"jobs": [{"prompt": "a", "model": "m"}, {"prompt": "a"}]}
         assert error_of(client.post("/v1/jobs", json=jobs), 400)["param"] == "jobs[1].model"
@@ -158,7 +171,7 @@ def test_a_dead_broker_fails_no_submit(database: Database, settings: Settings) -
     def dead(model: str, num_jobs: int) -> None:
         raise ConnectionError("no Redis")
 
-    with TestClient(create_app(settings, database, dead)) as client:
+    with local_client(create_app(settings, database, dead)) as client:
         assert client.post("/v1/jobs", json={"prompt": "a"}).status_code == 202
         assert client.post("/v1/jobs", json={"jobs": [{"prompt": "a"}]}).status_code == 202
 
@@ -252,3 +265,38 @@ def test_an_unknown_job_is_not_found(client: TestClient, job_id: str) -> None:
 )
 def test_query_parameters_that_nobody_reads_are_refused(front: TestClient, method: str, path: str) -> None:
     assert error_of(front.request(method, path), 400)["param"] == "x"
+
+
+@pytest.mark.parametrize(
+    "body", [{"prompt": "a"}, {"jobs": [{"prompt": "a"}, {"prompt": "b"}]}], ids=["job", "batch"]
+)
+def test_a_submit_that_is_sent_again_is_accepted_once(client: TestClient, body: dict[str, Any]) -> None:
+    headers = {"Idempotency-Key": "night 7"}
+    first = client.post("/v1/jobs", json=body, headers=headers)
+    again = client.post("/v1/jobs", json=body, headers=headers)
+    assert first.status_code == again.status_code == 202
+    assert again.json() == first.json()
+    assert again.headers["location"] == first.headers["location"]
+    assert len(client.get("/v1/jobs").json()["data"]) == len(body.get("jobs", "1"))
+
+    answer = client.post("/v1/jobs", json={"prompt": "something else"}, headers=headers)
+    error = error_of(answer, 422)
+    assert (error["code"], error["param"]) == ("idempotency_key_reused", "idempotency-key")
+    assert answer.headers["x-should-retry"] == "false"
+
+    client.post(f"{first.headers['location']}/cancel")
+    later = client.post("/v1/jobs", json=body, headers=headers)  # what it has become since
+    assert (later.status_code, later.json()["id"]) == (202, first.json()["id"])
+    assert later.json()["status"] == "cancelled"
+
+
+def test_a_key_of_a_submit_must_be_one(client: TestClient) -> None:
+    headers = [("Idempotency-Key", "a"), ("Idempotency-Key", "b")]
+    assert (
+        error_of(client.post("/v1/jobs", json={"prompt": "a"}, headers=headers), 400)["code"]
+        == "invalid_header"
+    )
+    long = {"Idempotency-Key": "k" * 256}
+    error = error_of(client.post("/v1/jobs", json={"prompt": "a"}, headers=long), 400)
+    assert (error["code"], error["param"]) == ("invalid_header", "idempotency-key")
+    assert client.get("/v1/jobs").json()["data"] == []

@@ -118,9 +118,9 @@ def test_a_long_text_in_an_array_has_the_limit_of_a_job(front: TestClient) -> No
 
 def test_the_errors_of_a_hostile_body_are_cheap(front: TestClient) -> None:
     body = {"jobs": [{"prompt": "a", **{f"f{i}": 1 for i in range(300)}}] * 40}
-    started = time.perf_counter()
+    started = time.process_time()  # of all threads
     assert error_of(post(front, json.dumps(body).encode()), 400)["param"].startswith("jobs[0].f")
-    assert time.perf_counter() - started < 5.0
+    assert time.process_time() - started < 5.0
 
 
 _SCALARS = st.one_of(

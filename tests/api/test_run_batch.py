@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from openai.types.chat import ChatCompletion
 
 from tests.support.processes import Process
 from tests.support.tiny import write_tiny_llama
@@ -71,28 +73,40 @@ def engine_of(process: Process) -> int:
 
 def test_every_line_is_answered_and_bad_ones_do_not_stop_the_rest(tmp_path: Path, model: Path) -> None:
     good = requests(6, 5)
+    good[1]["body"] |= {"logprobs": True, "top_logprobs": 2}
     bad_body = {"custom_id": "bad", "url": "/v1/completions", "body": {"prompt": "a", "temperature": 9}}
     too_long = {"custom_id": "long", "url": "/v1/completions", "body": {"prompt": "word " * 2_000}}
-    write(tmp_path, [*good[:3], "nonsense", bad_body, too_long, "", *good[3:]])
+    choice = {"prompt": "a", "structured_outputs": {"choice": ["yes", "no"]}}
+    form = {"custom_id": "form", "url": "/v1/completions", "body": choice}
+    bad_form = {"custom_id": "bad form", "url": "/v1/completions", "body": {"prompt": "a"}}
+    bad_form["body"] |= {"structured_outputs": {"regex": "(?=a)b"}}
+    write(tmp_path, [*good[:3], "nonsense", bad_body, too_long, "", form, bad_form, *good[3:]])
     process = start(tmp_path, model)
     assert process.wait(SECONDS) == 1, process.tail()
     answers = {one["custom_id"]: one for one in read(tmp_path)}
-    assert set(answers) == {f"r{i}" for i in range(6)} | {"bad", "long", None}
+    assert set(answers) == {f"r{i}" for i in range(6)} | {"bad", "long", "form", "bad form", None}
     for i in range(6):
         body = answers[f"r{i}"]["response"]["body"]
         assert body["usage"]["completion_tokens"] == 5
         assert body["model"] == model.name
         assert body["choices"][0]["finish_reason"] == "length"
         assert ("message" if i % 2 else "text") in body["choices"][0]
+        assert (body["choices"][0]["logprobs"] is not None) == (i == 1)
+    told = ChatCompletion.model_validate(answers["r1"]["response"]["body"]).choices[0]
+    assert told.logprobs is not None
+    assert [len(one.top_logprobs) for one in told.logprobs.content or ()] == [2] * 5
     assert answers["bad"]["response"]["status_code"] == 400
     assert answers["bad"]["response"]["body"]["error"]["param"] == "temperature"
     assert answers["long"]["response"]["body"]["error"]["code"] == "context_length_exceeded"
+    assert answers["form"]["response"]["body"]["choices"][0]["text"] in ("yes", "no")
+    assert answers["bad form"]["response"]["status_code"] == 400
+    assert "structured_outputs.regex" in answers["bad form"]["response"]["body"]["error"]["message"]
     assert (answers[None]["response"], answers[None]["error"]["line"]) == (None, 4)
     before = (tmp_path / "out.jsonl").read_bytes()
     again = start(tmp_path, model, "again")
     assert again.wait(SECONDS) == 1
     assert (tmp_path / "out.jsonl").read_bytes() == before
-    assert "9 of 9 requests answered, 3 failed" in again.text()
+    assert "11 of 11 requests answered, 4 failed" in again.text()
 
 
 def test_killed_engines_interrupts_and_torn_lines_lose_and_repeat_nothing(
@@ -144,3 +158,24 @@ def test_files_that_cannot_be_used_are_refused(tmp_path: Path, model: Path) -> N
     assert process.wait(SECONDS) == 1
     assert "no-model" in process.text()
     assert "Traceback" not in process.text().rpartition("r0")[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("tokenizer.json", "{", "nightpress: .*the tokenizer cannot be read"),  # told by the command itself
+        ("config.json", None, r"the engine cannot start: UnsupportedCheckpoint: .*tensor .* has shape"),
+    ],
+)
+def test_a_checkpoint_that_cannot_run_is_one_line(
+    tmp_path: Path, name: str, content: str | None, says: str
+) -> None:
+    folder = write_tiny_llama(tmp_path / "model", vocab_size=400)
+    wider = (folder / name).read_text().replace('"hidden_size": 64', '"hidden_size": 128')
+    (folder / name).write_text(wider if content is None else content)
+    write(tmp_path, requests(1, 1))
+    process = start(tmp_path, folder)
+    assert process.wait(SECONDS) == 1
+    assert re.search(says, process.text())
+    assert "Traceback" not in process.text()
+    assert read(tmp_path) == []

@@ -29,7 +29,7 @@ import torch
 import transformers
 
 from engine.llm import LLM
-from engine.request import SamplingParams
+from engine.sampling_params import SamplingParams
 
 BATCH = 32
 

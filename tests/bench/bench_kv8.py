@@ -29,8 +29,8 @@ import torch
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
 from engine.memory import fitting_pages
-from engine.request import SamplingParams
 from engine.runner import ModelRunner
+from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
 from tests.bench.bench_engine import bundled_model
 from tests.support.demo_jobs import ARTICLES, PRODUCTS

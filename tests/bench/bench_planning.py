@@ -16,7 +16,8 @@ import statistics
 import time
 
 from engine.pages import PagePool
-from engine.request import Request, RequestId, SamplingParams
+from engine.request import Request, RequestId
+from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.waiting import Policy

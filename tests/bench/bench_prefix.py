@@ -21,7 +21,7 @@ import torch
 
 from engine.checkpoint import Checkpoint
 from engine.llm import LLM
-from engine.request import SamplingParams
+from engine.sampling_params import SamplingParams
 from tests.bench.bench_engine import bundled_model
 
 OWN, NEW, RUNNING = 16, 32, 16

@@ -1,5 +1,6 @@
 """Any history of adding, stepping, aborting, preempting, squeezing and resuming keeps the invariants, and every
-request gets the tokens it would get alone. No torch: `CheckedRunner` holds what was computed in every slot.
+request gets the tokens, and the logprobs of its prompt, that it would get alone. No torch: `CheckedRunner` holds what
+was computed in every slot.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
-from engine.request import Completion, Request, RequestId, SamplingParams
-from tests.support.checked import checked_engine, expected
+from engine.request import Completion, Request, RequestId
+from engine.sampling_params import SamplingParams
+from tests.support.checked import checked_engine, expected, expected_scores
 from tests.support.pressure import expect_short_answers
 
 PAGE_SIZE = 8
@@ -39,16 +41,17 @@ class AnyHistory(RuleBasedStateMachine):
         prompt=prompts,
         max_tokens=st.integers(1, 40),
         n=st.sampled_from([1, 1, 1, 3]),
+        prompt_logprobs=st.sampled_from([None, None, 0]),
         temperature=st.sampled_from([0.0, 1.0]),
         seed=st.integers(0, 2),
         salt=st.sampled_from(["", "", "other"]),
         priority=st.sampled_from([0, 0, 0, -1, 1]),
-        deadline=st.sampled_from([None, None, 100.0, 200.0]),
+        turn=st.sampled_from([None, None, 100.0, 200.0]),
         ignore_eos=st.booleans(),
     )
     def add(self, **asked: Any) -> RequestId:
         sampling = SamplingParams(
-            **{name: asked[name] for name in ("max_tokens", "n", "temperature", "seed")}
+            **{name: asked[name] for name in ("max_tokens", "n", "temperature", "seed", "prompt_logprobs")}
         )
         request = Request(
             id=RequestId(f"job-{next(self.count)}", 1),
@@ -56,7 +59,7 @@ class AnyHistory(RuleBasedStateMachine):
             sampling=replace(sampling, ignore_eos=asked["ignore_eos"]),
             cache_salt=asked["salt"],
             priority=asked["priority"],
-            deadline=asked["deadline"],
+            turn=asked["turn"],
         )
         self._add(request)
         return request.id
@@ -122,6 +125,7 @@ class AnyHistory(RuleBasedStateMachine):
         for index, output in enumerate(completion.outputs):
             assert output.token_ids == expected(request, index, request.sampling.max_tokens or 0)
         assert len(completion.outputs) == request.sampling.n
+        assert completion.prompt_logprobs == expected_scores(request)
 
 
 def machine(num_pages: int, **settings: Any) -> Any:

@@ -13,7 +13,7 @@ from engine.cache import KVCache
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig, ModelConfig
 from engine.memory import bytes_per_page, fitting_host_pages, fitting_pages
-from engine.request import InvalidParameter
+from engine.sampling_params import InvalidParameter
 from tests.support.tiny import write_tiny_llama
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import pytest
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.request import Completion, Rejected, Request, RequestId, SamplingParams
+from engine.growth import Growth, join
+from engine.request import Completion, Rejected, Request, RequestId
+from engine.sampling_params import SamplingParams
 from tests.support.tiny import EOS_TOKEN_ID, VOCAB_SIZE, write_tiny_llama
 
 PAGE_SIZE = 16
@@ -205,10 +208,41 @@ def test_abort_frees_everything_at_once(engine: Engine) -> None:
     engine.step()
     engine.step()
     gone = engine.abort(RequestId("a", 1))
-    assert gone == Completion(id=RequestId("a", 1), aborted=True, num_prompt=3, num_generated=6)
+    assert gone is not None
+    assert [len(sample.token_ids) for sample in gone.generated] == [2, 2, 2]
+    assert replace(gone, generated=()) == Completion(
+        id=RequestId("a", 1), aborted=True, num_prompt=3, num_generated=6
+    )
     assert engine.abort(RequestId("a", 1)) is None
     engine.check()
     assert list(finish(engine)) == ["b"]
+
+
+def test_what_has_grown_makes_a_checkpoint(engine: Engine) -> None:
+    """Told of at any moments, it is what the request has made; a resumed request tells of what is new only."""
+    asked = request("a", n=2, temperature=1.0, max_tokens=30, logprobs=1, prompt_logprobs=2)
+    engine.add(asked)
+    engine.add(request("b", max_tokens=3))
+    growths: list[Growth] = []
+    for step in range(20):
+        engine.step()
+        if step % 3 == 2:
+            growths += engine.grown()
+    growths += engine.grown()
+    assert engine.grown() == []
+    whole = engine.generated(asked.id)
+    assert [len(sample.token_ids) for sample in whole] == [20, 20]
+    assert join([growth for growth in growths if growth.id == asked.id]) == whole
+    (expected,) = [one for one in finish(engine).values() if one.id == asked.id]
+
+    engine.add(replace(asked, generated=whole))
+    for _ in range(5):
+        engine.step()
+    (more,) = engine.grown()
+    assert more.starts == (20, 20)
+    assert [len(sample.token_ids) for sample in more.generated] == [5, 5]
+    (resumed,) = finish(engine).values()
+    assert resumed.outputs == expected.outputs
 
 
 def test_numbers_that_are_not_finite_fail_their_request_alone(tmp_path: Path) -> None:
@@ -256,6 +290,7 @@ def test_stats_count(folder: Path) -> None:
         "num_requests": 0,
         "num_running": 0,
         "num_waiting": 0,
+        "num_compiling": 0,
         "num_steps": 5,
         "num_prompt_tokens": 6,
         "num_cached_tokens": 0,  # their common prompt of 3 tokens is too short to be worth a copy

@@ -3,108 +3,69 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter, quantize
-from safetensors.numpy import load_file
+from gguf import GGUFWriter
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.checkpoint import Checkpoint, UnsupportedCheckpoint
-from engine.config import EngineConfig, RopeScaling
-from engine.gguf_file import GGUFFile, hf_name
-from engine.request import SamplingParams
-from engine.runner import ModelRunner
-from tests.support.rollout import page_order, plan_for, sequence
-from tests.support.tiny import write_tiny_llama
-
-HEADS, KV_HEADS, LAYERS = 4, 2, 2
-GGUF_NAMES = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
+from engine.gguf_file import GGUFFile
+from engine.model import Decoder
+from engine.weights import load_weights, weight_targets
+from kernels.reference import KERNELS
+from tests.support.tiny_gguf import finished, write_gguf
 
 
-def gguf_name(name: str) -> str:
-    if name in GGUF_NAMES:
-        return GGUF_NAMES[name]
-    _, _, layer, module, kind = name.replace("self_attn.", "self_attn#").replace("mlp.", "mlp#").split(".")
-    return f"blk.{layer}.{GGUF_NAMES[module.replace('#', '.')]}.{kind}"
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        attention_bias=True,
+    )
+    return LlamaForCausalLM(config).float().eval()
 
 
-def interleaved(array: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's converter: the two halves of every head's rows alternate."""
-    shape = (heads, 2, array.shape[0] // heads // 2, *array.shape[1:])
-    return array.reshape(shape).swapaxes(1, 2).reshape(array.shape)
-
-
-Change = Callable[[GGUFWriter], Any]
-
-
-def write_gguf(
-    path: Path, weights: dict[str, np.ndarray], quant: str = "F32", change: Change | None = None
-) -> Path:
-    writer = GGUFWriter(path, "llama")
-    writer.add_block_count(LAYERS)
-    writer.add_context_length(512)
-    writer.add_embedding_length(64)
-    writer.add_feed_forward_length(96)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(16)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["a", "é", "<|end|>"])
-    writer.add_token_types([1, 1, 3])
-    writer.add_eos_token_id(2)
-    writer.add_bos_token_id(1)
-    for name, array in weights.items():
-        if "q_proj" in name or "k_proj" in name:
-            array = interleaved(array, HEADS if "q_proj" in name else KV_HEADS)
-        kind = GGMLQuantizationType[quant if array.ndim == 2 and array.shape[1] % 32 == 0 else "F32"]
-        writer.add_tensor(gguf_name(name), quantize(array, kind), raw_dtype=kind)
-    if change:
-        change(writer)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-@pytest.fixture
-def weights(tmp_path: Path) -> dict[str, np.ndarray]:
-    folder = write_tiny_llama(tmp_path / "tiny", attention_bias=True)
-    return load_file(folder / "model.safetensors")
+def read_back(path: Path) -> dict[str, Tensor]:
+    """Every parameter, as loading fills it, in fp32."""
+    checkpoint = Checkpoint.open(str(path))
+    decoder = Decoder(checkpoint.config, KERNELS, dtype=torch.float32, device="cpu")
+    for parameter in decoder.parameters.values():
+        parameter.fill_(float("nan"))
+    load_weights(decoder, checkpoint)
+    return {
+        name: decoder.parameters[target.name][target.start : target.end]
+        for name, target in weight_targets(decoder).items()
+    }
 
 
 @pytest.mark.parametrize(("quant", "error"), [("F32", 0.0), ("F16", 1e-3), ("Q8_0", 0.02), ("Q4_1", 0.3)])
 def test_every_tensor_comes_back_under_its_name(
-    tmp_path: Path, weights: dict[str, np.ndarray], quant: str, error: float
+    tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch, quant: str, error: float
 ) -> None:
-    found = dict(GGUFFile.open(write_gguf(tmp_path / "m.gguf", weights, quant)).weights())
-    assert found.keys() == weights.keys()
-    for name, array in weights.items():
-        assert found[name].dtype == np.float32
-        np.testing.assert_allclose(found[name], array, atol=error, err_msg=name)
+    monkeypatch.setattr(
+        "engine.weight_source._GGUFSource.piece_bytes", 3000
+    )  # a few heads, an odd number of rows
+    found = read_back(write_gguf(tmp_path / "m.gguf", model, "llama", quant=quant))
+    expected = model.state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=error, rtol=0, msg=name)
 
 
-def test_config_and_tokenizer_metadata(tmp_path: Path, weights: dict[str, np.ndarray]) -> None:
-    checkpoint = Checkpoint.open(str(write_gguf(tmp_path / "m.gguf", weights).parent / "m.gguf"))
+def test_config_and_tokenizer_metadata(tmp_path: Path, model: Any) -> None:
+    checkpoint = Checkpoint.open(str(write_gguf(tmp_path / "m.gguf", model, "llama")))
     config = checkpoint.config
     assert (checkpoint.kind, config.vocab_size, config.head_dim) == ("gguf", 320, 16)
     assert (config.eos_token_ids, config.bos_token_id, config.dtype) == ((2,), 1, "bfloat16")
@@ -115,68 +76,32 @@ def test_config_and_tokenizer_metadata(tmp_path: Path, weights: dict[str, np.nda
     assert metadata["tokenizer.ggml.token_type"] == [1, 1, 3]
 
 
-def test_the_same_logits_as_the_safetensors_it_was_made_of(
-    tmp_path: Path, weights: dict[str, np.ndarray]
-) -> None:
-    path = write_gguf(tmp_path / "m.gguf", weights)
-    logits = []
-    for model in (tmp_path / "tiny", path):
-        config = EngineConfig(model=str(model), dtype="float32", max_num_seqs=2)
-        runner = ModelRunner.load(config, Checkpoint.open(str(model)))
-        item = sequence(range(3, 40), SamplingParams(temperature=0.0, seed=0))
-        logits.append(runner.logits(plan_for(runner, [item], page_order(runner), 100)))
-    assert torch.equal(logits[0], logits[1])
-
-
-def test_llama3_divisors_are_recognised_and_others_refused(
-    tmp_path: Path, weights: dict[str, np.ndarray]
-) -> None:
-    from transformers import LlamaConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    rope = {
-        "rope_type": "llama3",
-        "rope_theta": 10000.0,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    theirs = LlamaConfig(
-        hidden_size=64, num_attention_heads=4, max_position_embeddings=131072, rope_parameters=rope
-    )
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](theirs, torch.device("cpu"))
-    plain = 10000.0 ** -(torch.arange(0, 16, 2) / 16)
-    divisors = (plain / scaled).numpy().astype(np.float32)
+def test_divisors_that_are_not_llama3s_are_refused(tmp_path: Path, model: Any) -> None:
+    odd = np.linspace(1, 8, 8, dtype=np.float32)
     path = write_gguf(
-        tmp_path / "a.gguf", weights, change=lambda w: w.add_tensor("rope_freqs.weight", divisors)
+        tmp_path / "b.gguf", model, "llama", change=lambda w: w.add_tensor("rope_freqs.weight", odd)
     )
-    assert GGUFFile.open(path).model_config().rope_scaling == RopeScaling(kind="llama3", factor=8.0)
-
-    odd = divisors.copy()
-    odd[3] *= 1.7
-    path = write_gguf(tmp_path / "b.gguf", weights, change=lambda w: w.add_tensor("rope_freqs.weight", odd))
     with pytest.raises(UnsupportedCheckpoint, match="Llama 3"):
         GGUFFile.open(path).model_config()
 
 
-def test_what_is_not_supported_is_named(tmp_path: Path, weights: dict[str, np.ndarray]) -> None:
-    def refused(change: Change) -> str:
-        path = write_gguf(tmp_path / "m.gguf", weights, change=change)
-        with pytest.raises(UnsupportedCheckpoint) as caught:
-            dict(GGUFFile.open(path).weights())
-        return str(caught.value)
-
+def test_a_tensor_that_is_not_known_is_named_before_any_is_read(tmp_path: Path, model: Any) -> None:
     stray = np.zeros(4, dtype=np.float32)
-    assert "blk.0.ssm_a" in refused(lambda w: w.add_tensor("blk.0.ssm_a", stray))
-    assert "expert" in refused(lambda w: w.add_expert_count(8))
-    assert "'yarn'" in refused(lambda w: w.add_string("llama.rope.scaling.type", "yarn"))
-    with pytest.raises(UnsupportedCheckpoint, match="not known"):
-        hf_name("blk.x.attn_q.weight")
+    path = write_gguf(
+        tmp_path / "m.gguf", model, "llama", change=lambda w: w.add_tensor("blk.0.ssm_a", stray)
+    )
+    with pytest.raises(UnsupportedCheckpoint, match=r"blk\.0\.ssm_a is not known"):
+        read_back(path)
 
 
-def test_damaged_files_are_refused(tmp_path: Path, weights: dict[str, np.ndarray]) -> None:
-    whole = write_gguf(tmp_path / "m.gguf", weights).read_bytes()
+def test_an_architecture_that_is_not_known_is_named(tmp_path: Path) -> None:
+    writer = GGUFWriter(tmp_path / "m.gguf", "mamba")
+    with pytest.raises(UnsupportedCheckpoint, match="'mamba', which is not supported; allowed: llama, qwen2"):
+        Checkpoint.open(str(finished(writer, tmp_path / "m.gguf")))
+
+
+def test_damaged_files_are_refused(tmp_path: Path, model: Any) -> None:
+    whole = write_gguf(tmp_path / "m.gguf", model, "llama").read_bytes()
     for name, data in {
         "empty": b"",
         "magic": b"GGML" + whole[4:],
@@ -200,7 +125,7 @@ def test_smollm2_equals_transformers_own_reading() -> None:
     path = Path(spec.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
     theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     expected = theirs.state_dict()
-    found = dict(GGUFFile.open(path).weights())
+    found = read_back(path)
     assert found.keys() == expected.keys() - {"lm_head.weight"}
-    for name, array in found.items():
-        torch.testing.assert_close(torch.from_numpy(array), expected[name], rtol=0, atol=1e-6, msg=name)
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6, msg=name)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from engine.request import InvalidParameter, SamplingParams
 from engine.runner import ModelRunner
+from engine.sampling_params import InvalidParameter, SamplingParams
 from tests.engine.test_model import all_logits
 from tests.engine.test_runner import load, work
 from tests.support.rollout import page_order, plan_for, rollout, sequence

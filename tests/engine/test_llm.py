@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from engine import LLM, SamplingParams
-from engine.request import InvalidParameter
+from engine.sampling_params import InvalidParameter
 from tests.support.tiny import write_tiny_llama
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from engine.adjust import adjust
 from engine.plan import Row
-from engine.request import Request, RequestId, SamplingParams
+from engine.request import Request, RequestId
 from engine.sampler import FAILED, Sampler
+from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 from tests.support.shapes import shape
 

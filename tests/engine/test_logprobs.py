@@ -13,9 +13,10 @@ from torch import Tensor
 
 from engine import LLM
 from engine.engine import Engine
-from engine.plan import Draws, Row
-from engine.request import InvalidParameter, Output, Request, RequestId, SamplingParams
-from engine.sampler import FAILED, Sampler
+from engine.plan import FAILED, Draws, Row
+from engine.request import Output, Request, RequestId
+from engine.sampler import Sampler
+from engine.sampling_params import InvalidParameter, SamplingParams
 from tests.support.rollout import sequence
 from tests.support.shapes import shape
 from tests.support.tiny import EOS_TOKEN_ID, VOCAB_SIZE, write_tiny_llama
@@ -64,7 +65,7 @@ def test_raw_logprobs_whatever_is_masked_and_filtered(vocab_size: int, dtype: to
     logits = (4 * torch.randn(len(rows), vocab_size, generator=generator)).to(dtype)
     logits[4, [EOS_TOKEN_ID, 9]] = 30.0
     plain = logits.double().log_softmax(dim=1)
-    token_ids, logprobs = draw(logits, rows)
+    token_ids, logprobs, _ = draw(logits, rows)
     assert list(logprobs) == [0, 1, 3, 4, 6]
     for i, made in logprobs.items():
         count = params[i]["logprobs"]
@@ -118,7 +119,7 @@ def test_rows_that_failed_bring_none() -> None:
     assert list(clean.logprobs) == [0, 1, 2, 3, 4]
     logits[1, 5], logits[2, 7] = float("nan"), float("inf")
     logits[4, EOS_TOKEN_ID] = float("inf")  # masked, but without a softmax
-    token_ids, logprobs = draw(logits, rows)
+    token_ids, logprobs, _ = draw(logits, rows)
     assert [token_ids[i] for i in (1, 2, 4)] == [FAILED] * 3
     assert logprobs == {i: clean.logprobs[i] for i in (0, 3)}
 
@@ -231,7 +232,8 @@ def test_the_python_door_sums_them(llm: LLM) -> None:
 
 
 @pytest.mark.parametrize("value", [-1, 21, 1.0, True, "3"])
-def test_what_cannot_be_asked_for_is_refused_by_name(value: Any) -> None:
+@pytest.mark.parametrize("param", ["logprobs", "prompt_logprobs"])
+def test_what_cannot_be_asked_for_is_refused_by_name(param: str, value: Any) -> None:
     with pytest.raises(InvalidParameter, match="from 0 to 20") as caught:
-        SamplingParams(logprobs=value)
-    assert caught.value.param == "logprobs"
+        SamplingParams(**{param: value})
+    assert caught.value.param == param

@@ -13,9 +13,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
-from engine.request import SamplingParams
 from engine.rope import inverse_frequencies
 from engine.runner import ModelRunner
+from engine.sampling_params import SamplingParams
 from tests.support.rollout import page_order, plan_for, sequence
 from tests.support.tiny import write_tiny_llama
 
@@ -79,7 +79,7 @@ def test_bf16_logits_stay_near_fp32(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rope", [{"rope_type": "default", "rope_theta": 1e5}, LINEAR, LLAMA3])
 def test_frequencies_equal_those_of_transformers(tmp_path: Path, rope: dict[str, Any]) -> None:
     write_tiny_llama(tmp_path, rope_parameters=rope, head_dim=64)
-    ours = inverse_frequencies(Checkpoint.open(str(tmp_path)).config)
+    ours = inverse_frequencies(Checkpoint.open(str(tmp_path)).config, 512)
     config = LlamaConfig.from_pretrained(tmp_path)
     if rope["rope_type"] == "default":
         theirs = 1.0 / rope["rope_theta"] ** (torch.arange(0, 64, 2).float() / 64)

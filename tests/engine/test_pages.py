@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.pages import PagePool
@@ -58,6 +58,7 @@ def test_check_sees_every_kind_of_damage() -> None:
             pool.check(wrong)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["take", "share", "drop"]), st.integers(0, 6)), max_size=60))
 def test_any_history_keeps_the_invariant(history: list[tuple[str, int]]) -> None:
     pool = PagePool(8, 16)

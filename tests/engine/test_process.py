@@ -17,8 +17,10 @@ import pytest
 from engine import wire
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.request import Request, RequestId, SamplingParams
+from engine.request import Request, RequestId
+from engine.sampling_params import SamplingParams, StructuredOutputsParams
 from engine.wire import FrameReader, FrameWriter, FromEngine, ToEngine
+from tests.support.grammars import HOSTILE
 from tests.support.tiny import write_tiny_llama
 from tests.support.waiting import wait_until
 
@@ -140,6 +142,18 @@ def test_one_life(peer: Peer, config: EngineConfig) -> None:
         assert isinstance(last, wire.Stats)
 
 
+def test_checkpoints_go_on_where_the_one_before_ended(peer: Peer, config: EngineConfig) -> None:
+    peer.send(wire.Configure(config, checkpoint_seconds=0.05), wire.Add((request("long", ENDLESS),)))
+    length = 0
+    for _ in range(5):
+        (growth,) = peer.read(wire.Grown).growths
+        assert growth.starts == (length,)
+        length += len(growth.generated[0].token_ids)
+    peer.send(wire.Abort((RequestId("long", 1),)))
+    gone = peer.completions(1)["long"]
+    assert gone.num_generated == len(gone.generated[0].token_ids) >= length
+
+
 def test_progress_while_it_works(ready: Peer) -> None:
     ready.send(wire.Add((request("long", ENDLESS),)))
     ready.read(wire.Stats, lambda stats: stats.values["num_requests"] == 1)
@@ -157,6 +171,34 @@ def test_abort(ready: Peer) -> None:
     assert not got["stays"].aborted
     ready.send(wire.Add((request("next"),)))
     assert len(ready.completions(1)["next"].outputs[0].token_ids) == 5
+
+
+def form(name: str, **wish: Any) -> Request:
+    params = SamplingParams(seed=1, max_tokens=20, structured_outputs=StructuredOutputsParams(**wish))
+    return Request(id=RequestId(name, 1), prompt_token_ids=(5, 6), sampling=params)
+
+
+def test_grammars_compile_beside_the_steps(ready: Peer) -> None:
+    """One that cannot be had, one that takes a while, one that is taken back and one that is quick; a request without
+    any goes on. What is in when it is told to drain is finished, also if it has only begun to compile."""
+    kind, source = HOSTILE["a product of unions"]
+    asked = [
+        form("refused", regex="(?=a)b"),
+        form("slow", **{kind: source}),
+        form("gone", grammar=HOSTILE["fewer nullable rules"][1]),
+        form("quick", choice=("yes", "no")),
+    ]
+    ready.send(wire.Add((request("other", 100), *asked)), wire.Abort((RequestId("gone", 1),)), wire.Drain())
+    got = ready.completions(5)
+    assert got["refused"].error.code == got["slow"].error.code == "invalid_request"
+    assert got["refused"].error.message.startswith("structured_outputs.regex: ")
+    assert got["slow"].error.message.startswith("structured_outputs.json: ")
+    assert got["gone"].aborted
+    assert got["quick"].outputs[0].finish_reason == "stop"
+    assert len(got["other"].outputs[0].token_ids) == 100
+    ready.read(wire.Stats, lambda stats: stats.values["num_requests"] == 0)
+    ready.send(wire.Stop())
+    assert ready.ends() == 0
 
 
 def test_drain_finishes_what_is_in_and_hands_the_rest_back(ready: Peer) -> None:

@@ -10,7 +10,8 @@ import pytest
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.repetition import repeats
-from engine.request import InvalidParameter, RepetitionDetectionParams, Request, RequestId, SamplingParams
+from engine.request import Request, RequestId
+from engine.sampling_params import InvalidParameter, RepetitionDetectionParams, SamplingParams
 from tests.support.pressure import run
 from tests.support.tiny import write_tiny_llama
 

@@ -43,7 +43,36 @@ def test_frequencies_equal_transformers(scaling: dict[str, Any], theta: float) -
     )
     expected, stretch = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](theirs, torch.device("cpu"))
     config = model_config({**theirs.to_dict(), "architectures": ["LlamaForCausalLM"]})
-    torch.testing.assert_close(inverse_frequencies(config), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(inverse_frequencies(config, 16384), expected, rtol=1e-6, atol=0)
     cos, sin = rope_tables(config, 3, "cpu")
     torch.testing.assert_close(cos[0], torch.full((64,), float(stretch)), rtol=1e-6, atol=0)
     torch.testing.assert_close(sin[2], (2 * expected).sin() * stretch, rtol=1e-5, atol=1e-7)
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0 + i / 64 for i in range(64)],
+    "long_factor": [1.5 + i for i in range(64)],
+    "original_max_position_embeddings": 4096,
+}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"factor": 2.5}, {"attention_factor": 0.8}, {"factor": 1.0}], ids=str
+)
+@pytest.mark.parametrize("max_len", [4096, 4097])
+def test_longrope_is_chosen_by_the_longest_sequence_that_may_come(
+    changes: dict[str, Any], max_len: int
+) -> None:
+    theirs = LlamaConfig(
+        hidden_size=256,
+        num_attention_heads=2,
+        max_position_embeddings=16384,
+        rope_parameters={**LONGROPE, **changes, "rope_theta": 1e4},
+    )
+    expected, stretch = ROPE_INIT_FUNCTIONS["longrope"](theirs, torch.device("cpu"), seq_len=max_len)
+    config = model_config({**theirs.to_dict(), "architectures": ["LlamaForCausalLM"]})
+    torch.testing.assert_close(inverse_frequencies(config, max_len), expected, rtol=1e-6, atol=0)
+    cos, _ = rope_tables(config, max_len, "cpu")
+    torch.testing.assert_close(cos[0], torch.full((64,), float(stretch)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(cos[2], (2 * expected).cos() * stretch, rtol=1e-5, atol=1e-6)

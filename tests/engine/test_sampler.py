@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from engine.plan import Row
-from engine.request import SamplingParams
 from engine.sampler import FAILED, Sampler, uniforms
+from engine.sampling_params import SamplingParams
 from tests.support.rollout import sequence
 from tests.support.shapes import shape
 

@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.request import (
+from engine.request import Rejected, Request, RequestId
+from engine.sampling_params import (
     InvalidParameter,
-    Rejected,
     RepetitionDetectionParams,
-    Request,
-    RequestId,
     SamplingParams,
+    StructuredOutputsParams,
 )
 from tests.support import pressure
 from tests.support.tiny import EOS_TOKEN_ID, VOCAB_SIZE, write_tiny_llama
@@ -161,6 +160,13 @@ fields = st.fixed_dictionaries(
             RepetitionDetectionParams, max_pattern_size=st.integers(1, 9), min_count=st.integers(2, 5)
         ),
         "logprobs": st.one_of(st.none(), st.integers(0, 20)),
+        "structured_outputs": st.one_of(
+            st.none(),
+            st.none(),
+            st.builds(StructuredOutputsParams, regex=st.sampled_from(["[a-e ]{1,4}", "(at|é)*", "a?"])),
+            st.builds(StructuredOutputsParams, choice=st.lists(st.sampled_from("ate "), min_size=1)),
+            st.builds(StructuredOutputsParams, json=st.just('{"type": ["integer", "array"], "maxItems": 2}')),
+        ),
         "seed": st.integers(-(2**63), 2**63 - 1),
     },
 )

@@ -7,13 +7,15 @@ import subprocess
 import sys
 import textwrap
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from engine.pages import PagePool
 from engine.plan import Plan
-from engine.request import Output, Request, RequestId, SamplingParams, TokenLogprobs
+from engine.request import Output, Request, RequestId, TokenLogprobs
+from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 
@@ -257,3 +259,48 @@ def test_two_thousand_random_steps_hold_the_invariant_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def with_priority(name: str, priority: int, num_prompt: int = 4, max_tokens: int = 8) -> Sequence:
+    one = sequence(name, num_prompt, max_tokens)
+    one.request = replace(one.request, priority=priority)
+    return one
+
+
+def test_a_higher_priority_gets_a_place_at_once_when_all_are_taken() -> None:
+    s = scheduler(seqs=2)
+    for name in "ab":
+        s.add(with_priority(name, 2, max_tokens=40))
+    settle(s, s.plan())
+    s.add(with_priority("fast", 0))
+    plan = s.plan()
+    assert shape(plan) == [("fast", 4), ("a", 1)], "it takes the place of the one admitted last"
+    settle(s, plan)
+    order = []
+    while s.has_work:
+        order += [one.request.id.job_id for one in settle(s, s.plan())]
+    assert order == ["fast", "a", "b"]
+
+
+def test_a_higher_priority_gets_its_tokens_before_the_running() -> None:
+    """A long prompt of bulk work takes the whole budget of many steps; it waits, the fast one does not."""
+    s = scheduler(num_pages=128, budget=10)
+    s.add(with_priority("bulk", 2, num_prompt=100))
+    settle(s, s.plan())
+    s.add(with_priority("fast", 0, num_prompt=6))
+    plan = s.plan()
+    assert shape(plan) == [("fast", 6), ("bulk", 4)]
+    settle(s, plan)
+    assert shape(s.plan()) == [("fast", 1), ("bulk", 9)]
+
+
+def test_a_higher_priority_does_not_wait_for_the_same_prefix_of_a_lower_one() -> None:
+    s = scheduler(num_pages=128, budget=10)
+    s.add(with_priority("same", 2, num_prompt=60))
+    settle(s, s.plan())
+    s.add(with_priority("same", 0, num_prompt=60))
+    plan = s.plan()
+    assert [row.sequence.request.priority for row in plan.rows] == [0]
+    while s.has_work:
+        settle(s, plan)
+        plan = s.plan()

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from engine.engine import Engine
-from engine.request import Completion, Request, RequestId, SamplingParams
+from engine.request import Completion, Request, RequestId
+from engine.sampling_params import SamplingParams
 from tests.support.checked import CheckedRunner, checked_engine, expected
 from tests.support.pressure import run
 from tests.support.tiny import write_tiny_llama
@@ -19,7 +20,7 @@ PAGE_SIZE = 16
 
 
 def request(name: str, prompt: tuple[int, ...], **asked: Any) -> Request:
-    outside = {key: asked.pop(key) for key in ("cache_salt", "priority", "deadline") if key in asked}
+    outside = {key: asked.pop(key) for key in ("cache_salt", "priority", "turn") if key in asked}
     sampling = SamplingParams(
         **{"seed": zlib.crc32(name.encode()), "max_tokens": 8, "ignore_eos": True} | asked
     )
@@ -111,14 +112,14 @@ def test_a_twin_in_a_hurry_does_not_wait() -> None:
     assert order == ["fast", "long", "slow"]
 
 
-def test_higher_priority_preempts_and_earlier_deadlines_go_first() -> None:
+def test_higher_priority_preempts_and_lower_turns_go_first() -> None:
     engine = checked_engine(100, PAGE_SIZE, max_num_seqs=2)
     for name in "ab":
         engine.add(request(name, prompt(ord(name), 20), max_tokens=60))
     for _ in range(10):
         engine.step()
-    engine.add(request("later", prompt(8, 20), deadline=10_000.0))
-    engine.add(request("sooner", prompt(9, 20), deadline=100.0))
+    engine.add(request("later", prompt(8, 20), turn=10_000.0))
+    engine.add(request("sooner", prompt(9, 20), turn=100.0))
     engine.add(request("urgent", prompt(10, 20), priority=-5))
     order: list[str] = []
     while engine.has_work:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from engine.plan import Plan, Row
-from engine.request import SamplingParams
+from engine.request import TokenLogprobs
+from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 from engine.step_input import StepInput
 from tests.support.rollout import sequence
 
+score = TokenLogprobs(token_id=5, logprob=-1.0)
 
-def at(prompt: list[int], computed: int, pages: list[int]) -> Sequence:
-    item = sequence(prompt, SamplingParams(seed=0))
+
+def at(prompt: list[int], computed: int, pages: list[int], **sampling: Any) -> Sequence:
+    item = sequence(prompt, SamplingParams(**{"seed": 0} | sampling))
     item.num_computed, item.pages = computed, pages
     return item
 
@@ -36,6 +41,20 @@ def test_padding_adds_tokens_that_store_nothing_and_belong_to_no_row() -> None:
     assert step.slots.tolist() == [48, 49, 50] + [-1] * 13
     assert step.query_start.tolist() == [0, 3]
     assert step.logit_rows.tolist() == [2] + [0] * 15
+
+
+def test_positions_that_score_a_prompt_are_those_not_known_yet() -> None:
+    asked = {"seed": 0, "prompt_logprobs": 0}
+    quiet, fresh = at([5, 6, 7], 0, [3]), at([5, 6, 7, 8], 0, [1], **asked)
+    again, done = at([5] * 9, 2, [2], **asked), at([5, 6, 7], 2, [4], **asked)
+    again.prompt_logprobs = [score] * 5
+    done.prompt_logprobs = [score] * 2
+    rows = (Row(quiet, 3), Row(fresh, 4), Row(again, 5), Row(done, 1))
+    assert [list(row.scored) for row in rows] == [[], [0, 1, 2], [5, 6], []]
+    step = StepInput.build(Plan(rows), 16, row_multiple=8)
+    assert step.scored_rows.tolist() == [3, 4, 5, 7 + 3, 7 + 4, 0, 0, 0]
+    assert step.logit_rows.tolist() == [2, 6, 12, 0, 0, 0, 0, 0]
+    assert StepInput.build(Plan(rows[:1]), 16, row_multiple=8).scored_rows.tolist() == []
 
 
 def test_no_row_samples() -> None:

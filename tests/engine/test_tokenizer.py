@@ -136,6 +136,22 @@ def test_a_checkpoint_without_a_template_says_so(folder: Path, tmp_path: Path) -
             "exceeds",
         ),
         ("{% if %}", "not valid Jinja"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "steps"),
+        ("{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}", "refuses"),
+        ("{{ 'x' * 10 ** 9 }}", "makes a value"),
+        (
+            "{% set n = namespace(x='x') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+            "makes a value",
+        ),
+        (
+            "{% set n = namespace(x='x') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
+            "makes a value",
+        ),
+        (
+            "{% set n = namespace(x=9) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
+            "makes a value",
+        ),
+        ("{{ 9 ** 99999 }}", "makes a value"),
     ],
 )
 def test_a_template_that_fails_or_floods_is_a_clear_error(source: str, says: str) -> None:
@@ -154,6 +170,23 @@ def test_templates_have_what_transformers_gives_them() -> None:
     assert template.render([{"role": "user", "content": " é<s> "}, CHAT[0]]).text == '<s>"é<s>"4'
 
 
+def test_calls_are_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.template_sandbox.MAX_STEPS", 10_000)
+    source = "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}"
+    with pytest.raises(ChatTemplateError, match="more than 10000 steps"):
+        ChatTemplate(source, {}, []).render(CHAT)
+
+
+def test_loops_and_joins_are_as_jinja_makes_them() -> None:
+    source = (
+        "{% for m in messages if m.role != 'tool' %}{{ loop.index ~ '/' ~ loop.length ~ loop.last }},"
+        "{% for k, v in {'a': 1}.items() %}{{ (k ~ v) ~ none }}{% endfor %}{% else %}nobody{% endfor %}"
+        "{% for i in missing %}{% else %}{{ 3 * 'ab' + 'c' }}{{ 7 % 4 }}{{ 2 ** 3 }}{{ '%s' % 'd' }}{% endfor %}"
+    )
+    text = ChatTemplate(source, {}, []).render(CHAT).text
+    assert text == "1/2False,a1None2/2True,a1Noneababab" + "c38d"
+
+
 def test_pieces_add_up_to_the_whole_text(tokenizer: Tokenizer) -> None:
     rng = random.Random(0)
     for _ in range(300):
@@ -170,6 +203,17 @@ def test_a_character_comes_when_it_is_whole(tokenizer: Tokenizer) -> None:
     assert pieces.flush() == ""
 
 
+def test_a_token_by_itself(tokenizer: Tokenizer) -> None:
+    smile = tokenizer.encode("🙂")
+    assert [tokenizer.token_bytes(one) for one in smile] == [bytes([byte]) for byte in "🙂".encode()]
+    assert [tokenizer.token_text(one) for one in smile] == ["�"] * 4
+    (space,) = tokenizer.encode(" ")
+    assert (tokenizer.token_text(space), tokenizer.token_bytes(space)) == (" ", b" ")
+    assert (tokenizer.token_text(2), tokenizer.token_bytes(2)) == ("<|im_end|>", b"")
+    beyond = tokenizer.vocab_size  # a model's vocabulary may be padded
+    assert (tokenizer.token_text(beyond), tokenizer.token_bytes(beyond)) == ("", b"")
+
+
 def test_pieces_without_a_byte_level_decoder() -> None:
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
@@ -180,7 +224,7 @@ def test_pieces_without_a_byte_level_decoder() -> None:
     backend = tokenizers.Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
-    tokenizer = Tokenizer(backend, template=None, special_tokens={})
+    tokenizer = Tokenizer(backend.to_str(), template=None, special_tokens={})
     assert not tokenizer.byte_level
     smile = [4 + byte for byte in "🙂".encode()]
     pieces = Detokenizer(tokenizer)
@@ -191,9 +235,12 @@ def test_pieces_without_a_byte_level_decoder() -> None:
         "",
         "",
         "",
-        "🙂",
-        " cat",
+        "",
+        "🙂 cat",
     ]
+    assert [tokenizer.token_bytes(one) for one in (1, 3, smile[0])] == [b" the", b"s", b"\xf0"]
+    assert b"".join(map(tokenizer.token_bytes, [1, 2, *smile])).decode() == " the cat🙂"
+    assert tokenizer.token_text(smile[0]) == "�"
     pieces = Detokenizer(tokenizer)
     broken = [1, *smile[:2]]
     assert "".join(map(pieces.push, broken)) + pieces.flush() == tokenizer.decode(broken)
@@ -207,9 +254,11 @@ def test_what_cannot_be_read_is_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(UnsupportedTokenizer, match=r"tokenizer.json is missing"):
         Tokenizer.open(Checkpoint.open(str(tmp_path)))
-    with pytest.raises(UnsupportedTokenizer, match="only gpt2"):
-        gguf_tokenizer({"tokenizer.ggml.model": "llama"})
-    with pytest.raises(UnsupportedTokenizer, match="supported: default, gpt-2"):
+    with pytest.raises(UnsupportedTokenizer, match="supported: gpt2"):
+        gguf_tokenizer({"tokenizer.ggml.model": "bert"})
+    with pytest.raises(
+        UnsupportedTokenizer, match="supported: command-r, dbrx, deepseek-r1-qwen, default, gpt-2"
+    ):
         gguf_tokenizer({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "mystery"})
     with pytest.raises(UnsupportedTokenizer, match=r"tokenizer.ggml.tokens is missing"):
         gguf_tokenizer({"tokenizer.ggml.model": "gpt2"})
@@ -222,6 +271,8 @@ def test_what_cannot_be_read_is_refused(folder: Path, tmp_path: Path) -> None:
         ("smollm", ["Ab", "Ġ", "1", "2", "3", "4", "!!", "ĊĠ", "Ġx", "'ll"]),
         ("llama-bpe", ["Ab", "Ġ", "123", "4", "!!Ċ", "Ġ", "Ġx", "'ll"]),
         ("qwen2", ["Ab", "Ġ", "1", "2", "3", "4", "!!Ċ", "Ġ", "Ġx", "'ll"]),
+        ("seed-coder", ["Ab", "Ġ", "1", "2", "3", "4", "!!", "Ċ", "Ġ", "Ġx", "'ll"]),
+        ("tekken", ["Ab", "Ġ", "1", "2", "3", "4", "!!Ċ", "Ġ", "Ġx", "'ll"]),
         ("default", ["Ab", "Ġ", "123", "4", "!!", "ĊĠ", "Ġx", "'", "ll"]),
     ],
 )
@@ -237,7 +288,7 @@ def test_gguf_pre_tokenizers_split_as_named(pre: str, pieces: list[str]) -> None
     }
     backend = gguf_tokenizer(metadata)
     assert [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str("Ab 1234!!\n  x'll")] == pieces
-    assert backend.encode("ab").ids == ([0, 3] if pre == "llama-bpe" else [3])
+    assert backend.encode("ab").ids == ([0, 3] if pre in ("llama-bpe", "tekken") else [3])
     assert backend.get_added_tokens_decoder()[0].special
 
 

@@ -10,19 +10,20 @@ from hypothesis import strategies as st
 
 from engine.forecast import Forecast
 from engine.lengths import OutputLengths
-from engine.request import Request, RequestId, SamplingParams
+from engine.request import Request, RequestId
+from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 from engine.waiting import WaitingQueue
 from engine.warming import Warming
 
 
-def sequence(name: str, *, priority: int = 0, deadline: float | None = None) -> Sequence:
+def sequence(name: str, *, priority: int = 0, turn: float | None = None) -> Sequence:
     request = Request(
         id=RequestId(name, 1),
         prompt_token_ids=(5,),
         sampling=SamplingParams(seed=0),
         priority=priority,
-        deadline=deadline,
+        turn=turn,
     )
     return Sequence(request, 0, 16)
 
@@ -69,8 +70,8 @@ def test_families_within_families() -> None:
 def test_levels_come_before_all_else() -> None:
     queue = WaitingQueue()
     queue.push(sequence("normal"), keys("a"), 100)
-    queue.push(sequence("due", deadline=600.0), keys("b"), 1)
-    queue.push(sequence("due soon", deadline=60.0), keys("c"), 1)
+    queue.push(sequence("due", turn=600.0), keys("b"), 1)
+    queue.push(sequence("due soon", turn=60.0), keys("c"), 1)
     queue.push(sequence("low", priority=3), keys("a"), 500)
     queue.push(sequence("high", priority=-1), keys("d"), 1)
     assert drain(queue) == ["high", "due soon", "due", "normal", "low"]

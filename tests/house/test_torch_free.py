@@ -7,8 +7,27 @@ import sys
 
 from tests.support.tree import ROOT, module_of, python_files
 
-ENGINE_FRONT = ("request", "config", "families", "checkpoint", "gguf_file", "sequence", "plan", "pages")
+ENGINE_FRONT = (
+    "request",
+    "growth",
+    "telling",
+    "figures",
+    "sampling_params",
+    "config",
+    "families",
+    "rope_settings",
+    "windows",
+    "foreign",
+    "checkpoint",
+    "gguf_file",
+    "gguf_families",
+    "safetensors_file",
+    "sequence",
+    "plan",
+    "pages",
+)
 ENGINE_FRONT += ("prefix_cache", "waiting", "warming", "lengths", "forecast", "run")
+ENGINE_FRONT += ("invalid_parameter", "structured_outputs", "matcher", "grammars", "compiling")
 ENGINE_FRONT += ("logit_rules", "repetition", "vocabulary", "scheduler", "stop", "tokenizer", "wire", "codec")
 
 IMPORT_ALL = """

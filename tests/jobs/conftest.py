@@ -11,6 +11,7 @@ from jobs.body import parse_job
 from jobs.database import Database
 from jobs.intake import Intake
 from jobs.settings import Settings
+from jobs.tenants import OPERATOR
 
 Submit = Callable[[int], list[str]]
 
@@ -33,6 +34,8 @@ def submit(database: Database, settings: Settings) -> Submit:
     intake = Intake(database, settings)
 
     def submit(count: int) -> list[str]:
-        return sorted(intake.accept_one(parse_job({"prompt": f"job {i}"}, settings)) for i in range(count))
+        return sorted(
+            intake.accept_one(parse_job({"prompt": f"job {i}"}, settings), OPERATOR) for i in range(count)
+        )
 
     return submit

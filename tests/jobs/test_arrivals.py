@@ -14,6 +14,7 @@ from jobs.broker import make_app
 from jobs.celery_results import CeleryResults
 from jobs.database import Database
 from jobs.settings import Settings
+from jobs.tenants import Tenants
 from tests.support import rows
 from tests.support.waiting import wait_until
 
@@ -38,6 +39,7 @@ def test_messages_become_rows_and_then_are_committed(database: Database, app: Ce
         is_revoked=lambda task_id: task_id == "b",
         cancel=cancelled.append,
     )
+    Tenants(database).create("blog", quotas={"queued_jobs": 1})
     arrivals.start()
     committed: list[str] = []
 
@@ -49,13 +51,27 @@ def test_messages_become_rows_and_then_are_committed(database: Database, app: Ce
     put("b", [], messages=[{"role": "user", "content": "hi"}], temperature=0)
     put("c", [], prompt="x", temperature=99)
     put("d", ["positional"], prompt="x")
-    put("e", [], prompt="x", model="another")
+    put("e", [], prompt="x", model="another", tenant=None)
     put("\x00", [], prompt="x")
-    wait_until(lambda: len(committed) == 7, "all messages are dealt with")
+    put("f", [], prompt="x", tenant="blog")
+    put("g", [], prompt="x", tenant="blog")
+    put("h", [], prompt="x", tenant="nobody")
+    put("i", [], prompt="x", tenant="NO NAME")
+    wait_until(lambda: len(committed) == 11, "all messages are dealt with")
     arrivals.stop(10.0)
     results.stop(10.0)
-    assert rows.jobs_by_state(database) == {"queued": ["a", "b", "e"], "failed": ["c", "d"]}
+    assert rows.jobs_by_state(database) == {
+        "queued": ["a", "b", "e", "f"],
+        "failed": ["c", "d", "g", "h", "i"],
+    }
     assert rows.job(database, "a").body["prompt"] == "hello"
+    assert (rows.job(database, "a").tenant, rows.job(database, "a").key_id) == ("default", None)
+    assert rows.job(database, "f").tenant == "blog"
+    assert rows.job(database, "f").body == {"prompt": "x", "model": "tiny"}
+    errors = {name: rows.job(database, name).error["code"] for name in "ghi"}
+    assert errors == {"g": "quota_exceeded", "h": "unknown_tenant", "i": "invalid_value"}
+    assert [rows.job(database, name).tenant for name in "ghi"] == ["blog", "default", "default"]
+    assert "queued_jobs" in str(AsyncResult("g", app=app).result)
     assert rows.job(database, "c").error["param"] == "temperature"
     assert models == {"tiny", "another"}
     assert cancelled == ["b"]

@@ -50,7 +50,7 @@ def test_a_line_is_read() -> None:
         (b"nonsense", "JSON"),
         (b"\xff", "UTF-8"),
         (b"[]", "object"),
-        (b"[" * 100_000, "JSON"),
+        (b"[" * 100_000, "nested"),
         (line(custom_id="absent"), "custom_id"),
         (line(custom_id=""), "custom_id"),
         (line(custom_id=7), "custom_id"),
@@ -82,11 +82,15 @@ def test_fields_that_are_switched_off_are_no_mistake() -> None:
     off = {
         "stream": False,
         "logprobs": None,
+        "top_logprobs": 0,
         "best_of": 1,
-        "response_format": {"type": "text"},
         "tools": [],
     }
-    assert chat(**off).job(Settings()) == chat().job(Settings())
+    job, plain = chat(**off).job(Settings()), chat().job(Settings())
+    assert job.model_copy(update={"top_logprobs": None}) == plain
+    assert job.sampling(9, 9) == plain.sampling(9, 9) == chat(logprobs=False).job(Settings()).sampling(9, 9)
+    text = chat(response_format={"type": "text"}).job(Settings())
+    assert text.sampling(5, 16) == plain.sampling(5, 16)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +99,7 @@ def test_fields_that_are_switched_off_are_no_mistake() -> None:
         ({"stream": True}, "stream"),
         ({"logprobs": 0}, "logprobs"),
         ({"frequency_penalty": 2.5}, "frequency_penalty"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"prompt": "p"}, "prompt"),
         ({"custom_id": "b"}, "custom_id"),
@@ -133,6 +137,13 @@ def test_answers_have_openais_shape() -> None:
     assert (data["custom_id"], data["error"], data["response"]["status_code"]) == ("a", None, 200)
     answer = ChatCompletion.model_validate(data["response"]["body"])
     assert answer.choices[0].message.content == "one\u2028two"
+    assert answer.choices[0].logprobs is None
+    content = [{"token": "a", "bytes": [97], "logprob": -1.0, "top_logprobs": []}]
+    told = [OUTPUTS[0] | {"logprobs": {"content": content, "refusal": None}}]
+    data = json.loads(answer_line(chat(), "m", told, USAGE))
+    logprobs = ChatCompletion.model_validate(data["response"]["body"]).choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.model_dump() == told[0]["logprobs"]
     text = json.loads(answer_line(parse_line(1, line()), "m", OUTPUTS, USAGE))["response"]["body"]
     assert Completion.model_validate(text).choices[0].text == "one\u2028two"
 

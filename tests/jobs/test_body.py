@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engine.request import MAX_SEED, RepetitionDetectionParams
+from engine.sampling_params import MAX_SEED, RepetitionDetectionParams, StructuredOutputsParams
 from jobs.body import NOT_SUPPORTED_YET, BadField, JobBody, parse_job, parse_metadata
 from jobs.settings import Settings
 
 USER = {"role": "user", "content": "hi"}
+SCHEMA = {"enum": [None, "é", {"default": None}], "const": None}  # nulls that mean something
+
+
+def json_schema(**fields: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA} | fields}
+
 
 # body, the field that is named, the code
 HOSTILE: list[tuple[Any, str | None, str]] = [
@@ -76,6 +83,66 @@ HOSTILE: list[tuple[Any, str | None, str]] = [
         "repetition_detection.max_pattern_size",
         "invalid_value",
     ),
+    ({"prompt": "a", "response_format": "json"}, "response_format", "invalid_type"),
+    ({"prompt": "a", "response_format": {}}, "response_format.type", "missing_required_parameter"),
+    ({"prompt": "a", "response_format": {"type": "xml"}}, "response_format.type", "invalid_value"),
+    (
+        {"prompt": "a", "response_format": {"type": "json_schema"}},
+        "response_format.json_schema",
+        "invalid_value",
+    ),
+    (
+        {"prompt": "a", "response_format": json_schema() | {"type": "text"}},
+        "response_format.json_schema",
+        "invalid_value",
+    ),
+    (
+        {"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
+        "response_format.json_schema.schema",
+        "missing_required_parameter",
+    ),
+    (
+        {"prompt": "a", "response_format": json_schema(name="a b")},
+        "response_format.json_schema.name",
+        "invalid_value",
+    ),
+    (
+        {"prompt": "a", "response_format": json_schema(schema=[])},
+        "response_format.json_schema.schema",
+        "invalid_type",
+    ),
+    (
+        {"prompt": "a", "response_format": json_schema(schema={"const": "\ud800"})},
+        "response_format.json_schema.schema",
+        "invalid_value",
+    ),
+    (
+        {"prompt": "a", "response_format": json_schema(), "structured_outputs": {"regex": "a"}},
+        "response_format",
+        "invalid_value",
+    ),
+    ({"prompt": "a", "structured_outputs": {}}, "structured_outputs", "invalid_value"),
+    (
+        {"prompt": "a", "structured_outputs": {"regex": "a", "json_object": True}},
+        "structured_outputs",
+        "invalid_value",
+    ),
+    (
+        {"prompt": "a", "structured_outputs": {"regexp": "a"}},
+        "structured_outputs.regexp",
+        "unknown_parameter",
+    ),
+    ({"prompt": "a", "structured_outputs": {"json": 5}}, "structured_outputs.json", "invalid_value"),
+    (
+        {"prompt": "a", "structured_outputs": {"choice": ["a", 1]}},
+        "structured_outputs.choice[1]",
+        "invalid_type",
+    ),
+    (
+        {"prompt": "a", "structured_outputs": {"regex": "a"}, "ignore_eos": True},
+        "ignore_eos",
+        "invalid_value",
+    ),
     ({"prompt": "a", "min_p": 1.5}, "min_p", "invalid_value"),
     ({"prompt": "a", "presence_penalty": "1"}, "presence_penalty", "invalid_type"),
     ({"prompt": "a", "frequency_penalty": -3}, "frequency_penalty", "invalid_value"),
@@ -103,6 +170,17 @@ HOSTILE: list[tuple[Any, str | None, str]] = [
     ({"prompt": "a", "stop": ["x"] * 17}, "stop", "invalid_value"),
     ({"prompt": "a", "stop": ["x" * 257]}, "stop", "invalid_value"),
     ({"prompt": "a", "stop": ["\ud800"]}, "stop[0]", "invalid_value"),
+    ({"prompt": "a", "logprobs": 1}, "logprobs", "invalid_type"),
+    ({"prompt": "a", "top_logprobs": 2}, "top_logprobs", "invalid_value"),
+    ({"prompt": "a", "top_logprobs": 2, "logprobs": False}, "top_logprobs", "invalid_value"),
+    ({"prompt": "a", "logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
+    ({"prompt": "a", "logprobs": True, "top_logprobs": -1}, "top_logprobs", "invalid_value"),
+    ({"prompt": "a", "logprobs": True, "max_tokens": 100_001}, "logprobs", "invalid_value"),
+    (
+        {"prompt": "a", "logprobs": True, "top_logprobs": 20, "n": 16, "max_tokens": 298},
+        "logprobs",
+        "invalid_value",
+    ),
     ({"prompt": "a", "stop_token_ids": 3}, "stop_token_ids", "invalid_type"),
     ({"prompt": "a", "stop_token_ids": [1, "2"]}, "stop_token_ids[1]", "invalid_type"),
     ({"prompt": "a", "stop_token_ids": [-1]}, "stop_token_ids", "invalid_value"),
@@ -184,6 +262,8 @@ def test_everything_at_once_is_kept_and_read_back(settings: Settings) -> None:
         "stop_token_ids": [1, 2],
         "ignore_eos": True,
         "include_stop_str_in_output": True,
+        "logprobs": True,
+        "top_logprobs": 3,
         "repetition_detection": {"max_pattern_size": 9, "min_pattern_size": 1, "min_count": 3},
         "custom_id": "row-1",
         "metadata": {"k": "v"},
@@ -197,9 +277,37 @@ def test_everything_at_once_is_kept_and_read_back(settings: Settings) -> None:
     assert (sampling.repetition_penalty, sampling.bad_words) == (1.25, ("damn",))
     assert (sampling.biases, sampling.allowed_token_ids) == (((5, 2.5), (17, -100.0)), (3, 5, 17))
     assert sampling.include_stop_str_in_output is True
+    assert (sampling.logprobs, sampling.prompt_logprobs) == (3, None)
     assert sampling.repetition_detection == RepetitionDetectionParams(max_pattern_size=9, min_count=3)
     assert (sampling.seed, sampling.max_tokens, sampling.min_tokens) == (-5, 7, 7)
     assert (sampling.stop, sampling.stop_token_ids, sampling.ignore_eos) == (("a", "b"), (1, 2), True)
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, {"json_object": True}),
+        ({"response_format": json_schema(strict=True, description="d")}, {"json": SCHEMA}),
+        ({"structured_outputs": {"json": SCHEMA}}, {"json": SCHEMA}),
+        ({"structured_outputs": {"json": '{"const": null}'}}, {"json": {"const": None}}),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, {"choice": ("a", "b")}),
+        ({"structured_outputs": {"grammar": "start: /a/"}}, {"grammar": "start: /a/"}),
+        (
+            {"structured_outputs": {"json_object": True, "disable_any_whitespace": True}},
+            {"json_object": True, "disable_any_whitespace": True},
+        ),
+    ],
+)
+def test_the_form_of_the_text_is_kept_and_read_back(
+    settings: Settings, asked: dict[str, Any], meant: dict[str, Any] | None
+) -> None:
+    """In either spelling, with every null that a schema has."""
+    body = parse_job({"prompt": "a", **asked}, settings)
+    stored = json.loads(json.dumps(body.stored()))
+    assert stored == {"prompt": "a", **asked}
+    expected = None if meant is None else StructuredOutputsParams(**meant)
+    assert JobBody.model_validate(stored).sampling(50, 16).structured_outputs == expected
 
 
 def test_defaults_and_null_mean_the_same(settings: Settings) -> None:
@@ -209,6 +317,14 @@ def test_defaults_and_null_mean_the_same(settings: Settings) -> None:
     assert plain.stored() == {"prompt": "a"}
     sampling = plain.sampling(settings.default_max_tokens, settings.max_n)
     assert (sampling.n, sampling.temperature, sampling.max_tokens, sampling.seed) == (1, 1.0, 50, None)
+
+
+def test_logprobs_as_many_as_one_result_may_hold(settings: Settings) -> None:
+    most = {"prompt": "a", "logprobs": True, "top_logprobs": 19, "n": 10, "max_tokens": 500}
+    for body, count in ((most, 19), ({"prompt": "a", "logprobs": True}, 0), ({"prompt": "a"}, None)):
+        assert parse_job(body, settings).sampling(50, 16).logprobs == count
+    with pytest.raises(BadField, match=r"max_completion_tokens × \(1 \+ top_logprobs\) .* 100200"):
+        parse_job(most | {"max_tokens": None, "max_completion_tokens": 501}, settings)
 
 
 def test_min_tokens_beyond_the_default_length_raises_the_length(settings: Settings) -> None:

@@ -13,12 +13,13 @@ from jobs.body import JobBody
 from jobs.cancels import Cancels
 from jobs.claims import claim
 from jobs.database import Database
-from jobs.intake import Intake
+from jobs.intake import Intake, Message
 from jobs.leases import register
 from jobs.models import Batch, Job
 from jobs.outcomes import Outcome, record
 from jobs.settings import Settings
 from jobs.states import OPEN, TERMINAL, BatchState, JobState
+from jobs.tenants import OPERATOR, Tenants
 from tests.support import rows
 
 WORKER = "w"
@@ -58,46 +59,60 @@ def state_of(database: Database, batch_id: str) -> str:
 
 
 def test_a_queued_job_is_cancelled_at_once(database: Database, intake: Intake, cancels: Cancels) -> None:
-    job_id = intake.accept_one(JobBody(prompt="a"))
-    assert cancels.cancel_job(job_id) is JobState.CANCELLED
+    job_id = intake.accept_one(JobBody(prompt="a"), OPERATOR)
+    assert cancels.cancel_job(job_id, tenant="default") is JobState.CANCELLED
     row = rows.job(database, job_id)
     assert row.state == JobState.CANCELLED
     assert row.finished_at >= row.created_at
     assert take(database, 10) == []
-    assert cancels.cancel_job(job_id) is JobState.CANCELLED
+    assert cancels.cancel_job(job_id, tenant="default") is JobState.CANCELLED
     assert rows.job(database, job_id).finished_at == row.finished_at
 
 
 def test_a_held_job_is_cancelling_until_its_worker_answers(
     database: Database, intake: Intake, cancels: Cancels
 ) -> None:
-    job_id = intake.accept_one(JobBody(prompt="a"))
+    job_id = intake.accept_one(JobBody(prompt="a"), OPERATOR)
     take(database, 1)
-    assert cancels.cancel_job(job_id, running=False) is JobState.IN_PROGRESS
-    assert cancels.cancel_job(job_id) is JobState.CANCELLING
-    assert cancels.cancel_job(job_id) is JobState.CANCELLING
+    assert cancels.cancel_job(job_id, tenant="default") is JobState.CANCELLING
+    assert cancels.cancel_job(job_id, tenant="default") is JobState.CANCELLING
     assert rows.job(database, job_id).worker_id == WORKER
     finish(database, job_id)  # its result came, but after the cancel
     assert rows.job(database, job_id).state == JobState.CANCELLED
     assert rows.results(database) == {}
 
 
+def test_a_revoke_reaches_what_came_through_redis(
+    database: Database, intake: Intake, cancels: Cancels
+) -> None:
+    Tenants(database).create("other")
+    over_http = intake.accept_one(JobBody(prompt="a"), OPERATOR)
+    intake.accept_messages([Message("held", JobBody(prompt="a"), "other")])
+    assert set(take(database, 2)) == {over_http, "held"}
+    intake.accept_messages([Message("queued", JobBody(prompt="a"), "default")])
+    assert cancels.revoke("queued", running=False) is JobState.CANCELLED
+    assert cancels.revoke("held", running=False) is JobState.IN_PROGRESS
+    assert cancels.revoke("held", running=True) is JobState.CANCELLING
+    assert cancels.revoke(over_http, running=True) is None, "HTTP's jobs are cancelled by their tenants"
+    assert rows.job(database, over_http).state == JobState.IN_PROGRESS
+
+
 def test_an_ended_job_stays_as_it_is(database: Database, intake: Intake, cancels: Cancels) -> None:
-    done, failed = (intake.accept_one(JobBody(prompt=text)) for text in "ab")
+    done, failed = (intake.accept_one(JobBody(prompt=text), OPERATOR) for text in "ab")
     take(database, 2)
     finish(database, done)
     finish(database, failed, kind="failed")
-    assert cancels.cancel_job(done) is JobState.COMPLETED
-    assert cancels.cancel_job(failed) is JobState.FAILED
-    assert cancels.cancel_job("job_unknown") is None
-    assert cancels.cancel_batch("batch_unknown") is None
+    assert cancels.cancel_job(done, tenant="default") is JobState.COMPLETED
+    assert cancels.cancel_job(failed, tenant="default") is JobState.FAILED
+    assert cancels.cancel_job("job_unknown", tenant="default") is None
+    assert cancels.cancel_batch("batch_unknown", tenant="default") is None
 
 
 def test_a_batch_of_queued_jobs_is_cancelled_at_once(
     database: Database, intake: Intake, cancels: Cancels
 ) -> None:
-    batch_id = intake.accept_many([JobBody(prompt="a")] * 1_100)
-    assert cancels.cancel_batch(batch_id) is BatchState.CANCELLED
+    batch_id = intake.accept_many([JobBody(prompt="a")] * 1_100, OPERATOR)
+    assert cancels.cancel_batch(batch_id, tenant="default") is BatchState.CANCELLED
     assert set(rows.jobs_by_state(database)) == {"cancelled"}
     row = batch(database, batch_id)
     assert row.finished_at >= row.cancelling_at >= row.created_at  # type: ignore[attr-defined]
@@ -106,10 +121,10 @@ def test_a_batch_of_queued_jobs_is_cancelled_at_once(
 def test_a_batch_with_held_jobs_is_cancelling_until_the_last_one_ends(
     database: Database, intake: Intake, cancels: Cancels
 ) -> None:
-    batch_id = intake.accept_many([JobBody(prompt="a")] * 5)
+    batch_id = intake.accept_many([JobBody(prompt="a")] * 5, OPERATOR)
     first, second, third = take(database, 3)
     finish(database, first)
-    assert cancels.cancel_batch(batch_id) is BatchState.CANCELLING
+    assert cancels.cancel_batch(batch_id, tenant="default") is BatchState.CANCELLING
     assert {state: len(ids) for state, ids in rows.jobs_by_state(database).items()} == {
         "completed": 1,
         "cancelling": 2,
@@ -120,31 +135,31 @@ def test_a_batch_with_held_jobs_is_cancelling_until_the_last_one_ends(
     finish(database, third, kind="released")
     assert state_of(database, batch_id) == BatchState.CANCELLED
     assert len(rows.results(database)) == 1
-    assert cancels.cancel_batch(batch_id) is BatchState.CANCELLED
+    assert cancels.cancel_batch(batch_id, tenant="default") is BatchState.CANCELLED
 
 
 def test_a_completed_batch_is_not_cancelled(database: Database, intake: Intake, cancels: Cancels) -> None:
-    batch_id = intake.accept_many([JobBody(prompt="a")] * 2)
+    batch_id = intake.accept_many([JobBody(prompt="a")] * 2, OPERATOR)
     finish(database, *take(database, 2))
     assert state_of(database, batch_id) == BatchState.COMPLETED
-    assert cancels.cancel_batch(batch_id) is BatchState.COMPLETED
+    assert cancels.cancel_batch(batch_id, tenant="default") is BatchState.COMPLETED
 
 
 def test_cancelling_the_last_open_job_closes_its_batch(
     database: Database, intake: Intake, cancels: Cancels
 ) -> None:
-    batch_id = intake.accept_many([JobBody(prompt="a")] * 2)
+    batch_id = intake.accept_many([JobBody(prompt="a")] * 2, OPERATOR)
     (first,) = take(database, 1)
     (second,) = rows.jobs_by_state(database)["queued"]
-    cancels.cancel_job(second)
+    cancels.cancel_job(second, tenant="default")
     assert state_of(database, batch_id) == BatchState.IN_PROGRESS
     finish(database, first)
     assert state_of(database, batch_id) == BatchState.COMPLETED
 
 
 def test_closing_passes_over_what_is_open_closed_or_none(database: Database, intake: Intake) -> None:
-    running = intake.accept_many([JobBody(prompt="a")])
-    ended = intake.accept_many([JobBody(prompt="b")])
+    running = intake.accept_many([JobBody(prompt="a")], OPERATOR)
+    ended = intake.accept_many([JobBody(prompt="b")], OPERATOR)
     with database.write() as connection:
         connection.execute(
             update(Job).where(Job.batch_id == ended).values(state=JobState.EXPIRED, finished_at=1.0)
@@ -157,7 +172,7 @@ def test_closing_passes_over_what_is_open_closed_or_none(database: Database, int
 
 def test_writers_that_end_the_last_jobs_together_close_the_batch(database: Database, intake: Intake) -> None:
     for _ in range(5):
-        batch_id = intake.accept_many([JobBody(prompt="a")] * 4)
+        batch_id = intake.accept_many([JobBody(prompt="a")] * 4, OPERATOR)
         ids = take(database, 4)
         gate = threading.Barrier(4)
 
@@ -177,7 +192,7 @@ def test_a_cancel_that_meets_a_result_leaves_one_truth(
     database: Database, intake: Intake, cancels: Cancels
 ) -> None:
     for _ in range(10):
-        job_id = intake.accept_one(JobBody(prompt="a"))
+        job_id = intake.accept_one(JobBody(prompt="a"), OPERATOR)
         take(database, 1)
         gate = threading.Barrier(2)
         answers: list[JobState | None] = []
@@ -186,7 +201,7 @@ def test_a_cancel_that_meets_a_result_leaves_one_truth(
             job_id: str = job_id, gate: threading.Barrier = gate, answers: list[JobState | None] = answers
         ) -> None:
             gate.wait()
-            answers.append(cancels.cancel_job(job_id))
+            answers.append(cancels.cancel_job(job_id, tenant="default"))
 
         thread = threading.Thread(target=cancel)
         thread.start()
@@ -205,7 +220,7 @@ def test_a_cancel_that_meets_a_result_leaves_one_truth(
 def test_the_database_itself_refuses_to_move_an_ended_job(
     database: Database, intake: Intake, ended: JobState
 ) -> None:
-    job_id = intake.accept_one(JobBody(prompt="a"))
+    job_id = intake.accept_one(JobBody(prompt="a"), OPERATOR)
     move = update(Job).where(Job.id == job_id)
     with database.write() as connection:
         connection.execute(move.values(state=ended))

@@ -33,7 +33,9 @@ def test_every_unencodable_job_of_a_group_fails_with_its_own_reason(database: Da
             on_ready=lambda hello: None,
             on_completions=lambda completions: None,
             on_progress=lambda progress: None,
-            on_death=lambda returncode, ids: None,
+            on_grown=lambda growths: None,
+            on_streamed=lambda growths: None,
+            on_death=lambda returncode, ids, stalled: None,
             on_hopeless=lambda reason: None,
         ),
         model="tiny",
@@ -42,8 +44,8 @@ def test_every_unencodable_job_of_a_group_fails_with_its_own_reason(database: Da
         finish=outcomes.append,
         on_more=lambda: None,
         window=8,
-        low_water=4,
-        max_crashes=2,
+        places=4,
+        reserve=1,
     )
     claimer._admit(holdings.add(database.transact(partial(claim, worker_id="w", model="tiny", limit=3))))
     assert {outcome.job_id: outcome.error["code"] for outcome in outcomes if outcome.error} == {

@@ -5,6 +5,8 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import pytest
+
 from jobs.claims import claim, models_with_work
 from jobs.database import Database
 from tests.support import rows
@@ -45,15 +47,16 @@ def test_concurrent_claims_never_share_a_job(database: Database, submit) -> None
     assert sorted(taken + left) == ids
 
 
-def test_the_claim_is_an_index_scan(database: Database, submit) -> None:
+@pytest.mark.parametrize("tiers", [(0, 0), (0, 2), (3, 3)])
+def test_the_claim_is_an_index_scan(database: Database, submit, tiers: tuple[int, int]) -> None:
     submit(1)
     if not database.is_sqlite:
         return
     with database.read() as connection:
         plan = connection.exec_driver_sql(
-            "EXPLAIN QUERY PLAN SELECT id FROM jobs WHERE model = ? AND jobs.state = 'queued' "
-            "ORDER BY tier, fair_tag, prefix_group, id LIMIT 10",
-            ("tiny",),
+            "EXPLAIN QUERY PLAN SELECT id FROM jobs WHERE model = ? AND tier >= ? AND tier <= ? "
+            "AND jobs.state = 'queued' ORDER BY tier, fair_tag, prefix_group, id LIMIT 10",
+            ("tiny", *tiers),
         ).all()
     details = " ".join(str(row[-1]) for row in plan)
     assert "ix_jobs_claim" in details

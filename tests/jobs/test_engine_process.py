@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from engine.config import EngineConfig
-from engine.request import Completion, Request, RequestId, SamplingParams
+from engine.request import Completion, Request, RequestId
+from engine.sampling_params import SamplingParams
 from engine.wire import Completions, FromEngine, Progress
 from jobs.engine_process import EngineGoneError, EngineProcess, NoCreditError
 from tests.support.tiny import write_tiny_llama
@@ -199,7 +200,8 @@ def test_one_object_is_one_life(engine: Watched, folder: Path) -> None:
 WORKER = """
 import sys, threading
 from engine.config import EngineConfig
-from engine.request import Request, RequestId, SamplingParams
+from engine.request import Request, RequestId
+from engine.sampling_params import SamplingParams
 from jobs.engine_process import EngineProcess
 
 config = EngineConfig(model=sys.argv[1], kv_cache_memory_bytes=1 << 26, threads=1)

@@ -8,11 +8,13 @@ from sqlalchemy import select
 from engine.request import derive_seed
 from jobs.body import BadField, JobBody, parse_job
 from jobs.database import Database
-from jobs.intake import FAIR_BUCKET_SECONDS, Intake, check_task_id, new_id, prefix_group
+from jobs.intake import Intake, Message, check_task_id
+from jobs.job_rows import new_id, prefix_group
 from jobs.leases import register
 from jobs.models import Batch, Job
 from jobs.settings import Settings
 from jobs.states import BatchState, JobState
+from jobs.tenants import OPERATOR
 from tests.support import rows
 
 
@@ -21,13 +23,17 @@ def intake(database: Database, settings: Settings) -> Intake:
     return Intake(database, settings)
 
 
+def message(task_id: object, body: JobBody) -> Message:
+    return Message(task_id, body, "default")  # type: ignore[arg-type]
+
+
 def bodies(count: int) -> list[JobBody]:
     return [JobBody(prompt=f"text {i}", custom_id=f"row-{i}") for i in range(count)]
 
 
 def test_one_job(database: Database, intake: Intake) -> None:
     body = JobBody(prompt="a\x00b", custom_id="c", metadata={"k": "v"}, temperature=0.5)
-    row = rows.job(database, intake.accept_one(body))
+    row = rows.job(database, intake.accept_one(body, OPERATOR))
     assert row.id.startswith("job_")
     assert (row.state, row.source, row.model, row.tenant, row.tier) == (
         JobState.QUEUED,
@@ -46,17 +52,16 @@ def test_one_job(database: Database, intake: Intake) -> None:
     assert (row.custom_id, row.metadata, row.batch_id, row.position) == ("c", {"k": "v"}, None, 0)
     assert (row.fence, row.crashes, row.worker_id, row.error) == (0, 0, None, None)
     assert row.seed == derive_seed("job", row.id)
-    assert row.fair_tag % FAIR_BUCKET_SECONDS == 0
-    assert 0 <= row.created_at - row.fair_tag < FAIR_BUCKET_SECONDS
+    assert (row.fair_tag, row.priority, row.not_before, row.deadline, row.retry) == (0.0, 0, None, None, None)
     assert (row.started_at, row.finished_at) == (None, None)
 
 
 def test_a_seed_that_is_given_is_kept(database: Database, intake: Intake) -> None:
-    assert rows.job(database, intake.accept_one(JobBody(prompt="a", seed=-7))).seed == -7
+    assert rows.job(database, intake.accept_one(JobBody(prompt="a", seed=-7), OPERATOR)).seed == -7
 
 
 def test_a_batch_keeps_its_order_and_comes_whole(database: Database, intake: Intake) -> None:
-    batch_id = intake.accept_many(bodies(1_203), {"night": "monday"})
+    batch_id = intake.accept_many(bodies(1_203), OPERATOR, {"night": "monday"})
     with database.read() as connection:
         batch = connection.execute(select(Batch.__table__)).one()
         jobs = connection.execute(select(Job.__table__).order_by(Job.position)).all()
@@ -79,7 +84,7 @@ def test_a_batch_keeps_its_order_and_comes_whole(database: Database, intake: Int
 
 def test_an_empty_batch_is_refused(intake: Intake) -> None:
     with pytest.raises(BadField) as caught:
-        intake.accept_many([])
+        intake.accept_many([], OPERATOR)
     assert caught.value.param == "jobs"
 
 
@@ -88,7 +93,7 @@ def test_a_batch_with_a_job_that_cannot_be_placed_leaves_nothing(
 ) -> None:
     intake = Intake(database, Settings())
     with pytest.raises(BadField) as caught:
-        intake.accept_many([JobBody(prompt="a", model="m"), JobBody(prompt="b")])
+        intake.accept_many([JobBody(prompt="a", model="m"), JobBody(prompt="b")], OPERATOR)
     assert caught.value.param == "jobs[1].model"
     assert rows.jobs_by_state(database) == {}
 
@@ -99,15 +104,15 @@ def test_the_model_is_the_jobs_own_then_the_configured_then_the_only_served(data
     bare = Intake(database, Settings())
     assert bare.default_model() is None
     with pytest.raises(BadField) as caught:
-        bare.accept_one(JobBody(prompt="a"))
+        bare.accept_one(JobBody(prompt="a"), OPERATOR)
     assert (caught.value.param, caught.value.code) == ("model", "missing_required_parameter")
     with database.write() as connection:
         register(connection, worker_id="w1", model="alpha", lease_seconds=60)
         register(connection, worker_id="w2", model="alpha", lease_seconds=60)
         register(connection, worker_id="w3", model="gone", lease_seconds=-1)
     assert bare.default_model() == "alpha"
-    assert rows.job(database, bare.accept_one(JobBody(prompt="a"))).model == "alpha"
-    assert rows.job(database, bare.accept_one(JobBody(prompt="a", model="beta"))).model == "beta"
+    assert rows.job(database, bare.accept_one(JobBody(prompt="a"), OPERATOR)).model == "alpha"
+    assert rows.job(database, bare.accept_one(JobBody(prompt="a", model="beta"), OPERATOR)).model == "beta"
     with database.write() as connection:
         register(connection, worker_id="w4", model="omega", lease_seconds=60)
     assert bare.default_model() is None
@@ -117,21 +122,23 @@ def test_a_message_that_comes_twice_makes_one_job(
     database: Database, intake: Intake, settings: Settings
 ) -> None:
     first = parse_job({"prompt": "first"}, settings)
-    intake.accept_messages([("task-1", first), ("task-2", first)])
-    intake.accept_messages([("task-2", parse_job({"prompt": "second"}, settings)), ("task-3", first)])
-    intake.accept_messages([("task-4", first), ("task-4", first)])
+    second = parse_job({"prompt": "second"}, settings)
+    assert intake.accept_messages([message("task-1", first), message("task-2", first)]) == {}
+    assert intake.accept_messages([message("task-2", second), message("task-3", first)]) == {}
+    assert intake.accept_messages([message("task-4", first), message("task-4", second)]) == {}
+    assert rows.job(database, "task-4").body["prompt"] == "first"
     assert rows.jobs_by_state(database) == {"queued": ["task-1", "task-2", "task-3", "task-4"]}
     row = rows.job(database, "task-2")
     assert (row.source, row.body["prompt"]) == ("redis", "first")
 
 
 def test_an_invalid_message_becomes_a_failed_job(database: Database, intake: Intake) -> None:
-    intake.accept_invalid("task-1", BadField("n", "must be an integer", "invalid_type"))
+    intake.accept_invalid("task-1", BadField("n", "must be an integer", "invalid_type").as_error(), "default")
     row = rows.job(database, "task-1")
     assert (row.state, row.source, row.batch_id) == (JobState.FAILED, "redis", None)
     assert row.error == {"code": "invalid_type", "message": "must be an integer", "param": "n"}
     assert row.finished_at == row.created_at
-    intake.accept_invalid("task-1", BadField("n", "again"))
+    intake.accept_invalid("task-1", BadField("n", "again").as_error(), "default")
     assert rows.job(database, "task-1").error["message"] == "must be an integer"
 
 
@@ -141,7 +148,7 @@ def test_task_ids_that_no_key_can_be(database: Database, intake: Intake, task_id
         check_task_id(task_id)
     assert caught.value.param == "task_id"
     with pytest.raises(BadField):
-        intake.accept_messages([("good", JobBody(prompt="a")), (task_id, JobBody(prompt="a"))])  # type: ignore[list-item]
+        intake.accept_messages([message("good", JobBody(prompt="a")), message(task_id, JobBody(prompt="a"))])
     assert rows.jobs_by_state(database) == {}
 
 

@@ -18,6 +18,7 @@ from jobs.outcomes import Outcome, record
 from jobs.settings import Settings
 from jobs.states import JobState
 from jobs.sweeper import Sweeper
+from jobs.tenants import OPERATOR
 from tests.support import rows
 
 
@@ -78,7 +79,7 @@ def test_a_swept_lease_is_gone_for_good(database: Database, worker: str) -> None
 def test_a_renewal_brings_the_cancels(database: Database, worker: str, submit) -> None:
     first, second = submit(2)
     database.transact(partial(claim, worker_id=worker, model="tiny", limit=2))
-    Cancels(database).cancel_job(second)
+    Cancels(database).cancel_job(second, tenant="default")
     renewal = database.transact(partial(renew, worker_id=worker, lease_seconds=60.0))
     assert renewal is not None
     assert renewal.held == {(first, 1): False, (second, 1): True}
@@ -87,9 +88,9 @@ def test_a_renewal_brings_the_cancels(database: Database, worker: str, submit) -
 def test_a_dead_workers_cancel_is_ended_and_its_batch_closed(
     database: Database, worker: str, settings: Settings
 ) -> None:
-    batch_id = Intake(database, settings).accept_many([parse_job({"prompt": "x"}, settings)])
+    batch_id = Intake(database, settings).accept_many([parse_job({"prompt": "x"}, settings)], OPERATOR)
     database.transact(partial(claim, worker_id=worker, model="tiny", limit=1))
-    Cancels(database).cancel_batch(batch_id)
+    Cancels(database).cancel_batch(batch_id, tenant="default")
     expire(database, worker)
     sweep(database)
     assert list(rows.jobs_by_state(database)) == [JobState.CANCELLED]

@@ -70,7 +70,7 @@ def test_a_stale_fence_writes_nothing(database: Database, submit) -> None:
 def test_released_work_is_booked_as_wasted(database: Database, submit) -> None:
     (job_id,) = submit(1)
     (item,) = take(database)
-    outcome = Outcome(job_id=job_id, fence=item.fence, kind="released", completion_tokens=7, crashed=True)
+    outcome = Outcome(job_id=job_id, fence=item.fence, kind="released", completion_tokens=7, crashes=1)
     assert write(database, outcome) == [JobState.QUEUED]
     assert rows.ledger(database) == [(job_id, 1, "wasted", 0, 7)]
     assert rows.job(database, job_id).crashes == 1
@@ -79,7 +79,7 @@ def test_released_work_is_booked_as_wasted(database: Database, submit) -> None:
 def test_a_cancel_that_was_accepted_beats_the_answer(database: Database, submit) -> None:
     (job_id,) = submit(1)
     (item,) = take(database)
-    assert Cancels(database).cancel_job(job_id) is JobState.CANCELLING
+    assert Cancels(database).cancel_job(job_id, tenant="default") is JobState.CANCELLING
     assert write(database, completed(item)) == [JobState.CANCELLED]
     assert rows.results(database) == {}
     assert rows.ledger(database) == [(job_id, 1, "cancelled", 3, 5)]

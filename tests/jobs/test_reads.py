@@ -21,6 +21,7 @@ from jobs.outcomes import Outcome, record
 from jobs.reads import CHUNK, JobFilter, Reads, Usage
 from jobs.settings import Settings
 from jobs.states import BatchState, JobState, WorkerState
+from jobs.tenants import OPERATOR
 
 WORKER = "w"
 OUTPUTS = [{"index": 0, "text": "out", "finish_reason": "stop", "stop_reason": None}]
@@ -66,8 +67,8 @@ def run(database: Database, limit: int, kind: str = "completed") -> list[str]:
 
 
 def test_a_job_from_queued_to_completed(database: Database, intake: Intake, reads: Reads) -> None:
-    job_id = intake.accept_one(JobBody(prompt="a", custom_id="c", metadata={"k": "v"}))
-    job = reads.job(job_id)
+    job_id = intake.accept_one(JobBody(prompt="a", custom_id="c", metadata={"k": "v"}), OPERATOR)
+    job = reads.job(job_id, tenant="default")
     assert job is not None
     assert (job.id, job.state, job.model, job.custom_id, job.metadata) == (
         job_id,
@@ -79,7 +80,7 @@ def test_a_job_from_queued_to_completed(database: Database, intake: Intake, read
     assert (job.outputs, job.usage, job.error, job.attempts, job.started_at) == (None, None, None, 0, None)
     worker(database)
     run(database, 1)
-    job = reads.job(job_id)
+    job = reads.job(job_id, tenant="default")
     assert job is not None
     assert (job.state, job.outputs, job.usage, job.attempts) == (
         JobState.COMPLETED,
@@ -88,14 +89,14 @@ def test_a_job_from_queued_to_completed(database: Database, intake: Intake, read
         1,
     )
     assert job.created_at <= (job.started_at or 0) <= (job.finished_at or 0)
-    assert reads.job("job_unknown") is None
+    assert reads.job("job_unknown", tenant="default") is None
 
 
 def test_a_failed_job_has_its_error(database: Database, intake: Intake, reads: Reads) -> None:
-    job_id = intake.accept_one(JobBody(prompt="a"))
+    job_id = intake.accept_one(JobBody(prompt="a"), OPERATOR)
     worker(database)
     run(database, 1, kind="failed")
-    job = reads.job(job_id)
+    job = reads.job(job_id, tenant="default")
     assert job is not None
     assert (job.state, job.outputs, job.usage) == (JobState.FAILED, None, None)
     assert job.error == {"code": "numerics", "message": "NaN"}
@@ -103,18 +104,18 @@ def test_a_failed_job_has_its_error(database: Database, intake: Intake, reads: R
 
 @pytest.mark.parametrize("order", ["asc", "desc"])
 def test_pages_hold_every_job_once_and_in_order(intake: Intake, reads: Reads, order: Any) -> None:
-    intake.accept_many([JobBody(prompt="a")] * 23)
-    intake.accept_one(JobBody(prompt="b"))
+    intake.accept_many([JobBody(prompt="a")] * 23, OPERATOR)
+    intake.accept_one(JobBody(prompt="b"), OPERATOR)
     seen: list[str] = []
     after = None
     while True:
-        page, more = reads.jobs(JobFilter(), after=after, limit=5, order=order)
+        page, more = reads.jobs(JobFilter(), tenant="default", after=after, limit=5, order=order)
         seen += [job.id for job in page]
         if not more:
             break
         assert len(page) == 5
         after = page[-1].id
-        intake.accept_one(JobBody(prompt="meanwhile"))  # shifts no page
+        intake.accept_one(JobBody(prompt="meanwhile"), OPERATOR)  # shifts no page
         if len(seen) > 60:
             break
     assert len(seen) == len(set(seen))
@@ -126,12 +127,12 @@ def test_pages_hold_every_job_once_and_in_order(intake: Intake, reads: Reads, or
 
 
 def test_a_list_is_narrowed_by_every_filter(database: Database, intake: Intake, reads: Reads) -> None:
-    batch_id = intake.accept_many([JobBody(prompt="a", custom_id=f"c{i % 2}") for i in range(4)])
-    other = intake.accept_one(JobBody(prompt="b", model="other", custom_id="c0"))
-    Cancels(database).cancel_job(other)
+    batch_id = intake.accept_many([JobBody(prompt="a", custom_id=f"c{i % 2}") for i in range(4)], OPERATOR)
+    other = intake.accept_one(JobBody(prompt="b", model="other", custom_id="c0"), OPERATOR)
+    Cancels(database).cancel_job(other, tenant="default")
 
     def found(**only: Any) -> int:
-        return len(reads.jobs(JobFilter(**only), limit=100)[0])
+        return len(reads.jobs(JobFilter(**only), tenant="default", limit=100)[0])
 
     assert found() == 5
     assert found(state=JobState.QUEUED) == 4
@@ -141,26 +142,26 @@ def test_a_list_is_narrowed_by_every_filter(database: Database, intake: Intake, 
     assert found(model="other") == 1
     assert found(custom_id="c0") == 3
     assert found(custom_id="c0", batch_id=batch_id) == 2
-    job = reads.job(other)
+    job = reads.job(other, tenant="default")
     assert job is not None
     assert found(created_after=job.created_at) == 0
     assert found(created_before=job.created_at + 1) == 5
     assert found(created_after=job.created_at - 60, created_before=job.created_at + 60) == 5
     with pytest.raises(BadField) as caught:
-        reads.jobs(JobFilter(), after="job_unknown")
+        reads.jobs(JobFilter(), tenant="default", after="job_unknown")
     assert caught.value.param == "after"
 
 
 def test_a_batch_counts_its_jobs_and_bills_its_results(
     database: Database, intake: Intake, reads: Reads
 ) -> None:
-    batch_id = intake.accept_many([JobBody(prompt="a")] * 6, {"k": "v"})
+    batch_id = intake.accept_many([JobBody(prompt="a")] * 6, OPERATOR, {"k": "v"})
     worker(database)
     run(database, 3)
     run(database, 1, kind="failed")
     with database.write() as connection:
         claim(connection, worker_id=WORKER, model="tiny", limit=1)
-    batch = reads.batch(batch_id)
+    batch = reads.batch(batch_id, tenant="default")
     assert batch is not None
     assert (batch.total, batch.state, batch.metadata, batch.closed) == (
         6,
@@ -172,26 +173,30 @@ def test_a_batch_counts_its_jobs_and_bills_its_results(
         {JobState.COMPLETED: 3, JobState.FAILED: 1, JobState.IN_PROGRESS: 1, JobState.QUEUED: 1}
     )
     assert batch.usage == Usage(0 + 1 + 2, 10 + 11 + 12, 3), "the failed attempt is not billed"
-    assert reads.batch("batch_unknown") is None
+    assert reads.batch("batch_unknown", tenant="default") is None
 
 
 def test_results_come_in_input_order_and_grow(database: Database, intake: Intake, reads: Reads) -> None:
     count = 2 * CHUNK + 7
-    batch_id = intake.accept_many([JobBody(prompt="a", custom_id=str(i)) for i in range(count)])
-    intake.accept_many([JobBody(prompt="another batch")])
+    batch_id = intake.accept_many([JobBody(prompt="a", custom_id=str(i)) for i in range(count)], OPERATOR)
+    intake.accept_many([JobBody(prompt="another batch")], OPERATOR)
     worker(database)
-    assert list(reads.results(batch_id)) == []
+    assert list(reads.results(batch_id, tenant="default")) == []
     done = set(run(database, CHUNK + 3))
-    first = list(reads.results(batch_id))
+    first = list(reads.results(batch_id, tenant="default"))
     assert {job.id for job in first} <= done
     assert [job.position for job in first] == sorted(job.position for job in first)
     while run(database, CHUNK):
         pass
-    assert [job.custom_id for job in reads.results(batch_id)] == [str(i) for i in range(count)]
-    batch = reads.batch(batch_id)
+    assert [job.custom_id for job in reads.results(batch_id, tenant="default")] == [
+        str(i) for i in range(count)
+    ]
+    batch = reads.batch(batch_id, tenant="default")
     assert batch is not None
     assert batch.closed
-    assert batch.usage.completion == sum(job.usage.completion for job in reads.results(batch_id) if job.usage)
+    assert batch.usage.completion == sum(
+        job.usage.completion for job in reads.results(batch_id, tenant="default") if job.usage
+    )
 
 
 def test_without_work_the_service_is_ready(reads: Reads) -> None:
@@ -200,7 +205,7 @@ def test_without_work_the_service_is_ready(reads: Reads) -> None:
 
 
 def test_work_without_a_worker_is_not_ready(database: Database, intake: Intake, reads: Reads) -> None:
-    job_id = intake.accept_one(JobBody(prompt="a"))
+    job_id = intake.accept_one(JobBody(prompt="a"), OPERATOR)
     readiness = reads.readiness(60)
     assert (readiness.ready, readiness.has_work) == (False, True)
     assert "no worker" in str(readiness.reason)
@@ -208,14 +213,14 @@ def test_work_without_a_worker_is_not_ready(database: Database, intake: Intake, 
     assert not reads.readiness(60).ready
     worker(database, "gone", state=WorkerState.STOPPED)
     assert not reads.readiness(60).ready
-    Cancels(database).cancel_job(job_id)
+    Cancels(database).cancel_job(job_id, tenant="default")
     assert reads.readiness(60).ready
 
 
 def test_a_worker_that_loads_is_not_ready_and_one_that_moves_is(
     database: Database, intake: Intake, reads: Reads
 ) -> None:
-    intake.accept_one(JobBody(prompt="a"))
+    intake.accept_one(JobBody(prompt="a"), OPERATOR)
     worker(database, state=WorkerState.STARTING)
     readiness = reads.readiness(60)
     assert not readiness.ready
@@ -228,7 +233,7 @@ def test_a_worker_that_loads_is_not_ready_and_one_that_moves_is(
 
 
 def test_a_busy_engine_without_steps_is_not_ready(database: Database, intake: Intake, reads: Reads) -> None:
-    intake.accept_one(JobBody(prompt="a"))
+    intake.accept_one(JobBody(prompt="a"), OPERATOR)
     worker(database, num_running=3, last_step_at=now() - 100)
     with database.write() as connection:
         connection.execute(update(Job).values(state=JobState.IN_PROGRESS, worker_id=WORKER))
@@ -252,3 +257,20 @@ def test_one_worker_process_is_told_from_another(database: Database, reads: Read
     with database.write() as connection:
         connection.execute(update(Worker).values(lease_until=now() - 1))
     assert not reads.is_worker_ready(host, pid)
+
+
+def test_what_is_anothers_is_not_there(database: Database, intake: Intake, reads: Reads) -> None:
+    batch_id = intake.accept_many([JobBody(prompt="a")], OPERATOR)
+    (job_id,) = run(database, 1)
+    assert reads.job(job_id, tenant="default") is not None
+    assert reads.job(job_id, tenant="other") is None
+    assert reads.batch(batch_id, tenant="other") is None
+    assert len(list(reads.results(batch_id, tenant="default"))) == 1
+    assert list(reads.results(batch_id, tenant="other")) == []
+    assert reads.jobs(JobFilter(), tenant="other") == ([], False)
+    assert reads.jobs(JobFilter(batch_id=batch_id), tenant="other") == ([], False)
+    with pytest.raises(BadField):
+        reads.jobs(JobFilter(), tenant="other", after=job_id)
+    cancels = Cancels(database)
+    assert cancels.cancel_job(job_id, tenant="other") is None
+    assert cancels.cancel_batch(batch_id, tenant="other") is None

@@ -14,7 +14,7 @@ given_up = threading.Event()
 nothing = lambda *arguments: None
 supervisor = EngineSupervisor(
     EngineConfig(model="tiny"), on_ready=nothing, on_completions=nothing, on_progress=nothing,
-    on_death=nothing, on_hopeless=lambda reason: given_up.set(),
+    on_grown=nothing, on_streamed=nothing, on_death=nothing, on_hopeless=lambda reason: given_up.set(),
 )
 highest = max(int(name) for name in os.listdir("/proc/self/fd"))
 resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, highest + 1))  # no descriptor is left for a pipe

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from functools import partial
 
+import pytest
 from sqlalchemy import event
 
 from engine.request import RequestId
+from jobs import writer as writer_module
+from jobs.audience import Audience
+from jobs.body import parse_job
 from jobs.claims import claim
 from jobs.database import Database
 from jobs.holdings import Holdings
+from jobs.intake import Intake
 from jobs.outcomes import Outcome, Recorded
+from jobs.settings import Settings
 from jobs.states import JobState
+from jobs.tenants import OPERATOR
 from jobs.writer import Writer
 from tests.support import rows
+from tests.support.waiting import wait_until
 
 
 def test_outcomes_are_committed_in_groups_and_let_go(database: Database, submit) -> None:
@@ -63,3 +71,22 @@ def test_stale_outcomes_are_counted_and_dropped(database: Database, submit) -> N
     assert writer.num_stale == 1
     assert rows.results(database) == {}
     assert holdings.get(RequestId(job_id, 1)) is None
+
+
+def test_what_somebody_waits_for_does_not_wait_for_company(
+    database: Database, settings: Settings, submit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer_module, "GATHER_SECONDS", 300.0)
+    (patient,) = submit(1)
+    body = parse_job({"prompt": "now"}, settings)
+    awaited = Intake(database, settings).accept_one(body, OPERATOR, audience=Audience.END)
+    holdings = Holdings()
+    holdings.add(database.transact(partial(claim, worker_id="w", model="tiny", limit=2)))
+    recorded: list[Recorded] = []
+    writer = Writer(database, holdings, lambda: "w", recorded.extend)
+    writer.start()
+    for job_id in (patient, awaited):
+        writer.put(Outcome(job_id=job_id, fence=1, kind="completed", outputs=[{"text": "a"}]))
+    wait_until(lambda: len(recorded) == 2, "both are committed", 30)
+    assert {item.outcome.job_id: item.audience for item in recorded} == {patient: 0, awaited: 1}
+    writer.stop(30.0)

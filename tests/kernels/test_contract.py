@@ -12,48 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import Kernels, PagedKV, kernels_for
+from kernels import Attention, Kernels, PagedKV, kernels_for
 from kernels.reference import KERNELS as REFERENCE
 from kernels.reference import LIMITS
+from tests.support.close import assert_close
 from tests.support.paged import empty_cache, naive_attention, paged
 
-DTYPES = [torch.float32, torch.bfloat16]
 EIGHT_BITS = pytest.mark.parametrize("storage", ["int8", "fp8"], indirect=True)
-STORAGES = {"plain": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
-TOLERANCE = {torch.float32: (2e-5, 2e-5), torch.bfloat16: (1.2e-2, 1e-2)}  # relative, absolute
-
-
-@pytest.fixture(params=["reference", "cpu"])
-def kernels(request: pytest.FixtureRequest) -> Kernels:
-    found = kernels_for("cpu", request.param)
-    assert found.name == request.param, "no working C compiler on this machine"
-    return found
-
-
-@pytest.fixture(params=DTYPES, ids=["fp32", "bf16"])
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    return request.param
-
-
-@pytest.fixture(params=STORAGES)
-def storage(request: pytest.FixtureRequest, kernels: Kernels) -> torch.dtype | None:
-    """What the cache is made of; None: the dtype of the activations."""
-    found = STORAGES[request.param]
-    if found is not None and found not in kernels.quantised:
-        assert kernels.name == "cpu", "the reference set serves every cache"
-        pytest.skip(f"the {kernels.name} set has no {request.param} cache")
-    return found
-
-
-@pytest.fixture(params=["plain", "int8"])
-def cpu_storage(request: pytest.FixtureRequest) -> torch.dtype | None:
-    return STORAGES[request.param]
-
-
-def assert_close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
-    relative, absolute = TOLERANCE[dtype]
-    torch.testing.assert_close(found.double(), wanted.double(), rtol=relative, atol=absolute)
-
 
 MIXED_ROWS = [(1, 1), (1, 16), (5, 5), (1, 17), (40, 40), (7, 300), (1, 257), (0, 9), (19, 33), (1, 531)]
 
@@ -102,7 +67,7 @@ def test_attention_of_padding_tokens_is_zero(kernels: Kernels, dtype: torch.dtyp
 
 def test_attention_with_large_scores_stays_exact(kernels: Kernels, dtype: torch.dtype) -> None:
     case = paged([(1, 400), (50, 400)], heads=2, kv_heads=1, dim=64, page_size=16, dtype=dtype)
-    case.scale = 12.0  # weights span more than fp32's exponent: one token takes nearly all
+    case.how = Attention(12.0)  # weights span more than fp32's exponent: one token takes nearly all
     found = case.run(kernels)
     absolute = 1e-2 if dtype == torch.bfloat16 else 5e-4
     # scores of some hundreds carry fp32 rounding into the weights: 1e-4 is what fp32 can promise here
@@ -184,27 +149,20 @@ def test_results_do_not_depend_on_the_number_of_threads(
 
 @pytest.mark.parametrize("tokens", [1, 3, 64])
 @pytest.mark.parametrize("width", [16, 24, 576, 1001])
-def test_norms(kernels: Kernels, dtype: torch.dtype, tokens: int, width: int) -> None:
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_norms(kernels: Kernels, dtype: torch.dtype, tokens: int, width: int, offset: float) -> None:
     x, residual = torch.randn(tokens, width + 5).to(dtype)[:, :width], torch.randn(tokens, width).to(dtype)
     weight = torch.randn(width).to(dtype)
 
     def norm(x: Tensor) -> Tensor:
         wide = x.double()
-        return wide / (wide.square().mean(1, keepdim=True) + 1e-5).sqrt() * weight.double()
+        return wide / (wide.square().mean(1, keepdim=True) + 1e-5).sqrt() * (weight.double() + offset)
 
-    assert_close(kernels.rms_norm(x, weight, 1e-5), norm(x), dtype)
+    assert_close(kernels.rms_norm(x, weight, 1e-5, offset), norm(x), dtype)
     total = (x.float() + residual.float()).to(dtype)
-    normed, new_residual = kernels.add_rms_norm(x, residual, weight, 1e-5)
+    normed, new_residual = kernels.add_rms_norm(x, residual, weight, 1e-5, offset)
     assert torch.equal(new_residual, total)
     assert_close(normed, norm(total), dtype)
-
-
-@pytest.mark.parametrize("inner", [16, 24, 1536, 37])
-def test_silu_mul(kernels: Kernels, dtype: torch.dtype, inner: int) -> None:
-    gate_up = (torch.randn(5, 2 * inner) * 8).to(dtype)
-    gate_up[0, :4] = torch.tensor([-200.0, 200.0, 0.0, -88.0])
-    gate, up = gate_up.double().chunk(2, dim=1)
-    assert_close(kernels.silu_mul(gate_up), gate / (1 + (-gate).exp()) * up, dtype)
 
 
 @pytest.mark.parametrize("dim", [64, 80, 32, 40, 6])
@@ -321,13 +279,12 @@ def test_eight_bits_of_a_token_depend_on_its_vector_alone(
     assert together.value_scales[0, :, : len(x)].isnan().nonzero().tolist() == [[1, 2]]
 
 
-def test_small_operations_do_not_depend_on_the_row_count(dtype: torch.dtype) -> None:
+def test_norms_do_not_depend_on_the_row_count(dtype: torch.dtype) -> None:
     kernels = kernels_for("cpu", "cpu")
     x, weight = torch.randn(200, 576).to(dtype), torch.randn(576).to(dtype)
-    normed, gated = kernels.rms_norm(x, weight, 1e-5), kernels.silu_mul(x)
+    normed = kernels.rms_norm(x, weight, 1e-5)
     for count in (1, 2, 17, 130):
         assert torch.equal(kernels.rms_norm(x[:count], weight, 1e-5), normed[:count])
-        assert torch.equal(kernels.silu_mul(x[:count]), gated[:count])
 
 
 def test_nothing_to_do(kernels: Kernels, dtype: torch.dtype) -> None:
@@ -335,7 +292,6 @@ def test_nothing_to_do(kernels: Kernels, dtype: torch.dtype) -> None:
     assert case.run(kernels).shape == (0, 4, 64)
     empty = torch.empty(0, 64, dtype=dtype)
     assert kernels.rms_norm(empty, torch.ones(64, dtype=dtype), 1e-5).shape == (0, 64)
-    assert kernels.silu_mul(empty).shape == (0, 32)
     heads = torch.empty(0, 2, 64, dtype=dtype)
     angles = torch.empty(0, 32)
     kernels.rope(heads, heads, angles, angles)
@@ -346,9 +302,9 @@ def test_nan_is_carried_not_hidden(kernels: Kernels, dtype: torch.dtype) -> None
     x = torch.randn(2, 64).to(dtype)
     x[1, 3] = float("nan")
     weight = torch.ones(64, dtype=dtype)
-    for out in (kernels.rms_norm(x, weight, 1e-5), kernels.silu_mul(x)):
-        assert torch.isfinite(out[0].float()).all()
-        assert torch.isnan(out[1].float()).any()
+    out = kernels.rms_norm(x, weight, 1e-5)
+    assert torch.isfinite(out[0].float()).all()
+    assert torch.isnan(out[1].float()).any()
 
 
 def test_reference_serves_float16() -> None:

@@ -67,7 +67,10 @@ def test_a_repeated_upgrade_changes_nothing(empty_database_url: str) -> None:
     made = things(database.engine)
     with database.write() as connection:
         connection.execute(
-            text("INSERT INTO batches VALUES ('b', 'default', 'in_progress', '/', 1, '{}', 1, NULL, NULL)")
+            text(
+                "INSERT INTO batches (id, tenant, state, endpoint, total, metadata, created_at) "
+                "VALUES ('b', 'default', 'in_progress', '/', 1, '{}', 1)"
+            )
         )
     upgrade(empty_database_url)
     assert things(database.engine) == made

@@ -1,53 +1,50 @@
-"""Engine deaths that keep meeting the same jobs: these run alone, and only a death while alone convicts."""
+"""A job that kills every engine it runs in: it is found by halving, fails alone, and the others do not notice."""
 
 from __future__ import annotations
 
-import os
-import signal
-from typing import Any
+import math
+from pathlib import Path
 
 import pytest
 
 from jobs.models import Job
 from jobs.states import JobState
-from tests.support.press import Press
-from tests.support.processes import Process
-from tests.support.stories import long_jobs
+from tests.support.press import START_SECONDS, Press
+from tests.support.stories import short_jobs
+from tests.support.taps import POISON, Tap
 from tests.support.waiting import wait_until
 
-
-@pytest.mark.long
-def test_a_job_is_convicted_only_when_it_died_alone(press: Press) -> None:
-    (worker,) = press.start_workers(1)
-    batch_id = press.submit(long_jobs(3, 8000))
-    for _ in range(2):  # max_crashes: these two deaths meet all three
-        row = running(press, worker, 3)
-        os.kill(row["engine_pid"], signal.SIGKILL)
-        wait_until(
-            lambda pid=row["engine_pid"]: engine_pid(press, worker) not in (None, pid), "the next engine", 60
-        )
-    row = running(press, worker, 1)
-    crashes = [job.crashes for job in press.jobs(Job.batch_id == batch_id).values()]
-    assert crashes == [2, 2, 2]
-    os.kill(row["engine_pid"], signal.SIGKILL)
-    states = press.finish()
-    jobs = press.jobs(Job.batch_id == batch_id).values()
-    assert sorted(job.state for job in jobs) == [JobState.COMPLETED, JobState.COMPLETED, JobState.FAILED]
-    (convicted,) = [job for job in jobs if job.state == JobState.FAILED]
-    assert convicted.error["code"] == "engine_crash"
-    assert states[JobState.FAILED] >= 1
+pytestmark = pytest.mark.long
 
 
-def running(press: Press, worker: Process, count: int) -> dict[str, Any]:
-    """The worker's row once its engine runs exactly so many jobs."""
+@pytest.mark.parametrize("running", ["sqlite"], indirect=True)
+@pytest.mark.parametrize(("death", "num_jobs"), [("exit", 200), ("kill", 12)])
+def test_one_fails_and_the_others_lose_nothing(
+    press: Press, tmp_path: Path, death: str, num_jobs: int
+) -> None:
+    for process in press.live_workers():
+        process.terminate(START_SECONDS)
+    jobs = [job for job in short_jobs(num_jobs) if job["seed"] != POISON]
+    poisoned = num_jobs * 2 // 3
+    jobs[poisoned] |= {"seed": POISON}
+    worker = press.start("worker", ["worker"], Tap(tmp_path / "tap", death).environment)
+    batch_id = press.submit(jobs)
+    counts = press.finish(timeout=240)
+    rows = press.jobs(Job.batch_id == batch_id)
+    (failed,) = [job for job in rows.values() if job.state == JobState.FAILED]
+    assert failed.position == poisoned
+    assert failed.error["code"] == "engine_crash"
+    assert counts[JobState.FAILED] == 1
 
-    def look() -> dict[str, Any] | None:
-        row = press.worker(worker)
-        return row if row and row["num_running"] == count and row["engine_pid"] else None
-
-    return wait_until(look, f"{count} run", 30) or {}
-
-
-def engine_pid(press: Press, worker: Process) -> int | None:
     row = press.worker(worker)
-    return row["engine_pid"] if row and row["state"] == "ready" else None
+    assert row is not None
+    deaths = row["engine_starts"] - 1
+    first = 1 if death == "exit" else 2  # one SIGKILL makes nobody a suspect
+    assert deaths <= first + 1 + math.log2(num_jobs)
+    assert worker.terminate(START_SECONDS) == 0
+
+    # the same batch without the poison: the same texts
+    without = press.submit([job for i, job in enumerate(jobs) if i != poisoned])
+    press.start_workers(1)
+    wait_until(lambda: press.num_open() == 0, "all jobs end", 120)
+    assert press.texts(without) == press.texts(batch_id)

@@ -3,7 +3,8 @@
 Its memory holds, in every slot, the fingerprint of all tokens up to the one that was computed there. A row whose
 earlier slots do not hold exactly its own history raises, so a page that was shared, copied, swapped or evicted
 wrongly cannot go unnoticed. Tokens are drawn from the fingerprint and the seed: what a request gets depends
-on the request alone, and `expected` says it without any engine.
+on the request alone, and `expected` says it without any engine. So do the logprobs of prompts: each is made from
+the fingerprint of the tokens before it, and `scored` remembers which were asked for, so that none is taken twice.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import random
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.plan import Draws, Plan
-from engine.request import Request, derive_seed
+from engine.plan import Draws, Plan, PromptScores
+from engine.request import Request, RequestId, TokenLogprobs, derive_seed
 from engine.sequence import Sequence
 from tests.support.shapes import shape
 
@@ -52,6 +53,19 @@ def expected(request: Request, index: int, max_tokens: int) -> tuple[int, ...]:
     return tuple(made)
 
 
+def score(fingerprint: int, token_id: int) -> TokenLogprobs:
+    return TokenLogprobs(token_id=token_id, logprob=-float(fingerprint % 1000))
+
+
+def expected_scores(request: Request) -> tuple[TokenLogprobs | None, ...] | None:
+    """The `prompt_logprobs` that a request must get."""
+    if request.sampling.prompt_logprobs is None:
+        return None
+    tokens = list(request.prompt_token_ids)
+    known = fingerprints(request.cache_salt, tokens, [])
+    return (None, *(score(before, token) for before, token in zip(known, tokens[1:], strict=False)))
+
+
 class CheckedRunner:
     model_config = MODEL
     max_model_len = 100_000
@@ -61,6 +75,7 @@ class CheckedRunner:
     def __init__(self, num_pages: int, page_size: int, num_host_pages: int = 0) -> None:
         self.num_pages, self.page_size, self.num_host_pages = num_pages, page_size, num_host_pages
         self.num_moves = 0
+        self.scored: list[tuple[RequestId, int, int]] = []  # request, sample, position, in order
         self._memory: list[list[int | None]] = [[None] * page_size for _ in range(num_pages)]
         self._host: list[list[int | None]] = [[None] * page_size for _ in range(num_host_pages)]
         self._known: dict[Sequence, list[int]] = {}
@@ -76,8 +91,9 @@ class CheckedRunner:
             else:
                 memory[target] = list(self._host[source])
         drawn: list[int] = []
+        scores: dict[int, PromptScores] = {}
         written: set[tuple[int, int]] = set()
-        for row in plan.rows:
+        for place, row in enumerate(plan.rows):
             one = row.sequence
             known = fingerprints(one.request.cache_salt, one.token_ids, self._known.setdefault(one, []))
             for at in range(one.num_computed):
@@ -88,10 +104,13 @@ class CheckedRunner:
                 assert slot not in written, "two rows write to one slot"
                 written.add(slot)
                 memory[slot[0]][slot[1]] = known[at]
+            if row.scored:
+                self.scored += [(one.request.id, one.index, at) for at in row.scored]
+                scores[place] = [score(known[at], one.token_ids[at + 1]) for at in row.scored]
             if row.samples:
                 greedy = one.request.sampling.greedy
                 drawn.append(draw(known[-1], 0 if greedy else one.seed))
-        return Draws(drawn, {})
+        return Draws(drawn, {}, scores)
 
 
 def checked_engine(

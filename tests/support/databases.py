@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
+import pytest
 from psycopg import sql
 from sqlalchemy.engine import make_url
 
@@ -21,6 +22,8 @@ from migrations.schema import upgrade
 from tests.support.servers import libpq
 
 KINDS = ("sqlite", "postgresql")
+# For a test whose database could be any; above it.
+ON_SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 
 class Databases:

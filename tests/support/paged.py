@@ -7,12 +7,12 @@ are NaN. Knows no model and no set.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from kernels import Kernels, PagedKV
+from kernels import Attention, Kernels, PagedKV
 
 NAN = float("nan")
 
@@ -24,26 +24,25 @@ class Paged:
     page_table: Tensor
     query_start: Tensor
     context_lens: Tensor
-    scale: float
+    how: Attention
     keys: list[Tensor]  # per row [context, hk, d]: what the stored values mean, in fp64
     values: list[Tensor]
 
     def run(self, kernels: Kernels) -> Tensor:
         return kernels.paged_attention(
-            self.q, self.cache, self.page_table, self.query_start, self.context_lens, self.scale
+            self.q, self.cache, self.page_table, self.query_start, self.context_lens, self.how
         )
 
     def only(self, row: int, first: int, last: int) -> Paged:
         """The queries `first:last` of one row alone, as a chunked run would ask for them."""
         start = int(self.query_start[row])
         count = int(self.query_start[row + 1]) - start
-        return Paged(
+        return replace(
+            self,
             q=self.q[start + first : start + last],
-            cache=self.cache,
             page_table=self.page_table[row : row + 1].contiguous(),
             query_start=torch.tensor([0, last - first], dtype=torch.int32),
             context_lens=self.context_lens[row : row + 1] - (count - last),
-            scale=self.scale,
             keys=self.keys[row : row + 1],
             values=self.values[row : row + 1],
         )
@@ -65,17 +64,17 @@ class Paged:
                     scales[page, :, offset] = by
                 elif wanted:
                     at.fill_(by)
-        spoilt = PagedKV(k, v, k_scales, v_scales)
-        return Paged(
-            self.q,
-            spoilt,
-            self.page_table,
-            self.query_start,
-            self.context_lens,
-            self.scale,
-            self.keys,
-            self.values,
-        )
+        return replace(self, cache=PagedKV(k, v, k_scales, v_scales))
+
+    def forget(self, row: int) -> Paged:
+        """A copy whose page table holds no page at all where no query of the row sees a token."""
+        table, page_size = self.page_table.clone(), self.cache.keys.shape[3]
+        count = int(self.query_start[row + 1] - self.query_start[row])
+        context = int(self.context_lens[row])
+        first = context - count - (self.how.window or context) + 1
+        table[row, : max(0, first) // page_size] = 2**30
+        table[row, -(-context // page_size) :] = 2**30
+        return replace(self, page_table=table)
 
 
 def paged(
@@ -87,10 +86,11 @@ def paged(
     page_size: int,
     dtype: torch.dtype,
     storage: torch.dtype | None = None,
+    how: Attention | None = None,
     padding: int = 0,
     seed: int = 0,
 ) -> Paged:
-    """`rows`: (query tokens, context tokens) each. `storage`: of a cache of 8 bits."""
+    """`rows`: (query tokens, context tokens) each. `storage`: of a cache of 8 bits. `how`: None is plain."""
     generator = torch.Generator().manual_seed(seed)
     needed = [-(-context // page_size) for _, context in rows]
     num_pages = sum(needed) + 3
@@ -122,7 +122,7 @@ def paged(
         page_table=table,
         query_start=counts.cumsum(0).int(),
         context_lens=torch.tensor([context for _, context in rows], dtype=torch.int32),
-        scale=dim**-0.5,
+        how=how or Attention(dim**-0.5),
         keys=keys,
         values=values,
     )
@@ -160,13 +160,18 @@ def _stored(
 def naive_attention(case: Paged) -> Tensor:
     """A plain loop in fp64."""
     out = torch.zeros(case.q.shape, dtype=torch.float64)
-    group = case.q.shape[1] // case.cache.keys.shape[1]
+    group, how = case.q.shape[1] // case.cache.keys.shape[1], case.how
     for row, (keys, values) in enumerate(zip(case.keys, case.values, strict=True)):
         start, end = int(case.query_start[row]), int(case.query_start[row + 1])
         for t in range(start, end):
-            seen = keys.shape[0] - (end - 1 - t)
-            for head in range(case.q.shape[1]):
-                k, v = keys[:seen, head // group], values[:seen, head // group]
-                weights = torch.softmax(k @ case.q[t, head].double() * case.scale, dim=0)
-                out[t, head] = weights @ v
+            position = keys.shape[0] - (end - t)
+            first = 0 if how.window is None else max(0, position - how.window + 1)
+            k, v = keys[first : position + 1], values[first : position + 1]
+            q = case.q[t].double().unflatten(0, (-1, group))  # [hk, group, d]
+            scores = torch.einsum("hgd,lhd->hgl", q, k) * how.scale
+            if how.softcap is not None:
+                scores = how.softcap * torch.tanh(scores / how.softcap)
+            if how.slopes is not None:
+                scores += how.slopes.double().view(-1, group, 1) * torch.arange(first - position, 1)
+            out[t] = torch.einsum("hgl,lhd->hgd", torch.softmax(scores, dim=-1), v).flatten(0, 1)
     return out

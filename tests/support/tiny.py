@@ -25,6 +25,18 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+SIZES: Mapping[str, Any] = {  # of tiny models that transformers makes, in its own words
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
 _TEXT = (
     "the quick brown fox jumps over the lazy dog while the night press prints every page by morning "
     "and all the jobs that wait in the queue are done before the sun comes up over the sleeping town"

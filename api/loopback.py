@@ -1,0 +1,13 @@
+"""Loopback: which addresses and names mean this machine and nobody else. Asks no resolver."""
+
+from __future__ import annotations
+
+import ipaddress
+
+
+def is_loopback(host: str) -> bool:
+    """True for `localhost` and addresses that only this machine reaches."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"

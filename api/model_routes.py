@@ -1,0 +1,47 @@
+"""Model routes: the models that jobs may name, as OpenAI lists them.
+
+Owns the HTTP side. A model is there while a live worker serves it, or because this deployment is configured for it.
+"""
+
+from __future__ import annotations
+
+import time
+
+from fastapi import APIRouter, Depends
+
+from api.auth import BEARER
+from api.errors import ApiError
+from api.schemas import REFUSALS, ModelList, ModelObject
+from api.services import Services, refuse_query
+
+
+def routes(services: Services) -> APIRouter:
+    router = APIRouter(
+        prefix="/v1/models",
+        tags=["models"],
+        dependencies=[Depends(BEARER), Depends(refuse_query)],
+        responses=REFUSALS,
+    )
+    configured = services.settings.served_model
+    started = int(time.time())
+
+    def models() -> list[ModelObject]:
+        since = {configured: started} if configured else {}
+        since |= {model: int(at) for model, at in services.reads.models().items()}
+        return [ModelObject(id=model, created=at) for model, at in sorted(since.items())]
+
+    @router.get("")
+    def list_models() -> ModelList:
+        """All of them: one page."""
+        return ModelList(data=models())
+
+    @router.get("/{model_id:path}")  # the name of a model may hold slashes
+    def get_model(model_id: str) -> ModelObject:
+        for model in models():
+            if model.id == model_id:
+                return model
+        raise ApiError(
+            404, f"the model {model_id[:80]!a} is not served here", code="model_not_found", param="model"
+        )
+
+    return router

@@ -1,0 +1,58 @@
+"""SelfAttention: the attention half of one block, over the pages of its layer.
+
+Owns the way from x to queries, keys and values, their norms and rotation, and the product of what attention has
+mixed. Knows no norm in front of it, no residual, and nothing of who owns the pages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from engine.linear import Linear
+from engine.norm import RMSNorm
+from engine.step_input import StepInput
+from kernels import Attention, Kernels, PagedKV
+
+# cos and sin of a step's tokens, each [T, rotary_dim / 2] fp32
+Rotation = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelfAttention:
+    """hq query heads and hk key/value heads of d channels. None: this model has no such norm."""
+
+    kernels: Kernels
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary_dim: int  # channels of each head that are rotated; 0: this layer rotates nothing
+    how: Attention
+    qkv: Linear
+    q_norm: RMSNorm | None
+    k_norm: RMSNorm | None
+    out: Linear
+
+    def __call__(self, x: Tensor, step: StepInput, pages: PagedKV, rotation: Rotation | None) -> Tensor:
+        """x `[T, hidden]` → `[T, hidden]`; K and V of the step's tokens are stored. No rotation: none is made."""
+        kernels, heads, kv_heads, dim = self.kernels, self.num_heads, self.num_kv_heads, self.head_dim
+        num_tokens, rotated = x.shape[0], self.rotary_dim
+        # [T, hq + 2·hk, d]: q, k and v are views, nothing is copied
+        qkv = self.qkv(x).view(num_tokens, heads + 2 * kv_heads, dim)
+        q, k, v = qkv.split_with_sizes((heads, kv_heads, kv_heads), dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm.of_heads(q), self.k_norm.of_heads(k)
+        if rotation is not None and rotated == dim:
+            kernels.rope(q, k, *rotation)
+        elif rotation is not None and rotated:
+            kernels.rope(q[..., :rotated], k[..., :rotated], *rotation)
+        kernels.store_kv(k, v, pages, step.slots)
+        mixed = kernels.paged_attention(
+            q, pages, step.page_table, step.query_start, step.context_lens, self.how
+        )
+        return self.out(mixed.view(num_tokens, heads * dim))
+
+    @property
+    def products(self) -> tuple[Linear, ...]:
+        return self.qkv, self.out

@@ -1,0 +1,64 @@
+"""Experts: the feed-forward half of a block as a mixture of experts (Shazeer et al. 2017).
+
+Owns the routing, and that a token's result depends on that token alone: routing is by row, equal shares go to the
+lower index, a token's experts are added in the order of their indices, and the rows that an expert computes are
+padded as those of a step are (see `runner` on determinism). Knows no norm and no residual.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.linear import Linear
+from engine.mlp import MLP
+
+
+class Experts:
+    """x `[T, hidden]` → Σ share · expert(x) over the `num_per_token` experts with the largest shares `[T, hidden]`.
+
+    Shares are the softmax of the router's product, in fp32, and so is the sum. `normalised`: the shares of a token's
+    experts are divided by their sum. `row_multiple`: the rows of one expert are padded up to it.
+    """
+
+    __slots__ = ("_experts", "_normalised", "_num_per_token", "_router", "row_multiple")
+
+    def __init__(
+        self, router: Linear, experts: tuple[MLP, ...], *, num_per_token: int, normalised: bool
+    ) -> None:
+        self._router = router
+        self._experts = experts
+        self._num_per_token = num_per_token
+        self._normalised = normalised
+        self.row_multiple = 1
+
+    def __call__(self, x: Tensor) -> Tensor:
+        shares, chosen = self.routed(x)  # [T, num_per_token] each
+        order = chosen.flatten().argsort(stable=True)  # by expert, then by token
+        tokens, weights = order // self._num_per_token, shares.flatten()[order].unsqueeze(-1)
+        counts = torch.bincount(chosen.flatten(), minlength=len(self._experts)).tolist()
+        total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        start = 0
+        for expert, count in zip(self._experts, counts, strict=True):
+            if count:
+                rows = tokens[start : start + count]
+                made = expert(self._padded(x[rows]))[:count]
+                total.index_add_(
+                    0, rows, made.float() * weights[start : start + count]
+                )  # no row is there twice
+            start += count
+        return total.to(x.dtype)
+
+    def routed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(shares fp32, indices of their experts), each `[T, num_per_token]`, the largest share first."""
+        shares, indices = self._router(x).float().softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+        shares, indices = shares[:, : self._num_per_token], indices[:, : self._num_per_token]
+        return (shares / shares.sum(dim=-1, keepdim=True) if self._normalised else shares), indices
+
+    def _padded(self, x: Tensor) -> Tensor:
+        missing = -x.shape[0] % self.row_multiple
+        return x if not missing else torch.cat((x, x.new_zeros(missing, x.shape[1])))
+
+    @property
+    def products(self) -> tuple[Linear, ...]:
+        return self._router, *(product for expert in self._experts for product in expert.products)

@@ -1,0 +1,210 @@
+"""What single families say in `config.json` in words of their own, read into Llama's words or into flags.
+
+Owns these readings, and the tensor names of the families that do not use Llama's. Knows no family as such: an entry
+of `families.FAMILIES` says which of them it takes. Raises KeyError, TypeError or ValueError for what is no reading,
+`UnsupportedCheckpoint` for what cannot be had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from engine.config import MixtureOfExperts, Storage, UnsupportedCheckpoint
+from engine.rope_settings import rope_parameters, windowed_rope_theta
+
+Fields = Mapping[str, Any]
+
+GPT2_WORDS = {
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_layer": "num_hidden_layers",
+    "n_positions": "max_position_embeddings",
+    "n_inner": "intermediate_size",
+    "activation_function": "hidden_act",
+    "layer_norm_epsilon": "rms_norm_eps",
+}
+NEOX_WORDS = {
+    "layer_norm_eps": "rms_norm_eps",
+    "rotary_emb_base": "rope_theta",
+    "rotary_pct": "partial_rotary_factor",
+}
+GEMMA_WORDS = {"hidden_activation": "hidden_act"}
+GEMMA_DEFAULTS = {
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+}
+FALCON_WORDS = {
+    "n_embed": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_layer": "num_hidden_layers",
+    "ffn_hidden_size": "intermediate_size",
+    "activation": "hidden_act",
+    "layer_norm_epsilon": "rms_norm_eps",
+}
+
+GPT2_STORAGE = Storage(
+    names=(
+        (r"^transformer\.", ""),  # some repositories leave it out
+        (r"^wte\.", "model.embed_tokens."),
+        (r"^wpe\.", "model.embed_positions."),
+        (r"^ln_f\.", "model.norm."),
+        (r"^h\.", "model.layers."),
+        (r"\.ln_1\.", ".input_layernorm."),
+        (r"\.ln_2\.", ".post_attention_layernorm."),
+        (r"\.attn\.c_attn\.", ".self_attn.qkv_proj."),
+        (r"\.attn\.c_proj\.", ".self_attn.o_proj."),
+        (r"\.mlp\.c_fc\.", ".mlp.up_proj."),
+        (r"\.mlp\.c_proj\.", ".mlp.down_proj."),
+    ),
+    derived=r"\.attn\.(masked_)?bias$",  # the causal mask
+    qkv="stacked",
+    transposed=True,
+)
+NEOX_STORAGE = Storage(
+    names=(
+        (r"^gpt_neox\.embed_in\.", "model.embed_tokens."),
+        (r"^gpt_neox\.final_layer_norm\.", "model.norm."),
+        (r"^gpt_neox\.", "model."),
+        (r"^embed_out\.", "lm_head."),
+        (r"\.attention\.query_key_value\.", ".self_attn.qkv_proj."),
+        (r"\.attention\.dense\.", ".self_attn.o_proj."),
+        (r"\.mlp\.dense_h_to_4h\.", ".mlp.up_proj."),
+        (r"\.mlp\.dense_4h_to_h\.", ".mlp.down_proj."),
+    ),
+    derived=r"\.attention\.(masked_)?bias$",
+    qkv="grouped",
+)
+FALCON_STORAGE = Storage(
+    names=(
+        (r"^transformer\.word_embeddings\.", "model.embed_tokens."),
+        (r"^transformer\.ln_f\.", "model.norm."),
+        (r"^transformer\.h\.", "model.layers."),
+        (r"\.ln_attn\.", ".input_layernorm."),
+        (r"\.ln_mlp\.", ".post_attention_layernorm."),
+        (r"\.self_attention\.query_key_value\.", ".self_attn.qkv_proj."),
+        (r"\.self_attention\.dense\.", ".self_attn.o_proj."),
+        (r"\.mlp\.dense_h_to_4h\.", ".mlp.up_proj."),
+        (r"\.mlp\.dense_4h_to_h\.", ".mlp.down_proj."),
+    ),
+    qkv="grouped",
+)
+MIXTRAL_STORAGE = Storage(
+    names=(
+        (r"\.block_sparse_moe\.", ".mlp."),
+        (r"\.experts\.(\d+)\.w1\.", r".experts.\1.gate_proj."),
+        (r"\.experts\.(\d+)\.w2\.", r".experts.\1.down_proj."),
+        (r"\.experts\.(\d+)\.w3\.", r".experts.\1.up_proj."),
+    ),
+)
+
+
+def four_times_wide(config: Fields) -> Fields:
+    """An MLP of no stated width."""
+    return {"intermediate_size": config.get("intermediate_size") or 4 * int(config["hidden_size"])}
+
+
+def falcon_fields(config: Fields) -> Fields:
+    """kv heads and biases; `num_kv_heads` is only heard where `new_decoder_architecture` is set."""
+    heads = config["num_attention_heads"]
+    if config.get("new_decoder_architecture"):
+        kv_heads = config.get("num_kv_heads") or heads
+    else:
+        kv_heads = 1 if config.get("multi_query", True) else heads
+    bias = bool(config.get("bias", False))
+    return {
+        **four_times_wide(config),
+        "num_key_value_heads": kv_heads,
+        "attention_bias": bias,
+        "mlp_bias": bias,
+    }
+
+
+def falcon_flags(config: Fields) -> Fields:
+    new = bool(config.get("new_decoder_architecture"))
+    parallel = new or bool(config.get("parallel_attn", True))
+    norms = config.get("num_ln_in_parallel_attn") or 2
+    shared = parallel and not (new and int(norms) == 2)
+    return {
+        "parallel": parallel,
+        "norm_position": "shared" if shared else "before",
+        "positions": "alibi" if config.get("alibi") else "rope",
+    }
+
+
+def neox_flags(config: Fields) -> Fields:
+    return {"parallel": bool(config.get("use_parallel_residual", True)), **partial_rotary(config)}
+
+
+def no_rope_layers(config: Fields) -> Fields:
+    num_layers, interval = int(config["num_hidden_layers"]), config.get("no_rope_layer_interval", 4)
+    uses_rope = config.get("no_rope_layers")  # 1: this layer rotates; despite its name
+    if uses_rope is None:
+        uses_rope = [(i + 1) % int(interval) for i in range(num_layers)]
+    if len(uses_rope) < num_layers:
+        raise UnsupportedCheckpoint(f"no_rope_layers has {len(uses_rope)} entries for {num_layers} layers")
+    return {"no_rope_layers": tuple(i for i in range(num_layers) if not uses_rope[i])}
+
+
+def windowed_without_rope(config: Fields, layer: int) -> bool:
+    return config["sliding_window"] is not None and layer in no_rope_layers(config)["no_rope_layers"]
+
+
+def partial_rotary(config: Fields) -> Fields:
+    factor = rope_parameters(config).get("partial_rotary_factor") or config.get("partial_rotary_factor")
+    return {"partial_rotary_factor": float(factor or 1.0)}
+
+
+def multipliers(config: Fields) -> Fields:
+    names = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
+    return {name: float(config.get(name, 1.0)) for name in names}
+
+
+def gemma_flags(config: Fields) -> Fields:
+    if config.get("use_bidirectional_attention"):
+        raise UnsupportedCheckpoint("use_bidirectional_attention is not supported")
+    return {
+        "embedding_multiplier": float(config["hidden_size"]) ** 0.5,
+        "attention_multiplier": float(config["query_pre_attn_scalar"]) ** -0.5,
+        "attention_softcap": _softcap(config, "attn_logit_softcapping"),
+        "logits_softcap": _softcap(config, "final_logit_softcapping"),
+    }
+
+
+def gemma3_flags(config: Fields) -> Fields:
+    return {**gemma_flags(config), "windowed_rope_theta": windowed_rope_theta(config)}
+
+
+def _softcap(config: Fields, name: str) -> float | None:
+    value = config.get(name)
+    if value is not None and not float(value) > 0:
+        raise UnsupportedCheckpoint(f"{name} must be above 0 or null, not {value}")
+    return None if value is None else float(value)
+
+
+def mixtral_experts(config: Fields) -> Fields:
+    moe = MixtureOfExperts(
+        num_experts=int(config["num_local_experts"]),
+        num_per_token=int(config["num_experts_per_tok"]),
+        intermediate_size=int(config["intermediate_size"]),
+        normalised=True,
+    )
+    return {"moe": moe}
+
+
+def qwen3_experts(config: Fields) -> Fields:
+    count, step = int(config["num_local_experts"]), int(config["decoder_sparse_step"])
+    only_mlp = set(config.get("mlp_only_layers") or ())
+    dense = (i for i in range(int(config["num_hidden_layers"])) if i in only_mlp or (i + 1) % step)
+    moe = MixtureOfExperts(
+        num_experts=count,
+        num_per_token=int(config["num_experts_per_tok"]),
+        intermediate_size=int(config["moe_intermediate_size"]),
+        normalised=bool(config["norm_topk_prob"]),
+        dense_layers=tuple(dense),
+    )
+    return {"moe": moe if count else None}

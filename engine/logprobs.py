@@ -1,0 +1,99 @@
+"""Logprobs: how likely tokens were, from logits that nothing has been done to.
+
+Owns the softmax and the ranking behind every logprob, of generated tokens (`sampler`) and of prompts alike, and how
+many rows of logits a prompt may take at a time. Knows neither how a token was chosen nor where logits come from.
+All of it is exact in any crowd: a row's values are the same bits in any number of rows and in any slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from engine.plan import Plan, PromptScores
+from engine.request import TokenLogprobs
+
+SLICE_BYTES = 64 * 2**20  # fp32 logits of a prompt that exist at a time
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Natural log of softmax: logits `[N, vocab]`, any float dtype, to float32 `[N, vocab]`.
+
+    torch reduces each row by itself, in an order given by its length; on CUDA by its alignment too, which the
+    padding makes the same for all rows. `logsumexp` would not do: it splits single long rows over threads.
+    """
+    logits = logits.float()
+    vocab = logits.shape[1]
+    if vocab % 4:  # floats in 16 bytes
+        logits = pad(logits, (0, -vocab % 4), value=float("-inf"))
+    return torch.log_softmax(logits, dim=1)[:, :vocab]
+
+
+def ranked(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The `width` largest logits of each row, descending, and their token ids; ties by the lower id.
+
+    Sorted by one int64 key per token, unique in its row: the logit's bits made monotone, then the inverted
+    id. `topk` on the logits alone would break ties differently for different row counts.
+    """
+    bits = logits.view(torch.int32)
+    keys = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long() << 32
+    keys += torch.arange(logits.shape[1] - 1, -1, -1, device=logits.device)
+    order = keys.topk(width, dim=1, sorted=True).indices
+    return logits.gather(1, order), order
+
+
+def token_logprobs(raw: Tensor, token_ids: Tensor, counts: list[int]) -> list[TokenLogprobs | None]:
+    """raw `[N, vocab]` from `log_softmax`, token_ids `[N]` int64, counts: how many of the likeliest each row wants.
+    None where the id is negative or its logprob not finite."""
+    values = raw.gather(1, token_ids.clamp(min=0)[:, None])[:, 0]
+    sound = torch.isfinite(values) & (token_ids >= 0)
+    wide = [i for i, count in enumerate(counts) if count]
+    top: dict[int, tuple[tuple[int, float], ...]] = {}
+    if wide:
+        best, order = ranked(raw[torch.tensor(wide, device=raw.device)], min(max(counts), raw.shape[1]))
+        for i, ids, likeliest in zip(wide, order.tolist(), best.tolist(), strict=True):
+            top[i] = tuple(zip(ids, likeliest, strict=True))[: counts[i]]
+    rows = zip(token_ids.tolist(), values.tolist(), sound.tolist(), strict=True)
+    return [
+        TokenLogprobs(token_id=token_id, logprob=value, top=top.get(i, ())) if fine else None
+        for i, (token_id, value, fine) in enumerate(rows)
+    ]
+
+
+def slice_rows(vocab_size: int, multiple: int) -> int:
+    """How many rows of logits make `SLICE_BYTES`: a multiple of `multiple`, and at least that."""
+    return max(1, SLICE_BYTES // (4 * vocab_size * multiple)) * multiple
+
+
+def score_prompts(
+    plan: Plan, scored_rows: Tensor, logits_of: Callable[[Tensor], Tensor], at_once: int
+) -> dict[int, PromptScores]:
+    """How likely the prompts' tokens were behind each position in `Row.scored`, by number of the row in the plan.
+
+    scored_rows `[N]`: those positions as `StepInput` has them, padding included; `logits_of` gives the logits
+    `[n, vocab]` of n of them and is asked for `at_once` at a time.
+    """
+    token_ids: list[int] = []
+    counts: list[int] = []
+    for row in plan.rows:
+        scored, sequence = row.scored, row.sequence
+        token_ids += sequence.token_ids[scored.start + 1 : scored.start + 1 + len(scored)]
+        counts += [sequence.request.sampling.prompt_logprobs or 0] * len(scored)
+    made: list[TokenLogprobs | None] = []
+    for start in range(0, len(token_ids), at_once):
+        part = slice(start, start + at_once)
+        next_ids = torch.tensor(token_ids[part], device=scored_rows.device)
+        raw = log_softmax(logits_of(scored_rows[part])[: len(next_ids)])
+        made += token_logprobs(raw, next_ids, counts[part])
+    rest = iter(made)
+    scores: dict[int, PromptScores] = {}
+    for place, row in enumerate(plan.rows):
+        if row.scored:
+            of_row = list(islice(rest, len(row.scored)))
+            sound = [one for one in of_row if one is not None]
+            scores[place] = sound if len(sound) == len(of_row) else None
+    return scores

@@ -1,0 +1,183 @@
+"""BatchIntake: the second pass over a batch's input file: its lines become jobs, a chunk per transaction.
+
+Owns the insertion and its end. Each transaction inserts one chunk and moves the batch's `num_inserted` and
+`next_offset`, with the batch's row locked, so that a pass that is cut short goes on exactly there in another process,
+and no line becomes two jobs. Jobs run as soon as their chunk is committed. What the tenant's sums hold for the lines
+that are left was taken when the batch began; a chunk turns a part of that reserve into jobs, and whoever stops the
+insertion gives the rest back. Ids follow from the batch's id and the line's place: a repeated insert would fail,
+never double.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, BinaryIO, Final
+
+from sqlalchemy import Connection, select, update
+
+from jobs import tallies
+from jobs.batch_check import FILE_LOST, max_line_bytes
+from jobs.batch_file import BadLine, bounded_lines, parse_line
+from jobs.batches import close_batches
+from jobs.body import BadField
+from jobs.completion_window import terms_of_window
+from jobs.database import Database
+from jobs.desk import Claim
+from jobs.file_store import FileStore
+from jobs.job_rows import JobRow, insert_all, job_row, load_of
+from jobs.models import Batch
+from jobs.settings import Settings
+from jobs.states import BatchState
+from jobs.tenants import Owner
+
+CHUNK: Final = 2_000  # lines per transaction
+CHUNK_BYTES: Final = 8_000_000  # of lines, whichever comes first
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """`start` is the first line's place among all, `end` where the next chunk begins in the file."""
+
+    start: int
+    rows: list[JobRow]
+    end: int
+    last: bool = False
+
+
+def job_id_of(batch_id: str, position: int) -> str:
+    """Of a line's job: its batch's time and random digits around the line's place."""
+    digits = batch_id.removeprefix("batch_")
+    return f"job_{digits[:12]}{position:08x}{digits[20:]}"
+
+
+def stop_inserting(connection: Connection, batch: Any) -> tallies.Change:
+    """No further line of this batch becomes a job. `batch`: its row, locked. What that gives back of the tenant's
+    sums is the caller's to add."""
+    if batch.next_offset is None:
+        return tallies.Change(batch.tenant)
+    connection.execute(
+        update(Batch)
+        .where(Batch.id == batch.id)
+        .values(next_offset=None, reserved_tokens=0, reserved_bytes=0)
+    )
+    return tallies.Change(
+        batch.tenant,
+        jobs=batch.num_inserted - batch.total,
+        tokens=-batch.reserved_tokens,
+        stored_bytes=-batch.reserved_bytes,
+    )
+
+
+class BatchIntake:
+    """`announce(model, count)` is called after each chunk's commit."""
+
+    def __init__(
+        self, database: Database, settings: Settings, store: FileStore, announce: Callable[[str, int], None]
+    ) -> None:
+        self._database = database
+        self._settings = settings
+        self._store = store
+        self._announce = announce
+
+    def insert(self, claimed: Claim) -> None:
+        """Go on until every line has its job, or the batch was cancelled or has expired. Raises `ClaimLost`."""
+        with self._database.read() as connection:
+            batch = connection.execute(
+                select(*Batch.__table__.columns).where(Batch.id == claimed.batch_id)
+            ).one()
+        if batch.next_offset is None:
+            return
+        try:
+            with self._store.open(batch.input_file_id) as file:
+                for chunk in self._chunks(file, batch):
+                    claimed.check()
+                    if not self._database.transact(partial(_insert, claimed=claimed, chunk=chunk)):
+                        return
+                    for model, count in Counter(str(row["model"]) for row in chunk.rows).items():
+                        self._announce(model, count)
+                    if chunk.last:
+                        return
+        except (FileNotFoundError, BadLine, BadField):
+            pass
+        # The file has passed the check and is not what it was: what has become jobs goes on, the rest cannot.
+        self._database.transact(partial(_give_up, claimed=claimed))
+
+    def _chunks(self, file: BinaryIO, batch: Any) -> Iterator[_Chunk]:
+        owner = Owner(batch.tenant, batch.key_id)
+        terms = terms_of_window(batch.completion_window, submitted_at=batch.created_at)
+        file.seek(batch.next_offset)
+        chunk = _Chunk(batch.num_inserted, [], batch.next_offset)
+        size = 0
+        for raw in bounded_lines(file, max_line_bytes(self._settings)):
+            if raw is None:
+                return
+            is_first = chunk.end == 0
+            chunk.end += len(raw)
+            if not raw.strip():
+                continue
+            position = chunk.start + len(chunk.rows)
+            line = parse_line(1 if is_first else 2, raw, batch.endpoint)
+            chunk.rows.append(
+                job_row(
+                    job_id_of(batch.id, position),
+                    line.named_job(self._settings, checked=True),
+                    owner,
+                    self._settings,
+                    source="http",
+                    terms=terms,
+                    batch_id=batch.id,
+                    position=position,
+                )
+            )
+            size += len(raw)
+            if position + 1 == batch.total:
+                chunk.last = True
+                yield chunk
+                return
+            if len(chunk.rows) == CHUNK or size >= CHUNK_BYTES:
+                yield chunk
+                chunk, size = _Chunk(position + 1, [], chunk.end), 0
+
+
+def _give_up(connection: Connection, claimed: Claim) -> None:
+    batch = claimed.locked(connection)
+    if batch.next_offset is None:
+        return
+    change = stop_inserting(connection, batch)
+    connection.execute(update(Batch).where(Batch.id == batch.id).values(errors=[FILE_LOST]))
+    close_batches(connection, [batch.id])
+    tallies.add(connection, [change])
+
+
+def _insert(connection: Connection, claimed: Claim, chunk: _Chunk) -> bool:
+    """False when nothing more is to be inserted."""
+    batch = claimed.locked(connection)
+    if batch.num_inserted == chunk.start + len(chunk.rows):
+        return True  # committed before the connection was lost
+    if batch.next_offset is None or batch.state != BatchState.IN_PROGRESS:
+        return False
+    if batch.expires_at is not None and batch.expires_at <= batch.time_now:
+        change = stop_inserting(connection, batch)
+        close_batches(connection, [batch.id])
+        tallies.add(connection, [change])
+        return False
+    insert_all(connection, chunk.rows)
+    load = load_of(chunk.rows)
+    left_tokens, left_bytes = batch.reserved_tokens - load.tokens, batch.reserved_bytes - load.stored_bytes
+    connection.execute(
+        update(Batch)
+        .where(Batch.id == batch.id)
+        .values(
+            num_inserted=chunk.start + len(chunk.rows),
+            next_offset=None if chunk.last else chunk.end,
+            reserved_tokens=0 if chunk.last else left_tokens,
+            reserved_bytes=0 if chunk.last else left_bytes,
+        )
+    )
+    if chunk.last:
+        # Zero, unless the process that checked estimated by other settings than this one.
+        tallies.add(connection, [tallies.Change(batch.tenant, tokens=-left_tokens, stored_bytes=-left_bytes)])
+    return True

@@ -1,0 +1,44 @@
+"""Failures: what a job that did not complete is to whoever waits for it over HTTP: a status, a code, a message.
+
+Owns the one table of status codes, for the API's answers and for the lines of error files alike. Knows no envelope.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+from jobs.reads import JobView
+from jobs.states import JobState
+
+REFUSED: Final = 400  # whatever is not in the table: something about the request itself
+STATUS: Final = {
+    "quota_exceeded": 429,
+    "engine_crash": 500,
+    "numerics": 500,
+    "encode_failed": 500,
+    "unstorable_output": 500,
+}
+
+
+class Failure(NamedTuple):
+    status: int
+    code: str
+    message: str
+    param: str | None = None
+
+
+def status_of(code: str) -> int:
+    """`code`: of `models.Job.error` or `engine.request.RequestError`."""
+    return STATUS.get(code, REFUSED)
+
+
+def failure_of(job: JobView) -> Failure | None:
+    """None for a job that is completed, or has not ended."""
+    if job.state is JobState.FAILED:
+        error = job.error or {"code": "failed", "message": "the job failed"}
+        return Failure(status_of(error["code"]), error["code"], error["message"], error.get("param"))
+    if job.state is JobState.CANCELLED:
+        return Failure(409, "cancelled", "the request was cancelled")
+    if job.state is JobState.EXPIRED:
+        return Failure(504, "expired", "the request was not done by its deadline")
+    return None

@@ -1,0 +1,84 @@
+"""Fair tags: in which order the queued jobs of a tier are taken, so that nobody waits behind another's long queue.
+
+Start-time fair queueing (Goyal, Vin and Cheng 1996). A flow is a tenant's jobs of one model, tier and priority. Each
+job gets a tag when it is queued: the virtual time at which the flow's turn comes, counted in estimated tokens over
+the flow's share. A flow that has been idle starts at the virtual time of now, which is the tag at the head of the
+queue; so ten jobs that come behind somebody's hundred thousand get tags near the head. Shares are the tenant's
+weight, doubled by each step of priority: who uses priority has more of the machines, as a higher weight would give.
+
+Tags are cut to buckets, inside which jobs are ordered by their prefix group, so that fairness does not tear
+apart what shares a prefix. Owns the table of the flows' clocks. The rows of clocks are locked before those of jobs
+that an insert makes, in the order of their keys; only a sweep that makes delayed jobs due holds jobs before, which
+nobody else waits for.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, Final
+
+from sqlalchemy import Connection, case, func, select
+
+from jobs.claims import QUEUED
+from jobs.database import insert_into
+from jobs.models import FairClock, Job, Tenant
+from jobs.terms import tier_of
+
+BUCKET_TOKENS: Final = 16_384.0  # of virtual time; some ten to hundred jobs of one tenant
+
+Row = dict[str, Any]  # by column of `models.Job`
+Flow = tuple[str, str, int, int]  # tenant, model, tier, priority
+
+
+def tag(connection: Connection, rows: Sequence[Row]) -> list[Row]:
+    """The rows, in their order, each with its `fair_tag`; their flows' clocks move on."""
+    flows: defaultdict[Flow, list[int]] = defaultdict(list)
+    for place, row in enumerate(rows):
+        flow = (row["tenant"], row["model"], int(tier_of(row["tier"])), row["priority"])
+        flows[flow].append(place)
+    tags = [0.0] * len(rows)
+    weights = _weights(connection, sorted({flow[0] for flow in flows}))
+    for flow in sorted(flows):
+        share = weights.get(flow[0], 1.0) * 2.0 ** flow[3]
+        costs = [max(1, int(rows[place]["estimated_tokens"])) / share for place in flows[flow]]
+        turn = _turn(connection, flow, sum(costs))
+        for place, cost in zip(flows[flow], costs, strict=True):
+            tags[place] = turn // BUCKET_TOKENS * BUCKET_TOKENS
+            turn += cost
+    return [row | {"fair_tag": tag} for row, tag in zip(rows, tags, strict=True)]
+
+
+def _weights(connection: Connection, tenants: list[str]) -> dict[str, float]:
+    rows = connection.execute(select(Tenant.id, Tenant.weight).where(Tenant.id.in_(tenants)))
+    return {row.id: row.weight for row in rows}
+
+
+def _turn(connection: Connection, flow: Flow, cost: float) -> float:
+    """When the flow's turn is; it ends `cost` later."""
+    tenant, model, tier, priority = flow
+    virtual = _virtual_time(connection, model, tier)
+    insert = insert_into(connection, FairClock).values(
+        tenant=tenant, model=model, tier=tier, priority=priority, turn_ends=virtual + cost
+    )
+    later = case((FairClock.turn_ends > virtual, FairClock.turn_ends), else_=virtual)
+    ends: float = connection.scalars(
+        insert.on_conflict_do_update(
+            index_elements=["model", "tier", "tenant", "priority"], set_={"turn_ends": later + cost}
+        ).returning(FairClock.turn_ends)
+    ).one()
+    return ends - cost
+
+
+def _virtual_time(connection: Connection, model: str, tier: int) -> float:
+    """The tag at the head of the queue; of an empty queue, where its last flow ended."""
+    head = connection.scalars(
+        select(Job.fair_tag)
+        .where(Job.model == model, Job.tier == tier, QUEUED)
+        .order_by(Job.fair_tag)
+        .limit(1)
+    ).first()
+    if head is not None:
+        return float(head)
+    ends = select(func.max(FairClock.turn_ends)).where(FairClock.model == model, FairClock.tier == tier)
+    return float(connection.scalar(ends) or 0.0)

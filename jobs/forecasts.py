@@ -1,0 +1,221 @@
+"""Forecasts: when a job or a batch will be done, and whether a window that a submit asks for can be met.
+
+Owns the arithmetic. The work ahead of a job is what workers hold (half of what already runs is taken as done) and
+what is queued up to its fair tag, in estimated tokens; what models make of estimates lately (`jobs.pace`) turns
+these into tokens that will be computed, and the live workers' speeds into seconds. No job is done sooner than its
+own tokens take, one per step. Not heeded: later jobs that will be put ahead, a mix of jobs that differs from the
+recent one, and, of a batch for several models, those that only jobs before the last `LAST_JOBS` need. What nobody
+has measured is None, and nobody is refused for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sqlalchemy import Connection, func, select
+
+from jobs.claims import QUEUED
+from jobs.database import Database
+from jobs.deadlines import HAS_DEADLINE, OPEN
+from jobs.models import Job
+from jobs.queue_depth import Picture, Queue, QueueDepth
+from jobs.reads import BatchView, JobView
+from jobs.settings import Settings
+from jobs.states import BatchState, JobState
+from jobs.terms import DELAYED, Terms, Tier
+
+LAST_JOBS: Final = 1000  # of a batch, whose places say when it ends
+
+
+class WindowTooTight(Exception):
+    """`retry_after`: seconds after which the same window could be met; None: not even with an empty queue."""
+
+    code = "window_cannot_be_met"
+    param = "completion_window"
+
+    def __init__(self, *, model: str, seconds: float, window: float, retry_after: float | None) -> None:
+        self.retry_after = retry_after
+        self.message = (
+            f"the window of {_spoken(window)} cannot be met: at the measured speed of the workers that serve "
+            f"{model} this would be done in about {_spoken(seconds)}; ask for a longer one, or for none"
+        )
+        super().__init__(self.message)
+
+    def as_error(self) -> dict[str, str | None]:
+        """As `models.ScheduleRun.error` stores it."""
+        return {"code": self.code, "message": self.message, "param": self.param}
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Of all live workers of a model, in estimated tokens per second: `together`, and of one sequence `alone`."""
+
+    together: float
+    alone: float
+
+
+class Forecasts:
+    """One per process. Times are unix seconds on the database's clock."""
+
+    def __init__(self, database: Database, settings: Settings) -> None:
+        self._database = database
+        self._depth = QueueDepth(database)
+        self._slack = settings.promise_slack
+        self._refuses = settings.promise_refuse
+
+    def accepted(self, added: Mapping[str, int]) -> None:
+        """Jobs have just been queued here: estimated tokens by model."""
+        for model, tokens in added.items():
+            self._depth.changed(model, tokens)
+
+    def of_job(self, job: JobView) -> float | None:
+        """When it will be done; None when it is not open, is being cancelled, or nothing is known."""
+        if job.state not in (JobState.QUEUED, JobState.IN_PROGRESS):
+            return None
+        place = (job.tier, job.fair_tag) if job.state is JobState.QUEUED else None
+        started_at = job.started_at if place is None else job.not_before
+        picture = self._depth.picture()
+        return _end_of(picture, job.model, place, longest_tokens=job.estimated_tokens, started_at=started_at)
+
+    def of_batch(self, batch: BatchView) -> float | None:
+        """When the last of its jobs will be done; None as for a job."""
+        if batch.state is not BatchState.IN_PROGRESS:
+            return None
+        tier = (Job.tier % DELAYED).label("tier")
+        columns = (Job.model, tier, Job.fair_tag, Job.estimated_tokens, Job.not_before, Job.started_at)
+        open_jobs = select(*columns).where(Job.batch_id == batch.id)
+        last = open_jobs.where(Job.state == JobState.QUEUED).order_by(Job.position.desc()).limit(LAST_JOBS)
+        with self._database.read() as connection:
+            found = _places(connection, last.subquery(), queued=True)
+            if not found:
+                held = open_jobs.where(Job.state == JobState.IN_PROGRESS).limit(LAST_JOBS)
+                found = _places(connection, held.subquery(), queued=False)
+        picture = self._depth.picture()
+        ends = [
+            _end_of(picture, model, place, longest_tokens=longest, started_at=started_at)
+            for model, place, longest, started_at in found
+        ]
+        known = [end for end in ends if end is not None]
+        return max(known) if known and len(known) == len(ends) else None
+
+    def check(
+        self,
+        connection: Connection | None,
+        *,
+        model: str,
+        added_tokens: int,
+        deadline: float | None,
+    ) -> None:
+        """Whether jobs of `added_tokens` (estimated) that are queued now can be done by `deadline`.
+
+        Raises `WindowTooTight`, only on evidence. `connection`: of the inserting transaction, if there is one.
+        """
+        if deadline is None or not self._refuses:
+            return
+        picture = self._depth.picture(connection)
+        queue = picture.queues.get(model)
+        speed = None if queue is None else _speed(queue)
+        if queue is None or speed is None:
+            return
+        window = deadline - picture.at
+        own = added_tokens / speed.together * self._slack
+        seconds = own + (_held(queue) + queue.ahead(Tier.NORMAL)) / speed.together * self._slack
+        if seconds > window:
+            # Behind all that waits it would be late. But before that it becomes urgent, and then only those that wait
+            # for an answer or are due sooner go first.
+            ahead = queue.ahead(Tier.URGENT) + self._due_sooner(connection, model, deadline)
+            seconds = own + (_held(queue) + ahead) / speed.together * self._slack
+        if seconds > window:
+            retry_after = None if own > window else max(seconds - window, 1.0)
+            raise WindowTooTight(model=model, seconds=seconds, window=window, retry_after=retry_after)
+
+    def _due_sooner(self, connection: Connection | None, model: str, deadline: float) -> int:
+        """Estimated tokens of the normal jobs that wait and whose deadline comes first."""
+        query = select(func.coalesce(func.sum(Job.estimated_tokens), 0)).where(
+            HAS_DEADLINE,
+            OPEN,
+            QUEUED,
+            Job.tier == Tier.NORMAL,
+            Job.model == model,
+            Job.deadline <= deadline,
+        )
+        with self._database.read() if connection is None else nullcontext(connection) as reader:
+            return int(reader.scalar(query) or 0)
+
+    def prepare(self, terms: Terms) -> None:
+        """Call it before a transaction that will `check`, so that it need not look at the queue itself."""
+        if terms.deadline is not None and self._refuses:
+            self._depth.picture()
+
+    def check_all(self, connection: Connection, added: Mapping[str, int], terms: Terms) -> None:
+        """`check` for each model of a submit; `added`: estimated tokens by model."""
+        for model, tokens in sorted(added.items()):
+            self.check(connection, model=model, added_tokens=tokens, deadline=terms.deadline)
+
+
+Place = tuple[int, float]  # tier, fair tag
+
+
+def _places(
+    connection: Connection, jobs: Any, *, queued: bool
+) -> list[tuple[str, Place | None, int, float | None]]:
+    """By model: the last place, the most tokens of one job, and when that can have begun."""
+    columns = jobs.c
+    begun = func.max(columns.not_before if queued else columns.started_at)
+    rows = connection.execute(
+        select(
+            columns.model, columns.tier, func.max(columns.fair_tag), func.max(columns.estimated_tokens), begun
+        ).group_by(columns.model, columns.tier)
+    )
+    return [
+        (model, (tier, fair_tag) if queued else None, longest, started_at)
+        for model, tier, fair_tag, longest, started_at in rows
+    ]
+
+
+def _end_of(
+    picture: Picture, model: str, place: Place | None, *, longest_tokens: int, started_at: float | None
+) -> float | None:
+    queue = picture.queues.get(model)
+    speed = None if queue is None else _speed(queue)
+    if queue is None or speed is None:
+        return None
+    ahead = _held(queue) + (0 if place is None else queue.ahead(*place))
+    earliest = (
+        picture.at if started_at is None else started_at if place is None else max(started_at, picture.at)
+    )
+    return max(picture.at + ahead / speed.together, earliest + longest_tokens / speed.alone)
+
+
+def _speed(queue: Queue) -> Speed | None:
+    """A worker that has measured nothing yet counts like the mean of the others."""
+    known = [one for one in queue.workers if one.tokens_per_second and one.steps_per_second]
+    computed = sum(one.computed_tokens for one in known)
+    estimated = sum(one.estimated_tokens for one in known)
+    if not known or not computed or not estimated:
+        return None
+    per_token = estimated / computed
+    together = _mean(one.tokens_per_second or 0.0 for one in known) * len(queue.workers)
+    return Speed(together * per_token, _mean(one.steps_per_second or 0.0 for one in known) * per_token)
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed)
+
+
+def _held(queue: Queue) -> float:
+    """Estimated tokens that held jobs still need."""
+    if not queue.num_held:
+        return 0.0
+    return queue.held_tokens * (1 - min(queue.num_running / queue.num_held, 1.0) / 2)
+
+
+def _spoken(seconds: float) -> str:
+    for size, name in ((86_400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {name}"
+    return f"{seconds:.0f} seconds"

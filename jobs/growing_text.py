@@ -1,0 +1,55 @@
+"""GrowingText: what one sample says so far, and how much of it is certain to be in the answer.
+
+Owns the text that is held back: the beginning of a character, and whatever may still become a stop string, with which
+the answer ends before it. Knows neither Redis nor the engine; tokens that end a sample never come here
+(`engine.telling`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from engine.tokenizer import Detokenizer, Tokenizer
+
+
+class GrowingText:
+    """`text[:certain]` only ever grows, and the sample's final text begins with it."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self._detokenizer = Detokenizer(tokenizer)
+        self._stop = tuple(stop)
+        self._num_tokens = 0
+        self._parts: list[str] = []
+        self._tail = ""  # the last characters, as many as a stop string may reach back
+        self._reach = max((len(stop) - 1 for stop in self._stop), default=0)
+        self._num_chars = 0
+        self.certain = 0
+
+    def push(self, start: int, token_ids: Sequence[int]) -> None:
+        """Take tokens from place `start` on. Those that came before are passed over; behind a gap, all are."""
+        if start > self._num_tokens:
+            return
+        new = "".join(map(self._detokenizer.push, token_ids[self._num_tokens - start :]))
+        self._num_tokens = max(self._num_tokens, start + len(token_ids))
+        if not new:
+            return
+        self._parts.append(new)
+        self._num_chars += len(new)
+        self._tail = (self._tail + new)[-self._reach :] if self._reach else ""
+        self.certain = max(self.certain, self._num_chars - self._num_held_back())
+
+    def read(self, start: int) -> str:
+        """The certain text from character `start` on."""
+        if len(self._parts) > 1:
+            self._parts = ["".join(self._parts)]
+        return self._parts[0][start : self.certain] if self._parts else ""
+
+    def _num_held_back(self) -> int:
+        """Characters at the end that are the beginning of a stop string."""
+        longest = 0
+        for stop in self._stop:
+            for count in range(min(len(stop) - 1, len(self._tail)), longest, -1):
+                if self._tail.endswith(stop[:count]):
+                    longest = count
+                    break
+        return longest

@@ -1,0 +1,175 @@
+"""Job rows: what a new job is in SQL, whichever door it came through.
+
+Owns ids, seeds, order keys and the INSERT. A row is made before its transaction begins, so that a transaction whose
+commit got lost can be run again with the same rows; `insert_all` and `insert_new` add what only the database knows.
+Refuses to know doors, quotas and who asked.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Connection, insert, select
+
+from engine.request import derive_seed
+from jobs import tallies
+from jobs.audience import Audience
+from jobs.body import JobBody
+from jobs.database import insert_into, now, portions
+from jobs.fair_tags import tag
+from jobs.models import Job
+from jobs.quotas import Load, estimate_tokens
+from jobs.settings import Settings
+from jobs.states import TERMINAL, JobState
+from jobs.tenants import Owner
+from jobs.terms import ORDINARY, Retry, Terms, Tier, tier_of
+
+PREFIX_CHARS = 256
+_ROWS_PER_STATEMENT = 1000
+
+JobRow = dict[str, Any]  # by column of `models.Job`
+
+
+def new_id(kind: str, position: int = 0) -> str:
+    """`job_` and 32 hex digits that sort by time, then by position: 48 bits ms, 32 position, 48 random."""
+    return f"{kind}_{time.time_ns() // 1_000_000:012x}{position:08x}{secrets.token_hex(6)}"
+
+
+def prefix_group(model: str, opening: str) -> int:
+    """The same 63-bit number for jobs that start with the same text, on every machine and in every run."""
+    return derive_seed("prefix", model, opening[:PREFIX_CHARS])
+
+
+def job_row(
+    job_id: str,
+    body: JobBody,
+    owner: Owner,
+    settings: Settings,
+    *,
+    source: str,
+    terms: Terms = ORDINARY,
+    audience: Audience = Audience.NOBODY,
+    batch_id: str | None = None,
+    position: int = 0,
+) -> JobRow:
+    """A queued job. Raises ValueError when `body` names no model yet."""
+    if body.model is None:
+        raise ValueError("a job needs a model before it can be stored")
+    return {
+        "id": job_id,
+        "tenant": owner.tenant,
+        "key_id": owner.key_id,
+        "batch_id": batch_id,
+        "position": position,
+        "custom_id": body.custom_id,
+        "model": body.model,
+        "source": source,
+        "body": body.stored(),
+        "metadata": body.metadata or {},
+        "seed": derive_seed("job", job_id) if body.seed is None else body.seed,
+        "estimated_tokens": estimate_tokens(body, settings),
+        "state": JobState.QUEUED,
+        "prefix_group": prefix_group(body.model, body.opening),
+        "audience": int(audience),
+        **terms.columns(),
+    }
+
+
+def again_row(
+    old: Any, job_id: str, owner: Owner, *, batch_id: str | None = None, position: int = 0, time_now: float
+) -> JobRow:
+    """The same job once more, from all columns of its row: body, model and seed as they are stored, so the same
+    tokens come. A window (from creation to deadline) begins anew at `time_now`; a promotion to urgent does not carry
+    over."""
+    terms = Terms(
+        tier=Tier.NORMAL if tier_of(old.tier) is Tier.URGENT else tier_of(old.tier),
+        priority=old.priority,
+        retry=None if old.retry is None else Retry(**old.retry),
+        deadline=None if old.deadline is None else time_now + (old.deadline - old.created_at),
+    )
+    return {
+        "id": job_id,
+        "tenant": owner.tenant,
+        "key_id": owner.key_id,
+        "batch_id": batch_id,
+        "position": position,
+        "custom_id": old.custom_id,
+        "model": old.model,
+        "source": "http",
+        "body": old.body,
+        "metadata": old.metadata,
+        "seed": old.seed,
+        "estimated_tokens": old.estimated_tokens,
+        "state": JobState.QUEUED,
+        "prefix_group": old.prefix_group,
+        "retry_of": old.id,
+        **terms.columns(),
+    }
+
+
+def refused_row(job_id: str, tenant: str, model: str, error: dict[str, Any]) -> JobRow:
+    """A Redis message that was refused: nobody waits for a 400, so it becomes a failed job with `error`."""
+    return {
+        "id": job_id,
+        "tenant": tenant,
+        "key_id": None,
+        "batch_id": None,
+        "position": 0,
+        "custom_id": None,
+        "model": model,
+        "source": "redis",
+        "body": {},
+        "metadata": {},
+        "seed": derive_seed("job", job_id),
+        "estimated_tokens": 0,
+        "state": JobState.FAILED,
+        "prefix_group": 0,
+        "error": error,
+        **ORDINARY.columns(),
+    }
+
+
+def load_of(rows: Sequence[JobRow]) -> Load:
+    """What these rows add to their tenant."""
+    return Load(
+        jobs=len(rows),
+        tokens=sum(int(row["estimated_tokens"]) for row in rows),
+        stored_bytes=sum(tallies.size_of(row["body"]) for row in rows),
+    )
+
+
+def insert_all(connection: Connection, rows: Sequence[JobRow]) -> None:
+    """Without RETURNING, which takes psycopg three times as long for thousands of rows."""
+    for some in portions(_complete(connection, rows), _ROWS_PER_STATEMENT):
+        connection.execute(insert(Job), some)
+
+
+def insert_new(connection: Connection, rows: Sequence[JobRow]) -> list[str]:
+    """INSERT … ON CONFLICT DO NOTHING; the ids that were new."""
+    if not rows:
+        return []
+    statement = insert_into(connection, Job).on_conflict_do_nothing(index_elements=["id"]).returning(Job.id)
+    return list(connection.scalars(statement, _complete(connection, rows)))
+
+
+def _complete(connection: Connection, rows: Sequence[JobRow]) -> list[JobRow]:
+    """The rows with what they have in common, in id order like every statement that touches several jobs, so
+    that two inserts cannot deadlock."""
+    # Read once, so that all jobs of a batch have one time, and the database's, not this machine's.
+    time_now = connection.scalars(select(now())).one()
+    common = {
+        "created_at": time_now,
+        "fence": 0,
+        "crashes": 0,
+    }
+    complete = [
+        row | common | {"finished_at": time_now if row["state"] in TERMINAL else None}
+        for row in sorted(rows, key=lambda row: str(row["id"]))
+    ]
+    queued = [row for row in complete if row["state"] == JobState.QUEUED]
+    return [row | {"fair_tag": 0.0} for row in complete if row["state"] != JobState.QUEUED] + tag(
+        connection, queued
+    )

@@ -1,0 +1,95 @@
+"""OpenAI's answers of chat and text completions, made of a job's outputs, for HTTP and for batch files alike.
+
+Owns the objects `chat.completion`, `text_completion` and their usage, as plain JSON. Outputs are as `jobs.outcomes`
+stores them: index, text, finish_reason, stop_reason, and logprobs where they were asked for, in a chat's shape.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from typing import Any
+
+from jobs.openai_body import CHAT, Url
+
+JSON = dict[str, Any]
+
+
+def usage_object(prompt: int, completion: int, cached: int) -> JSON:
+    """Tokens; `cached` are those of `prompt` that needed no computing."""
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+def completion_object(
+    url: Url,
+    outputs: Sequence[JSON],
+    *,
+    answer_id: str,
+    created: int,
+    model: str,
+    usage: JSON,
+    numbered: bool = False,
+) -> JSON:
+    """`numbered`: logprobs in the shape of text completions (`openai_body.Asked`). `created` in unix seconds."""
+    chat = url == CHAT
+    choices = []
+    for output in outputs:
+        text, logprobs = output["text"], output.get("logprobs")
+        choices.append(
+            {
+                "index": output["index"],
+                **(
+                    {"message": {"role": "assistant", "content": text, "refusal": None}}
+                    if chat
+                    else {"text": text}
+                ),
+                "logprobs": numbered_logprobs(logprobs) if numbered and logprobs else logprobs,
+                "finish_reason": output["finish_reason"],
+                "stop_reason": output["stop_reason"],
+            }
+        )
+    return {
+        "id": answer_id,
+        "object": "chat.completion" if chat else "text_completion",
+        "created": created,
+        "model": model,
+        "choices": choices,
+        "usage": usage,
+    }
+
+
+def numbered_logprobs(logprobs: JSON) -> JSON:
+    """A chat's logprobs as text completions have them; `text_offset` counts characters. As at OpenAI the likeliest
+    tokens include the one that was taken, and a token that is no whole text is spelled in bytes."""
+    utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+    made: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    place = 0
+    for entry in logprobs["content"]:
+        made["tokens"].append(_spelled(entry))
+        made["token_logprobs"].append(entry["logprob"])
+        made["top_logprobs"].append(
+            {_spelled(one): one["logprob"] for one in [*entry["top_logprobs"], entry]}
+        )
+        made["text_offset"].append(place)
+        place += len(utf8.decode(bytes(entry["bytes"] or ())))
+    return made
+
+
+def _spelled(entry: JSON) -> str:
+    raw = bytes(entry["bytes"] or ())
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+    return str(entry["token"])
+
+
+def error_object(status: int, message: str, *, code: str, param: str | None = None) -> JSON:
+    """The body of an answer with that HTTP status."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -1,0 +1,64 @@
+"""The `triton` set: kernels for NVIDIA GPUs from compute capability 8.0 on, behind the contract of `kernels`.
+
+Owns which of them a device can run. Without a GPU they run in Triton's interpreter, slowly: for tests and for
+finding faults. TRITON_INTERPRET=1 in the environment decides that, once, when triton is first imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import triton.language as tl
+from triton.runtime.jit import JITFunction
+
+from kernels import Kernels
+from kernels.gpu.activation import act, act_mul, softcap
+from kernels.gpu.cache import LIMITS, store_kv
+from kernels.gpu.launch import paged_attention
+from kernels.gpu.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from kernels.gpu.rope import rope
+
+OLDEST = (8, 0)  # the first with bfloat16 in its tensor cores
+OLDEST_FP8 = (8, 9)  # the first that converts fp8
+
+INTERPRETED = not isinstance(tl.sum, JITFunction)
+if INTERPRETED:
+    from kernels.gpu import interpreter
+
+    interpreter.repair()
+
+KERNELS = Kernels(
+    name="triton",
+    quantised=tuple(LIMITS),
+    rms_norm=rms_norm,
+    add_rms_norm=add_rms_norm,
+    rope=rope,
+    store_kv=store_kv,
+    layer_norm=layer_norm,
+    add_layer_norm=add_layer_norm,
+    act=act,
+    act_mul=act_mul,
+    softcap=softcap,
+    paged_attention=paged_attention,
+)
+
+
+def kernels(device: str) -> Kernels:
+    """The set as the device can run it. Raises `ValueError` where it cannot."""
+    on = torch.device(device)
+    if on.type == "cpu":
+        if not INTERPRETED:
+            raise ValueError(
+                "the triton kernels need a GPU; on a cpu they run only in triton's interpreter: "
+                "set TRITON_INTERPRET=1 before triton is imported"
+            )
+        return KERNELS
+    if on.type != "cuda" or torch.version.hip is not None:
+        raise ValueError(f"the triton kernels cannot run on {device}: they are for NVIDIA GPUs")
+    capability = torch.cuda.get_device_capability(on)
+    if capability < OLDEST:
+        raise ValueError(
+            f"the triton kernels need a compute capability of at least {OLDEST}, not {capability} as {device} has"
+        )
+    return KERNELS if capability >= OLDEST_FP8 else replace(KERNELS, quantised=(torch.int8,))

@@ -1,0 +1,282 @@
+"""Attention over pages: one operation for rows of one query, of many, and both.
+
+Two kernels share one walk over the context. `many` takes rows with several queries, a block of them per program;
+`single` takes rows with one query, a split of the context per program, and `reduce` merges the splits. Each looks up
+its row and leaves at once if the row is the other's, so the host launches by T, R and P alone and reads nothing
+from the device. Rows of a block are pairs of query and head: all heads that read one kv head share its tiles.
+
+A token's bits depend on its own row alone: tiles and splits lie at fixed positions of the context (`splits`), `many`
+merges the same splits as `reduce` does, and all choices hang on shapes of the model (`tiles`). Scores and sums are
+fp32; the weights of the softmax are rounded to the dtype of q before they meet V, as tensor cores take them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels.gpu.splits import merged, split_of, split_start
+from kernels.gpu.tanh import tanh
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _walk(
+    top, total, mixed, query, position, slope, first, stop, low, high,
+    keys, values, key_scales, value_scales, table, scale, cap, window,
+    KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+    MASKED: tl.constexpr, SHARED: tl.constexpr,
+):  # fmt: skip
+    """Go on with a softmax over the tiles from token `first` (a multiple of TILE) until `stop`. Scores are in base 2:
+    `scale` · (q · k), or with a `cap` that · tanh(`scale` · (q · k)), plus `slope` [M] · distance.
+
+    State: top [M] the highest score, total [M] the sum of weights, mixed [M, WIDTH] the weighted values.
+    query [M, WIDTH], at position [M]. Some query sees the tokens `low` until `high`; where not MASKED every query
+    sees every token of these tiles. SHARED: rows of the block may see different tokens. `keys`, `values` and their
+    scales start at the kv head, `table` at the row.
+    """
+    channel = tl.arange(0, WIDTH)
+    for start in range(first, stop, TILE):
+        token = start + tl.arange(0, TILE)
+        useful = (token >= low) & (token < high)
+        if MASKED:
+            page = tl.load(table + token // PAGE, mask=useful, other=0).to(tl.int64)
+        else:
+            page = tl.load(table + token // PAGE).to(tl.int64)
+        # [TILE]; int64: the pool may hold more than 2^31 elements
+        block, within = page * KV_HEADS, token % PAGE
+
+        # K is [d, page_size] in its page: 16 tokens at least lie side by side. What is read beyond the useful ones
+        # lies in pages that exist (page 0 for those that are not to be read) and is hidden as a score.
+        place = block[None, :] * (DIM * PAGE) + channel[:, None] * PAGE + within[None, :]
+        place = tl.max_contiguous(tl.multiple_of(place, (1, 16)), (1, 16))
+        if DIM == WIDTH:
+            k = tl.load(keys + place)
+        else:
+            k = tl.load(keys + place, mask=channel[:, None] < DIM, other=0.0)
+        scores = tl.dot(query, k.to(query.dtype), input_precision="ieee") * scale  # [M, TILE]
+        if key_scales is not None:
+            k_scale = tl.load(key_scales + block * PAGE + within, mask=useful, other=0.0).to(tl.float32)
+            scores *= k_scale[None, :]
+        if cap is not None:
+            scores = cap * tanh(scores)
+        if slope is not None:
+            scores += slope[:, None] * (token[None, :] - position[:, None]).to(tl.float32)
+        if MASKED:
+            seen = useful[None, :]
+            if SHARED:
+                seen &= token[None, :] <= position[:, None]
+                if window is not None:
+                    seen &= token[None, :] > position[:, None] - window
+            scores = tl.where(seen, scores, float("-inf"))
+
+        higher = tl.maximum(top, tl.max(scores, axis=1))
+        safe = tl.where(higher == float("-inf"), 0.0, higher)  # a query may see nothing of these tiles
+        kept, weights = tl.exp2(top - safe), tl.exp2(scores - safe[:, None])
+
+        place = block[:, None] * (DIM * PAGE) + within[:, None] * DIM + channel[None, :]
+        if MASKED:
+            v = tl.load(values + place, mask=useful[:, None] & (channel[None, :] < DIM), other=0.0)
+        elif DIM == WIDTH:
+            v = tl.load(values + place)
+        else:
+            v = tl.load(values + place, mask=channel[None, :] < DIM, other=0.0)
+        v = v.to(query.dtype)
+        if value_scales is not None:
+            v_scale = tl.load(value_scales + block * PAGE + within, mask=useful, other=0.0).to(tl.float32)
+        counted = weights
+        if MASKED and SHARED:
+            # 0 · NaN is NaN: those that do not see a harmful token must not meet it, those that do lose their sum
+            harmful = v.to(tl.float32) * 0.0 != 0.0
+            v = tl.where(harmful, 0.0, v).to(query.dtype)
+            harms = tl.max(harmful.to(tl.int32), axis=1) != 0
+            if value_scales is not None:
+                harms |= v_scale * 0.0 != 0.0
+                v_scale = tl.where(v_scale * 0.0 != 0.0, 0.0, v_scale)
+            counted = tl.where(seen & harms[None, :], float("nan"), weights)
+        total = total * kept + tl.sum(counted, axis=1)
+        if value_scales is not None:
+            weights *= v_scale[None, :]
+        mixed = tl.dot(weights.to(query.dtype), v, mixed * kept[:, None], input_precision="ieee")
+        top = higher
+    return top, total, mixed
+
+
+@triton.jit
+def _slope(slopes, head, valid):
+    """[M] of the heads [M], for scores in base 2."""
+    return tl.load(slopes + head, mask=valid, other=0.0) * LOG2_E
+
+
+@triton.jit
+def single(
+    q, keys, values, key_scales, value_scales, slopes, page_table, query_start, context_lens, out,
+    parts, part_stats, q_stride, q_head_stride, table_stride, num_splits, scale, cap, window,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, M: tl.constexpr,
+    DIM: tl.constexpr, PAGE: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Rows of one query. Programs [R, hk · blocks of HEADS heads, splits].
+
+    parts [R, hq, splits, DIM] and part_stats [R, hq, splits, 2] (maximum, sum), fp32: of rows with more than
+    one split. Such a row's own splits are written, and no others.
+    """
+    row, split = tl.program_id(0), tl.program_id(2)
+    start = tl.load(query_start + row)
+    if tl.load(query_start + row + 1) - start != 1:
+        return
+    context = tl.load(context_lens + row)
+    begin = 0
+    if window is not None:
+        begin = tl.maximum(context - window, 0)
+    low, high = tl.maximum(split_start(split), begin), tl.minimum(split_start(split + 1), context)
+    if low >= high:
+        return
+
+    blocks: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    kv_head = tl.program_id(1) // blocks
+    m, channel = tl.arange(0, M), tl.arange(0, WIDTH)
+    in_group = tl.program_id(1) % blocks * HEADS + m
+    head, valid = kv_head * GROUP + in_group, (m < HEADS) & (in_group < GROUP)
+    held = valid[:, None] & (channel < DIM)[None, :]
+    places = start.to(tl.int64) * q_stride + head[:, None] * q_head_stride + channel[None, :]
+    query = tl.load(q + places, mask=held, other=0.0)
+    slope = None
+    if slopes is not None:
+        slope = _slope(slopes, head, valid)
+    if key_scales is not None:
+        key_scales += kv_head * PAGE
+        value_scales += kv_head * PAGE
+    top, total, mixed = _walk(
+        tl.full((M,), float("-inf"), tl.float32), tl.zeros((M,), tl.float32), tl.zeros((M, WIDTH), tl.float32),
+        query, tl.zeros((M,), tl.int32) + (context - 1), slope, low // TILE * TILE, high, low, high,
+        keys + kv_head * (DIM * PAGE), values + kv_head * (DIM * PAGE), key_scales, value_scales,
+        page_table + row.to(tl.int64) * table_stride, scale, cap, window,
+        KV_HEADS, DIM, PAGE, WIDTH, TILE, True, False,
+    )  # fmt: skip
+    if (low == begin) & (high == context):
+        target = out + (start.to(tl.int64) * (KV_HEADS * GROUP) + head[:, None]) * DIM + channel[None, :]
+        tl.store(target, (mixed / total[:, None]).to(out.dtype.element_ty), mask=held)
+    else:
+        part = (row.to(tl.int64) * (KV_HEADS * GROUP) + head) * num_splits + split
+        tl.store(parts + part[:, None] * DIM + channel[None, :], mixed, mask=held)
+        tl.store(part_stats + part * 2, top, mask=valid)
+        tl.store(part_stats + part * 2 + 1, total, mask=valid)
+
+
+@triton.jit
+def reduce(
+    parts, part_stats, query_start, context_lens, out, num_splits, window,
+    HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Merges what `single` left of rows with more than one split. Programs [R, hq]; HEADS is hq."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    start = tl.load(query_start + row)
+    if tl.load(query_start + row + 1) - start != 1:
+        return
+    context = tl.load(context_lens + row)
+    begin = 0
+    if window is not None:
+        begin = tl.maximum(context - window, 0)
+    first, last = split_of(begin), split_of(context - 1)
+    if first == last:
+        return
+    channel = tl.arange(0, WIDTH)
+    top, total = tl.full((1,), float("-inf"), tl.float32), tl.zeros((1,), tl.float32)
+    mixed = tl.zeros((1, WIDTH), tl.float32)
+    part = (row.to(tl.int64) * HEADS + head) * num_splits
+    for split in range(first, last + 1):
+        stats = part_stats + (part + split) * 2 + tl.arange(0, 1)
+        values = tl.load(parts + (part + split) * DIM + channel, mask=channel < DIM, other=0.0)
+        top, total, mixed = merged(top, total, mixed, tl.load(stats), tl.load(stats + 1), values[None, :])
+    target = out + (start.to(tl.int64) * HEADS + head) * DIM + channel[None, :]
+    tl.store(target, (mixed / total[:, None]).to(out.dtype.element_ty), mask=(channel < DIM)[None, :])
+
+
+@triton.jit
+def many(
+    q, keys, values, key_scales, value_scales, slopes, page_table, query_start, context_lens, out,
+    q_stride, q_head_stride, table_stride, num_tokens, num_rows, scale, cap, window,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, QUERIES: tl.constexpr, M: tl.constexpr,
+    DIM: tl.constexpr, PAGE: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Rows of more than one query, QUERIES of them a block, and zeros for padding tokens.
+
+    Programs [T // QUERIES + R + 1, hk · blocks of HEADS heads]. Row r has the blocks from
+    query_start[r] // QUERIES + r on, which are enough for any lengths; padding counts as row R.
+    """
+    block = tl.program_id(0)
+    row, above = tl.full((), 0, tl.int32), num_rows + 1
+    while above - row > 1:  # the last row whose blocks begin at or before this one
+        middle = (row + above) // 2
+        if tl.load(query_start + middle) // QUERIES + middle <= block:
+            row = middle
+        else:
+            above = middle
+    start, end = tl.load(query_start + row), num_tokens
+    if row < num_rows:
+        end = tl.load(query_start + row + 1)
+    first = start + (block - start // QUERIES - row) * QUERIES
+    if first >= end:
+        return
+
+    blocks: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    kv_head = tl.program_id(1) // blocks
+    m, channel = tl.arange(0, M), tl.arange(0, WIDTH)
+    index, in_group = first + m // HEADS, tl.program_id(1) % blocks * HEADS + m % HEADS
+    head, valid = kv_head * GROUP + in_group, (m < HEADS * QUERIES) & (index < end) & (in_group < GROUP)
+    held = valid[:, None] & (channel < DIM)[None, :]
+    target = out + (index[:, None].to(tl.int64) * (KV_HEADS * GROUP) + head[:, None]) * DIM + channel[None, :]
+    if row == num_rows:
+        tl.store(target, tl.zeros((M, WIDTH), out.dtype.element_ty), mask=held)
+        return
+    if end - start == 1:
+        return
+
+    places = index[:, None].to(tl.int64) * q_stride + head[:, None] * q_head_stride + channel[None, :]
+    query = tl.load(q + places, mask=held, other=0.0)
+    slope = None
+    if slopes is not None:
+        slope = _slope(slopes, head, valid)
+    if key_scales is not None:
+        key_scales += kv_head * PAGE
+        value_scales += kv_head * PAGE
+    keys += kv_head * (DIM * PAGE)
+    values += kv_head * (DIM * PAGE)
+    table = page_table + row.to(tl.int64) * table_stride
+
+    # tokens that some query of the block sees: begin until stop; that all see: the tiles from full_begin to full_stop
+    behind = tl.load(context_lens + row) - end  # position of a token less its index in the step
+    position, last = index + behind, tl.minimum(first + QUERIES, end) - 1 + behind
+    begin, full_begin, stop = 0, 0, last + 1
+    full_stop = (first + behind + 1) // TILE * TILE
+    if window is not None:
+        begin = tl.maximum(first + behind - window + 1, 0)
+        full_begin = (tl.maximum(last - window + 1, 0) + TILE - 1) // TILE * TILE
+    top, total = tl.full((M,), float("-inf"), tl.float32), tl.zeros((M,), tl.float32)
+    mixed = tl.zeros((M, WIDTH), tl.float32)
+    for split in range(split_of(begin), split_of(last) + 1):
+        low, high = tl.maximum(split_start(split), begin), tl.minimum(split_start(split + 1), stop)
+        a = low // TILE * TILE
+        b = tl.minimum(tl.maximum(full_begin, a), high)
+        c = tl.maximum(tl.minimum(full_stop, high), b)
+        part_top, part_total = tl.full((M,), float("-inf"), tl.float32), tl.zeros((M,), tl.float32)
+        part = tl.zeros((M, WIDTH), tl.float32)
+        if window is not None:
+            part_top, part_total, part = _walk(
+                part_top, part_total, part, query, position, slope, a, b, low, high,
+                keys, values, key_scales, value_scales, table, scale, cap, window,
+                KV_HEADS, DIM, PAGE, WIDTH, TILE, True, True,
+            )  # fmt: skip
+        part_top, part_total, part = _walk(
+            part_top, part_total, part, query, position, slope, b, c, low, high,
+            keys, values, key_scales, value_scales, table, scale, cap, window,
+            KV_HEADS, DIM, PAGE, WIDTH, TILE, False, True,
+        )  # fmt: skip
+        part_top, part_total, part = _walk(
+            part_top, part_total, part, query, position, slope, c, high, low, high,
+            keys, values, key_scales, value_scales, table, scale, cap, window,
+            KV_HEADS, DIM, PAGE, WIDTH, TILE, True, True,
+        )  # fmt: skip
+        top, total, mixed = merged(top, total, mixed, part_top, part_total, part)
+    tl.store(target, (mixed / total[:, None]).to(out.dtype.element_ty), mask=held)

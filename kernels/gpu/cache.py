@@ -1,0 +1,77 @@
+"""Storing K and V in their pages, in 8 bits where the cache has them: one token per program and some kv heads."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import PagedKV
+
+BLOCK = 2048  # channels of a program
+LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # largest magnitude that 8 bits can store
+
+
+@triton.jit
+def _quantised(x, LIMIT: tl.constexpr):
+    """x [HEADS, BLOCK_D] fp32 → what 8 bits must hold, in fp32 but for the cast, and scales [HEADS] bfloat16.
+
+    By the rule of the contract: the scale is max|x| / LIMIT, rounded up to bfloat16. Divisions are exactly
+    rounded, so that every set stores the same bits.
+    """
+    largest = tl.max(tl.abs(x), axis=1)
+    # NaN or infinity; NaN is what a maximum may pass over
+    failed = tl.max((x * 0.0 != 0.0).to(tl.int32), axis=1) != 0
+    exact = tl.div_rn(largest, tl.full(largest.shape, LIMIT, tl.float32))
+    # the upper 16 bits of an fp32 are a bfloat16: round up, also from what the division has lost to 0
+    bits = (exact.to(tl.int32, bitcast=True) + 0xFFFF) >> 16
+    bits = tl.where(largest == 0.0, 0, tl.maximum(bits, 1))
+    bits = tl.where(failed, 0x7FC0, bits)  # NaN
+    scales = (bits << 16).to(tl.float32, bitcast=True)
+    usable = (scales > 0.0)[:, None]
+    ratio = tl.where(usable, tl.div_rn(x, tl.where(usable, scales[:, None], 1.0) + tl.zeros_like(x)), 0.0)
+    if LIMIT == 127.0:
+        ratio = (ratio + 12582912.0) - 12582912.0  # adding 1.5 · 2^23 rounds to nearest even
+    return ratio, bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def store_kv_kernel(
+    k, v, keys, values, key_scales, value_scales, slots, k_stride, k_head_stride, v_stride, v_head_stride,
+    KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, LIMIT: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Programs [T, blocks of HEADS kv heads]. LIMIT None: the cache has the dtype of k and v, and no scales."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + token)  # int64: offsets into the pool go beyond 2^31
+    if slot < 0:
+        return
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    inside = (head < KV_HEADS)[:, None] & (channel < DIM)
+    x = tl.load(k + token * k_stride + head[:, None] * k_head_stride + channel, mask=inside, other=0.0)
+    y = tl.load(v + token * v_stride + head[:, None] * v_head_stride + channel, mask=inside, other=0.0)
+    block, within = slot // PAGE * KV_HEADS + head, slot % PAGE  # block: which [d, page_size] of the pool
+    if LIMIT is not None:
+        x, x_scales = _quantised(x.to(tl.float32), LIMIT)
+        y, y_scales = _quantised(y.to(tl.float32), LIMIT)
+        tl.store(key_scales + block * PAGE + within, x_scales, mask=head < KV_HEADS)
+        tl.store(value_scales + block * PAGE + within, y_scales, mask=head < KV_HEADS)
+    start = block[:, None] * (DIM * PAGE)
+    tl.store(keys + start + channel * PAGE + within, x.to(keys.dtype.element_ty), mask=inside)  # transposed
+    tl.store(values + start + within * DIM + channel, y.to(values.dtype.element_ty), mask=inside)
+
+
+def store_kv(k: Tensor, v: Tensor, cache: PagedKV, slots: Tensor) -> None:
+    tokens, kv_heads, dim = k.shape
+    if not tokens:
+        return
+    block = triton.next_power_of_2(dim)
+    heads = max(1, min(BLOCK // block, triton.next_power_of_2(kv_heads)))
+    store_kv_kernel[(tokens, triton.cdiv(kv_heads, heads))](
+        k, v, cache.keys, cache.values, cache.key_scales, cache.value_scales, slots,
+        k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        KV_HEADS=kv_heads, DIM=dim, PAGE=cache.keys.shape[3], LIMIT=LIMITS.get(cache.keys.dtype),
+        HEADS=heads, BLOCK_D=block,
+    )  # fmt: skip

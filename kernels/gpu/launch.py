@@ -1,0 +1,71 @@
+"""The launch of attention: shapes in, kernels with their grids and tiles out. Reads nothing from the device."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels import Attention, PagedKV
+from kernels.gpu.attention import LOG2_E, many, reduce, single
+from kernels.gpu.splits import splits_for
+from kernels.gpu.tiles import WIDEST, capability, decode_rows, tiles_for
+
+
+def paged_attention(
+    q: Tensor,
+    cache: PagedKV,
+    page_table: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    how: Attention,
+) -> Tensor:
+    tokens, heads, dim = q.shape
+    rows, most_pages = page_table.shape
+    kv_heads, page_size = cache.keys.shape[1], cache.keys.shape[3]
+    width = max(16, triton.next_power_of_2(dim))
+    if width > WIDEST:
+        raise ValueError(f"the triton kernels attend with heads of at most {WIDEST} channels, not {dim}")
+    out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
+    if not tokens:
+        return out
+
+    group, most_tokens = heads // kv_heads, most_pages * page_size
+    tiles = tiles_for(capability(q.device), width, fp32=q.dtype == torch.float32)
+    window = None if how.window is None or how.window >= most_tokens else how.window
+    scale, cap = how.scale * LOG2_E.value, None  # scores are in base 2
+    if how.softcap is not None:
+        scale, cap = how.scale / how.softcap, how.softcap * LOG2_E.value
+    pages = (cache.keys, cache.values, cache.key_scales, cache.value_scales)
+    shapes = {"DIM": dim, "PAGE": page_size, "WIDTH": width, "KV_HEADS": kv_heads, "GROUP": group}
+
+    m = decode_rows(group)
+    together = min(group, m)
+    splits = splits_for(most_tokens)
+    if rows and splits:
+        # of rows with one split nothing comes here; the caching allocator gives every layer the same memory
+        apart = rows if splits > 1 else 0
+        parts = torch.empty((apart, heads, splits, dim), dtype=torch.float32, device=q.device)
+        stats = torch.empty((apart, heads, splits, 2), dtype=torch.float32, device=q.device)
+        single[(rows, kv_heads * triton.cdiv(group, together), splits)](
+            q, *pages, how.slopes, page_table, query_start, context_lens, out, parts, stats,
+            q.stride(0), q.stride(1), page_table.stride(0), splits, scale, cap, window,
+            **shapes, HEADS=together, M=m, TILE=tiles.tokens,
+            num_warps=tiles.decode_warps, num_stages=tiles.decode_stages,
+        )  # fmt: skip
+        if splits > 1:
+            reduce[(rows, heads)](
+                parts, stats, query_start, context_lens, out, splits, window,
+                HEADS=heads, DIM=dim, WIDTH=width,
+            )  # fmt: skip
+
+    m = max(tiles.rows, m)
+    together = min(group, m)
+    queries = m // together
+    many[(tokens // queries + rows + 1, kv_heads * triton.cdiv(group, together))](
+        q, *pages, how.slopes, page_table, query_start, context_lens, out,
+        q.stride(0), q.stride(1), page_table.stride(0), tokens, rows, scale, cap, window,
+        **shapes, HEADS=together, QUERIES=queries, M=m, TILE=tiles.tokens,
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,69 @@
+"""How large the tiles of attention are, per architecture, head dimension and dtype.
+
+Chosen by what ptxas reports: registers, shared memory, and in 16 bits no spills on sm_90 and sm_100 (sm_80 spills
+where a window, a cap and slopes meet; fp32, which is for checks, a few bytes). Not yet measured for speed. Nothing
+is tried out at run time. T and R decide nothing here, so that a token's result does not depend on its crowd.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Rows of a block are pairs of query and head. `tokens`: K and V that a program takes at a time, for all kinds
+    of rows, so that their sums run in the same order; it divides the shortest split."""
+
+    rows: int  # of rows with many queries
+    tokens: int
+    warps: int
+    stages: int  # tiles of K and V under way
+    decode_warps: int
+    decode_stages: int
+
+
+# by head dimension, rounded up to a power of two: rows, tokens, warps, stages; decode warps, stages
+_SIXTEEN_BITS = {
+    "sm_80": {
+        64: Tiles(64, 64, 8, 3, 4, 5),
+        128: Tiles(64, 32, 8, 2, 4, 5),
+        256: Tiles(32, 32, 8, 3, 4, 3),
+    },
+    "sm_90": {
+        64: Tiles(128, 64, 8, 3, 4, 5),
+        128: Tiles(64, 32, 8, 3, 4, 5),
+        256: Tiles(32, 32, 8, 3, 4, 5),
+    },
+    "sm_100": {
+        64: Tiles(64, 64, 8, 3, 4, 5),
+        128: Tiles(64, 32, 8, 3, 4, 5),
+        256: Tiles(32, 32, 8, 3, 4, 5),
+    },
+}
+_FP32 = {64: Tiles(16, 16, 4, 1, 4, 1), 128: Tiles(16, 16, 4, 1, 4, 1), 256: Tiles(16, 16, 8, 1, 8, 1)}
+WIDEST = 256
+MOST_DECODE_ROWS = 64
+
+
+def tiles_for(capability: tuple[int, int], width: int, *, fp32: bool) -> Tiles:
+    """`capability` of the device, as torch says it; `width`: the head dimension, rounded up to a power of two."""
+    arch = "sm_100" if capability[0] >= 10 else "sm_90" if capability[0] == 9 else "sm_80"
+    return (_FP32 if fp32 else _SIXTEEN_BITS[arch])[max(64, width)]
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Of a GPU. In the interpreter, on a CPU, tiles are those of sm_90."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+def decode_rows(group: int) -> int:
+    """Rows of a block for one query: its heads, at least what a tensor core takes."""
+    rows = 16
+    while rows < min(group, MOST_DECODE_ROWS):
+        rows *= 2
+    return rows

@@ -1,0 +1,173 @@
+"""What a long queue costs those who come behind it: ten jobs of another tenant, and a chat that somebody waits for.
+
+SmolLM2 behind one api and one worker. First tenant B's ten jobs alone; then tenant A queues a hundred thousand, and
+when the engine is full B's ten jobs again, and chats that are streamed, whose first text is timed. A step's length is
+the engine's own figure of the same time. On SQLite and on PostgreSQL, every commit synced to disk. The last line is
+JSON. Run it on a machine that does nothing else: `python -m tests.bench.bench_fairness`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from migrations.schema import upgrade
+from tests.bench.stores import STORES
+from tests.support import leaks
+from tests.support.clients import bearer, key_of
+from tests.support.demo import smollm2
+from tests.support.press import Press
+from tests.support.servers import ValkeyServer
+from tests.support.waiting import wait_until
+
+TARGET_RATIO = 3.0
+TARGET_STEPS, TARGET_MS = 2, 100.0
+ARRAY = 10_000
+FEW = 10
+TOKENS = 64
+NUM_SEQS = 32
+CHATS = 9
+
+
+def jobs(count: int, first: int = 0) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": f"Write line {first + i} about the night train.",
+            "max_tokens": TOKENS,
+            "ignore_eos": True,
+            "seed": i,
+        }
+        for i in range(count)
+    ]
+
+
+def few_done(client: httpx.Client) -> float:
+    """Seconds from the submit of ten jobs to the end of the last."""
+    begun = time.monotonic()
+    answer = client.post("/v1/jobs", json={"jobs": jobs(FEW, 1_000_000)})
+    assert answer.status_code == 202, answer.text
+    address = f"/v1/batches/{answer.json()['id']}"
+    wait_until(
+        lambda: client.get(address).json()["status"] == "completed", "the ten are done", 900, interval=0.05
+    )
+    return time.monotonic() - begun
+
+
+def first_text(client: httpx.Client) -> float:
+    """Seconds from the request to the first text of a streamed chat."""
+    body = {"messages": [{"role": "user", "content": "Good evening!"}], "max_tokens": 8, "stream": True}
+    begun = time.monotonic()
+    with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: {") and json.loads(line[6:])["choices"][0]["delta"].get("content"):
+                return time.monotonic() - begun
+    raise AssertionError("a chat without text")
+
+
+def client_of(press: Press, tenant: str) -> httpx.Client:
+    key = key_of(press.database, tenant)
+    return httpx.Client(base_url=press.http.base_url, headers=bearer(key), timeout=600)
+
+
+def counters(press: Press) -> tuple[float, float]:
+    """Busy seconds and steps of the engine, as its worker reported them last."""
+    (worker,) = press.live_workers()
+    stats = (press.worker(worker) or {})["stats"]
+    return float(stats.get("busy_seconds", 0.0)), float(stats.get("num_steps", 0))
+
+
+def measure(url: str, folder: Path, count: int) -> dict[str, Any]:
+    upgrade(url)
+    valkey = ValkeyServer()
+    press = Press(folder, database_url=url, redis_url=valkey.url, model=Path(smollm2()))
+    press.environment |= {
+        "NIGHTPRESS_ENGINE__DTYPE": "auto",
+        "NIGHTPRESS_ENGINE__THREADS": str(psutil.cpu_count()),
+        "NIGHTPRESS_ENGINE__MAX_NUM_SEQS": str(NUM_SEQS),
+        "NIGHTPRESS_ENGINE__KV_CACHE_MEMORY_BYTES": str(2**30),
+        "NIGHTPRESS_LEASE_SECONDS": "15",
+        "NIGHTPRESS_LOG_LEVEL": "warning",
+    }
+    try:
+        press.open()
+        press.start_workers(1)
+        a, b = (client_of(press, tenant) for tenant in ("tenant-a", "tenant-b"))
+        with a, b:
+            few_done(b)  # kernels, caches
+            solo = few_done(b)
+            for start in range(0, count, ARRAY):
+                answer = a.post("/v1/jobs", json={"jobs": jobs(min(ARRAY, count - start), start)})
+                assert answer.status_code == 202, answer.text
+            (worker,) = press.live_workers()
+            wait_until(
+                lambda: (press.worker(worker) or {})["num_running"] >= NUM_SEQS, "the engine is full", 300
+            )
+            before = counters(press)
+            crowded = few_done(b)
+            waits = sorted(first_text(b) for _ in range(CHATS))
+            wait_until(lambda: counters(press)[1] > before[1], "the engine's figures arrive", 60)
+            after = counters(press)
+    except BaseException:
+        print("\n".join(process.tail() for process in press.processes), file=sys.stderr)
+        raise
+    finally:
+        press.close()
+        valkey.stop()
+    step = (after[0] - before[0]) / (after[1] - before[1]) * 1e3
+    chat = statistics.median(waits) * 1e3
+    return {
+        "few_alone_seconds": round(solo, 2),
+        "few_behind_seconds": round(crowded, 2),
+        "ratio": round(crowded / solo, 2),
+        "step_ms": round(step, 1),
+        "chat_first_text_p50_ms": round(chat, 1),
+        "chat_first_text_max_ms": round(waits[-1] * 1e3, 1),
+        "chat_beyond_two_steps_ms": round(chat - TARGET_STEPS * step, 1),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--jobs", type=int, default=100_000, help="of tenant A")
+    options = parser.parse_args()
+    leaks.mark_this_run()
+    load = psutil.getloadavg()[1]
+    figures: dict[str, Any] = {}
+    for name, start in STORES.items():
+        url, stop = start()
+        try:
+            with tempfile.TemporaryDirectory(prefix="nightpress-bench-") as folder:
+                figures[name] = measure(url, Path(folder), options.jobs)
+        finally:
+            stop()
+        print(
+            f"{name}: {figures[name]} (targets: ratio {TARGET_RATIO:g}, chat {TARGET_MS:g} ms beyond two steps)"
+        )
+    passed = all(
+        one["ratio"] <= TARGET_RATIO and one["chat_beyond_two_steps_ms"] <= TARGET_MS
+        for one in figures.values()
+    )
+    figures |= {
+        "jobs": options.jobs,
+        "num_seqs": NUM_SEQS,
+        "passed": passed,
+        "load_before": load,
+        "cores": psutil.cpu_count(),
+        "python": platform.python_version(),
+    }
+    print(json.dumps(figures))
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""Files: nothing is visible before it is safe, its bytes are counted, and whatever ends leaves nothing."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+from sqlalchemy import select, update
+
+from jobs.body import BadField
+from jobs.database import Database, now
+from jobs.file_store import FileStore, new_file_id
+from jobs.files import FileInUse, check_life, check_purpose
+from jobs.models import Batch, File
+from jobs.quotas import QuotaExceeded
+from jobs.settings import Settings
+from jobs.tallies import used
+from jobs.tenants import DEFAULT, OPERATOR, Owner, Tenants
+from tests.support.batch_lines import Bench
+from tests.support.databases import ON_SQLITE
+from tests.support.invariants import check_tallies
+
+
+@pytest.fixture
+def bench(database: Database, settings: Settings) -> Bench:
+    return Bench(database, settings)
+
+
+def on_disk(bench: Bench) -> set[str]:
+    folder = bench.settings.files
+    return {path.name for path in folder.iterdir()} if folder.exists() else set()
+
+
+def stored(bench: Bench, tenant: str = DEFAULT) -> int:
+    with bench.database.read() as connection:
+        check_tallies(connection)
+        return used(connection, tenant).stored_bytes
+
+
+def age(path: Path, seconds: float) -> None:
+    moment = time.time() - seconds
+    os.utime(path, (moment, moment))
+
+
+def test_a_file_is_there_when_its_row_is(bench: Bench) -> None:
+    part = bench.files.store.begin()
+    part.write(b"hello ")
+    part.write(b"you")
+    assert bench.files.find(part.file_id, tenant=DEFAULT) is None
+    assert on_disk(bench) == {f"{part.file_id}.part"}
+    made = bench.files.keep(part, owner=OPERATOR, filename="../../etc/passwd", seconds=None)
+    assert on_disk(bench) == {made.id}
+    assert (made.bytes, made.filename, made.expires_at) == (9, "../../etc/passwd", None)
+    assert bench.files.find(made.id, tenant=DEFAULT) == made
+    with bench.files.store.open(made.id) as file:
+        assert file.read() == b"hello you"
+    assert stored(bench) == 9
+    assert (bench.settings.files / made.id).stat().st_mode & 0o077 == 0
+
+
+@ON_SQLITE
+def test_another_tenant_sees_nothing(bench: Bench) -> None:
+    Tenants(bench.database).create("other")
+    file_id = bench.upload(b"x")
+    assert bench.files.find(file_id, tenant="other") is None
+    assert not bench.files.delete(file_id, tenant="other")
+    page = {"purpose": None, "limit": 10, "order": "asc"}
+    assert bench.files.page(tenant="other", after=None, **page) == ([], False)  # type: ignore[arg-type]
+    with pytest.raises(BadField, match="after"):
+        bench.files.page(tenant="other", after=file_id, **page)  # type: ignore[arg-type]
+    assert bench.files.find(file_id, tenant=DEFAULT) is not None
+
+
+def test_pages(bench: Bench) -> None:
+    ids = [bench.upload(b"x") for _ in range(5)]
+    with bench.database.write() as connection:  # at one moment: the id decides
+        connection.execute(update(File).values(created_at=5.0))
+    for order, expected in (("asc", ids), ("desc", ids[::-1])):
+        seen: list[str] = []
+        more = True
+        while more:
+            page, more = bench.files.page(
+                tenant=DEFAULT, purpose="batch", after=seen[-1] if seen else None, limit=2, order=order
+            )  # type: ignore[arg-type]
+            seen += [file.id for file in page]
+        assert seen == expected
+    assert bench.files.page(tenant=DEFAULT, purpose="batch_output", after=None, limit=9, order="asc") == (
+        [],
+        False,
+    )
+
+
+def test_a_full_tenant_gets_no_file(bench: Bench) -> None:
+    Tenants(bench.database).change(
+        DEFAULT, quotas={"stored_bytes": 10, "queued_jobs": 0, "tokens_per_day": 0}
+    )
+    file_id = bench.upload(b"12345678")
+    with pytest.raises(QuotaExceeded, match="stored_bytes"):
+        bench.files.check_room(DEFAULT, 3)
+    bench.files.check_room(DEFAULT, 2)
+    part = bench.files.store.begin()
+    part.write(b"123")
+    with pytest.raises(QuotaExceeded, match="at most 10 stored bytes are allowed, 8 are used"):
+        bench.files.keep(part, owner=OPERATOR, filename="b", seconds=None)
+    part.drop()
+    part.drop()
+    assert on_disk(bench) == {file_id}
+    assert stored(bench) == 8
+    assert bench.files.delete(file_id, tenant=DEFAULT)
+    assert stored(bench) == 0
+    bench.upload(b"1234567890")
+
+
+def test_a_file_that_is_needed_stays(bench: Bench) -> None:
+    batch_id = bench.create(1)
+    file_id = bench.batch(batch_id).input_file_id
+    with pytest.raises(FileInUse, match=batch_id):
+        bench.files.delete(file_id, tenant=DEFAULT)
+    with bench.database.write() as connection:
+        connection.execute(update(File).values(expires_at=now() - 1))
+    assert bench.files.end_expired() == 0
+    assert bench.files.find(file_id, tenant=DEFAULT) is None, "it has expired all the same"
+    bench.work()
+    assert len(bench.jobs(batch_id)) == 1
+    bench.change(batch_id, finished_at=1.0)
+    assert bench.files.end_expired() == 1
+    assert file_id not in on_disk(bench)
+
+
+def test_expired_files_are_gone_and_give_their_room_back(bench: Bench) -> None:
+    Tenants(bench.database).create("other")
+    stays = bench.upload(b"123", seconds=3600)
+    goes = [
+        bench.upload(b"12345", seconds=3600),
+        bench.upload(b"1", owner=Owner("other", None), seconds=3600),
+    ]
+    assert bench.files.end_expired() == 0
+    with bench.database.write() as connection:
+        connection.execute(update(File).where(File.id.in_(goes)).values(expires_at=now()))
+    assert bench.files.find(goes[0], tenant=DEFAULT) is None
+    assert not bench.files.delete(goes[0], tenant=DEFAULT)
+    assert bench.files.page(tenant=DEFAULT, purpose=None, after=goes[0], limit=5, order="desc")[0]
+    assert bench.files.end_expired() == 2
+    assert on_disk(bench) == {stays}
+    assert (stored(bench), stored(bench, "other")) == (3, 0)
+    view = bench.files.find(stays, tenant=DEFAULT)
+    assert view is not None
+    assert view.expires_at == pytest.approx(view.created_at + 3600)
+
+
+@ON_SQLITE
+def test_what_a_death_left_is_cleaned_and_nothing_else(bench: Bench) -> None:
+    store = bench.files.store
+    assert bench.files.clean() == 0  # before there is a folder
+    kept, fresh, torn, orphan = bench.upload(b"x"), store.begin(), store.begin(), store.begin()
+    torn.write(b"half")
+    orphan.write(b"whole, and the commit never came")
+    orphan.keep()
+    folder = bench.settings.files
+    stranger = folder / "notes.txt"
+    stranger.write_text("mine")
+    for path in (folder / kept, folder / f"{torn.file_id}.part", folder / orphan.file_id, stranger):
+        age(path, 4_000)
+    assert bench.files.clean() == 2
+    assert on_disk(bench) == {kept, f"{fresh.file_id}.part", "notes.txt"}
+    assert bench.files.clean() == 0
+    for part in (fresh, torn):
+        part.drop()
+
+
+@pytest.mark.parametrize(
+    "name", ["", "..", "../x", "file-", "file-" + "0" * 31, "file-" + "0" * 32 + ".part"]
+)
+def test_only_names_of_ours_are_looked_for(tmp_path: Path, name: str) -> None:
+    store = FileStore(tmp_path)
+    (tmp_path / ("file-" + "0" * 32 + ".part")).write_text("half")
+    with pytest.raises(FileNotFoundError):
+        store.open(name)
+    assert new_file_id() != new_file_id()
+
+
+def test_purposes_and_lives() -> None:
+    assert check_purpose("batch") == "batch"
+    for purpose in ("fine-tune", "assistants", "vision", "user_data", "evals", "batch_output", "x", "", None):
+        with pytest.raises(BadField, match="purpose"):
+            check_purpose(purpose)
+    with pytest.raises(BadField, match="fine-tune is not offered here"):
+        check_purpose("fine-tune")
+    assert check_life("created_at", 3600) == 3600
+    for anchor, seconds in (("created_at", 3599), ("created_at", 2_592_001), ("now", 3600), (None, 3600)):
+        with pytest.raises(BadField, match="expires_after"):
+            check_life(anchor, seconds)
+    for odd in (True, 3600.0, "3600", None):
+        with pytest.raises(BadField, match=r"expires_after\.seconds"):
+            check_life("created_at", odd)
+
+
+def test_a_delete_and_a_new_batch_are_put_in_an_order(bench: Bench) -> None:
+    """Either the batch has the file, or there is neither."""
+    batch_id = bench.create(2)
+    file_id = bench.batch(batch_id).input_file_id
+    bench.clerk.work_once()
+    with pytest.raises(FileInUse):
+        bench.files.delete(file_id, tenant=DEFAULT)
+    with bench.database.read() as connection:
+        assert connection.scalars(select(Batch.id)).all() == [batch_id]
+        assert connection.scalars(select(File.id)).all() == [file_id]

@@ -1,0 +1,67 @@
+"""Every kernel set, with every dtype and every kind of cache it serves.
+
+The triton set runs in triton's interpreter here, some hundred times slower than C: `make test` runs a few of its
+cases of each test, `make test-triton`, which takes hours, all of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import Kernels, kernels_for
+
+SLOW = (  # each case runs attention many times; what they say, `test_triton` says of one small case
+    "test_nan_behind_a_query_changes_no_bit",
+    "test_what_has_left_the_window_changes_no_bit",
+    "test_nothing_outside_of_all_windows_is_read",
+    "test_a_window_that_everything_fits_in_is_none",
+    "test_attention_with_large_scores_stays_exact",
+)
+DTYPES = [torch.float32, torch.bfloat16]
+STORAGES = {"plain": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of the triton cases of a test the first and one in the middle are quick, in whatever order they come."""
+    cases: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.path.parent == Path(__file__).parent and re.search(r"\[.*triton", item.name):
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for name, group in cases.items():
+        group.sort(key=lambda item: item.nodeid)
+        quick = () if name.endswith(SLOW) else (group[0], group[len(group) // 2])
+        for item in group:
+            if item not in quick:
+                item.add_marker(pytest.mark.interpreted)
+
+
+@pytest.fixture(params=["reference", "cpu", "triton"])
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    found = kernels_for("cpu", request.param)
+    assert found.name == request.param, "no working C compiler on this machine"
+    return found
+
+
+@pytest.fixture(params=DTYPES, ids=["fp32", "bf16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(params=STORAGES)
+def storage(request: pytest.FixtureRequest, kernels: Kernels) -> torch.dtype | None:
+    """What the cache is made of; None: the dtype of the activations."""
+    found = STORAGES[request.param]
+    if found is not None and found not in kernels.quantised:
+        assert kernels.name == "cpu", "the reference set serves every cache"
+        pytest.skip(f"the {kernels.name} set has no {request.param} cache")
+    return found
+
+
+@pytest.fixture(params=["plain", "int8"])
+def cpu_storage(request: pytest.FixtureRequest) -> torch.dtype | None:
+    return STORAGES[request.param]

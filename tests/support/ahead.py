@@ -1,0 +1,190 @@
+"""Compiles every kernel of the triton set for a GPU that need not be there, and says what it takes.
+
+The kernels are those that the set's own functions launch for a list of cases: a driver that only names a target
+stands where a GPU's would. Figures come from ptxas and cuobjdump, which triton brings, run on what was compiled.
+Runs in a process of its own, because there triton must not be in interpreter mode:
+`python -m tests.support.ahead sm_90 --dims 128 --parts attention` prints one JSON object per kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from kernels import Attention, PagedKV
+from kernels.gpu import KERNELS, launch
+
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+STORAGES = {"plain": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class NoDevice:
+    """What triton asks of a driver before it launches."""
+
+    def __init__(self, capability: int) -> None:
+        self.get_current_target = lambda: GPUTarget("cuda", capability, 32)
+        self.get_current_device = lambda: 0
+        self.get_current_stream = lambda device=0: 0
+
+
+def compiled(calls: Callable[[], object]) -> list[Any]:
+    """The kernels that `calls` would launch, compiled. Nothing runs."""
+    found: list[Any] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        found.append(run(self, *args, grid=grid, warmup=True, **options))
+
+    JITFunction.run = compile_only
+    try:
+        calls()
+    finally:
+        JITFunction.run = run
+    return found
+
+
+def figures(kernel: Any) -> dict[str, Any]:
+    """Registers of a thread, bytes that a thread spills, bytes of shared memory of a block: what ptxas tells of the
+    PTX that triton gave it, under the same options."""
+    target = re.search(r"^\.target (\w+)", kernel.asm["ptx"], re.MULTILINE)
+    assert target
+    ptxas = BINARIES / ("ptxas-blackwell" if target[1].startswith("sm_1") else "ptxas")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(kernel.asm["ptx"])
+        told = subprocess.run(
+            [ptxas, "-v", "--fmad=true", f"--gpu-name={target[1]}", source, "-o", Path(folder) / "kernel.cubin"],
+            capture_output=True, text=True, check=True,
+        ).stderr  # fmt: skip
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", told)
+    registers = re.search(r"Used (\d+) registers", told)
+    assert spills, told
+    assert registers, told
+    return {
+        "kernel": kernel.metadata.name,
+        "registers": int(registers[1]),
+        "spilled": int(spills[1]) + int(spills[2]),
+        "shared": kernel.metadata.shared,
+        "warps": kernel.metadata.num_warps,
+    }
+
+
+def attention(
+    dtype: torch.dtype,
+    storage: torch.dtype | None,
+    dim: int,
+    group: int,
+    how: Attention,
+    *,
+    page_size: int = 16,
+) -> Callable[[], object]:
+    """A step of three rows and long contexts, so that every kernel of attention is launched. The tensors are small:
+    nothing reads them."""
+    kv_heads, pages = 2, 64
+    kind = storage or dtype
+    scales = [torch.empty(1, kv_heads, page_size, dtype=torch.bfloat16) for _ in range(2 if storage else 0)]
+    cache = PagedKV(
+        torch.empty(1, kv_heads, dim, page_size, dtype=kind),
+        torch.empty(1, kv_heads, page_size, dim, dtype=kind),
+        *scales,
+    )
+    q = torch.empty(16, (group + 2) * kv_heads, dim, dtype=dtype)[:, : group * kv_heads]
+    table = torch.empty(16, pages, dtype=torch.int32)
+    starts, lens = torch.empty(17, dtype=torch.int32), torch.empty(16, dtype=torch.int32)
+    slots = torch.empty(16, dtype=torch.int64)
+
+    def calls() -> None:
+        KERNELS.paged_attention(q, cache, table, starts, lens, how)
+        KERNELS.store_kv(q[:, :kv_heads], q[:, :kv_heads], cache, slots)
+
+    return calls
+
+
+def options(heads: int) -> dict[str, Attention]:
+    return {
+        "causal": Attention(0.1),
+        "window": Attention(0.1, window=128),
+        "softcap": Attention(0.1, softcap=50.0),
+        "slopes": Attention(0.1, slopes=torch.empty(heads)),
+        "all": Attention(0.1, window=128, softcap=50.0, slopes=torch.empty(heads)),
+    }
+
+
+def rowwise(dtype: torch.dtype) -> Callable[[], object]:
+    x, w = torch.empty(16, 4096, dtype=dtype), torch.empty(4096, dtype=dtype)
+    narrow, odd = torch.empty(64, 128, dtype=dtype), torch.empty(16, 12001, dtype=dtype)
+    heads, angles = torch.empty(16, 32, 128, dtype=dtype), torch.empty(16, 64)
+
+    def calls() -> None:
+        KERNELS.rms_norm(x, w, 1e-5)
+        KERNELS.rms_norm(narrow, w[:128], 1e-5)
+        KERNELS.rms_norm(odd, odd[0], 1e-5)
+        KERNELS.add_rms_norm(x, x, w, 1e-5)
+        KERNELS.layer_norm(x, w, None, 1e-5)
+        KERNELS.add_layer_norm(x, x, w, w, 1e-5)
+        KERNELS.rope(heads, heads[:, :8], angles, angles)
+        for activation in ("silu", "gelu", "gelu_tanh", "relu"):
+            KERNELS.act(x, activation)
+            KERNELS.act_mul(x, activation)
+        KERNELS.softcap(x, 30.0)
+
+    return calls
+
+
+def cases(chosen: argparse.Namespace, fp8: bool) -> Iterator[tuple[dict[str, Any], Callable[[], object]]]:
+    for name in chosen.dtypes:
+        if "rowwise" in chosen.parts:
+            yield {"dtype": name}, rowwise(DTYPES[name])
+        for storage in chosen.storages:
+            if "attention" not in chosen.parts or (storage == "fp8" and not fp8):
+                continue
+            for dim in chosen.dims:
+                for group in chosen.groups:
+                    for option, how in options(2 * group).items():
+                        if option in chosen.options:
+                            about = {
+                                "dtype": name,
+                                "storage": storage,
+                                "dim": dim,
+                                "group": group,
+                                "option": option,
+                            }
+                            yield about, attention(DTYPES[name], STORAGES[storage], dim, group, how)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("target", choices=["sm_80", "sm_90", "sm_100"])
+    parser.add_argument("--parts", nargs="+", default=["rowwise", "attention"])
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES))
+    parser.add_argument("--storages", nargs="+", default=list(STORAGES))
+    parser.add_argument("--dims", nargs="+", type=int, default=[64, 80, 128, 256])
+    parser.add_argument("--groups", nargs="+", type=int, default=[1, 4, 7])
+    parser.add_argument("--options", nargs="+", default=list(options(1)))
+    chosen = parser.parse_args()
+    number = int(chosen.target.removeprefix("sm_"))
+    driver.set_active(NoDevice(number))
+    launch.capability = lambda _: divmod(number, 10)  # type: ignore[assignment]
+    for about, calls in cases(chosen, fp8=number >= 89):
+        for kernel in compiled(calls):
+            print(json.dumps({"target": chosen.target, **about, **figures(kernel)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""Loaded by every Python process that has this folder on its path. In an engine process it writes down how many
+tokens each step made, and dies of a poisoned request: one whose seed is POISON.
+
+`TAP_FILE`: one line per step, with the monotonic time. `TAP_DEATH`: `exit`, `kill` (SIGKILL), or nothing.
+"""
+
+import os
+import signal
+import sys
+import time
+
+POISON = 666
+
+if "engine.process" in sys.orig_argv and "TAP_FILE" in os.environ:
+    from engine.engine import Engine
+
+    _step = Engine.step
+    _file = os.open(os.environ["TAP_FILE"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    _death = os.environ.get("TAP_DEATH")
+
+    def _tapped(engine):  # type: ignore[no-untyped-def]
+        running = engine.scheduler.running
+        if _death and any(sequence.request.sampling.seed == POISON for sequence in running):
+            if _death == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            os._exit(7)
+        before = engine.stats()["num_generated_tokens"]
+        completions = _step(engine)
+        made = engine.stats()["num_generated_tokens"] - before
+        os.write(_file, b"%f %d\n" % (time.monotonic(), made))
+        return completions
+
+    Engine.step = _tapped  # type: ignore[method-assign]
