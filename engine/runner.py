@@ -79,25 +79,34 @@ class ModelRunner:
         model = checkpoint.config
         device = resolve_device(config.device)
         dtype = resolve_dtype(config.dtype, model, device)
-        max_model_len = config.max_model_len or model.max_position
-        if max_model_len > model.max_position:
-            raise InvalidParameter("max_model_len", f"the model allows at most {model.max_position}")
+        resolve_max_model_len(config, model)  # what cannot be is said before any weight is read
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         try:
             kernels = kernels_for(device, config.kernels, dtype=dtype)
         except ValueError as error:
             raise InvalidParameter("kernels", str(error)) from None
-        storage = resolve_kv_cache_dtype(config.kv_cache_dtype, dtype, kernels)
+        resolve_kv_cache_dtype(config.kv_cache_dtype, dtype, kernels)
         with torch.inference_mode():
             decoder = load_decoder(checkpoint, kernels, dtype=dtype, device=device, bar=bar)
+        return cls.over(decoder, config)
+
+    @classmethod
+    def over(cls, decoder: Decoder | Fallback, config: EngineConfig) -> ModelRunner:
+        """Around a decoder that has its weights and is not yet prepared: allocate the pages, check determinism.
+
+        Raises `InvalidParameter` for a setting that cannot work here.
+        """
+        max_model_len = resolve_max_model_len(config, decoder.config)
+        storage = resolve_kv_cache_dtype(config.kv_cache_dtype, decoder.dtype, decoder.kernels)
+        with torch.inference_mode():
             decoder.prepare(max_model_len)
             cache = allocate_cache(
                 config,
                 decoder.config,
-                dtype=dtype,
+                dtype=decoder.dtype,
                 storage=storage,
-                device=device,
+                device=decoder.device,
                 max_model_len=max_model_len,
             )
             row_multiple, deterministic = resolve_deterministic(config.deterministic, decoder)
@@ -151,6 +160,14 @@ def load_decoder(
     decoder = Decoder(checkpoint.config, kernels, dtype=dtype, device=device)
     load_weights(decoder, checkpoint, bar=bar)
     return decoder
+
+
+def resolve_max_model_len(config: EngineConfig, model: ModelConfig) -> int:
+    """What is wanted, or all that the model allows. Raises `InvalidParameter`."""
+    max_model_len = config.max_model_len or model.max_position
+    if max_model_len > model.max_position:
+        raise InvalidParameter("max_model_len", f"the model allows at most {model.max_position}")
+    return max_model_len
 
 
 def resolve_device(device: str) -> str:

@@ -41,7 +41,11 @@ def _walk(
         token = start + tl.arange(0, TILE)
         useful = (token >= low) & (token < high)
         if MASKED:
-            page = tl.load(table + token // PAGE, mask=useful, other=0).to(tl.int64)
+            # for whole groups of 16, which lie in one page: the loads of K below are told that a group is contiguous
+            group = token // 16 * 16
+            page = tl.load(table + token // PAGE, mask=(group + 16 > low) & (group < high), other=0).to(
+                tl.int64
+            )
         else:
             page = tl.load(table + token // PAGE).to(tl.int64)
         # [TILE]; int64: the pool may hold more than 2^31 elements

@@ -1,7 +1,8 @@
 """Every kernel set, with every dtype and every kind of cache it serves.
 
-The triton set runs in triton's interpreter here, some hundred times slower than C: `make test` runs a few of its
-cases of each test, `make test-triton`, which takes hours, all of them.
+Where there is no GPU the triton set runs in triton's interpreter, some hundred times slower than C: `make test` runs
+a few of its cases of each test, `make test-triton`, which takes hours, all of them. With a GPU it runs there, and
+`make test-gpu` is quick.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from kernels import Kernels, kernels_for
+from tests.support.hopping import triton_kernels
 
 SLOW = (  # each case runs attention many times; what they say, `test_triton` says of one small case
     "test_nan_behind_a_query_changes_no_bit",
@@ -42,7 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(params=["reference", "cpu", "triton"])
 def kernels(request: pytest.FixtureRequest) -> Kernels:
-    found = kernels_for("cpu", request.param)
+    found = triton_kernels() if request.param == "triton" else kernels_for("cpu", request.param)
     assert found.name == request.param, "no working C compiler on this machine"
     return found
 

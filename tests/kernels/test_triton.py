@@ -21,10 +21,11 @@ from kernels.gpu import launch
 from kernels.gpu.splits import split_of, split_start, splits_for
 from kernels.reference import KERNELS as REFERENCE
 from tests.support.close import assert_close
+from tests.support.hopping import triton_kernels
 from tests.support.paged import Paged, paged
 from tests.support.tree import ROOT
 
-TRITON = kernels_for("cpu", "triton")
+TRITON = triton_kernels()
 
 
 def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -99,7 +100,7 @@ def test_splits_tile_every_context() -> None:
 
 def plain(function: Any, number: int) -> int:
     """What a function of kernels gives for a number, from a kernel of one program."""
-    out = torch.empty(1, dtype=torch.int32)
+    out = torch.empty(1, dtype=torch.int32, device="cuda" if torch.cuda.is_available() else "cpu")
     probe[(1,)](out, number, FUNCTION=function)
     return int(out)
 
