@@ -27,14 +27,16 @@ class EngineConfig:
     dtype: DType = "auto"  # auto: the checkpoint's own, bfloat16 for GGUF
     model_impl: ModelImpl = "auto"  # whose code computes it; auto: ours where it knows the architecture
     kernels: Literal["auto", "reference", "cpu", "triton"] = "auto"
-    page_size: int = 16  # KV slots per page, in tokens
+    page_size: int | None = None  # KV slots per page, in tokens; None: 16 on cpu, 64 on cuda
     max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048  # the token budget of one step
+    # the token budget of one step; None: 2048, on cuda 8192, and 16384 where it has 70 GiB
+    max_num_batched_tokens: int | None = None
     max_model_len: int | None = None  # None: the model's own
     max_num_requests: int | None = None  # that may be in the engine process at once; None: 4 × max_num_seqs
     kv_cache_memory_bytes: int | None = None  # None: from what is free
     kv_cache_dtype: Literal["auto", "int8", "fp8"] = "auto"  # auto: the model's
     enable_prefix_caching: bool = True
+    num_scheduler_steps: int | None = None  # of decoding in one go; None: 16 on cuda, 1 on cpu
     scheduling_policy: Literal["planned", "fcfs"] = "planned"  # planned: by shared prefix and expected length
     preemption_mode: Literal["auto", "recompute", "swap"] = "auto"  # auto: what is faster
     swap_space_bytes: int | None = None  # host memory for pages; None: on cuda from what is free, on cpu 0
@@ -43,12 +45,18 @@ class EngineConfig:
     threads: int | None = None  # CPU threads; None: torch's own choice
 
     def __post_init__(self) -> None:
-        if self.page_size < 16 or self.page_size % 16:
+        if self.page_size is not None and (self.page_size < 16 or self.page_size % 16):
             raise InvalidParameter("page_size", "must be a positive multiple of 16")
-        for name in ("max_num_seqs", "max_num_batched_tokens"):
-            if getattr(self, name) < 1:
-                raise InvalidParameter(name, "must be at least 1")
-        for name in ("max_model_len", "max_num_requests", "kv_cache_memory_bytes", "threads"):
+        if self.max_num_seqs < 1:
+            raise InvalidParameter("max_num_seqs", "must be at least 1")
+        for name in (
+            "max_num_batched_tokens",
+            "num_scheduler_steps",
+            "max_model_len",
+            "max_num_requests",
+            "kv_cache_memory_bytes",
+            "threads",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidParameter(name, "must be at least 1, or left out")

@@ -41,6 +41,8 @@ class Runner(Protocol):
     page_size: int
     max_model_len: int
     num_host_pages: int
+    num_scheduler_steps: int
+    max_num_batched_tokens: int
     seconds_per_page_moved: float | None
     device: str
     dtype: str
@@ -63,11 +65,12 @@ class Engine:
         self.scheduler = Scheduler(
             self.pool,
             max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_batched_tokens=config.max_num_batched_tokens or runner.max_num_batched_tokens,
             eos_token_ids=runner.model_config.eos_token_ids,
             prefix_caching=config.enable_prefix_caching,
             policy=config.scheduling_policy,
             num_host_pages=runner.num_host_pages,
+            most_steps=runner.num_scheduler_steps,
             keeps=self._swap_pays,
         )
         self._runs: dict[RequestId, Run] = {}
@@ -172,12 +175,11 @@ class Engine:
             if self._compiling and not completions:
                 self._compiling.wait(COMPILE_WAIT_SECONDS)
             return completions
-        tokens, logprobs, prompt_logprobs = self.runner.run(plan)
-        drew = [row.sequence for row in plan.sampling_rows]
-        ended = self.scheduler.settle(plan, tokens, logprobs, prompt_logprobs)
-        completions += self._settle(self._stopped(drew, tokens))
+        drawing = [(row.sequence, len(row.sequence.token_ids)) for row in plan.sampling_rows]
+        ended = self.scheduler.settle(plan, *self.runner.run(plan))
+        num_drawn = sum(len(sequence.token_ids) - before for sequence, before in drawing)
+        completions += self._settle(self._stopped(drawing))
         completions += self._settle(ended)
-        num_drawn = sum(token_id >= 0 for token_id in tokens)
         self._figures.took(time.perf_counter() - started, plan.num_tokens, num_drawn)
         return completions
 
@@ -317,18 +319,22 @@ class Engine:
         for token_id in made.token_ids:
             sequence.token_ids.append(token_id)
             sequence.output = self.scheduler.ending(sequence, token_id)
-            if run.stop(sequence, token_id) or sequence.output is not None:
+            if run.stop(sequence, [token_id]) or sequence.output is not None:
                 return True
         return False
 
     # --- endings --------------------------------------------------------------------------------------------
 
-    def _stopped(self, drew: Iterable[Sequence], tokens: list[int]) -> list[Sequence]:
-        """Those that a stop string ended and nothing else did, taken out of the scheduler."""
+    def _stopped(self, drawing: Iterable[tuple[Sequence, int]]) -> list[Sequence]:
+        """Those that a stop string ended and nothing else did, taken out of the scheduler. `drawing`: who drew, and
+        how many tokens each had before."""
         stopped: list[Sequence] = []
-        for sequence, token_id in zip(drew, tokens, strict=True):
-            running = sequence.output is None
-            if token_id >= 0 and self._run_of[sequence].stop(sequence, token_id) and running:
+        for sequence, before in drawing:
+            run = self._run_of[sequence]
+            if not run.checkers:
+                continue
+            running, drawn = sequence.output is None, sequence.token_ids[before:]
+            if drawn and run.stop(sequence, drawn) and running:
                 self.scheduler.remove(sequence)
                 stopped.append(sequence)
         return stopped

@@ -71,6 +71,8 @@ class Elementwise(nn.Module):
 class Fallback:
     """Made by `load`; then `prepare` once. Attributes are read-only."""
 
+    capturable = False  # what foreign code asks of the host in a step, nobody knows
+
     def __init__(
         self,
         config: ModelConfig,

@@ -51,14 +51,17 @@ class Move(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Plan:
     """`moves` happen before the rows are computed, in their order: a page may be read by one move and be
-    overwritten by a later one or by a row."""
+    overwritten by a later one or by a row. `num_steps` above 1: each row computes its last token, draws the next, and
+    so on, so many times or up to its sequence's `max_tokens`; its pages cover that (`multi_step`)."""
 
     rows: tuple[Row, ...]
     moves: tuple[Move, ...] = ()
+    num_steps: int = 1
 
     @property
     def num_tokens(self) -> int:
-        return sum(row.num_tokens for row in self.rows)
+        """That are computed."""
+        return self.num_steps * sum(row.num_tokens for row in self.rows)
 
     @property
     def sampling_rows(self) -> list[Row]:
@@ -72,11 +75,12 @@ class Draws(NamedTuple):
     """`token_ids`: one per sampling row, in order, -1 for a row whose logits were not finite. `logprobs`: by
     number of the sampling row, for rows that ask for them and did not fail. `prompt_logprobs`: by number of the row
     in the plan, one per position in `Row.scored`; None for a row whose logits were not finite, which draws no token
-    either."""
+    either. `further`: of a plan of several steps, what each sampling row drew in those behind the first."""
 
     token_ids: list[int]
     logprobs: dict[int, TokenLogprobs]
     prompt_logprobs: Mapping[int, PromptScores] = MappingProxyType({})
+    further: tuple[list[int], ...] = ()
 
     def with_scores(self, plan: Plan, scores: Mapping[int, PromptScores]) -> Draws:
         """These draws, and `scores` as their `prompt_logprobs`."""

@@ -84,12 +84,17 @@ class Run:
         """Whether it runs as soon as `request`, whose identity is the same, would run by itself."""
         return level_of(self.sequences[0].request) <= level_of(request)
 
-    def stop(self, sequence: Sequence, token_id: int) -> bool:
-        """Take the token that `sequence` just got; if it completes a stop string, that is how the sample ends,
-        even if the token ended it in another way too."""
+    def stop(self, sequence: Sequence, token_ids: list[int]) -> bool:
+        """Take the tokens that `sequence` just got; if one completes a stop string, that is how the sample ends, even
+        if it ended in another way too. Later ones do not count."""
         if not self.checkers:
             return False
-        match = self.checkers[sequence.index].push(token_id, last=sequence.output is not None)
+        match = None
+        for left, token_id in zip(range(len(token_ids) - 1, -1, -1), token_ids, strict=True):
+            last = left == 0 and sequence.output is not None
+            match = self.checkers[sequence.index].push(token_id, last=last)
+            if match is not None:
+                break
         if match is None:
             return False
         kept = sequence.request.sampling.include_stop_str_in_output

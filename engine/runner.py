@@ -21,9 +21,18 @@ from torch import Tensor
 from engine.cache import EIGHT_BITS, KVCache
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig, ModelConfig
+from engine.decode_steps import DecodeSteps
 from engine.logprobs import score_prompts, slice_rows
-from engine.memory import bytes_per_page, fitting_host_pages, fitting_pages, usable_pages
+from engine.memory import (
+    PAGE_SIZES,
+    bytes_per_page,
+    fitting_host_pages,
+    fitting_pages,
+    token_budget,
+    usable_pages,
+)
 from engine.model import Decoder
+from engine.multi_step import decodes_freely
 from engine.plan import Draws, Plan, PromptScores
 from engine.sampler import Sampler
 from engine.sampling_params import InvalidParameter
@@ -37,6 +46,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PADDED_ROWS = 16
+STEPS_TOGETHER = {"cpu": 1, "cuda": 16}  # unless the settings say otherwise
 _CHECK_FLOPS = 2e10  # bounds the self-check to a fraction of a second on two cores
 
 
@@ -50,8 +60,11 @@ class ModelRunner:
         *,
         page_size: int,
         max_model_len: int,
+        max_num_batched_tokens: int,
         row_multiple: int,
         deterministic: bool,
+        steps: DecodeSteps,
+        num_scheduler_steps: int,
         seconds_per_page_moved: float | None = None,
     ) -> None:
         self.model_config: ModelConfig = decoder.config
@@ -62,11 +75,14 @@ class ModelRunner:
         self.kv_cache_dtype = cache.dtype
         self.page_size = page_size
         self.max_model_len = max_model_len
+        self.max_num_batched_tokens = max_num_batched_tokens
         self.device = decoder.device
         self.dtype = str(decoder.dtype).removeprefix("torch.")
         self.kernels_name = decoder.kernels.name
         self.deterministic = deterministic
+        self.num_scheduler_steps = num_scheduler_steps
         self._row_multiple = row_multiple
+        self._steps = steps
         self._decoder = decoder
         self._sampler = Sampler(decoder.config)
 
@@ -98,6 +114,9 @@ class ModelRunner:
         Raises `InvalidParameter` for a setting that cannot work here.
         """
         max_model_len = resolve_max_model_len(config, decoder.config)
+        kind = torch.device(decoder.device).type
+        page_size = config.page_size or PAGE_SIZES[kind]
+        max_num_batched_tokens = config.max_num_batched_tokens or token_budget(decoder.device)
         storage = resolve_kv_cache_dtype(config.kv_cache_dtype, decoder.dtype, decoder.kernels)
         with torch.inference_mode():
             decoder.prepare(max_model_len)
@@ -107,17 +126,32 @@ class ModelRunner:
                 dtype=decoder.dtype,
                 storage=storage,
                 device=decoder.device,
+                page_size=page_size,
                 max_model_len=max_model_len,
+                max_num_batched_tokens=max_num_batched_tokens,
             )
             row_multiple, deterministic = resolve_deterministic(config.deterministic, decoder)
             decoder.pad_groups(row_multiple)
+        num_scheduler_steps = config.num_scheduler_steps or STEPS_TOGETHER[kind]
+        steps = DecodeSteps(
+            decoder,
+            cache,
+            page_size=page_size,
+            most_rows=config.max_num_seqs,
+            most_pages=-(-max_model_len // page_size),
+            most_steps=num_scheduler_steps,
+            row_multiple=row_multiple,
+        )
         return cls(
             decoder,
             cache,
-            page_size=config.page_size,
+            page_size=page_size,
             max_model_len=max_model_len,
+            max_num_batched_tokens=max_num_batched_tokens,
             row_multiple=row_multiple,
             deterministic=deterministic,
+            steps=steps,
+            num_scheduler_steps=num_scheduler_steps,
             seconds_per_page_moved=cache.seconds_per_page_moved(),
         )
 
@@ -129,6 +163,8 @@ class ModelRunner:
         sampling_rows = plan.sampling_rows
         with torch.inference_mode():
             self.cache.move(plan.moves)
+            if plan.num_steps > 1 or (self._steps.captures and _decodes(plan)):
+                return self._decode(plan)
             step = StepInput.build(plan, self.page_size, row_multiple=self._row_multiple, device=self.device)
             hidden = self._decoder.hidden(step, self.cache)
             scores: dict[int, PromptScores] = {}
@@ -141,12 +177,23 @@ class ModelRunner:
             draws = self._sampler(logits[: len(sampling_rows)], sampling_rows)
             return draws.with_scores(plan, scores) if scores else draws
 
+    def _decode(self, plan: Plan) -> Draws:
+        """Of a plan whose rows all compute their last token."""
+        if all(decodes_freely(row.sequence) for row in plan.rows):
+            drawn = self._steps.draw(plan.rows, plan.num_steps)
+            return Draws([row[0] for row in drawn], {}, further=tuple(row[1:] for row in drawn))
+        return self._sampler(self._steps.logits(plan.rows), list(plan.rows))
+
     def logits(self, plan: Plan) -> Tensor:
         """As `run`, but the logits `[rows that sample, vocab]` before any sampling."""
         with torch.inference_mode():
             self.cache.move(plan.moves)
             step = StepInput.build(plan, self.page_size, row_multiple=self._row_multiple, device=self.device)
             return self._decoder.forward(step, self.cache)[: len(plan.sampling_rows)]
+
+
+def _decodes(plan: Plan) -> bool:
+    return all(row.num_tokens == 1 and row.samples and not row.scored for row in plan.rows)
 
 
 def load_decoder(
@@ -208,21 +255,24 @@ def allocate_cache(
     dtype: torch.dtype,
     storage: torch.dtype,
     device: str,
+    page_size: int,
     max_model_len: int,
+    max_num_batched_tokens: int,
 ) -> KVCache:
     """Pages on the device and on the host, as many as the settings and the memory allow."""
     num_pages = fitting_pages(
         model,
-        page_size=config.page_size,
+        page_size=page_size,
         storage=storage,
         device=device,
         max_num_seqs=config.max_num_seqs,
         max_model_len=max_model_len,
+        max_num_batched_tokens=max_num_batched_tokens,
         memory_bytes=config.kv_cache_memory_bytes,
     )
     num_host_pages = fitting_host_pages(
-        bytes_per_page(model, config.page_size, storage),
-        usable=usable_pages(config.page_size, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len),
+        bytes_per_page(model, page_size, storage),
+        usable=usable_pages(page_size, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len),
         mode=config.preemption_mode,
         device=device,
         swap_space_bytes=config.swap_space_bytes,
@@ -230,7 +280,7 @@ def allocate_cache(
     return KVCache.allocate(
         model,
         num_pages,
-        config.page_size,
+        page_size,
         dtype=dtype,
         device=device,
         storage=storage,

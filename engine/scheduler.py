@@ -23,12 +23,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from itertools import groupby
 
+from engine.endings import ending, goes_on
 from engine.forecast import Forecast
 from engine.lengths import OutputLengths
+from engine.multi_step import steps_together
 from engine.pages import PagePool, require
 from engine.plan import Plan, PromptScores, Row
 from engine.prefix_cache import Match, PrefixCache
-from engine.repetition import repeats
 from engine.request import Output, TokenLogprobs
 from engine.sequence import Sequence
 from engine.waiting import Policy, WaitingQueue
@@ -57,7 +58,7 @@ class _Draft:
 
 class Scheduler:
     """`eos_token_ids` end a sequence unless its request ignores them. `num_host_pages`: where evicted contents
-    go, as long as `keeps()` says so."""
+    go, as long as `keeps()` says so. `most_steps`: that a plan may take in one go."""
 
     def __init__(
         self,
@@ -69,6 +70,7 @@ class Scheduler:
         prefix_caching: bool = True,
         policy: Policy = "planned",
         num_host_pages: int = 0,
+        most_steps: int = 1,
         keeps: Callable[[], bool] = lambda: True,
     ) -> None:
         if max_num_seqs < 1 or max_num_batched_tokens < 1:
@@ -78,6 +80,7 @@ class Scheduler:
         self.lengths = OutputLengths()
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.most_steps = most_steps
         self.eos_token_ids = frozenset(eos_token_ids)
         self.running: list[Sequence] = []
         self.waiting = WaitingQueue(policy)
@@ -123,9 +126,11 @@ class Scheduler:
             self._admit(draft)
         if not draft.rows:
             return Plan(())
+        num_steps = self._steps_together(draft)
         moves = tuple(self.cache.moves)
         self.cache.moves.clear()
-        return Plan(tuple(Row(sequence, num_tokens) for sequence, num_tokens in draft.rows.items()), moves)
+        rows = tuple(Row(sequence, num_tokens) for sequence, num_tokens in draft.rows.items())
+        return Plan(rows, moves, num_steps)
 
     def settle(
         self,
@@ -133,9 +138,11 @@ class Scheduler:
         tokens: list[int],
         logprobs: Mapping[int, TokenLogprobs] | None = None,
         prompt_logprobs: Mapping[int, PromptScores] | None = None,
+        further: tuple[list[int], ...] = (),
     ) -> list[Sequence]:
         """Take in a step, as `Draws` has it: `tokens` has one id per sampling row, in order, `logprobs` those that
-        were asked for, by number of the sampling row, `prompt_logprobs` by number of the row. Returns who left.
+        were asked for, by number of the sampling row, `prompt_logprobs` by number of the row, `further` what came
+        behind `tokens`: what a sequence drew behind its end is dropped. Returns who left.
 
         Those carry an `output`; one whose token is -1 or whose `prompt_logprobs` are None (logits that were not
         finite) leaves without.
@@ -153,14 +160,10 @@ class Scheduler:
                     finished.append(sequence)
                 continue
             number, token_id = next(drawn)
-            if token_id < 0:
-                finished.append(sequence)
-                continue
-            sequence.token_ids.append(token_id)
             if logprobs and number in logprobs:
                 sequence.logprobs.append(logprobs[number])
-            sequence.output = self.ending(sequence, token_id)
-            if sequence.output is not None:
+            sound = self._take(sequence, (token_id, *further[number]) if further else (token_id,))
+            if not sound or sequence.output is not None:
                 finished.append(sequence)
             elif sequence.num_generated >= sequence.expected_tokens:
                 sequence.expected_tokens = self._expected(sequence)
@@ -171,21 +174,29 @@ class Scheduler:
                 self._leave(sequence)
         return finished
 
+    def _take(self, sequence: Sequence, drawn: tuple[int, ...]) -> bool:
+        """Append what was drawn, until something ends the sequence; False if that is logits that were not finite.
+        All but the last one taken are computed."""
+        before, sound = len(sequence.token_ids), True
+        if len(drawn) > 1 and goes_on(sequence, drawn, self.eos_token_ids):
+            sequence.token_ids += drawn
+        else:
+            for token_id in drawn:
+                sound = token_id >= 0
+                if not sound:
+                    break
+                sequence.token_ids.append(token_id)
+                sequence.output = self.ending(sequence, token_id)
+                if sequence.output is not None:
+                    break
+        taken = len(sequence.token_ids) - before
+        if taken > 1:
+            self._computed(sequence, taken - 1)
+        return sound
+
     def ending(self, sequence: Sequence, token_id: int) -> Output | None:
-        """What ended `sequence` with this token, its last, if anything did. End of sequence before stop tokens."""
-        sampling = sequence.request.sampling
-        if sequence.num_generated > sampling.min_tokens:
-            if token_id in self.eos_token_ids and not sampling.ignore_eos:
-                return _stopped(sequence)
-            if token_id in sampling.stop_token_ids:
-                return _stopped(sequence, token_id)
-        if sequence.num_generated >= sequence.max_tokens:
-            return Output(token_ids=tuple(sequence.generated), finish_reason="length")
-        rule = sampling.repetition_detection
-        made = sequence.num_generated
-        if rule is not None and made >= sampling.min_tokens and repeats(sequence.token_ids, made, rule):
-            return Output(token_ids=tuple(sequence.generated), finish_reason="repetition")
-        return None
+        """What ended `sequence` with this token, its last, if anything did."""
+        return ending(sequence, token_id, self.eos_token_ids)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out at once, wherever it is (aborted, or ended by a stop string), with its pages."""
@@ -319,6 +330,22 @@ class Scheduler:
                 return
         draft.give(sequence)
 
+    def _steps_together(self, draft: _Draft) -> int:
+        """How many steps these rows can take in one go. They get the pages for it."""
+
+        def covered(sequence: Sequence) -> int:
+            return sequence.num_computed + min(num_steps, sequence.num_wanted)
+
+        num_steps = steps_together(draft.rows, self.most_steps)
+        while num_steps > 1:
+            missing = sum(self.pool.pages_for(covered(one)) - len(one.pages) for one in draft.rows)
+            if missing <= self.pool.num_available:
+                for sequence in draft.rows:
+                    self._reserve(sequence, covered(sequence))
+                break
+            num_steps //= 2
+        return num_steps
+
     def _computed(self, sequence: Sequence, num_tokens: int) -> None:
         before, size = sequence.num_computed, self.pool.page_size
         now = sequence.num_computed = before + num_tokens
@@ -369,12 +396,3 @@ class Scheduler:
 
 def _priority(sequence: Sequence) -> int:
     return sequence.request.priority
-
-
-def _stopped(sequence: Sequence, stop_token_id: int | None = None) -> Output:
-    return Output(
-        token_ids=tuple(sequence.generated),
-        finish_reason="stop",
-        stop_reason=stop_token_id,
-        last_is_silent=not sequence.request.sampling.include_stop_str_in_output,
-    )

@@ -81,6 +81,11 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt
 
     @property
+    def num_wanted(self) -> int:
+        """Tokens that it may still generate."""
+        return self.num_prompt + self.max_tokens - len(self.token_ids)
+
+    @property
     def generated(self) -> list[int]:
         return self.token_ids[self.num_prompt :]
 

@@ -23,7 +23,7 @@ class StepInput:
     positions: Tensor  # [T] int64
     slots: Tensor  # [T] int64; -1 for padding
     page_table: Tensor  # [R, P] int32
-    query_start: Tensor  # [R + 1] int32
+    query_start: Tensor | None  # [R + 1] int32; None: one token each row, and T = R
     context_lens: Tensor  # [R] int32, this step's tokens included
     logit_rows: Tensor  # [S] int64: tokens whose logits draw the next; padding repeats token 0
     scored_rows: Tensor  # [N] int64: the same for logits that score a prompt's next token (`Row.scored`)
@@ -73,7 +73,7 @@ class StepInput:
             positions=tensor(positions),
             slots=tensor(slots),
             page_table=tensor(page_table.astype(np.int32)),
-            query_start=tensor(query_start.astype(np.int32)),
+            query_start=None if padded == len(rows) else tensor(query_start.astype(np.int32)),
             context_lens=tensor((computed + counts).astype(np.int32)),
             logit_rows=chosen(sampled),
             scored_rows=chosen(scored),

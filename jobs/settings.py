@@ -29,9 +29,10 @@ class EngineSettings(BaseModel):
         "auto", description="whose code computes the model; auto: ours where it knows the architecture"
     )
     kernels: Literal["auto", "reference", "cpu", "triton"] = "auto"
-    page_size: int = 16
+    page_size: int | None = None
     max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: int | None = None
+    num_scheduler_steps: int | None = None
     max_model_len: int | None = None
     max_num_requests: int | None = None
     kv_cache_memory_bytes: int | None = None

@@ -108,11 +108,12 @@ class Kernels:
       `relu` max(x, 0).
     - `act_mul(gate_up [T, 2I], activation) -> [T, I]`: act(first half) · second half (Shazeer 2020).
     - `softcap(x [T, N], c) -> [T, N]`: c · tanh(x / c) (Gemma 2).
-    - `paged_attention(q [T, hq, d], cache, page_table [R, P] int32, query_start [R+1] int32,
+    - `paged_attention(q [T, hq, d], cache, page_table [R, P] int32, query_start [R+1] int32 or None,
       context_lens [R] int32, how: Attention) -> [T, hq, d]`: causal attention of each row's queries
       `query_start[r]:query_start[r+1]` over its first `context_lens[r]` tokens, of which those queries are
       the last ones and are already stored. Query head h reads kv head `h // (hq / hk)`. Rows of one token
-      and of many mix freely. Tokens from `query_start[R]` on are padding: their result is zero.
+      and of many mix freely. Tokens from `query_start[R]` on are padding: their result is zero. None: every row
+      has one query, T = R, and the last rows, with a context of 0, are padding.
 
     `quantised` names the dtypes of 8-bit caches that the set serves.
     """
@@ -128,7 +129,13 @@ class Kernels:
     act: Callable[[Tensor, Activation], Tensor]
     act_mul: Callable[[Tensor, Activation], Tensor]
     softcap: Callable[[Tensor, float], Tensor]
-    paged_attention: Callable[[Tensor, PagedKV, Tensor, Tensor, Tensor, Attention], Tensor]
+    paged_attention: Callable[[Tensor, PagedKV, Tensor, Tensor | None, Tensor, Attention], Tensor]
+
+
+def starts_of_single_queries(context_lens: Tensor) -> Tensor:
+    """What `query_start` `[R + 1]` is when it is left out: rows of one query each, and of none behind them."""
+    counts = (context_lens > 0).cumsum(0, dtype=torch.int32)
+    return torch.cat((counts.new_zeros(1), counts))
 
 
 def kernels_for(device: str, name: KernelSet = "auto", *, dtype: torch.dtype = torch.bfloat16) -> Kernels:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import Activation, Attention, Kernels, PagedKV
+from kernels import Activation, Attention, Kernels, PagedKV, starts_of_single_queries
 
 LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # largest magnitude that an 8-bit cache can store
 MAX_SCORES = 2**25  # attention scores held at once, so that long contexts need no memory of their own
@@ -109,10 +109,12 @@ def paged_attention(
     q: Tensor,
     cache: PagedKV,
     page_table: Tensor,
-    query_start: Tensor,
+    query_start: Tensor | None,
     context_lens: Tensor,
     how: Attention,
 ) -> Tensor:
+    if query_start is None:
+        query_start = starts_of_single_queries(context_lens)
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     _, num_heads, head_dim = q.shape
     num_kv_heads = cache.keys.shape[1]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import Activation, Attention, Kernels, PagedKV
+from kernels import Activation, Attention, Kernels, PagedKV, starts_of_single_queries
 from kernels.cpu.build import BuildError, load_library
 
 __all__ = ["BuildError", "kernels"]
@@ -211,10 +211,12 @@ class _Ops:
         q: Tensor,
         cache: PagedKV,
         page_table: Tensor,
-        query_start: Tensor,
+        query_start: Tensor | None,
         context_lens: Tensor,
         how: Attention,
     ) -> Tensor:
+        if query_start is None:
+            query_start = starts_of_single_queries(context_lens)
         tokens, heads, dim = q.shape
         rows, kv_heads = page_table.shape[0], cache.keys.shape[1]
         page_size = _page_size(cache, kv_heads, dim)

@@ -120,22 +120,23 @@ def single(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, M: tl.constexpr,
     DIM: tl.constexpr, PAGE: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Rows of one query. Programs [R, hk · blocks of HEADS heads, splits].
+    """Rows of one query. Programs [R, hk · blocks of HEADS heads, splits]. query_start None: row r has query r, and
+    one with a context of 0 is padding, whose result is zero.
 
     parts [R, hq, splits, DIM] and part_stats [R, hq, splits, 2] (maximum, sum), fp32: of rows with more than
     one split. Such a row's own splits are written, and no others.
     """
     row, split = tl.program_id(0), tl.program_id(2)
-    start = tl.load(query_start + row)
-    if tl.load(query_start + row + 1) - start != 1:
-        return
+    start = row
+    if query_start is not None:
+        start = tl.load(query_start + row)
+        if tl.load(query_start + row + 1) - start != 1:
+            return
     context = tl.load(context_lens + row)
     begin = 0
     if window is not None:
         begin = tl.maximum(context - window, 0)
     low, high = tl.maximum(split_start(split), begin), tl.minimum(split_start(split + 1), context)
-    if low >= high:
-        return
 
     blocks: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     kv_head = tl.program_id(1) // blocks
@@ -143,6 +144,11 @@ def single(
     in_group = tl.program_id(1) % blocks * HEADS + m
     head, valid = kv_head * GROUP + in_group, (m < HEADS) & (in_group < GROUP)
     held = valid[:, None] & (channel < DIM)[None, :]
+    if low >= high:
+        if (context == 0) & (split == 0):
+            target = out + (start.to(tl.int64) * (KV_HEADS * GROUP) + head[:, None]) * DIM + channel[None, :]
+            tl.store(target, tl.zeros((M, WIDTH), out.dtype.element_ty), mask=held)
+        return
     places = start.to(tl.int64) * q_stride + head[:, None] * q_head_stride + channel[None, :]
     query = tl.load(q + places, mask=held, other=0.0)
     slope = None
@@ -175,10 +181,14 @@ def reduce(
 ):  # fmt: skip
     """Merges what `single` left of rows with more than one split. Programs [R, hq]; HEADS is hq."""
     row, head = tl.program_id(0), tl.program_id(1)
-    start = tl.load(query_start + row)
-    if tl.load(query_start + row + 1) - start != 1:
-        return
+    start = row
+    if query_start is not None:
+        start = tl.load(query_start + row)
+        if tl.load(query_start + row + 1) - start != 1:
+            return
     context = tl.load(context_lens + row)
+    if context == 0:
+        return
     begin = 0
     if window is not None:
         begin = tl.maximum(context - window, 0)

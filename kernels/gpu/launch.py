@@ -16,7 +16,7 @@ def paged_attention(
     q: Tensor,
     cache: PagedKV,
     page_table: Tensor,
-    query_start: Tensor,
+    query_start: Tensor | None,
     context_lens: Tensor,
     how: Attention,
 ) -> Tensor:
@@ -59,6 +59,8 @@ def paged_attention(
                 HEADS=heads, DIM=dim, WIDTH=width,
             )  # fmt: skip
 
+    if query_start is None:
+        return out
     m = max(tiles.rows, m)
     together = min(group, m)
     queries = m // together

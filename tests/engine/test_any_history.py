@@ -151,3 +151,5 @@ TestWithoutPrefixCaching = machine(
     16, num_host_pages=10, max_num_seqs=4, max_num_batched_tokens=32, enable_prefix_caching=False
 )
 TestFirstComeFirstServed = machine(16, max_num_seqs=4, max_num_batched_tokens=32, scheduling_policy="fcfs")
+TestSeveralSteps = machine(24, num_host_pages=9, max_num_seqs=4, max_num_batched_tokens=32, steps=8)
+TestManySteps = machine(200, max_num_seqs=8, max_num_batched_tokens=64, steps=16)

@@ -69,10 +69,14 @@ def expected_scores(request: Request) -> tuple[TokenLogprobs | None, ...] | None
 class CheckedRunner:
     model_config = MODEL
     max_model_len = 100_000
+    max_num_batched_tokens = 2048
     seconds_per_page_moved: float | None = None
     device, dtype, kernels_name, deterministic = "none", "none", "none", True
 
-    def __init__(self, num_pages: int, page_size: int, num_host_pages: int = 0) -> None:
+    def __init__(
+        self, num_pages: int, page_size: int, num_host_pages: int = 0, num_scheduler_steps: int = 1
+    ) -> None:
+        self.num_scheduler_steps = num_scheduler_steps
         self.num_pages, self.page_size, self.num_host_pages = num_pages, page_size, num_host_pages
         self.num_moves = 0
         self.scored: list[tuple[RequestId, int, int]] = []  # request, sample, position, in order
@@ -81,6 +85,8 @@ class CheckedRunner:
         self._known: dict[Sequence, list[int]] = {}
 
     def run(self, plan: Plan) -> Draws:
+        if plan.num_steps > 1:
+            return self._run_together(plan)
         size, memory = self.page_size, self._memory
         for kind, source, target in plan.moves:
             self.num_moves += 1
@@ -112,9 +118,29 @@ class CheckedRunner:
                 drawn.append(draw(known[-1], 0 if greedy else one.seed))
         return Draws(drawn, {}, scores)
 
+    def _run_together(self, plan: Plan) -> Draws:
+        """As a device does it: rows go on with what they drew, and stand still at their limit."""
+        first = self.run(Plan(plan.rows, plan.moves)).token_ids
+        further: list[list[int]] = []
+        for row, token_id in zip(plan.rows, first, strict=True):
+            one, drawn = row.sequence, [token_id]
+            assert row.num_tokens == one.num_pending == 1, "only rows that decode go on by themselves"
+            seed = 0 if one.request.sampling.greedy else one.seed
+            for step in range(1, plan.num_steps):
+                at = one.num_computed + step
+                if step < one.num_wanted:
+                    tokens = [*one.token_ids, *drawn]
+                    known = fingerprints(one.request.cache_salt, tokens, self._known[one][:at])
+                    self._memory[one.pages[at // self.page_size]][at % self.page_size] = known[at]
+                    drawn.append(draw(known[at], seed))
+                else:
+                    drawn.append(EOS)  # whatever it is, nobody may want it
+            further.append(drawn[1:])
+        return Draws(first, {}, further=tuple(further))
+
 
 def checked_engine(
-    num_pages: int, page_size: int = 4, *, num_host_pages: int = 0, **settings: object
+    num_pages: int, page_size: int = 4, *, num_host_pages: int = 0, steps: int = 1, **settings: object
 ) -> Engine:
     config = EngineConfig(model="checked", **settings)  # type: ignore[arg-type]
-    return Engine(CheckedRunner(num_pages, page_size, num_host_pages), None, config)
+    return Engine(CheckedRunner(num_pages, page_size, num_host_pages, steps), None, config)
