@@ -68,7 +68,7 @@ class ModelRunner:
         self.deterministic = deterministic
         self._row_multiple = row_multiple
         self._decoder = decoder
-        self._sampler = Sampler(decoder.config)
+        self._sampler = Sampler(decoder.config, decoder.kernels)
 
     @classmethod
     def load(cls, config: EngineConfig, checkpoint: Checkpoint, *, bar: bool = False) -> ModelRunner:
