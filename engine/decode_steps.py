@@ -63,7 +63,7 @@ class DecodeSteps:
         rows, pages = self._bucket(most_rows), _power_of_two(most_pages)
         with torch.inference_mode():
             self._numbers = self._zeros(4, rows)  # token ids, positions, limits, seeds
-            self._temperatures = self._zeros(rows, dtype=torch.float32)
+            self._temperatures = self._zeros(rows, dtype=torch.float64)
             self._tables = self._zeros(rows * pages, dtype=torch.int32)
             self._made = self._zeros(most_steps, rows)
             self._count = self._zeros(1)  # steps since the inputs were written
@@ -104,7 +104,7 @@ class DecodeSteps:
         numbers[2, : len(rows)] = limits
         seeds = np.array([one.seed & 0xFFFFFFFFFFFFFFFF for one in sequences], dtype=np.uint64)
         numbers[3, : len(rows)] = seeds.view(np.int64)
-        temperatures = np.zeros(shape[0], dtype=np.float32)
+        temperatures = np.zeros(shape[0], dtype=np.float64)
         temperatures[: len(rows)] = [one.request.sampling.temperature for one in sequences]
         tables = np.zeros(shape, dtype=np.int32)
         pages = chain.from_iterable(one.pages[:count] for one, count in zip(sequences, used, strict=True))
@@ -168,7 +168,7 @@ class DecodeSteps:
             return
         self._numbers.zero_()  # limits of 0: nothing is seen and nothing is stored
         self._count.zero_()
-        stream = torch.cuda.Stream(self._device)
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             self._advance(shape, self._compute(shape))  # compiles and allocates what a capture must not

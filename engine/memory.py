@@ -59,7 +59,9 @@ def fitting_pages(
         memory_bytes = int(free_memory_bytes(device) * FREE_MEMORY_FRACTION[kind])
         if kind == "cuda":  # what a step needs beside the pages: fp64 rows of the sampler, attention scores
             memory_bytes -= max_num_seqs * config.vocab_size * 8 * 5 + 2**30
-            memory_bytes -= max_num_batched_tokens * (config.hidden_size * 8 + config.intermediate_size * 4) * 2
+            memory_bytes -= (
+                max_num_batched_tokens * (config.hidden_size * 8 + config.intermediate_size * 4) * 2
+            )
     num_pages = min(memory_bytes // page_bytes, usable)
     if num_pages < 1:
         raise InvalidParameter(

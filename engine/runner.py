@@ -84,7 +84,7 @@ class ModelRunner:
         self._row_multiple = row_multiple
         self._steps = steps
         self._decoder = decoder
-        self._sampler = Sampler(decoder.config)
+        self._sampler = Sampler(decoder.config, decoder.kernels)
 
     @classmethod
     def load(cls, config: EngineConfig, checkpoint: Checkpoint, *, bar: bool = False) -> ModelRunner:

@@ -1,7 +1,8 @@
 """Sampler: logits to token ids and their logprobs, by each row's own parameters.
 
-Owns masking, filtering, drawing and the logprobs of what was drawn. Knows no pages and no text. A draw
-depends on the row's logits, its seed and its position alone: the noise is a hash, not a stream, sums are in
+Owns masking, filtering, the draws of filtered rows and the logprobs of what was drawn; rows that take the greedy
+token, or draw from the whole vocabulary, are the kernel set's, in one call. Knows no pages and no text. A draw
+depends on the row's logits, its seed and its position alone: the noise is a hash, not a stream, sums here are in
 float64, and ties are broken by token id, so the crowd in a step changes nothing. A feature that no row asks
 for costs nothing.
 
@@ -12,9 +13,7 @@ Logprobs are taken before all of them.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.adjust import adjust
@@ -23,13 +22,16 @@ from engine.logprobs import log_softmax, ranked, token_logprobs
 from engine.plan import FAILED, Draws, Row
 from engine.request import TokenLogprobs
 from engine.token_masks import TokenMasks
+from kernels import Kernels
+from kernels.noise import uniforms
+from kernels.reference import KERNELS as REFERENCE
 
 TOP_P_CANDIDATES = 1024  # nearly always hold the nucleus; a full sort is the fallback
-_INVERSE_2_53 = 2.0**-53
 
 
 class Sampler:
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kernels: Kernels = REFERENCE) -> None:
+        self._sample = kernels.sample
         self._vocab_size = config.vocab_size
         self._eos = config.eos_token_ids
         self._masks = TokenMasks()
@@ -45,11 +47,7 @@ class Sampler:
         if any(row.sequence.rules is not None for row in rows):
             logits = logits.float()
             adjust(logits, rows)
-        best, greedy = logits.max(dim=1)  # the lowest index wins a tie; NaN wins everything
-        tokens = torch.where(torch.isfinite(best), greedy, FAILED)
-        drawn = [i for i, row in enumerate(rows) if not row.sequence.request.sampling.greedy]
-        if drawn:
-            self._draw(logits, best, tokens, rows, drawn)
+        tokens = self._draw(logits, rows)
         logprobs = {} if raw is None else _logprobs(raw, tokens, rows, asked)
         return Draws(tokens.tolist(), logprobs)
 
@@ -63,33 +61,33 @@ class Sampler:
             if allowed:
                 logits[i, allowed] = float("-inf")
 
-    def _draw(self, logits: Tensor, best: Tensor, tokens: Tensor, rows: list[Row], drawn: list[int]) -> None:
-        """Fill `tokens` at the rows `drawn`, each from its own distribution."""
-        sequences = [rows[i].sequence for i in drawn]
-        params = [sequence.request.sampling for sequence in sequences]
-        noise = uniforms([s.seed for s in sequences], [len(s.token_ids) for s in sequences])
-        whole = [j for j, p in enumerate(params) if p.top_k == 0 and p.top_p >= 1.0]
-        narrowed = [j for j, p in enumerate(params) if p.top_k > 0 or p.top_p < 1.0]
-        device = logits.device
-        for chosen in (whole, narrowed):
-            if not chosen:
-                continue
-            index = torch.tensor([drawn[j] for j in chosen], device=device)
+    def _draw(self, logits: Tensor, rows: list[Row]) -> Tensor:
+        """`[S]` token ids, each from its row's own distribution; logits `[S, vocab]` are overwritten."""
+        device, params = logits.device, [row.sequence.request.sampling for row in rows]
+        seeds = [row.sequence.seed for row in rows]
+        positions = [len(row.sequence.token_ids) for row in rows]
+        heat = torch.tensor([p.temperature for p in params], dtype=torch.float64, device=device)
+        if unlikely := [i for i, p in enumerate(params) if p.min_p and not p.greedy]:
+            index = torch.tensor(unlikely, device=device)
+            min_p = torch.tensor([params[i].min_p for i in unlikely], dtype=torch.float64, device=device)
+            logits[index] = _without_unlikely(logits[index], heat[index], min_p)
+        narrowed = [i for i, p in enumerate(params) if (p.top_k or p.top_p < 1.0) and not p.greedy]
+        index = torch.tensor(narrowed, dtype=torch.int64, device=device)
+        tokens = self._sample(
+            logits,
+            heat.index_fill(0, index, 0.0) if narrowed else heat,  # the greedy token says whether they fail
+            torch.tensor(seeds, device=device),
+            torch.tensor(positions, device=device),
+        )
+        if narrowed:
             picked = logits[index].float()  # [n, vocab]
-            top = best[index].double()[:, None]
-            heat = torch.tensor([params[j].temperature for j in chosen], dtype=torch.float64, device=device)
-            min_p = [params[j].min_p for j in chosen]
-            if any(min_p):
-                _mask_unlikely(picked, top, heat, torch.tensor(min_p, dtype=torch.float64, device=device))
-            u = torch.from_numpy(noise[chosen]).to(device)
-            if chosen is whole:
-                weights = ((picked.double() - top) / heat[:, None]).exp_()
-                found = _inverse_cdf(weights.cumsum(dim=1), u, picked.shape[1])
-            else:
-                top_k = torch.tensor([params[j].top_k for j in chosen], device=device)
-                top_p = torch.tensor([params[j].top_p for j in chosen], dtype=torch.float64, device=device)
-                found = _draw_narrowed(picked, top, heat, u, top_k, top_p)
-            tokens[index] = torch.where(torch.isfinite(best[index]), found, FAILED)
+            top = picked.amax(dim=1, keepdim=True).double()
+            u = uniforms([seeds[i] for i in narrowed], [positions[i] for i in narrowed])
+            top_k = torch.tensor([params[i].top_k for i in narrowed], device=device)
+            top_p = torch.tensor([params[i].top_p for i in narrowed], dtype=torch.float64, device=device)
+            found = _draw_narrowed(picked, top, heat[index], torch.from_numpy(u).to(device), top_k, top_p)
+            tokens[index] = torch.where(tokens[index] == FAILED, FAILED, found)
+        return tokens
 
 
 def _draw_narrowed(
@@ -125,11 +123,12 @@ def _draw_narrowed(
     return found
 
 
-def _mask_unlikely(logits: Tensor, top: Tensor, heat: Tensor, min_p: Tensor) -> None:
-    """Min-p: logits `[n, vocab]` of tokens less likely than that share of the likeliest become -inf.
-    top `[n, 1]`, heat and min_p `[n]`, float64; an exponential of 0 is 1, so the likeliest always stays."""
+def _without_unlikely(logits: Tensor, heat: Tensor, min_p: Tensor) -> Tensor:
+    """Min-p: logits `[n, vocab]`, of which tokens less likely than that share of the likeliest are -inf.
+    heat and min_p `[n]`, float64; an exponential of 0 is 1, so the likeliest always stays."""
+    top = logits.amax(dim=1, keepdim=True).double()
     shares = ((logits.double() - top) / heat[:, None]).exp_()
-    logits.masked_fill_(shares < min_p[:, None], float("-inf"))
+    return logits.masked_fill(shares < min_p[:, None], float("-inf"))
 
 
 def _logprobs(raw: Tensor, tokens: Tensor, rows: list[Row], asked: list[int]) -> dict[int, TokenLogprobs]:
@@ -149,21 +148,3 @@ def _inverse_cdf(sums: Tensor, u: Tensor, size: Tensor | int) -> Tensor:
     total = sums.gather(1, last[:, None])
     found = torch.searchsorted(sums, u[:, None] * total, right=True)[:, 0]
     return torch.minimum(found, last)
-
-
-def uniforms(seeds: list[int], positions: list[int]) -> NDArray[np.float64]:
-    """One number in [0, 1) with 53 bits per (sequence seed, position): SplitMix64's mixer over
-    both (Steele et al. 2014), so no state is carried from token to token."""
-    with np.errstate(over="ignore"):
-        state = np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], dtype=np.uint64)
-        state = _mix(state + np.uint64(0x9E3779B97F4A7C15))
-        state ^= np.array(positions, dtype=np.uint64) * np.uint64(0xD1342543DE82EF95)
-        state = _mix(state + np.uint64(0x9E3779B97F4A7C15))
-    result: NDArray[np.float64] = (state >> np.uint64(11)).astype(np.float64) * _INVERSE_2_53
-    return result
-
-
-def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))

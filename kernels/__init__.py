@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 KernelSet = Literal["auto", "reference", "cpu", "triton"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+FAILED = -1  # in place of a token that `sample` cannot draw
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,6 +115,12 @@ class Kernels:
       the last ones and are already stored. Query head h reads kv head `h // (hq / hk)`. Rows of one token
       and of many mix freely. Tokens from `query_start[R]` on are padding: their result is zero. None: every row
       has one query, T = R, and the last rows, with a context of 0, are padding.
+    - `sample(logits [S, vocab], temperatures [S] fp32 or fp64, seeds [S] int64, positions [S] int64) -> [S] int64`:
+      one token of each row, whose bits depend on that row alone. Temperature 0: the largest logit's, the lowest id
+      of equals. Above: the first whose cumulative weight exceeds u times the total, where a weight is
+      exp((logit - largest) / temperature) and u the number that `noise.uniforms` makes of seed and position. A
+      token of weight 0 is never drawn, so a logit of -inf masks its token. `FAILED` where the largest logit is NaN
+      (which any NaN of the row is) or infinite. Logits bf16, fp16 or fp32; u and the sums over a row fp32 or better.
 
     `quantised` names the dtypes of 8-bit caches that the set serves.
     """
@@ -130,6 +137,7 @@ class Kernels:
     act_mul: Callable[[Tensor, Activation], Tensor]
     softcap: Callable[[Tensor, float], Tensor]
     paged_attention: Callable[[Tensor, PagedKV, Tensor, Tensor | None, Tensor, Attention], Tensor]
+    sample: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def starts_of_single_queries(context_lens: Tensor) -> Tensor:

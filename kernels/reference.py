@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import Activation, Attention, Kernels, PagedKV, starts_of_single_queries
+from kernels import FAILED, Activation, Attention, Kernels, PagedKV, starts_of_single_queries
+from kernels.noise import uniforms
 
 LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # largest magnitude that an 8-bit cache can store
 MAX_SCORES = 2**25  # attention scores held at once, so that long contexts need no memory of their own
@@ -172,6 +173,24 @@ def _context(cache: PagedKV, page_table: Tensor, base: int, length: int) -> tupl
     return k, v
 
 
+def sample(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+    largest, likeliest = logits.max(dim=1)  # the lowest index wins a tie; NaN wins everything
+    sound = torch.isfinite(largest)
+    tokens = torch.where(sound, likeliest, FAILED)
+    drawn = (sound & (temperatures > 0)).nonzero()[:, 0]
+    if len(drawn):
+        heat, top = temperatures[drawn].double(), largest[drawn].double()
+        weights = ((logits[drawn].double() - top[:, None]) / heat[:, None]).exp_()  # [n, vocab]
+        sums = weights.cumsum(dim=1)
+        u = torch.from_numpy(uniforms(seeds[drawn].cpu().numpy(), positions[drawn].cpu().numpy()))
+        found = torch.searchsorted(sums, u.to(logits.device)[:, None] * sums[:, -1:], right=True)
+        found.clamp_(max=logits.shape[1] - 1)
+        # a GPU's cumsum is no sum from left to right: it may grow by rounding where a weight is 0
+        possible = weights.gather(1, found)[:, 0] > 0
+        tokens[drawn] = torch.where(possible, found[:, 0], likeliest[drawn])
+    return tokens
+
+
 KERNELS = Kernels(
     name="reference",
     quantised=tuple(LIMITS),
@@ -185,4 +204,5 @@ KERNELS = Kernels(
     act_mul=act_mul,
     softcap=softcap,
     paged_attention=paged_attention,
+    sample=sample,
 )

@@ -1,7 +1,7 @@
 """The `cpu` set: `ops.c`, compiled on first use, behind the contract of `kernels`.
 
 Owns the passing of tensors to C: shapes, strides and types are checked here because C cannot. bf16 and fp32,
-with caches of the same dtype or of int8.
+with caches of the same dtype or of int8. Sampling is the reference set's: torch is quick there, and exact.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kernels import Activation, Attention, Kernels, PagedKV, starts_of_single_queries
 from kernels.cpu.build import BuildError, load_library
+from kernels.reference import sample
 
 __all__ = ["BuildError", "kernels"]
 
@@ -63,6 +64,7 @@ def kernels() -> Kernels:
         act_mul=ops.act_mul,
         softcap=ops.softcap,
         paged_attention=ops.paged_attention,
+        sample=sample,
     )
 
 

@@ -18,6 +18,7 @@ from kernels.gpu.cache import LIMITS, store_kv
 from kernels.gpu.launch import paged_attention
 from kernels.gpu.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from kernels.gpu.rope import rope
+from kernels.gpu.sampling import sample
 
 OLDEST = (8, 0)  # the first with bfloat16 in its tensor cores
 OLDEST_FP8 = (8, 9)  # the first that converts fp8
@@ -41,6 +42,7 @@ KERNELS = Kernels(
     act_mul=act_mul,
     softcap=softcap,
     paged_attention=paged_attention,
+    sample=sample,
 )
 
 
