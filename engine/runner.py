@@ -41,7 +41,7 @@ _CHECK_FLOPS = 2e10  # bounds the self-check to a fraction of a second on two co
 
 
 class ModelRunner:
-    """Made by `load`. Attributes are read-only."""
+    """Made by `load` or `over`. Attributes are read-only."""
 
     def __init__(
         self,
@@ -79,25 +79,33 @@ class ModelRunner:
         model = checkpoint.config
         device = resolve_device(config.device)
         dtype = resolve_dtype(config.dtype, model, device)
-        max_model_len = config.max_model_len or model.max_position
-        if max_model_len > model.max_position:
-            raise InvalidParameter("max_model_len", f"the model allows at most {model.max_position}")
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         try:
             kernels = kernels_for(device, config.kernels, dtype=dtype)
         except ValueError as error:
             raise InvalidParameter("kernels", str(error)) from None
-        storage = resolve_kv_cache_dtype(config.kv_cache_dtype, dtype, kernels)
+        # what `over` would refuse is known before any weight is read
+        resolve_max_model_len(config, model)
+        resolve_kv_cache_dtype(config.kv_cache_dtype, dtype, kernels)
         with torch.inference_mode():
             decoder = load_decoder(checkpoint, kernels, dtype=dtype, device=device, bar=bar)
+        return cls.over(decoder, config)
+
+    @classmethod
+    def over(cls, decoder: Decoder | Fallback, config: EngineConfig) -> ModelRunner:
+        """Around a decoder that has its weights and is not yet prepared: what `load` does once they are read. Device,
+        dtype and kernels are the decoder's. Raises `InvalidParameter`."""
+        max_model_len = resolve_max_model_len(config, decoder.config)
+        storage = resolve_kv_cache_dtype(config.kv_cache_dtype, decoder.dtype, decoder.kernels)
+        with torch.inference_mode():
             decoder.prepare(max_model_len)
             cache = allocate_cache(
                 config,
                 decoder.config,
-                dtype=dtype,
+                dtype=decoder.dtype,
                 storage=storage,
-                device=device,
+                device=decoder.device,
                 max_model_len=max_model_len,
             )
             row_multiple, deterministic = resolve_deterministic(config.deterministic, decoder)
@@ -170,6 +178,14 @@ def resolve_dtype(dtype: str, model: ModelConfig, device: str) -> torch.dtype:
     if dtype == "float16" and on_cpu:
         raise InvalidParameter("dtype", "float16 needs a GPU; on cpu use bfloat16 or float32")
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[dtype]
+
+
+def resolve_max_model_len(config: EngineConfig, model: ModelConfig) -> int:
+    """None is what the model allows. Raises `InvalidParameter` for more."""
+    max_model_len = config.max_model_len or model.max_position
+    if max_model_len > model.max_position:
+        raise InvalidParameter("max_model_len", f"the model allows at most {model.max_position}")
+    return max_model_len
 
 
 def resolve_kv_cache_dtype(name: str, dtype: torch.dtype, kernels: Kernels) -> torch.dtype:
