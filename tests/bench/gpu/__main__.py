@@ -1,7 +1,7 @@
 """The benchmark of one GPU: `python -m tests.bench.gpu [SECTION ...] [--out FILE] [--share F] [--limit SECONDS]`.
 
 Sections: ceilings, attention, nano, eight, shared, peer; and suite, which has to be named. Each runs in a process of
-its own (`section`), measured against the ceilings, which are therefore always measured first. The result is a JSON
+its own (`section`). The ceilings, which others are measured against, always come first. The result is a JSON
 file, written anew after every section; a table and one line of JSON come last. `--device cpu --tiny` runs all of it
 on a CPU, to find faults.
 """
@@ -32,9 +32,7 @@ LEAST_SECONDS = 20.0  # less is not worth a start
 
 def main() -> int:
     args = arguments()
-    names = [name for name in SECTIONS if name in (args.sections or DEFAULT)]
-    if any(SECTIONS[name].bounded for name in names) and "ceilings" not in names:
-        names.insert(0, "ceilings")
+    names = [name for name in SECTIONS if name == "ceilings" or name in (args.sections or DEFAULT)]
     limit = args.limit or (LIMIT_WITH_SUITE if "suite" in names else LIMIT_SECONDS)
     end = time.monotonic() + limit
     setting = Setting(device=args.device, tiny=args.tiny, share=args.share, seconds=0)

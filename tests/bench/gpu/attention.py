@@ -97,7 +97,7 @@ def attention(setting: Setting) -> Iterator[dict[str, Any]]:
             result: dict[str, Any] = {
                 "case": case.name,
                 "us": _us(seconds),
-                "gb_s": round(case.kv_bytes / seconds / 1e9, 1),
+                "gb_s": round(case.kv_bytes / seconds / 1e9, 1),  # of K and V, read once
                 "copy_share": round(case.kv_bytes / seconds / copy_rate, 4),
                 "tflop_s": round(case.flops / seconds / 1e12, 3),
                 "product_share": round(case.flops / seconds / product_rate, 4),

@@ -18,19 +18,26 @@ from engine.engine import Engine
 from tests.bench.gpu.workloads import Workload
 
 STEPS, TOP = 16, 12
+SETTLING = 16  # steps beyond those that the prompts need, after which it is profiled anyway
 
 
 def busy(engine: Engine, workload: Workload, *, on_gpu: bool, seconds: float) -> dict[str, Any]:
     """`gpu_busy`: the union of all intervals in which something ran on the device, over the wall time of the steps;
     `top`: kernels by time with their share of the sum of all. Without a GPU the operators of torch stand for kernels.
 
-    The profiled steps begin when every sequence that runs has computed its prompt. The engine is empty afterwards."""
+    The profiled steps begin when every sequence that runs has computed its prompt and no more come. The engine is
+    empty afterwards."""
     end = time.perf_counter() + seconds
     for request in workload.requests():
         engine.add(request)
-    while engine.has_work and _pending(engine) and time.perf_counter() < end:
+    settled, running = False, 0
+    most = workload.num_prompt_tokens // engine.config.max_num_batched_tokens + SETTLING
+    while engine.has_work and not settled and most and time.perf_counter() < end:
         engine.step()
-    rows = len(engine.scheduler.running)
+        most -= 1
+        sequences = engine.scheduler.running
+        settled = running == len(sequences) and all(sequence.num_pending <= 1 for sequence in sequences)
+        running = len(sequences)
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
     num_steps = 0
     _synchronize(on_gpu)
@@ -57,8 +64,8 @@ def busy(engine: Engine, workload: Workload, *, on_gpu: bool, seconds: float) ->
     ranked = sorted(times.items(), key=lambda item: -sum(item[1]))[:TOP]
     return {
         "gpu_busy": round(union((first, last) for _, first, last in events) / wall, 3) if wall else None,
-        "rows": rows,
-        "steps": num_steps,
+        "decoding_rows": running,
+        "profiled_steps": num_steps,
         "ms_per_step": round(1e3 * wall / max(1, num_steps), 3),
         "launches_per_step": round(len(events) / max(1, num_steps), 1),
         "top": [
@@ -76,12 +83,6 @@ def union(intervals: Iterable[tuple[float, float]]) -> float:
             covered += last - max(first, reached)
             reached = last
     return covered
-
-
-def _pending(engine: Engine) -> bool:
-    """Whether somebody's prompt is still being computed, or has not begun although there may be room for it."""
-    running = engine.scheduler.running
-    return not running or any(sequence.num_pending > 1 for sequence in running)
 
 
 def _synchronize(on_gpu: bool) -> None:

@@ -104,7 +104,7 @@ def _engine(name: str, found: dict[str, Any]) -> list[str]:
     ]
     if "ms_per_step" in found:
         lines.append(
-            f"  decode of {found['rows']} rows: {found['ms_per_step']} ms a step, "
+            f"  decode of {found['decoding_rows']} rows: {found['ms_per_step']} ms a step, "
             f"{found['launches_per_step']} launches"
         )
     lines += [f"  {top['share']:>6.1%} {top['count']:>6} {top['kernel']}" for top in found.get("top", ())]

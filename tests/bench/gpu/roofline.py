@@ -41,8 +41,8 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
-    """Of a model in `itemsize` bytes per number, weights and cache alike, on a device that moves `copy_rate` bytes and
-    computes `product_rate` operations per second. Raises `ValueError` for models whose steps do not say what they
+    """Of a model in `itemsize` bytes per number, weights and cache alike, on a device that moves `copy_rate` bytes
+    and computes `product_rate` operations per second. Raises `ValueError` for models whose steps do not say what they
     read: experts and windows."""
 
     config: ModelConfig

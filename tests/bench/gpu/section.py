@@ -1,7 +1,7 @@
 """Section: one part of the benchmark, in a process of its own: `python -m tests.bench.gpu.section NAME SETTING FILE`.
 
-Owns the names of the sections and the file in which one leaves what it has found. A section that breaks the device, or
-does not end, harms only itself; what it found before is in the file.
+Owns the names of the sections and the file in which one leaves what it has found. A section that breaks the device,
+or does not end, harms only itself; what it found before is in the file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ class Section(NamedTuple):
 
     place: str
     seconds: float
-    bounded: bool = True  # measured against the ceilings
 
     def run(self, setting: Setting) -> Iterator[dict[str, Any]]:
         module, _, name = self.place.partition(":")
@@ -33,13 +32,13 @@ class Section(NamedTuple):
 
 _HERE = "tests.bench.gpu"
 SECTIONS = {
-    "ceilings": Section(f"{_HERE}.ceilings:ceilings", 60, bounded=False),
-    "suite": Section(f"{_HERE}.suite:suite", 420, bounded=False),
+    "ceilings": Section(f"{_HERE}.ceilings:ceilings", 60),
+    "suite": Section(f"{_HERE}.suite:suite", 420),
     "attention": Section(f"{_HERE}.attention:attention", 75),
     "nano": Section(f"{_HERE}.engines:nano", 75),
     "eight": Section(f"{_HERE}.engines:eight", 100),
     "shared": Section(f"{_HERE}.engines:shared", 60),
-    "peer": Section(f"{_HERE}.peer:peer", 140, bounded=False),
+    "peer": Section(f"{_HERE}.peer:peer", 140),
 }
 DEFAULT = ("ceilings", "attention", "nano", "eight", "shared", "peer")  # the suite has to be named
 

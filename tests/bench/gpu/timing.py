@@ -16,9 +16,11 @@ REPEATS, WARM_UPS = 10, 3
 _FLUSHED_BYTES = 2**28  # more than any L2 cache holds
 
 
-def seconds_of(call: Callable[[], object], device: str, *, graphed: bool = True) -> float:
-    """Median of `REPEATS` after `WARM_UPS`. A call that cannot be captured is timed as it is."""
-    for _ in range(WARM_UPS):
+def seconds_of(
+    call: Callable[[], object], device: str, *, graphed: bool = True, warm_ups: int = WARM_UPS
+) -> float:
+    """Median of `REPEATS` after the warm-ups. A call that cannot be captured is timed as it is."""
+    for _ in range(warm_ups):
         call()
     if device == "cpu":
         return statistics.median(_host_seconds(call) for _ in range(REPEATS))
