@@ -64,7 +64,8 @@ def _theirs(workload: Workload, setting: Setting, end: float) -> dict[str, Any]:
         max_generated_length=max(workload.new_tokens),
         num_requests=len(workload.prompts),
     )
-    with torch.inference_mode():
+    model.requires_grad_(False)
+    with torch.no_grad():  # as in `generate_batch`; in inference mode 5.17 fails
         manager = model.init_continuous_batching(
             generation_config=generation,
             continuous_batching_config=ContinuousBatchingConfig(**small),
