@@ -32,6 +32,7 @@ LEAST_SECONDS = 20.0  # less is not worth a start
 
 def main() -> int:
     args = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a section does not outlive this process
     names = [name for name in SECTIONS if name == "ceilings" or name in (args.sections or DEFAULT)]
     limit = args.limit or (LIMIT_WITH_SUITE if "suite" in names else LIMIT_SECONDS)
     end = time.monotonic() + limit

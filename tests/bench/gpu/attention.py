@@ -78,43 +78,64 @@ class Inputs(NamedTuple):
 
 def attention(setting: Setting) -> Iterator[dict[str, Any]]:
     """For each case: microseconds of ours, of SDPA and of FlexAttention, ours against the ceilings, and the largest
-    difference between ours and SDPA's."""
-    copy_rate, product_rate = setting.rates
+    differences between ours and theirs. FlexAttention, which compiles for each case, comes after all others."""
     end = time.perf_counter() + setting.seconds
     found: dict[str, Any] = {"note": NOTE, "cases": []}
-    for case in TINY if setting.tiny else CASES:
+    cases = TINY if setting.tiny else CASES
+    for case in cases:
         if time.perf_counter() > end:
             found["cut"] = True
             break
-        with torch.inference_mode():
-            inputs = make_inputs(case, setting.device)
-            ours = _ours(case, inputs, setting)
-            seconds = seconds_of(ours, setting.device)
-            sdpa = rivals.sdpa(case, inputs, setting.device)
-            flex = (
-                rivals.flex(case, inputs, setting.device) if time.perf_counter() < end else {"why": "no time"}
-            )
-            result: dict[str, Any] = {
-                "case": case.name,
-                "us": _us(seconds),
-                "gb_s": round(case.kv_bytes / seconds / 1e9, 1),  # of K and V, read once
-                "copy_share": round(case.kv_bytes / seconds / copy_rate, 4),
-                "tflop_s": round(case.flops / seconds / 1e12, 3),
-                "product_share": round(case.flops / seconds / product_rate, 4),
-            }
-            made = ours().unflatten(0, (case.rows, -1)).transpose(1, 2)
-            for name, rival in (("sdpa", sdpa), ("flex", flex)):
-                result[f"{name}_us"] = _us(rival["seconds"]) if "seconds" in rival else None
-                if "out" in rival:
-                    result[f"{name}_error"] = float((made.float() - rival["out"].float()).abs().max())
-                result |= {f"{name}_{key}": rival[key] for key in ("how", "why") if rival.get(key)}
-        found["cases"].append(result)
+        inputs, ours = _prepared(case, setting)
+        result = _bounded(case, seconds_of(ours, setting.device), setting)
+        found["cases"].append(
+            result | _compared("sdpa", rivals.sdpa(case, inputs, setting.device), case, ours())
+        )
+        del inputs, ours
+        yield found
+    for case, result in zip(cases, found["cases"], strict=False):
+        if time.perf_counter() > end:
+            result["flex_why"] = "no time was left"
+            continue
+        inputs, ours = _prepared(case, setting)
+        result |= _compared("flex", rivals.flex(case, inputs, setting.device), case, ours())
+        del inputs, ours
         print(result, flush=True)
         yield found
-        del inputs, ours, sdpa, flex, made
-        if setting.on_gpu:
-            torch.cuda.empty_cache()
     yield found
+
+
+def _prepared(case: Case, setting: Setting) -> tuple[Inputs, Callable[[], Tensor]]:
+    with torch.inference_mode():
+        inputs = make_inputs(case, setting.device)
+    kernels = kernels_for(setting.device, setting.kernels)
+    q, cache, table, starts, lens, *_ = inputs
+    how = Attention(case.dim**-0.5)
+    return inputs, lambda: kernels.paged_attention(q, cache, table, starts, lens, how)
+
+
+def _bounded(case: Case, seconds: float, setting: Setting) -> dict[str, Any]:
+    copy_rate, product_rate = setting.rates
+    return {
+        "case": case.name,
+        "us": _us(seconds),
+        "gb_s": round(case.kv_bytes / seconds / 1e9, 1),  # of K and V, read once
+        "copy_share": round(case.kv_bytes / seconds / copy_rate, 4),
+        "tflop_s": round(case.flops / seconds / 1e12, 3),
+        "product_share": round(case.flops / seconds / product_rate, 4),
+        "sdpa_us": None,
+        "flex_us": None,
+    }
+
+
+def _compared(name: str, rival: dict[str, Any], case: Case, made: Tensor) -> dict[str, Any]:
+    """`made`: our result `[rows · queries, heads, dim]`."""
+    result = {f"{name}_{key}": rival[key] for key in ("how", "why") if rival.get(key)}
+    if "out" in rival:
+        ours = made.unflatten(0, (case.rows, -1)).transpose(1, 2)
+        result[f"{name}_us"] = _us(rival["seconds"])
+        result[f"{name}_error"] = float((ours.float() - rival["out"].float()).abs().max())
+    return result
 
 
 def make_inputs(case: Case, device: str) -> Inputs:
@@ -143,13 +164,6 @@ def make_inputs(case: Case, device: str) -> Inputs:
         keys=keys.contiguous(),
         values=values.contiguous(),
     )
-
-
-def _ours(case: Case, inputs: Inputs, setting: Setting) -> Callable[[], Tensor]:
-    kernels = kernels_for(setting.device, setting.kernels)
-    q, cache, table, starts, lens, *_ = inputs
-    how = Attention(case.dim**-0.5)
-    return lambda: kernels.paged_attention(q, cache, table, starts, lens, how)
 
 
 def _us(seconds: float) -> float:

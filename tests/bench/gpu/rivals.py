@@ -70,7 +70,8 @@ def _quickest(ways: dict[str, Callable[[], Tensor]], device: str) -> dict[str, A
     failed: list[str] = []
     for how, call in ways.items():
         try:
-            found.append((seconds_of(call, device), how, call()))
+            with torch.inference_mode():
+                found.append((seconds_of(call, device), how, call()))
         except Exception as error:  # one way of several; the reason is told
             failed.append(f"{how}: {_short(error)}")
     why = "; ".join(failed)
