@@ -44,7 +44,7 @@ def main() -> int:
         "setting": {"device": args.device, "tiny": args.tiny, "share": args.share, "limit": limit},
         "sections": {},
     }
-    path = args.out
+    path = args.out or (Path(tempfile.gettempdir()) / "gpu-tiny.json" if args.tiny else None)
     for name in names:
         left = end - time.monotonic()
         start = time.monotonic()
@@ -102,7 +102,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="small shapes: finds faults, measures nothing")
     parser.add_argument("--share", type=float, default=1.0, help="of the output lengths of workloads")
     parser.add_argument("--limit", type=float, default=None, help="seconds for everything")
-    parser.add_argument("--out", type=Path, default=None, help="the JSON file")
+    parser.add_argument("--out", type=Path, default=None, help="the JSON file; else in tests/bench/results/")
     args = parser.parse_args()
     if unknown := set(args.sections) - set(SECTIONS):
         parser.error(f"no such section: {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")

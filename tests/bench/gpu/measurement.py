@@ -39,11 +39,11 @@ def measured(engine: Engine, workload: Workload, setting: Setting, end: float) -
     output = made("num_generated_tokens")
     found |= {
         "requests": len(workload.prompts),
-        "prompt_tokens": workload.num_prompt_tokens,  # of a run that is cut, more than were computed
+        "prompt_tokens": workload.num_prompt_tokens,
         "output_tokens": output,
         "seconds": round(seconds, 3),
         "output_tok_s": round(output / seconds, 1),
-        "total_tok_s": round((workload.num_prompt_tokens + output) / seconds, 1),
+        "total_tok_s": None if cut else round((workload.num_prompt_tokens + output) / seconds, 1),
         "steps": recorder.num_steps,
         "recorder_seconds": round(recorder.seconds, 3),
         "cached_tokens": made("num_cached_tokens"),

@@ -29,14 +29,16 @@ def peer(setting: Setting) -> Iterator[dict[str, Any]]:
     engine = engine_for(workload, setting)
     run_through(engine, workload.warm_up(), end)
     found: dict[str, Any] = {"requests": len(workload.prompts), "output_tokens": workload.num_new_tokens}
-    found["ours"] = _rate(workload.num_new_tokens, run_through(engine, workload, end))
+    before = engine.stats()["num_generated_tokens"]
+    seconds = run_through(engine, workload, end)
+    found["ours"] = _rate(int(engine.stats()["num_generated_tokens"] - before), seconds)
     if time.perf_counter() >= end:
         found["ours"]["cut"] = True
     yield found
     del engine
     free()
     found["theirs"] = _theirs(workload, setting, end)
-    if not found["theirs"].get("cut"):
+    if not found["ours"].get("cut") and not found["theirs"].get("cut"):
         found["ratio"] = round(found["ours"]["output_tok_s"] / found["theirs"]["output_tok_s"], 2)
     yield found
 

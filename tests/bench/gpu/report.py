@@ -98,7 +98,7 @@ def _engine(name: str, found: dict[str, Any]) -> list[str]:
         return [f"{name:<9} nothing measured"]
     busy = found.get("gpu_busy")
     lines = [
-        f"{name:<9} {found['output_tok_s']:>9.1f} output tok/s, {found['total_tok_s']:.1f} total, "
+        f"{name:<9} {found['output_tok_s']:>9.1f} output tok/s, {_number(found['total_tok_s'])} total, "
         f"{found['seconds']:.2f} s, {found['steps']} steps, {_share(found.get('roofline_share'))} of the roofline"
         f" ({_share(found.get('ideal_share'))} of the ideal), GPU busy {_share(busy)}"
     ]
