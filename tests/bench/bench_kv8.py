@@ -134,6 +134,7 @@ def capacity(path: Path, storage: torch.dtype) -> int:
         device="cpu",
         max_num_seqs=10**9,
         max_model_len=page_size,
+        max_num_batched_tokens=page_size,
         memory_bytes=CAPACITY_BYTES,
     )
     return pages * page_size

@@ -170,7 +170,13 @@ def test_memory_that_cannot_be_had_is_named(config: ModelConfig) -> None:
 @pytest.mark.parametrize("storage", [torch.int8, torch.float8_e4m3fn])
 def test_eight_bits_hold_nearly_twice_the_tokens(tmp_path: Path, storage: torch.dtype) -> None:
     config = Checkpoint.open(str(write_tiny_llama(tmp_path, head_dim=64))).config
-    sizes: dict[str, Any] = {"page_size": 16, "device": "cpu", "max_num_seqs": 10**6, "max_model_len": 512}
+    sizes: dict[str, Any] = {
+        "page_size": 16,
+        "device": "cpu",
+        "max_num_seqs": 10**6,
+        "max_model_len": 512,
+        "max_num_batched_tokens": 512,
+    }
     plain = fitting_pages(config, storage=torch.bfloat16, memory_bytes=10**8, **sizes)
     assert plain * bytes_per_page(config, 16, torch.bfloat16) <= 10**8
     eight = fitting_pages(config, storage=storage, memory_bytes=10**8, **sizes)

@@ -65,7 +65,7 @@ def test_a_nan_token_fails_its_own_request_only(tmp_path: Path, kv_cache_dtype: 
 
 
 def test_an_empty_plan_is_no_work(tmp_path: Path) -> None:
-    assert load(write_tiny_llama(tmp_path)).run(Plan(())) == ([], {}, {})
+    assert load(write_tiny_llama(tmp_path)).run(Plan(())) == ([], {}, {}, ())
 
 
 def test_attributes_tell_what_was_loaded(tmp_path: Path) -> None:
@@ -100,7 +100,12 @@ def test_a_float16_checkpoint_runs_in_bfloat16_on_a_cpu(tmp_path: Path) -> None:
 
 def test_pages_follow_memory_and_are_never_more_than_usable(tmp_path: Path) -> None:
     config = Checkpoint.open(str(write_tiny_llama(tmp_path))).config
-    sizes: dict[str, Any] = {"page_size": 16, "storage": torch.float32, "device": "cpu"}
+    sizes: dict[str, Any] = {
+        "page_size": 16,
+        "storage": torch.float32,
+        "device": "cpu",
+        "max_num_batched_tokens": 100,
+    }
     page_bytes = 16 * 2 * 2 * 2 * 16 * 4  # tokens, layers, K and V, heads, dim, bytes
     for memory, pages in ((10 * page_bytes, 10), (11 * page_bytes - 1, 10), (10**9, 3 * 7), (None, 3 * 7)):
         found = fitting_pages(config, max_num_seqs=3, max_model_len=100, memory_bytes=memory, **sizes)

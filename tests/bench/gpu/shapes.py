@@ -1,0 +1,102 @@
+"""Shapes: models that are measured, with random weights and without any file.
+
+Owns their sizes, in the words of a `config.json`, and how such a model is filled. What a config means is read by
+`engine.families`, as it is for a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from engine.config import EngineConfig, ModelConfig
+from engine.engine import Engine
+from engine.families import model_config
+from engine.model import Decoder
+from engine.runner import ModelRunner
+from kernels import kernels_for
+from tests.bench.gpu.setting import Setting
+
+SPREAD = 0.02
+_QWEN3: Mapping[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "attention_bias": False,
+    "dtype": "bfloat16",
+    "num_key_value_heads": 8,
+}
+QWEN3_06B: Mapping[str, Any] = {
+    **_QWEN3,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "tie_word_embeddings": True,
+}
+QWEN3_8B: Mapping[str, Any] = {
+    **_QWEN3,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "tie_word_embeddings": False,
+}
+_TINY: Mapping[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+
+
+def shape(published: Mapping[str, Any], *, tiny: bool) -> dict[str, Any]:
+    """A config.json; `tiny`: of the same kind, and small."""
+    return {**published, **(_TINY if tiny else {})}
+
+
+def random_decoder(config: ModelConfig, setting: Setting) -> Decoder:
+    """Matrices of normal numbers, norms of ones; not yet prepared."""
+    kernels = kernels_for(setting.device, setting.kernels)
+    with torch.inference_mode():
+        decoder = Decoder(config, kernels, dtype=torch.bfloat16, device=setting.device)
+        generator = torch.Generator(setting.device).manual_seed(0)
+        for parameter in decoder.parameters.values():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, SPREAD, generator=generator)
+    return decoder
+
+
+def random_engine(
+    published: Mapping[str, Any],
+    setting: Setting,
+    *,
+    max_model_len: int,
+    max_num_batched_tokens: int,
+    **more: Any,
+) -> Engine:
+    """An engine over such a model, without a tokenizer. `more`: of `EngineConfig`."""
+    config = EngineConfig(
+        model="random",
+        device="cuda" if setting.on_gpu else "cpu",
+        dtype="bfloat16",
+        kernels=setting.kernels,
+        max_model_len=max_model_len,
+        max_num_batched_tokens=max_num_batched_tokens,
+        swap_space_bytes=0,  # pinning host memory takes seconds, and nothing here is to be preempted
+        **more,
+    )
+    model = model_config(shape(published, tiny=setting.tiny))
+    return Engine(ModelRunner.over(random_decoder(model, setting), config), None, config)
