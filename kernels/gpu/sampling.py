@@ -77,14 +77,14 @@ def draw_kernel(
         last = tl.max(tl.where(weights > 0.0, block, 0), axis=0)  # should rounding leave none above
         chosen = tl.minimum(tl.min(tl.where(above, block, BLOCKS), axis=0), last)
 
-        # what is left of the target, in the steps of this block; below its sum, so that a token is found
-        scale = tl.sum(tl.where(block == chosen, scales, 0.0), axis=0)
-        left = (target - tl.sum(tl.where(block < chosen, weights, 0.0), axis=0)) / scale
-        most = tl.load(sums + row * blocks + chosen) - 1
-        steps = tl.minimum(tl.maximum(left, 0.0), most.to(tl.float64)).to(tl.int64)
         inner = chosen * BLOCK + tl.arange(0, BLOCK)
         values = tl.load(logits + row * stride + inner, mask=inner < vocab, other=float("-inf"))
         held = _weights(values.to(tl.float32), tl.load(maxima + row * blocks + chosen), temperature)
+        # what is left of the target, in the steps of this block; below their sum, so that a token is found
+        scale = tl.sum(tl.where(block == chosen, scales, 0.0), axis=0)
+        left = (target - tl.sum(tl.where(block < chosen, weights, 0.0), axis=0)) / scale
+        most = (tl.sum(held, axis=0) - 1).to(tl.float64)
+        steps = tl.minimum(tl.maximum(left, 0.0), most).to(tl.int64)
         token = tl.min(tl.where(tl.cumsum(held, axis=0) > steps, inner, vocab), axis=0).to(tl.int64)
     tl.store(tokens + row, token)
 

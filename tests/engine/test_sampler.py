@@ -14,6 +14,7 @@ from torch import Tensor
 from engine.plan import Row
 from engine.sampler import FAILED, Sampler, uniforms
 from engine.sampling_params import SamplingParams
+from tests.support.hopping import triton_kernels
 from tests.support.rollout import sequence
 from tests.support.shapes import shape
 
@@ -89,6 +90,16 @@ def test_equals_a_plain_implementation(spread: float) -> None:
             continue
         u = uniforms([one.sequence.seed], [len(one.sequence.token_ids)])[0]
         assert found == plain_draw(values, params, float(u)), cases[i]
+
+
+def test_the_triton_set_draws_the_same() -> None:
+    """These rows: u is far enough from all edges of tokens for sums in fp32."""
+    rows = [row(seed=i, **params) for i, params in enumerate(FILTERS)]
+    logits = torch.randn(len(rows), VOCAB, generator=torch.Generator().manual_seed(8)) * 3
+    logits[2, 7] = float("nan")
+    found = Sampler(CONFIG, triton_kernels())(logits.clone(), rows).token_ids
+    assert found == draw(logits, rows)
+    assert found.count(FAILED) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

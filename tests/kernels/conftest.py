@@ -17,7 +17,8 @@ import torch
 from kernels import Kernels, kernels_for
 from tests.support.hopping import triton_kernels
 
-SLOW = (  # each case runs attention many times; what they say, `test_triton` says of one small case
+SLOW = (  # each case runs a kernel many times; what they say, others say of one small case
+    "test_frequencies",
     "test_nan_behind_a_query_changes_no_bit",
     "test_what_has_left_the_window_changes_no_bit",
     "test_nothing_outside_of_all_windows_is_read",

@@ -36,6 +36,8 @@ NAMES = {
     "rope_kernel",
     "act_kernel",
     "softcap_kernel",
+    "block_kernel",
+    "draw_kernel",
 }
 
 

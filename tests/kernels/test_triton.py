@@ -194,6 +194,7 @@ def results(kernels: Kernels) -> list[Tensor]:
         kernels.act(x, "gelu"),
         kernels.act_mul(x[:, :36], "silu"),
         kernels.softcap(x, 3.0),
+        kernels.sample(x, x[0, :5].abs(), torch.arange(5), torch.arange(5)),
     ]
 
 

@@ -147,10 +147,25 @@ def rowwise(dtype: torch.dtype) -> Callable[[], object]:
     return calls
 
 
+def sampling(dtype: torch.dtype) -> Callable[[], object]:
+    """Vocabularies of one block and of many, whose rows are aligned and are not; sampling as the engine asks for it,
+    and with temperatures of fp32."""
+    seeds, heat = torch.empty(16, dtype=torch.int64), torch.empty(16, dtype=torch.float64)
+
+    def calls() -> None:
+        for vocab in (1000, 49152, 151936, 262145):
+            KERNELS.sample(torch.empty(16, vocab, dtype=dtype), heat, seeds, seeds)
+        KERNELS.sample(torch.empty(16, 49152, dtype=dtype), heat.float(), seeds, seeds)
+
+    return calls
+
+
 def cases(chosen: argparse.Namespace, fp8: bool) -> Iterator[tuple[dict[str, Any], Callable[[], object]]]:
     for name in chosen.dtypes:
         if "rowwise" in chosen.parts:
             yield {"dtype": name}, rowwise(DTYPES[name])
+        if "sampling" in chosen.parts:
+            yield {"dtype": name}, sampling(DTYPES[name])
         for storage in chosen.storages:
             if "attention" not in chosen.parts or (storage == "fp8" and not fp8):
                 continue
@@ -171,7 +186,7 @@ def cases(chosen: argparse.Namespace, fp8: bool) -> Iterator[tuple[dict[str, Any
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("target", choices=["sm_80", "sm_90", "sm_100"])
-    parser.add_argument("--parts", nargs="+", default=["rowwise", "attention"])
+    parser.add_argument("--parts", nargs="+", default=["rowwise", "attention", "sampling"])
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES))
     parser.add_argument("--storages", nargs="+", default=list(STORAGES))
     parser.add_argument("--dims", nargs="+", type=int, default=[64, 80, 128, 256])
