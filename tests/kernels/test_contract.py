@@ -58,6 +58,24 @@ def test_attention_equals_a_plain_loop(
     assert_close(case.run(kernels), naive_attention(case), dtype)
 
 
+@pytest.mark.parametrize("how", [None, Attention(0.2, window=20)], ids=["plain", "window"])
+def test_rows_of_one_query_need_no_starts(
+    kernels: Kernels, dtype: torch.dtype, storage: torch.dtype | None, how: Attention | None
+) -> None:
+    """What is left out says that each row has one; rows without a context are padding."""
+    rows = [(1, 1), (1, 531), (1, 20), (1, 512)]
+    case = paged(
+        rows, heads=6, kv_heads=2, dim=40, page_size=16, dtype=dtype, storage=storage, how=how, padding=3
+    )
+    wanted = case.run(kernels)
+    table = torch.cat((case.page_table, torch.full((3, case.page_table.shape[1]), 2**30, dtype=torch.int32)))
+    lens = torch.cat((case.context_lens, torch.zeros(3, dtype=torch.int32)))
+    for _ in range(3):  # fresh memory may be zero by luck
+        found = kernels.paged_attention(case.q, case.cache, table, None, lens, case.how)
+        assert torch.equal(found, wanted)
+    assert torch.equal(found[4:], torch.zeros_like(found[4:]))
+
+
 def test_attention_of_padding_tokens_is_zero(kernels: Kernels, dtype: torch.dtype) -> None:
     case = paged([(1, 20), (3, 3)], heads=4, kv_heads=2, dim=64, page_size=16, dtype=dtype, padding=12)
     for _ in range(3):  # fresh memory may be zero by luck
