@@ -33,7 +33,7 @@ from engine.memory import (
 )
 from engine.model import Decoder
 from engine.multi_step import decodes_freely
-from engine.plan import Draws, Plan, PromptScores
+from engine.plan import Draws, Launched, Plan, PromptScores
 from engine.sampler import Sampler
 from engine.sampling_params import InvalidParameter
 from engine.step_input import StepInput
@@ -155,15 +155,24 @@ class ModelRunner:
             seconds_per_page_moved=cache.seconds_per_page_moved(),
         )
 
+    def launch(self, plan: Plan) -> Launched:
+        """Start a plan. One of several steps runs on when this returns, if the device is a GPU."""
+        if plan.num_steps == 1:
+            draws = self.run(plan)
+            return lambda: draws
+        with torch.inference_mode():
+            self.cache.move(plan.moves)
+            return self._decode_freely(plan)
+
     def run(self, plan: Plan) -> Draws:
-        """Compute every row of the plan. One token id per entry of `plan.sampling_rows`, in that order; -1
+        """Compute every row of a plan of one step. One token id per entry of `plan.sampling_rows`, in that order; -1
         where that row's logits were not finite, which harms no other row. Logprobs for rows that ask."""
         if not plan.rows:
             return Draws([], {})
         sampling_rows = plan.sampling_rows
         with torch.inference_mode():
             self.cache.move(plan.moves)
-            if plan.num_steps > 1 or (self._steps.captures and _decodes(plan)):
+            if self._steps.captures and _decodes(plan):
                 return self._decode(plan)
             step = StepInput.build(plan, self.page_size, row_multiple=self._row_multiple, device=self.device)
             hidden = self._decoder.hidden(step, self.cache)
@@ -178,11 +187,19 @@ class ModelRunner:
             return draws.with_scores(plan, scores) if scores else draws
 
     def _decode(self, plan: Plan) -> Draws:
-        """Of a plan whose rows all compute their last token."""
+        """Of a plan of one step whose rows all compute their last token."""
         if all(decodes_freely(row.sequence) for row in plan.rows):
-            drawn = self._steps.draw(plan.rows, plan.num_steps)
-            return Draws([row[0] for row in drawn], {}, further=tuple(row[1:] for row in drawn))
+            return self._decode_freely(plan)()
         return self._sampler(self._steps.logits(plan.rows), list(plan.rows))
+
+    def _decode_freely(self, plan: Plan) -> Launched:
+        drawn = self._steps.launch(plan.rows, plan.num_steps, behind=plan.behind)
+
+        def landed() -> Draws:
+            tokens = drawn.tokens()
+            return Draws([row[0] for row in tokens], {}, further=tuple(row[1:] for row in tokens))
+
+        return landed
 
     def logits(self, plan: Plan) -> Tensor:
         """As `run`, but the logits `[rows that sample, vocab]` before any sampling."""

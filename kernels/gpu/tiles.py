@@ -1,10 +1,10 @@
 """How large the tiles of attention are, per architecture, head dimension and dtype.
 
-Plain attention with heads of 128 on sm_90 is as measured on an H200 (`tests.bench.gpu attention`); there `many` spills
-64 bytes a thread and is the fastest all the same. The others are chosen by what ptxas reports: registers, shared
-memory, and in 16 bits no spills on sm_90 and sm_100 (sm_80 spills where a window, a cap and slopes meet; fp32, which is
-for checks, a few bytes). Nothing is tried out at run time. T and R decide nothing here, so that a token's result does
-not depend on its crowd.
+Plain attention with heads of 128 on sm_90 is as measured on an H200 (`tests.bench.gpu attention`); there `many`
+spills 64 bytes a thread and is the fastest all the same. The others are chosen by what ptxas reports: registers,
+shared memory, and in 16 bits no spills on sm_90 and sm_100 (sm_80 spills where a window, a cap and slopes meet; fp32,
+which is for checks, a few bytes). Nothing is tried out at run time. T and R decide nothing here, so that a token's
+result does not depend on its crowd.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ MOST_DECODE_ROWS = 64
 
 
 def tiles_for(capability: tuple[int, int], width: int, *, fp32: bool, plain: bool) -> Tiles:
-    """`capability` of the device, as torch says it; `width`: the head dimension, rounded up to a power of two. `plain`:
-    neither a window nor a cap nor slopes, and a cache that is not of 8 bits."""
+    """`capability` of the device, as torch says it; `width`: the head dimension, rounded up to a power of two;
+    `plain`: neither a window nor a cap nor slopes, and a cache that is not of 8 bits."""
     arch = "sm_100" if capability[0] >= 10 else "sm_90" if capability[0] == 9 else "sm_80"
     width = max(64, width)
     if plain and not fp32 and (arch, width) in _PLAIN:
