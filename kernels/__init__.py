@@ -114,6 +114,9 @@ class Kernels:
       the last ones and are already stored. Query head h reads kv head `h // (hq / hk)`. Rows of one token
       and of many mix freely. Tokens from `query_start[R]` on are padding: their result is zero.
 
+    - `matmul(x [T, in], weight [out, in], bias [out] or None) -> [T, out]`: x · weightᵀ + bias. None: this set has no
+      product of its own; whether the library's products keep the second rule above must then be checked.
+
     `quantised` names the dtypes of 8-bit caches that the set serves.
     """
 
@@ -129,6 +132,7 @@ class Kernels:
     act_mul: Callable[[Tensor, Activation], Tensor]
     softcap: Callable[[Tensor, float], Tensor]
     paged_attention: Callable[[Tensor, PagedKV, Tensor, Tensor, Tensor, Attention], Tensor]
+    matmul: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
 
 
 def kernels_for(device: str, name: KernelSet = "auto", *, dtype: torch.dtype = torch.bfloat16) -> Kernels:

@@ -16,6 +16,7 @@ from kernels import Kernels
 from kernels.gpu.activation import act, act_mul, softcap
 from kernels.gpu.cache import LIMITS, store_kv
 from kernels.gpu.launch import paged_attention
+from kernels.gpu.matmul import matmul
 from kernels.gpu.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from kernels.gpu.rope import rope
 
@@ -41,6 +42,7 @@ KERNELS = Kernels(
     act_mul=act_mul,
     softcap=softcap,
     paged_attention=paged_attention,
+    matmul=matmul,
 )
 
 
