@@ -69,7 +69,9 @@ def tiles_for(capability: tuple[int, int], dtype: torch.dtype) -> Tiles:
 
 
 def tile_for(tiles: Tiles, tokens: int, inputs: int, outputs: int) -> Tile:
-    if tokens <= FEW_TOKENS or inputs % tiles.few.depth:  # a block cut short is read value by value, in many registers
+    if (
+        tokens <= FEW_TOKENS or inputs % tiles.few.depth
+    ):  # a block cut short is read value by value, in many registers
         return tiles.few
     return tiles.wide if outputs >= WIDE_OUTPUTS else tiles.many
 

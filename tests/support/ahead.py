@@ -27,7 +27,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from kernels import Attention, PagedKV
-from kernels.gpu import KERNELS, launch, matmul
+from kernels.gpu import KERNELS, launch
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 STORAGES = {"plain": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -76,7 +76,9 @@ def figures(kernel: Any) -> dict[str, Any]:
     registers = re.search(r"Used (\d+) registers", told)
     assert spills, told
     assert registers, told
-    found = re.findall(r"(wgmma|tcgen05|mma\.sync)(?=[.\w]*mma|\.)(?:[.\w:]*?m\d+n\d+(k\d+))?", kernel.asm["ptx"])
+    found = re.findall(
+        r"(wgmma|tcgen05|mma\.sync)(?=[.\w]*mma|\.)(?:[.\w:]*?m\d+n\d+(k\d+))?", kernel.asm["ptx"]
+    )
     return {
         "kernel": kernel.metadata.name,
         "registers": int(registers[1]),
