@@ -1,10 +1,11 @@
 """How a matrix product is cut: tiles of the result, and segments of what is summed.
 
-The weight's shape, the dtype and the architecture alone decide in which order a result is summed: in `SEGMENTS` pieces
-of the inputs, each from its first block of `depth` inputs to its last, then the pieces in turn. How many tokens there
-are decides only how large a tile is and whether a program takes one segment or all of them, which changes no bit:
-tensor cores sum an element of the result over the inputs of an instruction, and all tiles of a table use instructions
-of one kind. Not yet measured for speed. Nothing is tried out at run time.
+The weight's shape, the dtype and the architecture alone decide in which order a result is summed: in segments of the
+inputs, each from its first block of `depth` inputs to its last, then the segments in turn. How many tokens there are
+decides only how large a tile is and whether a program takes one segment or all of them, which should change no bit:
+an instruction of the tensor cores sums over 16 inputs whatever its tile, and all tiles of a table use instructions of
+one kind (`tests/kernels/test_ahead.py`). No GPU has confirmed it yet; the check at load looks at all tiles. Not yet
+measured for speed. Nothing is tried out at run time.
 """
 
 from __future__ import annotations
@@ -69,9 +70,8 @@ def tiles_for(capability: tuple[int, int], dtype: torch.dtype) -> Tiles:
 
 
 def tile_for(tiles: Tiles, tokens: int, inputs: int, outputs: int) -> Tile:
-    if (
-        tokens <= FEW_TOKENS or inputs % tiles.few.depth
-    ):  # a block cut short is read value by value, in many registers
+    # a block that is cut short is read value by value, which takes many registers
+    if tokens <= FEW_TOKENS or inputs % tiles.few.depth:
         return tiles.few
     return tiles.wide if outputs >= WIDE_OUTPUTS else tiles.many
 

@@ -1,4 +1,4 @@
-"""The contract of a set's own products: near to float64, and every row its own, in any number of rows, bit for bit."""
+"""The contract of a set's own products: near to float64, and every row its own, among any others, bit for bit."""
 
 from __future__ import annotations
 
