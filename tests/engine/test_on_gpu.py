@@ -7,7 +7,6 @@ that they are known to work. NIGHTPRESS_SOAK_SECONDS: how long the random histor
 
 from __future__ import annotations
 
-import itertools
 import os
 import random
 import time
@@ -30,6 +29,7 @@ from tests.support.tiny import VOCAB_SIZE, write_tiny_llama
 
 PAGE_SIZE = 16
 SOAK_SECONDS = float(os.environ.get("NIGHTPRESS_SOAK_SECONDS", "20" if torch.cuda.is_available() else "3"))
+LEAST_ADDED = 60  # of the random history, however slow the machine is
 KERNELS = {"cuda": "triton", "cpu": "auto"}
 KINDS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0, "logprobs": 2},
@@ -61,6 +61,7 @@ def load(folder: Path, device: str, num_pages: int, **settings: Any) -> Engine:
             device=device,
             dtype="bfloat16",
             kernels=KERNELS[device],  # type: ignore[arg-type]
+            threads=1,
             page_size=PAGE_SIZE,
             kv_cache_memory_bytes=num_pages * page_bytes,
             **settings,
@@ -122,18 +123,20 @@ def test_a_long_random_history_loses_no_page(device: str, tmp_path: Path) -> Non
 
 
 def soaked(engine: Engine, seconds: float, rng: random.Random) -> tuple[int, int]:
-    """Adds, aborts and preempts for so long, then lets all that is left end: how many were answered, and aborted."""
+    """Adds, aborts and preempts for so long, and until enough were added; then lets all that is left end: how many
+    were answered, and aborted."""
     templates = [tuple(rng.randrange(3, VOCAB_SIZE) for _ in range(length)) for length in (16, 37, 64, 90)]
     live: dict[RequestId, Request] = {}
-    names = itertools.count()
-    done = aborted = 0
+    added = done = aborted = 0
     end = time.monotonic() + seconds
-    while engine.has_work or time.monotonic() < end:
-        adding = time.monotonic() < end
+    adding = True
+    while adding or engine.has_work:
+        adding = time.monotonic() < end or added < LEAST_ADDED
         for _ in range(rng.randrange(4) if adding and len(live) < 60 else 0):
-            request = random_request(f"job-{next(names)}", templates, rng)
+            request = random_request(f"job-{added}", templates, rng)
             engine.add(request)
             live[request.id] = request
+            added += 1
         if live and rng.random() < 0.05:
             request_id = rng.choice(list(live))
             completion = engine.abort(request_id)
