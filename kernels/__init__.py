@@ -121,6 +121,8 @@ class Kernels:
       exp((logit - largest) / temperature) and u the number that `noise.uniforms` makes of seed and position. A
       token of weight 0 is never drawn, so a logit of -inf masks its token. `FAILED` where the largest logit is NaN
       (which any NaN of the row is) or infinite. Logits bf16, fp16 or fp32; u and the sums over a row fp32 or better.
+    - `matmul(x [T, in], weight [out, in], bias [out] or None) -> [T, out]`: x · weightᵀ + bias. None: this set has no
+      product of its own; whether the library's products keep the second rule above must then be checked.
 
     `quantised` names the dtypes of 8-bit caches that the set serves.
     """
@@ -138,6 +140,7 @@ class Kernels:
     softcap: Callable[[Tensor, float], Tensor]
     paged_attention: Callable[[Tensor, PagedKV, Tensor, Tensor | None, Tensor, Attention], Tensor]
     sample: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    matmul: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
 
 
 Attend = Callable[[Tensor, PagedKV, Tensor, Tensor, Tensor, Attention], Tensor]

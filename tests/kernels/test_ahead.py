@@ -41,6 +41,8 @@ NAMES = {
     "softcap_kernel",
     "block_kernel",
     "draw_kernel",
+    "matmul_kernel",
+    "sum_kernel",
 }
 
 
@@ -60,6 +62,25 @@ def test_a_few_compile_without_spills() -> None:
     assert {kernel["kernel"] for kernel in found} == NAMES
     assert not [kernel for kernel in found if kernel["spilled"] > ALLOWED.get(kernel["kernel"], 0)]
     assert all(kernel["registers"] > 0 for kernel in found)
+
+
+@pytest.mark.parametrize(
+    ("target", "instruction"),
+    [
+        ("sm_90", "wgmma"),
+        pytest.param("sm_80", "mma.sync", marks=pytest.mark.interpreted),
+        pytest.param("sm_100", "tcgen05.mma", marks=pytest.mark.interpreted),
+    ],
+)
+def test_all_products_of_a_dtype_are_made_by_one_instruction(target: str, instruction: str) -> None:
+    """So the number of tokens, which chooses among tiles, does not choose in which order tensor cores sum."""
+    for dtype in ("bf16", "fp16"):
+        found = compiled(target, f"--parts products --dtypes {dtype}")
+        made = {tuple(kernel["products"]) for kernel in found if kernel["kernel"] == "matmul_kernel"}
+        ((only,),) = made
+        assert only.startswith(instruction)
+        if target == "sm_90":
+            assert not [kernel for kernel in found if kernel["spilled"]]
 
 
 @pytest.mark.interpreted
