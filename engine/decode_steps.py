@@ -89,6 +89,14 @@ class DecodeSteps:
             self._made = self._zeros(most_steps, rows)
             self._count = self._zeros(1)  # steps since the inputs were written
 
+    def capture(self) -> None:
+        """Make the graphs of short contexts, for every number of rows, the largest first: they share its memory.
+        Those of longer ones are made when they are met. Nothing where no graph is used."""
+        if self._captures:
+            with torch.inference_mode():
+                for rows in sorted({self._bucket(n) for n in range(1, self._most_rows + 1)}, reverse=True):
+                    self._prepare((rows, LEAST_PAGES))
+
     @property
     def captures(self) -> bool:
         """Whether steps are replayed from graphs."""

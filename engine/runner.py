@@ -146,6 +146,7 @@ class ModelRunner:
             most_steps=num_scheduler_steps,
             row_multiple=row_multiple,
         )
+        steps.capture()
         return cls(
             decoder,
             cache,

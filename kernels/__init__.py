@@ -162,8 +162,7 @@ def attend_with_single_queries(
 
 
 def kernels_for(device: str, name: KernelSet = "auto", *, dtype: torch.dtype = torch.bfloat16) -> Kernels:
-    """The set for a device. `auto` takes `cpu` on a CPU and `reference` on a GPU: `triton` must be asked for, until
-    it has been tried on one.
+    """The set for a device. `auto` takes `cpu` on a CPU and `triton` on a GPU, and `reference` where that cannot run.
 
     Raises `ValueError` for a name that is unknown or cannot run on the device. Asking for `cpu` where no
     C compiler works gives `reference`, with a warning in the log, because the answers are the same.
@@ -177,6 +176,11 @@ def kernels_for(device: str, name: KernelSet = "auto", *, dtype: torch.dtype = t
         raise ValueError(f"the cpu kernels cannot run on {device}")
     if name == "triton":
         return _triton(device)
+    if name == "auto" and not on_cpu:
+        try:
+            return _triton(device)
+        except ValueError as error:
+            logger.warning("using the slow reference set: %s", error)
     if name == "reference" or not on_cpu or dtype not in (torch.bfloat16, torch.float32):
         return reference.KERNELS
 

@@ -71,17 +71,18 @@ def test_without_triton_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
 def test_what_a_gpu_can_run(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], hip: str | None, quantised: int | None
 ) -> None:
-    """fp8 needs hardware that converts it; `auto` takes none of it yet."""
+    """fp8 needs hardware that converts it; `auto` takes the set where it can run."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
     if quantised is None:
         with pytest.raises(ValueError, match="triton kernels"):
             kernels_for("cuda", "triton")
+        assert kernels_for("cuda") is REFERENCE
     else:
         found = kernels_for("cuda", "triton")
         assert found.name == "triton"
         assert found.quantised == (torch.int8, torch.float8_e4m3fn)[:quantised]
-    assert kernels_for("cuda") is REFERENCE
+        assert kernels_for("cuda").name == "triton"
 
 
 def test_splits_tile_every_context() -> None:

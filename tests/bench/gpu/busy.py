@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from engine.engine import Engine
 from tests.bench.gpu.workloads import Workload
 
-STEPS, TOP = 16, 12
+STEPS, TOP = 5, 12
 SETTLING = 16  # steps beyond those that the prompts need, after which it is profiled anyway
 
 
