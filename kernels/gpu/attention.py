@@ -5,6 +5,8 @@ Two kernels share one walk over the context. `many` takes rows with several quer
 its row and leaves at once if the row is the other's, so the host launches by T, R and P alone and reads nothing
 from the device. Rows of a block are pairs of query and head: all heads that read one kv head share its tiles.
 
+Integers that change from step to step are not specialised: nothing may be compiled for one more length.
+
 A token's bits depend on its own row alone: tiles and splits lie at fixed positions of the context (`splits`), `many`
 merges the same splits as `reduce` does, and all choices hang on shapes of the model (`tiles`). Scores and sums are
 fp32; the weights of the softmax are rounded to the dtype of q before they meet V, as tensor cores take them.
@@ -113,7 +115,7 @@ def _slope(slopes, head, valid):
     return tl.load(slopes + head, mask=valid, other=0.0) * LOG2_E
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "num_splits"])
 def single(
     q, keys, values, key_scales, value_scales, slopes, page_table, query_start, context_lens, out,
     parts, part_stats, q_stride, q_head_stride, table_stride, num_splits, scale, cap, window,
@@ -174,7 +176,7 @@ def single(
         tl.store(part_stats + part * 2 + 1, total, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def reduce(
     parts, part_stats, query_start, context_lens, out, num_splits, window,
     HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
@@ -207,7 +209,7 @@ def reduce(
     tl.store(target, (mixed / total[:, None]).to(out.dtype.element_ty), mask=(channel < DIM)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "num_tokens", "num_rows"])
 def many(
     q, keys, values, key_scales, value_scales, slopes, page_table, query_start, context_lens, out,
     q_stride, q_head_stride, table_stride, num_tokens, num_rows, scale, cap, window,

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from kernels import HeadNorms, PagedKV, kernels_for
 from kernels.reference import KERNELS as REFERENCE
-from tests.support.close import assert_close
 from tests.support.hopping import triton_kernels
 from tests.support.paged import empty_cache
 
@@ -137,11 +136,9 @@ def test_it_does_what_the_three_do(
     at_once(q, k, v, norms, rotation, found)
     assert torch.equal(whole[:, heads:], before[:, heads:])
     if normed and dim % 16 and torch.cuda.is_available():
-        assert_close(q, q_wanted.double(), dtype)
-        kept = SLOTS[SLOTS >= 0]
-        page, offset = kept // PAGE_SIZE, kept % PAGE_SIZE
+        torch.testing.assert_close(q, q_wanted, rtol=1.2e-2, atol=1e-2)
         if STORAGES[storage] is None:
-            assert_close(found.keys[page, :, :, offset], wanted.keys[page, :, :, offset].double(), dtype)
+            torch.testing.assert_close(found.keys, wanted.keys, rtol=1.2e-2, atol=1e-2, equal_nan=True)
     else:
         assert torch.equal(q, q_wanted)
         assert_same_bits(found, wanted)
