@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from engine.linear import Linear
-from engine.norm import RMSNorm
+from engine.norm import RMSNorm, head_norms
 from engine.step_input import StepInput
 from kernels import Attention, Kernels, PagedKV
 
@@ -36,22 +36,36 @@ class SelfAttention:
 
     def __call__(self, x: Tensor, step: StepInput, pages: PagedKV, rotation: Rotation | None) -> Tensor:
         """x `[T, hidden]` → `[T, hidden]`; K and V of the step's tokens are stored. No rotation: none is made."""
-        kernels, heads, kv_heads, dim = self.kernels, self.num_heads, self.num_kv_heads, self.head_dim
-        num_tokens, rotated = x.shape[0], self.rotary_dim
+        heads, kv_heads, dim, num_tokens = self.num_heads, self.num_kv_heads, self.head_dim, x.shape[0]
         # [T, hq + 2·hk, d]: q, k and v are views, nothing is copied
         qkv = self.qkv(x).view(num_tokens, heads + 2 * kv_heads, dim)
         q, k, v = qkv.split_with_sizes((heads, kv_heads, kv_heads), dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm.of_heads(q), self.k_norm.of_heads(k)
-        if rotation is not None and rotated == dim:
-            kernels.rope(q, k, *rotation)
-        elif rotation is not None and rotated:
-            kernels.rope(q[..., :rotated], k[..., :rotated], *rotation)
-        kernels.store_kv(k, v, pages, step.slots)
-        mixed = kernels.paged_attention(
+        if not self.rotary_dim:
+            rotation = None
+        q = self._stored(q, k, v, step.slots, pages, rotation)
+        mixed = self.kernels.paged_attention(
             q, pages, step.page_table, step.query_start, step.context_lens, self.how
         )
         return self.out(mixed.view(num_tokens, heads * dim))
+
+    def _stored(
+        self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor, pages: PagedKV, rotation: Rotation | None
+    ) -> Tensor:
+        """q `[T, hq, d]`, normed and rotated; so is k, which is stored with v. May overwrite all three."""
+        kernels, rotated, norms = self.kernels, self.rotary_dim, None
+        if self.q_norm is not None and self.k_norm is not None:
+            norms = head_norms(self.q_norm, self.k_norm, self.head_dim)
+        if kernels.norm_rope_store is not None and (norms is not None or self.q_norm is None):
+            kernels.norm_rope_store(q, k, v, norms, rotation, pages, slots)
+            return q
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm.of_heads(q), self.k_norm.of_heads(k)
+        if rotation is not None and rotated == self.head_dim:
+            kernels.rope(q, k, *rotation)
+        elif rotation is not None:
+            kernels.rope(q[..., :rotated], k[..., :rotated], *rotation)
+        kernels.store_kv(k, v, pages, slots)
+        return q
 
     @property
     def products(self) -> tuple[Linear, ...]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kernels import Kernels
+from kernels import HeadNorms, Kernels
 
 
 class RMSNorm:
@@ -34,6 +34,15 @@ class RMSNorm:
     def of_heads(self, x: Tensor) -> Tensor:
         """Heads `[T, h, d]` normed over as many channels as there are weights: one head's or all."""
         return self(x.reshape(-1, self._width)).view(x.shape)
+
+
+def head_norms(q_norm: RMSNorm, k_norm: RMSNorm, head_dim: int) -> HeadNorms | None:
+    """Both as one value; None where they norm all heads as one, or differ in more than their weights."""
+    q, k = q_norm._weight, k_norm._weight
+    same = (q_norm._eps, q_norm._offset) == (k_norm._eps, k_norm._offset)
+    if not same or not q.shape[0] == k.shape[0] == head_dim:
+        return None
+    return HeadNorms(q, k, q_norm._eps, q_norm._offset)
 
 
 class LayerNorm:

@@ -79,6 +79,16 @@ class Attention:
             raise ValueError(f"softcap must be above 0, not {self.softcap}")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class HeadNorms:
+    """RMS norms of q and k, each head by itself, with `eps` and `offset` as in `rms_norm`."""
+
+    q: Tensor  # [d] weight
+    k: Tensor  # [d] weight
+    eps: float
+    offset: float = 0.0
+
+
 class RMSNorm(Protocol):
     def __call__(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor: ...
 
@@ -87,6 +97,19 @@ class AddRMSNorm(Protocol):
     def __call__(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
     ) -> tuple[Tensor, Tensor]: ...
+
+
+class NormRopeStore(Protocol):
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        norms: HeadNorms | None,
+        rotation: tuple[Tensor, Tensor] | None,
+        cache: PagedKV,
+        slots: Tensor,
+    ) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +127,10 @@ class Kernels:
       is paired with channel i + d/2 (Su et al. 2021, in the half-split order of Hugging Face checkpoints).
       Heads may be strided as well: d is then the number of first channels that are rotated, the others stay.
     - `store_kv(k [T, hk, d], v [T, hk, d], cache, slots [T] int64)`: slot -1 is skipped.
+    - `norm_rope_store(q [T, hq, d], k [T, hk, d], v [T, hk, d], norms or None, (cos, sin) or None, cache, slots)`:
+      what `rms_norm` of each head of q and k, `rope` of the first 2 · `cos.shape[1]` channels and `store_kv` do one
+      after another, each rounded to the dtype; None leaves its part out. q is changed in place, also where the slot
+      is -1; k and v are not. They share no element. A set that gains nothing by it has None here.
     - `act(x [T, I], activation) -> [T, I]`, by name: `silu` x / (1 + exp(-x)); `gelu` x · Φ(x), Φ the normal
       distribution function; `gelu_tanh` x / 2 · (1 + tanh(√(2/π) · (x + 0.044715 x³))) (Hendrycks and Gimpel 2016);
       `relu` max(x, 0).
@@ -140,6 +167,7 @@ class Kernels:
     softcap: Callable[[Tensor, float], Tensor]
     paged_attention: Callable[[Tensor, PagedKV, Tensor, Tensor | None, Tensor, Attention], Tensor]
     sample: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    norm_rope_store: NormRopeStore | None = None
     matmul: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
 
 

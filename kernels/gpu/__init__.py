@@ -18,6 +18,7 @@ from kernels.gpu.cache import LIMITS, store_kv
 from kernels.gpu.launch import paged_attention
 from kernels.gpu.matmul import matmul
 from kernels.gpu.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from kernels.gpu.norm_rope_store import norm_rope_store
 from kernels.gpu.rope import rope
 from kernels.gpu.sampling import sample
 
@@ -37,6 +38,7 @@ KERNELS = Kernels(
     add_rms_norm=add_rms_norm,
     rope=rope,
     store_kv=store_kv,
+    norm_rope_store=norm_rope_store,
     layer_norm=layer_norm,
     add_layer_norm=add_layer_norm,
     act=act,

@@ -37,14 +37,43 @@ def _quantised(x, LIMIT: tl.constexpr):
 
 
 @triton.jit
+def store_keys(
+    x, keys, key_scales, slot, head, channel, inside,
+    KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """Heads x [HEADS, BLOCK_D] of a token, in its slot. slot int64: offsets into the pool go beyond 2^31. LIMIT None:
+    the cache has the dtype of x, and no scales."""
+    block, within = slot // PAGE * KV_HEADS + head, slot % PAGE  # block: which [d, page_size] of the pool
+    if LIMIT is not None:
+        x, scales = _quantised(x.to(tl.float32), LIMIT)
+        tl.store(key_scales + block * PAGE + within, scales, mask=head < KV_HEADS)
+    place = block[:, None] * (DIM * PAGE) + channel * PAGE + within  # transposed
+    tl.store(keys + place, x.to(keys.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def store_values(
+    x, values, value_scales, slot, head, channel, inside,
+    KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """As `store_keys`."""
+    block, within = slot // PAGE * KV_HEADS + head, slot % PAGE  # block: which [page_size, d] of the pool
+    if LIMIT is not None:
+        x, scales = _quantised(x.to(tl.float32), LIMIT)
+        tl.store(value_scales + block * PAGE + within, scales, mask=head < KV_HEADS)
+    place = block[:, None] * (DIM * PAGE) + within * DIM + channel
+    tl.store(values + place, x.to(values.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def store_kv_kernel(
     k, v, keys, values, key_scales, value_scales, slots, k_stride, k_head_stride, v_stride, v_head_stride,
     KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, LIMIT: tl.constexpr,
     HEADS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Programs [T, blocks of HEADS kv heads]. LIMIT None: the cache has the dtype of k and v, and no scales."""
+    """Programs [T, blocks of HEADS kv heads]."""
     token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + token)  # int64: offsets into the pool go beyond 2^31
+    slot = tl.load(slots + token)
     if slot < 0:
         return
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -52,15 +81,8 @@ def store_kv_kernel(
     inside = (head < KV_HEADS)[:, None] & (channel < DIM)
     x = tl.load(k + token * k_stride + head[:, None] * k_head_stride + channel, mask=inside, other=0.0)
     y = tl.load(v + token * v_stride + head[:, None] * v_head_stride + channel, mask=inside, other=0.0)
-    block, within = slot // PAGE * KV_HEADS + head, slot % PAGE  # block: which [d, page_size] of the pool
-    if LIMIT is not None:
-        x, x_scales = _quantised(x.to(tl.float32), LIMIT)
-        y, y_scales = _quantised(y.to(tl.float32), LIMIT)
-        tl.store(key_scales + block * PAGE + within, x_scales, mask=head < KV_HEADS)
-        tl.store(value_scales + block * PAGE + within, y_scales, mask=head < KV_HEADS)
-    start = block[:, None] * (DIM * PAGE)
-    tl.store(keys + start + channel * PAGE + within, x.to(keys.dtype.element_ty), mask=inside)  # transposed
-    tl.store(values + start + within * DIM + channel, y.to(values.dtype.element_ty), mask=inside)
+    store_keys(x, keys, key_scales, slot, head, channel, inside, KV_HEADS, DIM, PAGE, LIMIT)
+    store_values(y, values, value_scales, slot, head, channel, inside, KV_HEADS, DIM, PAGE, LIMIT)
 
 
 def store_kv(k: Tensor, v: Tensor, cache: PagedKV, slots: Tensor) -> None:

@@ -15,6 +15,12 @@ BLOCK = 2048  # elements of a program, unless one row is longer
 
 
 @triton.jit
+def inverse_rms(values, width, eps):
+    """1 / sqrt(mean(values²) + eps) [ROWS, 1] of values [ROWS, BLOCK_W] fp32, which are 0 beyond `width`."""
+    return tl.rsqrt(tl.sum(values * values, axis=1, keep_dims=True) / width + eps)
+
+
+@triton.jit(do_not_specialize=["tokens"])
 def norm_kernel(
     x, residual, weight, bias, out, x_stride, residual_stride, tokens, width, eps, offset,
     CENTRED: tl.constexpr, ROWS: tl.constexpr, BLOCK_W: tl.constexpr,
@@ -33,9 +39,8 @@ def norm_kernel(
     if CENTRED:
         mean = tl.sum(values, axis=1, keep_dims=True) / width
         values = tl.where(column < width, values - mean, 0.0)
-    mean_square = tl.sum(values * values, axis=1, keep_dims=True) / width
     gain = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32) + offset
-    normed = values * tl.rsqrt(mean_square + eps) * gain
+    normed = values * inverse_rms(values, width, eps) * gain
     if bias is not None:
         normed += tl.load(bias + column, mask=column < width, other=0.0).to(tl.float32)
     tl.store(out + row * width + column, normed.to(out.dtype.element_ty), mask=inside)

@@ -10,6 +10,13 @@ BLOCK = 1024  # pairs of channels of a program
 
 
 @triton.jit
+def rotated(x, other, c, s):
+    """x · c + other · s, fp32. Said as one rounding after another, so that a compiler has no choice which product it
+    fuses with the sum, and all kernels have the same bits."""
+    return tl.fma(x, c, other * s)
+
+
+@triton.jit
 def _rotate(x, stride, head_stride, heads, block, c, s, half, HEADS: tl.constexpr, HALF: tl.constexpr):
     """HEADS heads of a token, from `block · HEADS` on. c and s [1, HALF]: of the token."""
     token = tl.program_id(0).to(tl.int64)
@@ -18,8 +25,8 @@ def _rotate(x, stride, head_stride, heads, block, c, s, half, HEADS: tl.constexp
     place = x + token * stride + head * head_stride + channel
     first = tl.load(place, mask=inside).to(tl.float32)  # [HEADS, HALF]
     second = tl.load(place + half, mask=inside).to(tl.float32)
-    tl.store(place, (first * c - second * s).to(x.dtype.element_ty), mask=inside)
-    tl.store(place + half, (second * c + first * s).to(x.dtype.element_ty), mask=inside)
+    tl.store(place, rotated(first, second, c, -s).to(x.dtype.element_ty), mask=inside)
+    tl.store(place + half, rotated(second, first, c, s).to(x.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -35,6 +35,7 @@ NAMES = {
     "many",
     "reduce",
     "store_kv_kernel",
+    "norm_rope_store_kernel",
     "norm_kernel",
     "rope_kernel",
     "act_kernel",

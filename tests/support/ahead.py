@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from kernels import Attention, PagedKV
+from kernels import Attention, HeadNorms, PagedKV
 from kernels.gpu import KERNELS, launch
 
 PRODUCTS = importlib.import_module("kernels.gpu.matmul")  # there the package has its function under that name
@@ -114,11 +114,17 @@ def attention(
     q = torch.empty(16, (group + 2) * kv_heads, dim, dtype=dtype)[:, : group * kv_heads]
     table = torch.empty(16, pages, dtype=torch.int32)
     starts, lens = torch.empty(17, dtype=torch.int32), torch.empty(16, dtype=torch.int32)
-    slots = torch.empty(16, dtype=torch.int64)
+    slots, angles = torch.empty(16, dtype=torch.int64), torch.empty(16, dim // 2)
+    k, norms = q[:, :kv_heads], HeadNorms(q[0, 0], q[0, 0], 1e-5)
+    fused = KERNELS.norm_rope_store
+    assert fused is not None
 
     def calls() -> None:
         KERNELS.paged_attention(q, cache, table, starts, lens, how)
-        KERNELS.store_kv(q[:, :kv_heads], q[:, :kv_heads], cache, slots)
+        KERNELS.store_kv(k, k, cache, slots)
+        fused(q, k, k, norms, (angles, angles), cache, slots)
+        fused(q, k, k, norms, None, cache, slots)
+        fused(q, k, k, None, (angles[:, :12], angles[:, :12]), cache, slots)
 
     return calls
 

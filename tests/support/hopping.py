@@ -46,6 +46,8 @@ def _hopping(operation: Callable[..., Any], device: str) -> Callable[..., Any]:
                 moved = storages[storage.data_ptr()][1].untyped_storage()
                 empty = torch.empty(0, dtype=value.dtype, device=device)
                 return empty.set_(moved, value.storage_offset(), value.shape, value.stride())
+            if isinstance(value, tuple):
+                return tuple(there(one) for one in value)
             if is_dataclass(value) and not isinstance(value, type):
                 return replace(value, **{f.name: there(getattr(value, f.name)) for f in fields(value)})
             return value
