@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import FAILED, Activation, Attention, Kernels, PagedKV, starts_of_single_queries
+from kernels import FAILED, Activation, Attention, Kernels, PagedKV, SharedPrefixes, starts_of_single_queries
 from kernels.noise import uniforms
 
 LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # largest magnitude that an 8-bit cache can store
@@ -113,6 +113,7 @@ def paged_attention(
     query_start: Tensor | None,
     context_lens: Tensor,
     how: Attention,
+    shared: SharedPrefixes | None = None,
 ) -> Tensor:
     if query_start is None:
         query_start = starts_of_single_queries(context_lens)

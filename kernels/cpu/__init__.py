@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import Activation, Attention, Kernels, PagedKV, starts_of_single_queries
+from kernels import Activation, Attention, Kernels, PagedKV, SharedPrefixes, starts_of_single_queries
 from kernels.cpu.build import BuildError, load_library
 from kernels.reference import sample
 
@@ -216,6 +216,7 @@ class _Ops:
         query_start: Tensor | None,
         context_lens: Tensor,
         how: Attention,
+        shared: SharedPrefixes | None = None,  # not used yet
     ) -> Tensor:
         if query_start is None:
             query_start = starts_of_single_queries(context_lens)
