@@ -139,7 +139,7 @@ class Kernels:
     - `act_mul(gate_up [T, 2I], activation) -> [T, I]`: act(first half) · second half (Shazeer 2020).
     - `softcap(x [T, N], c) -> [T, N]`: c · tanh(x / c) (Gemma 2).
     - `paged_attention(q [T, hq, d], cache, page_table [R, P] int32, query_start [R+1] int32 or None, context_lens
-      [R] int32, how: Attention, shared: SharedPrefixes or None) -> [T, hq, d]`: causal attention of each row's queries
+      [R] int32, how: Attention, shared: SharedPrefixes or None) -> [T, hq, d]`: causal attention of a row's queries
       `query_start[r]:query_start[r+1]` over its first `context_lens[r]` tokens, of which those queries are
       the last ones and are already stored. Query head h reads kv head `h // (hq / hk)`. Rows of one token
       and of many mix freely. Tokens from `query_start[R]` on are padding: their result is zero. None: every row

@@ -31,6 +31,7 @@ NAMES = {
     "single",
     "many",
     "reduce",
+    "prefix",
     "store_kv_kernel",
     "norm_kernel",
     "rope_kernel",

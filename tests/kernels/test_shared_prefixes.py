@@ -75,10 +75,9 @@ def attend(kernels: Kernels, case: Paged, hint: SharedPrefixes | None) -> Tensor
     )
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("group", [1, 2, 7])
+@pytest.mark.parametrize(("layout", "group"), zip(LAYOUTS, (7, 2, 1, 1, 2), strict=True))
 def test_rows_that_share_equal_a_plain_loop(
-    kernels: Kernels, dtype: torch.dtype, storage: torch.dtype | None, group: int, layout: str
+    kernels: Kernels, dtype: torch.dtype, storage: torch.dtype | None, layout: str, group: int
 ) -> None:
     case, hint = hinted(layout, heads=2 * group, kv_heads=2, dim=24, dtype=dtype, storage=storage)
     wanted = naive_attention(case)
@@ -111,14 +110,11 @@ def test_the_hint_is_ignored_where_rows_have_starts(kernels: Kernels, dtype: tor
 
 @pytest.mark.parametrize(("keys", "values"), [(True, False), (False, True)])
 def test_nan_meets_the_rows_that_see_it_and_no_others(kernels: Kernels, keys: bool, values: bool) -> None:
-    """One token in a split that some rows share whole, one behind the end of another row's context."""
+    """In a split that is shared, in one that is shared in part, and behind all that is shared."""
     case, hint = hinted("part of a split")
     clean = attend(kernels, case, hint)
-    for token, blind in ((100, [3]), (618, [2, 3]), (599, [3])):
-        seeing = [row for row in range(5) if row not in blind]
-        if token >= 608:  # of one row alone
-            seeing = [4]
-            blind = [0, 1, 2, 3]
+    for token, seeing in ((100, [0, 1, 2, 4]), (599, [0, 1, 2, 4]), (618, [4])):
+        blind = [row for row in range(5) if row not in seeing]
         found = attend(kernels, case.spoil(4, [token], keys=keys, values=values), hint)
         assert torch.equal(found[blind], clean[blind]), token
         assert not torch.isfinite(found[seeing]).any(), token
@@ -137,10 +133,8 @@ def test_shared_pages_are_read_through_one_row() -> None:
     """Where the tables of the others say nothing, no bit changes: so K and V are not read for each row."""
     case, hint = hinted("two groups and none")
     table = case.page_table.clone()
-    for rows, splits in (((0, 2, 5), 1), ((3, 4, 6), 1)):
-        for row in rows:
-            table[row, : splits * 32] = 2**30
-    table[[3, 4], 32:64] = 2**30  # the context of row 6 ends right behind them, so that it computes them itself
+    table[[0, 2, 5], :32] = 2**30
+    table[[3, 4, 6], :64] = 2**30
     assert torch.equal(attend(TRITON, case, hint), attend(TRITON, replace(case, page_table=table), hint))
 
 
@@ -177,6 +171,10 @@ def test_the_launch_is_the_same_for_all_groups(monkeypatch: pytest.MonkeyPatch) 
     attend(TRITON, case, hint)
     first = list(grids)
     grids.clear()
-    attend(TRITON, case, SharedPrefixes(*(torch.zeros_like(one) for one in (hint.tokens, hint.members, hint.starts))))
+    attend(
+        TRITON,
+        case,
+        SharedPrefixes(*(torch.zeros_like(one) for one in (hint.tokens, hint.members, hint.starts))),
+    )
     assert len(first) == 3
     assert grids == first

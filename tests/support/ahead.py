@@ -15,6 +15,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from kernels import Attention, PagedKV
+from kernels import Attention, PagedKV, SharedPrefixes
 from kernels.gpu import KERNELS, launch
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -94,8 +95,8 @@ def attention(
     *,
     page_size: int = 16,
 ) -> Callable[[], object]:
-    """A step of three rows and long contexts, so that every kernel of attention is launched. The tensors are small:
-    nothing reads them."""
+    """Steps of long contexts, so that every kernel of attention is launched: one with starts, and one of a query a
+    row where rows share prefixes, which a window would leave alone. The tensors are small: nothing reads them."""
     kv_heads, pages = 2, 64
     kind = storage or dtype
     scales = [torch.empty(1, kv_heads, page_size, dtype=torch.bfloat16) for _ in range(2 if storage else 0)]
@@ -108,9 +109,11 @@ def attention(
     table = torch.empty(16, pages, dtype=torch.int32)
     starts, lens = torch.empty(17, dtype=torch.int32), torch.empty(16, dtype=torch.int32)
     slots = torch.empty(16, dtype=torch.int64)
+    shared = SharedPrefixes(lens, lens, starts[:9])
 
     def calls() -> None:
         KERNELS.paged_attention(q, cache, table, starts, lens, how)
+        KERNELS.paged_attention(q, cache, table, None, lens, replace(how, window=None), shared)
         KERNELS.store_kv(q[:, :kv_heads], q[:, :kv_heads], cache, slots)
 
     return calls
