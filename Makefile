@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Processes that run the tests; 0: pytest itself does.
 PROCESSES ?= 2
 
-.PHONY: demo test test-long test-triton lint bench venv model clean
+.PHONY: demo test test-long test-triton test-gpu lint bench venv model clean
 
 demo: venv model
 	$(BIN)/python -m tests.support.demo
@@ -20,6 +20,11 @@ test-long: venv model
 # Every case of the triton kernels in triton's interpreter, and every kernel compiled ahead of time: hours.
 test-triton: venv
 	$(BIN)/python -m pytest -n $(PROCESSES) -m interpreted tests/kernels tests/engine
+
+# On a machine with a GPU, with the python that is there: no virtual environment is made.
+test-gpu:
+	$(PYTHON) -m pytest -p no:benchmark --confcutdir tests/kernels -n 14 -m "" -k "triton and not ahead" tests/kernels
+	$(PYTHON) -m pytest -p no:benchmark --confcutdir tests/engine tests/engine/test_on_gpu.py
 
 # lint-imports runs without its cache, which has missed a changed import.
 lint: venv

@@ -6,7 +6,7 @@ device: a token that was drawn is the next one's input. Between two steps nothin
 drawn comes back after the last. Knows no plans' reasons (`multi_step`) and no kernels' insides.
 
 Numbers of rows are rounded up to buckets and numbers of pages to powers of two. Rows beyond the plan's own are
-padding: they see nothing and store nothing. A row that has reached its limit stays there and stores nothing more.
+padding: they see nothing and store nothing, as rows do that have reached their limit.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 from engine.cache import KVCache
 from engine.model import Decoder
 from engine.plan import Row
+from engine.sequence import Sequence
 from engine.step_input import StepInput
 
 if TYPE_CHECKING:
@@ -35,6 +36,26 @@ class Graphs(NamedTuple):
     forward: torch.cuda.CUDAGraph  # from the inputs to the logits
     draw: torch.cuda.CUDAGraph  # from the logits to the next step's inputs
     logits: Tensor  # [rows, vocab]
+
+
+class Drawn:
+    """What a launch draws: made `[steps, rows]`, on its way to the host."""
+
+    def __init__(self, made: Tensor) -> None:
+        on_gpu = made.device.type == "cuda"
+        self._host = torch.empty(made.shape, dtype=made.dtype, pin_memory=on_gpu).copy_(
+            made, non_blocking=True
+        )
+        self._there = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
+        if self._there is not None:
+            self._there.record()
+
+    def tokens(self) -> list[list[int]]:
+        """Of each row, one per step, -1 where logits were not finite. Waits for them."""
+        if self._there is not None:
+            self._there.synchronize()
+        rows: list[list[int]] = self._host.t().tolist()
+        return rows
 
 
 class DecodeSteps:
@@ -73,15 +94,14 @@ class DecodeSteps:
         """Whether steps are replayed from graphs."""
         return self._captures
 
-    def draw(self, rows: tuple[Row, ...], num_steps: int) -> list[list[int]]:
-        """Tokens of each row, one per step, -1 where logits were not finite. Each row computes its sequence's last
-        token, and its pages cover as many more as it may still generate, up to `num_steps`."""
-        shape = self._write(rows, num_steps)
+    def launch(self, rows: tuple[Row, ...], num_steps: int, *, behind: int = 0) -> Drawn:
+        """Each row computes its sequence's last token, draws, and goes on for `num_steps` steps or as long as its
+        sequence may; its pages cover that. `behind`: steps of a launch of the same rows whose draws nobody has read:
+        rows go on where it stops, but for those that have no pages any more."""
+        shape = self._write_on(rows, behind + num_steps) if behind else self._write(rows, num_steps)
         for _ in range(num_steps):
             self._draw(shape, self._forward(shape))
-        made = self._made[:num_steps, : len(rows)].cpu()
-        drawn: list[list[int]] = made.t().tolist()
-        return drawn
+        return Drawn(self._made[:num_steps, : len(rows)])
 
     def logits(self, rows: tuple[Row, ...]) -> Tensor:
         """`[len(rows), vocab]` behind each row's last token, which is stored; valid until the next call."""
@@ -92,35 +112,55 @@ class DecodeSteps:
     def _write(self, rows: tuple[Row, ...], num_steps: int) -> tuple[int, int]:
         """Put the rows' state where a step finds it. Returns the numbers of rows and pages of that step."""
         sequences = [row.sequence for row in rows]
-        positions = [one.num_computed for one in sequences]
-        limits = [one.num_computed + min(num_steps, one.num_wanted) for one in sequences]
-        used = np.array([-(-limit // self._page_size) for limit in limits], dtype=np.int64)
-        shape = self._bucket(len(rows)), _power_of_two(int(used.max()))
+        limits, shape = self._limits(sequences, num_steps)
         self._prepare(shape)
-
         numbers = np.zeros((4, shape[0]), dtype=np.int64)
         numbers[0, : len(rows)] = [one.token_ids[-1] for one in sequences]
-        numbers[1, : len(rows)] = positions
+        numbers[1, : len(rows)] = [one.num_computed for one in sequences]
         numbers[2, : len(rows)] = limits
         seeds = np.array([one.seed & 0xFFFFFFFFFFFFFFFF for one in sequences], dtype=np.uint64)
         numbers[3, : len(rows)] = seeds.view(np.int64)
         temperatures = np.zeros(shape[0], dtype=np.float64)
         temperatures[: len(rows)] = [one.request.sampling.temperature for one in sequences]
-        tables = np.zeros(shape, dtype=np.int32)
-        pages = chain.from_iterable(one.pages[:count] for one, count in zip(sequences, used, strict=True))
-        held = np.arange(shape[1]) < used[:, None]
-        tables[: len(rows)][held] = np.fromiter(pages, dtype=np.int32, count=int(used.sum()))
-
-        self._numbers[:, : shape[0]].copy_(torch.from_numpy(numbers))
-        self._temperatures[: shape[0]].copy_(torch.from_numpy(temperatures))
-        self._table(shape).copy_(torch.from_numpy(tables))
-        self._count.zero_()
+        self._put(numbers, self._numbers[:, : shape[0]])
+        self._put(temperatures, self._temperatures[: shape[0]])
+        self._put_table(sequences, limits, shape)
         return shape
+
+    def _write_on(self, rows: tuple[Row, ...], num_steps: int) -> tuple[int, int]:
+        """The same for rows that are on the device and go on: new limits, new pages."""
+        sequences = [row.sequence for row in rows]
+        limits, shape = self._limits(sequences, num_steps)
+        self._prepare(shape)
+        numbers = np.zeros(shape[0], dtype=np.int64)
+        numbers[: len(rows)] = limits
+        self._put(numbers, self._numbers[2, : shape[0]])
+        self._put_table(sequences, limits, shape)
+        return shape
+
+    def _limits(self, sequences: list[Sequence], num_steps: int) -> tuple[list[int], tuple[int, int]]:
+        """Up to which token each may be computed, 0 for one without pages; and the numbers of rows and pages."""
+        limits = [one.num_computed + min(num_steps, one.num_wanted) if one.pages else 0 for one in sequences]
+        return limits, (self._bucket(len(limits)), _power_of_two(-(-max(limits) // self._page_size)))
+
+    def _put_table(self, sequences: list[Sequence], limits: list[int], shape: tuple[int, int]) -> None:
+        used = -(-np.array(limits, dtype=np.int64) // self._page_size)
+        pages = chain.from_iterable(one.pages[:count] for one, count in zip(sequences, used, strict=True))
+        table = np.zeros(shape, dtype=np.int32)
+        held = np.arange(shape[1]) < used[:, None]
+        table[: len(sequences)][held] = np.fromiter(pages, dtype=np.int32, count=int(used.sum()))
+        self._put(table, self._table(shape))
+        self._count.zero_()
+
+    def _put(self, values: np.ndarray, target: Tensor) -> None:
+        """In the order of launches, and without waiting for any."""
+        host = torch.from_numpy(values)
+        target.copy_(host.pin_memory() if self._captures else host, non_blocking=True)
 
     def _step(self, shape: tuple[int, int]) -> StepInput:
         rows = shape[0]
         token_ids, positions, limits, _ = self._numbers[:, :rows]
-        at = torch.minimum(positions, limits - 1).clamp_(min=0)
+        at = torch.minimum(positions, limits - 1).clamp_(min=0)  # where a row stands that does not go on
         table = self._table(shape)
         page = table.gather(1, (at // self._page_size)[:, None])[:, 0]
         slots = torch.where(positions < limits, page * self._page_size + at % self._page_size, -1)
@@ -130,7 +170,7 @@ class DecodeSteps:
             slots=slots,
             page_table=table,
             query_start=None,
-            context_lens=torch.minimum(positions + 1, limits).int(),
+            context_lens=torch.where(positions < limits, positions + 1, 0).int(),
             logit_rows=torch.arange(rows, device=self._device),
             scored_rows=token_ids[:0],
         )
@@ -163,17 +203,16 @@ class DecodeSteps:
             self._advance(shape, logits)
 
     def _prepare(self, shape: tuple[int, int]) -> None:
-        """Capture a step of this shape, unless that was done. What the inputs held is lost."""
+        """Capture a step of this shape, unless that was done."""
         if not self._captures or shape in self._graphs:
             return
+        numbers = self._numbers.clone()  # of a launch that may still run
         self._numbers.zero_()  # limits of 0: nothing is seen and nothing is stored
         self._count.zero_()
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             self._advance(shape, self._compute(shape))  # compiles and allocates what a capture must not
-            self._numbers.zero_()
-            self._count.zero_()
             forward, draw = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
             forward.capture_begin(pool=self._memory, capture_error_mode="thread_local")
             logits = self._compute(shape)
@@ -182,17 +221,16 @@ class DecodeSteps:
             self._advance(shape, logits)
             draw.capture_end()
         torch.cuda.current_stream(self._device).wait_stream(stream)
+        self._numbers.copy_(numbers)
         self._graphs[shape] = Graphs(forward, draw, logits)
 
     # --- shapes ---------------------------------------------------------------------------------------------
 
     def _bucket(self, rows: int) -> int:
-        """On a GPU few kinds, each at most an eighth too large from 16 rows on."""
-        if self._captures and rows > 16:
-            step = max(8, _power_of_two(rows) // 16, 1)
-            rows = -(-rows // step) * step
-        elif self._captures:
-            rows = 1 << (rows - 1).bit_length()
+        """On a GPU few kinds, two an octave: a row that is padding costs its share of products and nothing else."""
+        if self._captures:
+            octave = 1 << (rows - 1).bit_length()
+            rows = octave * 3 // 4 if octave > 16 and rows <= octave * 3 // 4 else octave
         return -(-rows // self._row_multiple) * self._row_multiple
 
     def _table(self, shape: tuple[int, int]) -> Tensor:

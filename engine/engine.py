@@ -16,10 +16,11 @@ from engine.checkpoint import Checkpoint
 from engine.compiling import Compiling
 from engine.config import EngineConfig, ModelConfig
 from engine.figures import Figures
+from engine.flight import Flight
 from engine.grammars import Grammars
 from engine.growth import Growth
 from engine.pages import PagePool, require
-from engine.plan import Draws, Plan
+from engine.plan import Launched, Plan
 from engine.request import Completion, Generated, Rejected, Request, RequestError, RequestId
 from engine.run import Run, check_generated, identity
 from engine.scheduler import Scheduler
@@ -49,7 +50,7 @@ class Runner(Protocol):
     kernels_name: str
     deterministic: bool
 
-    def run(self, plan: Plan) -> Draws: ...
+    def launch(self, plan: Plan) -> Launched: ...
 
 
 class Engine:
@@ -73,6 +74,7 @@ class Engine:
             most_steps=runner.num_scheduler_steps,
             keeps=self._swap_pays,
         )
+        self._flight = Flight(runner, self.scheduler)
         self._runs: dict[RequestId, Run] = {}
         self._checkpoints = Telling()
         self._streams = Telling()  # of requests that somebody reads along
@@ -170,13 +172,14 @@ class Engine:
         self._over = []
         completions += self._compiled()
         started = time.perf_counter()
-        plan = self.scheduler.plan()
-        if not plan.rows:
+        landed = self._flight.next()
+        if landed is None:
             if self._compiling and not completions:
                 self._compiling.wait(COMPILE_WAIT_SECONDS)
             return completions
+        plan, draws = landed
         drawing = [(row.sequence, len(row.sequence.token_ids)) for row in plan.sampling_rows]
-        ended = self.scheduler.settle(plan, *self.runner.run(plan))
+        ended = self.scheduler.settle(plan, *draws)
         num_drawn = sum(len(sequence.token_ids) - before for sequence, before in drawing)
         completions += self._settle(self._stopped(drawing))
         completions += self._settle(ended)

@@ -7,6 +7,8 @@ padded as those of a step are (see `runner` on determinism). Knows no norm and n
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -53,7 +55,9 @@ class Experts:
         """(shares fp32, indices of their experts), each `[T, num_per_token]`, the largest share first."""
         shares, indices = self._router(x).float().softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
         shares, indices = shares[:, : self._num_per_token], indices[:, : self._num_per_token]
-        return (shares / shares.sum(dim=-1, keepdim=True) if self._normalised else shares), indices
+        if self._normalised:  # torch may sum in an order that hangs on the number of rows
+            shares = shares / reduce(torch.add, shares.unbind(dim=-1)).unsqueeze(-1)
+        return shares, indices
 
     def _padded(self, x: Tensor) -> Tensor:
         missing = -x.shape[0] % self.row_multiple

@@ -93,6 +93,8 @@ class Fallback:
         self.dtype = dtype
         self.device = device
         self.crowded_by = anatomy.crowded_by
+        if self.crowded_by is None and torch.device(device).type != "cpu":
+            self.crowded_by = "what transformers computes between products on a GPU"
         self._module = module
         self._trunk = module.get_submodule(anatomy.trunk)
         self._layer_of = {module.get_submodule(name): i for i, name in enumerate(anatomy.attentions)}
@@ -134,6 +136,10 @@ class Fallback:
                 key = (type(module), module.weight.shape, module.bias is None)
                 products.setdefault(key, Product(module))
         return list(products.values())
+
+    def invariant_products(self) -> bool:
+        """Products here are transformers' affair, as it finds them in its library."""
+        return False
 
     def pad_groups(self, row_multiple: int) -> None:
         """For experts; how their rows are grouped here is transformers' affair (`crowded_by`)."""

@@ -74,8 +74,18 @@ class Decoder:
 
     def distinct_products(self) -> list[Linear]:
         """One product of each shape that occurs: what a check of products must look at."""
-        products = [product for block in self._blocks for product in block.products]
-        return list({product.shape: product for product in (*products, self._head)}.values())
+        return list({product.shape: product for product in self._products()}.values())
+
+    def invariant_products(self) -> bool:
+        """From now on compute all products by the kernels' own, if there is one: whether there is."""
+        if self.kernels.matmul is None:
+            return False
+        for product in self._products():
+            product.compute_by(self.kernels.matmul)
+        return True
+
+    def _products(self) -> list[Linear]:
+        return [*(product for block in self._blocks for product in block.products), self._head]
 
     def pad_groups(self, row_multiple: int) -> None:
         """From now on pad the rows that an expert computes up to `row_multiple`, as `StepInput` pads a step's."""

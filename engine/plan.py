@@ -7,7 +7,7 @@ share them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, NamedTuple, TypeAlias
@@ -51,12 +51,18 @@ class Move(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Plan:
     """`moves` happen before the rows are computed, in their order: a page may be read by one move and be
-    overwritten by a later one or by a row. `num_steps` above 1: each row computes its last token, draws the next, and
-    so on, so many times or up to its sequence's `max_tokens`; its pages cover that (`multi_step`)."""
+    overwritten by a later one or by a row.
+
+    `num_steps` above 1: each row computes its last token, draws the next, and so on, so many times or up to its
+    sequence's `max_tokens`; its pages cover that (`multi_step`). `behind` above 0: it is launched while a plan of so
+    many steps for the same rows runs, and goes on where that one stops; rows whose sequences have no pages any more
+    are nobody's.
+    """
 
     rows: tuple[Row, ...]
     moves: tuple[Move, ...] = ()
     num_steps: int = 1
+    behind: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -88,3 +94,6 @@ class Draws(NamedTuple):
         drawn = zip(self.token_ids, plan.sampling_rows, strict=True)
         token_ids = [FAILED if row.sequence in failed else token_id for token_id, row in drawn]
         return Draws(token_ids, self.logprobs, scores)
+
+
+Launched: TypeAlias = Callable[[], Draws]  # of a plan that runs: waits for what it draws

@@ -75,6 +75,12 @@ class PrefixCache:
         self._pinned: set[int] = set()  # slots that a move of this very plan will read
         pool.on_evict = self._evicted
 
+    def take_moves(self) -> tuple[Move, ...]:
+        """What must move before the next step computes anything."""
+        moves = tuple(self.moves)
+        self.moves.clear()
+        return moves
+
     # --- names ----------------------------------------------------------------------------------------------
 
     def chain(self, sequence: Sequence, num_tokens: int) -> list[bytes]:

@@ -6,7 +6,8 @@ Knows nothing of waiting, finishing or text: the scheduler appends the tokens an
 Determinism (`EngineConfig.deterministic`): attention and the small operations sum in an order that only the
 token's own context decides (`kernels`), but matrix products may choose another order for another number of rows.
 At load, products of this model's own shapes are compared bitwise between row counts; if they differ, or always in
-fp32, steps are padded to a multiple of 16 rows, and compared again. `deterministic` tells the outcome.
+fp32, steps are padded to a multiple of 16 rows, and compared again. `deterministic` tells the outcome. Where it is
+asked for and the kernels have products of their own, as on a GPU, those are used, and checked like the library's.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from engine.memory import (
 )
 from engine.model import Decoder
 from engine.multi_step import decodes_freely
-from engine.plan import Draws, Plan, PromptScores
+from engine.plan import Draws, Launched, Plan, PromptScores
 from engine.sampler import Sampler
 from engine.sampling_params import InvalidParameter
 from engine.step_input import StepInput
@@ -47,7 +48,10 @@ logger = logging.getLogger(__name__)
 
 PADDED_ROWS = 16
 STEPS_TOGETHER = {"cpu": 1, "cuda": 16}  # unless the settings say otherwise
-_CHECK_FLOPS = 2e10  # bounds the self-check to a fraction of a second on two cores
+_CHECK_FLOPS = {
+    "cpu": 2e10,
+    "cuda": 1e13,
+}  # bound the self-check to a fraction of a second: two cores, one GPU
 
 
 class ModelRunner:
@@ -155,15 +159,24 @@ class ModelRunner:
             seconds_per_page_moved=cache.seconds_per_page_moved(),
         )
 
+    def launch(self, plan: Plan) -> Launched:
+        """Start a plan. One of several steps runs on when this returns, if the device is a GPU."""
+        if plan.num_steps == 1:
+            draws = self.run(plan)
+            return lambda: draws
+        with torch.inference_mode():
+            self.cache.move(plan.moves)
+            return self._decode_freely(plan)
+
     def run(self, plan: Plan) -> Draws:
-        """Compute every row of the plan. One token id per entry of `plan.sampling_rows`, in that order; -1
+        """Compute every row of a plan of one step. One token id per entry of `plan.sampling_rows`, in that order; -1
         where that row's logits were not finite, which harms no other row. Logprobs for rows that ask."""
         if not plan.rows:
             return Draws([], {})
         sampling_rows = plan.sampling_rows
         with torch.inference_mode():
             self.cache.move(plan.moves)
-            if plan.num_steps > 1 or (self._steps.captures and _decodes(plan)):
+            if self._steps.captures and _decodes(plan):
                 return self._decode(plan)
             step = StepInput.build(plan, self.page_size, row_multiple=self._row_multiple, device=self.device)
             hidden = self._decoder.hidden(step, self.cache)
@@ -178,11 +191,19 @@ class ModelRunner:
             return draws.with_scores(plan, scores) if scores else draws
 
     def _decode(self, plan: Plan) -> Draws:
-        """Of a plan whose rows all compute their last token."""
+        """Of a plan of one step whose rows all compute their last token."""
         if all(decodes_freely(row.sequence) for row in plan.rows):
-            drawn = self._steps.draw(plan.rows, plan.num_steps)
-            return Draws([row[0] for row in drawn], {}, further=tuple(row[1:] for row in drawn))
+            return self._decode_freely(plan)()
         return self._sampler(self._steps.logits(plan.rows), list(plan.rows))
+
+    def _decode_freely(self, plan: Plan) -> Launched:
+        drawn = self._steps.launch(plan.rows, plan.num_steps, behind=plan.behind)
+
+        def landed() -> Draws:
+            tokens = drawn.tokens()
+            return Draws([row[0] for row in tokens], {}, further=tuple(row[1:] for row in tokens))
+
+        return landed
 
     def logits(self, plan: Plan) -> Tensor:
         """As `run`, but the logits `[rows that sample, vocab]` before any sampling."""
@@ -300,7 +321,8 @@ def resolve_deterministic(wanted: bool | None, decoder: Decoder | Fallback) -> t
         row_multiple, deterministic = 1, False
         reason = f"{decoder.crowded_by} cannot be checked, so tokens may depend on the crowd"
     else:
-        row_multiple, deterministic = row_invariance(decoder)
+        own_products = wanted is True and decoder.invariant_products()
+        row_multiple, deterministic = row_invariance(decoder, own_products=own_products)
         reason = "products on this machine depend on their row count, so tokens may depend on the crowd"
     if not deterministic:
         if wanted:
@@ -309,9 +331,11 @@ def resolve_deterministic(wanted: bool | None, decoder: Decoder | Fallback) -> t
     return row_multiple, deterministic
 
 
-def row_invariance(decoder: Decoder | Fallback) -> tuple[int, bool]:
-    """(row multiple to pad steps to, whether products are then bit-equal for any number of rows)."""
-    multiples = (PADDED_ROWS,) if decoder.dtype == torch.float32 else (1, PADDED_ROWS)
+def row_invariance(decoder: Decoder | Fallback, *, own_products: bool = False) -> tuple[int, bool]:
+    """(row multiple to pad steps to, whether products are then bit-equal for any number of rows). `own_products`:
+    they are the kernels', not the library's."""
+    padded = decoder.dtype == torch.float32 and not own_products
+    multiples = (PADDED_ROWS,) if padded else (1, PADDED_ROWS)
     for multiple in multiples:
         if _products_invariant(decoder, multiple):
             return multiple, True
@@ -321,7 +345,8 @@ def row_invariance(decoder: Decoder | Fallback) -> tuple[int, bool]:
 def _products_invariant(decoder: Decoder | Fallback, multiple: int) -> bool:
     products = decoder.distinct_products()
     elements = sum(product.num_inputs * product.num_outputs for product in products)
-    most = max(3 * PADDED_ROWS, min(512, int(_CHECK_FLOPS / (2 * elements)) // PADDED_ROWS * PADDED_ROWS))
+    flops = _CHECK_FLOPS[torch.device(decoder.device).type]
+    most = max(3 * PADDED_ROWS, min(512, int(flops / (2 * elements)) // PADDED_ROWS * PADDED_ROWS))
     generator = torch.Generator().manual_seed(0)
     for product in products:
         x = torch.randn(most, product.num_inputs, generator=generator).to(decoder.device, decoder.dtype)

@@ -21,6 +21,7 @@ from engine.config import ModelConfig
 from engine.logprobs import log_softmax, ranked, token_logprobs
 from engine.plan import FAILED, Draws, Row
 from engine.request import TokenLogprobs
+from engine.running_sums import running_sums
 from engine.token_masks import TokenMasks
 from kernels import Kernels
 from kernels.noise import uniforms
@@ -101,13 +102,13 @@ def _draw_narrowed(
     ranks = torch.arange(width, device=logits.device)
     weights = ((kept.double() - top) / heat[:, None]).exp_()
     weights.masked_fill_(ranks >= limit[:, None], 0.0)
-    sums = weights.cumsum(dim=1)
+    sums = running_sums(weights)
     # what the nucleus is a share of: the k candidates, or without top-k the whole vocabulary
     mass = sums[:, -1].clone()
     unlimited = (top_k == 0).nonzero()[:, 0]
     if len(unlimited):
         whole = ((logits[unlimited].double() - top[unlimited]) / heat[unlimited, None]).exp_()
-        mass[unlimited] = whole.cumsum(dim=1)[:, -1]  # a plain sum takes another order for another row count
+        mass[unlimited] = running_sums(whole)[:, -1]  # a plain sum takes another order for another row count
     # a token stays if those ranked before it have not yet reached top_p; the first always stays
     size = (sums - weights < (top_p * mass)[:, None]).logical_and_(ranks < limit[:, None]).sum(dim=1)
     size.clamp_(min=1)
@@ -117,7 +118,7 @@ def _draw_narrowed(
         row = slice(i, i + 1)
         kept, order = ranked(logits[row], vocab)
         weights = ((kept.double() - top[row]) / heat[row, None]).exp_()
-        sums = weights.cumsum(dim=1)
+        sums = running_sums(weights)
         size = (sums - weights < (top_p * mass)[row, None]).sum(dim=1).clamp_(min=1)
         found[i] = order[0, _inverse_cdf(sums, u[row], size)[0]]
     return found

@@ -21,12 +21,13 @@ after Sarathi (Agrawal et al. 2023).
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from itertools import groupby
 
 from engine.endings import ending, goes_on
 from engine.forecast import Forecast
 from engine.lengths import OutputLengths
-from engine.multi_step import steps_together
+from engine.multi_step import MultiStep
 from engine.pages import PagePool, require
 from engine.plan import Plan, PromptScores, Row
 from engine.prefix_cache import Match, PrefixCache
@@ -80,11 +81,11 @@ class Scheduler:
         self.lengths = OutputLengths()
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.most_steps = most_steps
         self.eos_token_ids = frozenset(eos_token_ids)
         self.running: list[Sequence] = []
         self.waiting = WaitingQueue(policy)
         self.warming = Warming()
+        self.multi_step = MultiStep(pool, most_steps, self._reserve)
         self.num_preemptions = 0
         self.num_recomputed = 0  # tokens that had been computed before a preemption
         self._num_plans = 0
@@ -126,11 +127,17 @@ class Scheduler:
             self._admit(draft)
         if not draft.rows:
             return Plan(())
-        num_steps = self._steps_together(draft)
-        moves = tuple(self.cache.moves)
-        self.cache.moves.clear()
+        num_steps = self.multi_step.together(draft.rows)
         rows = tuple(Row(sequence, num_tokens) for sequence, num_tokens in draft.rows.items())
-        return Plan(rows, moves, num_steps)
+        return Plan(rows, self.cache.take_moves(), num_steps)
+
+    def follow(self, plan: Plan) -> Plan | None:
+        """A plan for the same rows behind `plan`, which runs and is not settled; None where that cannot be, or where
+        somebody waits for a place that is free."""
+        if self.num_waiting and len(self.running) + len(self.warming) < self.max_num_seqs:
+            return None
+        following = self.multi_step.behind(plan, self.running)
+        return following and replace(following, moves=self.cache.take_moves())
 
     def settle(
         self,
@@ -329,22 +336,6 @@ class Scheduler:
             if victim is sequence:
                 return
         draft.give(sequence)
-
-    def _steps_together(self, draft: _Draft) -> int:
-        """How many steps these rows can take in one go. They get the pages for it."""
-
-        def covered(sequence: Sequence) -> int:
-            return sequence.num_computed + min(num_steps, sequence.num_wanted)
-
-        num_steps = steps_together(draft.rows, self.most_steps)
-        while num_steps > 1:
-            missing = sum(self.pool.pages_for(covered(one)) - len(one.pages) for one in draft.rows)
-            if missing <= self.pool.num_available:
-                for sequence in draft.rows:
-                    self._reserve(sequence, covered(sequence))
-                break
-            num_steps //= 2
-        return num_steps
 
     def _computed(self, sequence: Sequence, num_tokens: int) -> None:
         before, size = sequence.num_computed, self.pool.page_size

@@ -143,15 +143,17 @@ class Kernels:
       `query_start[r]:query_start[r+1]` over its first `context_lens[r]` tokens, of which those queries are
       the last ones and are already stored. Query head h reads kv head `h // (hq / hk)`. Rows of one token
       and of many mix freely. Tokens from `query_start[R]` on are padding: their result is zero. None: every row
-      has one query, T = R, and the last rows, with a context of 0, are padding. `shared` (may be
-      left out) changes no result but by rounding, which may then depend on the group. It is used, if at all, where
-      `query_start` is None and no window hides a token.
+      has one query, T = R, and rows with a context of 0 are padding. `shared` (may be left out) changes no result
+      but by rounding, which may then depend on the group. It is used, if at all, where `query_start` is None and no
+      window hides a token.
     - `sample(logits [S, vocab], temperatures [S] fp32 or fp64, seeds [S] int64, positions [S] int64) -> [S] int64`:
       one token of each row, whose bits depend on that row alone. Temperature 0: the largest logit's, the lowest id
       of equals. Above: the first whose cumulative weight exceeds u times the total, where a weight is
       exp((logit - largest) / temperature) and u the number that `noise.uniforms` makes of seed and position. A
       token of weight 0 is never drawn, so a logit of -inf masks its token. `FAILED` where the largest logit is NaN
       (which any NaN of the row is) or infinite. Logits bf16, fp16 or fp32; u and the sums over a row fp32 or better.
+    - `matmul(x [T, in], weight [out, in], bias [out] or None) -> [T, out]`: x · weightᵀ + bias. None: this set has no
+      product of its own; whether the library's products keep the second rule above must then be checked.
 
     `quantised` names the dtypes of 8-bit caches that the set serves.
     """
@@ -169,12 +171,25 @@ class Kernels:
     softcap: Callable[[Tensor, float], Tensor]
     paged_attention: PagedAttention
     sample: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    matmul: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
 
 
-def starts_of_single_queries(context_lens: Tensor) -> Tensor:
-    """What `query_start` `[R + 1]` is when it is left out: rows of one query each, and of none behind them."""
-    counts = (context_lens > 0).cumsum(0, dtype=torch.int32)
-    return torch.cat((counts.new_zeros(1), counts))
+Attend = Callable[[Tensor, PagedKV, Tensor, Tensor, Tensor, Attention], Tensor]
+
+
+def attend_with_single_queries(
+    attend: Attend, q: Tensor, cache: PagedKV, page_table: Tensor, context_lens: Tensor, how: Attention
+) -> Tensor:
+    """`paged_attention` without `query_start`, by an `attend` that must have it: padding sees a token of page 0, and
+    what it has seen is forgotten."""
+    starts = torch.arange(q.shape[0] + 1, dtype=torch.int32, device=q.device)
+    padding = context_lens == 0
+    if not padding.any():
+        return attend(q, cache, page_table, starts, context_lens, how)
+    page_table = page_table.masked_fill(padding[:, None], 0)
+    return attend(q, cache, page_table, starts, context_lens.clamp(min=1), how).masked_fill_(
+        padding[:, None, None], 0.0
+    )
 
 
 def kernels_for(device: str, name: KernelSet = "auto", *, dtype: torch.dtype = torch.bfloat16) -> Kernels:

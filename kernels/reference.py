@@ -12,7 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import FAILED, Activation, Attention, Kernels, PagedKV, SharedPrefixes, starts_of_single_queries
+from kernels import (
+    FAILED,
+    Activation,
+    Attention,
+    Kernels,
+    PagedKV,
+    SharedPrefixes,
+    attend_with_single_queries,
+)
 from kernels.noise import uniforms
 
 LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # largest magnitude that an 8-bit cache can store
@@ -116,7 +124,7 @@ def paged_attention(
     shared: SharedPrefixes | None = None,
 ) -> Tensor:
     if query_start is None:
-        query_start = starts_of_single_queries(context_lens)
+        return attend_with_single_queries(paged_attention, q, cache, page_table, context_lens, how)
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     _, num_heads, head_dim = q.shape
     num_kv_heads = cache.keys.shape[1]

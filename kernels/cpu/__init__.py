@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import Activation, Attention, Kernels, PagedKV, SharedPrefixes, starts_of_single_queries
+from kernels import Activation, Attention, Kernels, PagedKV, SharedPrefixes, attend_with_single_queries
 from kernels.cpu.build import BuildError, load_library
 from kernels.reference import sample
 
@@ -219,7 +219,7 @@ class _Ops:
         shared: SharedPrefixes | None = None,  # not used yet
     ) -> Tensor:
         if query_start is None:
-            query_start = starts_of_single_queries(context_lens)
+            return attend_with_single_queries(self.paged_attention, q, cache, page_table, context_lens, how)
         tokens, heads, dim = q.shape
         rows, kv_heads = page_table.shape[0], cache.keys.shape[1]
         page_size = _page_size(cache, kv_heads, dim)

@@ -16,6 +16,7 @@ from kernels import Kernels
 from kernels.gpu.activation import act, act_mul, softcap
 from kernels.gpu.cache import LIMITS, store_kv
 from kernels.gpu.launch import paged_attention
+from kernels.gpu.matmul import matmul
 from kernels.gpu.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from kernels.gpu.rope import rope
 from kernels.gpu.sampling import sample
@@ -43,6 +44,7 @@ KERNELS = Kernels(
     softcap=softcap,
     paged_attention=paged_attention,
     sample=sample,
+    matmul=matmul,
 )
 
 

@@ -6,6 +6,8 @@ looks up its row and leaves at once if the row is the other's, so the host launc
 nothing from the device. Rows of a block are pairs of query and head: all heads that read one kv head share its tiles.
 Splits that many rows share may come from a third kernel (`prefix`): `single` leaves them out.
 
+Integers that change from step to step are not specialised: nothing may be compiled for one more length.
+
 A token's bits depend on its own row alone: tiles and splits lie at fixed positions of the context (`splits`), `many`
 merges the same splits as `reduce` does, and all choices hang on shapes of the model (`tiles`).
 """
@@ -19,7 +21,7 @@ from kernels.gpu.splits import merged, prefix_holds, split_of, split_start
 from kernels.gpu.walk import slope_of, walk
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "num_splits"])
 def single(
     q, keys, values, key_scales, value_scales, slopes, page_table, query_start, context_lens, out,
     parts, part_stats, shared, q_stride, q_head_stride, table_stride, num_splits, scale, cap, window,
@@ -84,7 +86,7 @@ def single(
         tl.store(part_stats + part * 2 + 1, total, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def reduce(
     parts, part_stats, query_start, context_lens, out, num_splits, window,
     HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
@@ -117,7 +119,7 @@ def reduce(
     tl.store(target, (mixed / total[:, None]).to(out.dtype.element_ty), mask=(channel < DIM)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "num_tokens", "num_rows"])
 def many(
     q, keys, values, key_scales, value_scales, slopes, page_table, query_start, context_lens, out,
     q_stride, q_head_stride, table_stride, num_tokens, num_rows, scale, cap, window,

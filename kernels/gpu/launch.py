@@ -34,7 +34,8 @@ def paged_attention(
         return out
 
     group, most_tokens = heads // kv_heads, most_pages * page_size
-    tiles = tiles_for(capability(q.device), width, fp32=q.dtype == torch.float32)
+    plain = how.window is None and how.softcap is None and how.slopes is None and cache.key_scales is None
+    tiles = tiles_for(capability(q.device), width, fp32=q.dtype == torch.float32, plain=plain)
     window = None if how.window is None or how.window >= most_tokens else how.window
     scale, cap = how.scale * LOG2_E.value, None  # scores are in base 2
     if how.softcap is not None:

@@ -1,8 +1,10 @@
 """How large the tiles of attention are, per architecture, head dimension and dtype.
 
-Chosen by what ptxas reports: registers, shared memory, and in 16 bits no spills on sm_90 and sm_100 (sm_80 spills
-where a window, a cap and slopes meet; fp32, which is for checks, a few bytes). Not yet measured for speed. Nothing
-is tried out at run time. T and R decide nothing here, so that a token's result does not depend on its crowd.
+Plain attention with heads of 128 on sm_90 is as measured on an H200 (`tests.bench.gpu attention`); there `many`
+spills 64 bytes a thread and is the fastest all the same. The others are chosen by what ptxas reports: registers,
+shared memory, and in 16 bits no spills on sm_90 and sm_100 (sm_80 spills where a window, a cap and slopes meet; fp32,
+which is for checks, a few bytes). Nothing is tried out at run time. T and R decide nothing here, so that a token's
+result does not depend on its crowd.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ _SIXTEEN_BITS = {
     },
     "sm_90": {
         64: Tiles(128, 64, 8, 3, 4, 5),
-        128: Tiles(128, 64, 8, 2, 4, 2),
+        128: Tiles(64, 32, 8, 3, 4, 5),
         256: Tiles(32, 32, 8, 3, 4, 5),
     },
     "sm_100": {
@@ -44,15 +46,21 @@ _SIXTEEN_BITS = {
         256: Tiles(32, 32, 8, 3, 4, 5),
     },
 }
+# without window, cap, slopes or scales
+_PLAIN = {("sm_90", 128): Tiles(128, 64, 8, 2, 4, 2)}
 _FP32 = {64: Tiles(16, 16, 4, 1, 4, 1), 128: Tiles(16, 16, 4, 1, 4, 1), 256: Tiles(16, 16, 8, 1, 8, 1)}
 WIDEST = 256
 MOST_DECODE_ROWS = 64
 
 
-def tiles_for(capability: tuple[int, int], width: int, *, fp32: bool) -> Tiles:
-    """`capability` of the device, as torch says it; `width`: the head dimension, rounded up to a power of two."""
+def tiles_for(capability: tuple[int, int], width: int, *, fp32: bool, plain: bool) -> Tiles:
+    """`capability` of the device, as torch says it; `width`: the head dimension, rounded up to a power of two;
+    `plain`: neither a window nor a cap nor slopes, and a cache that is not of 8 bits."""
     arch = "sm_100" if capability[0] >= 10 else "sm_90" if capability[0] == 9 else "sm_80"
-    return (_FP32 if fp32 else _SIXTEEN_BITS[arch])[max(64, width)]
+    width = max(64, width)
+    if plain and not fp32 and (arch, width) in _PLAIN:
+        return _PLAIN[arch, width]
+    return (_FP32 if fp32 else _SIXTEEN_BITS[arch])[width]
 
 
 @cache

@@ -16,7 +16,7 @@ import transformers
 
 from engine.checkpoint import Checkpoint
 from engine.families import FAMILIES
-from tests.engine.test_family_parity import LENGTHS, Case, assert_equal, generated, reference_case
+from tests.support.families import LENGTHS, Case, assert_equal, generated, reference_case
 from tests.support.tiny import SIZES, write_tokenizer
 
 OPT = {"ffn_dim": 96, "word_embed_proj_dim": 64, "num_key_value_heads": None, "intermediate_size": None}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.engine.test_alone_equals_crowd import comparable, interrupted, load, make_requests, one_by_one
-from tests.engine.test_family_parity import write_tiny
+from tests.support.families import write_tiny
 from tests.support.pressure import run
 from tests.support.tiny import EOS_TOKEN_ID
 

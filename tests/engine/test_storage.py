@@ -15,7 +15,7 @@ from engine.checkpoint import Checkpoint, UnsupportedCheckpoint
 from engine.model import Decoder
 from engine.weights import load_weights
 from kernels.reference import KERNELS
-from tests.engine.test_family_parity import write_tiny
+from tests.support.families import write_tiny
 
 Tensors = dict[str, Tensor]
 MOE = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 24}

@@ -13,9 +13,10 @@ import torch
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.linear import Linear
 from engine.memory import bytes_per_page
 from engine.request import Completion, Request, RequestId
-from engine.runner import resolve_kv_cache_dtype
+from engine.runner import PADDED_ROWS, ModelRunner, resolve_kv_cache_dtype
 from engine.sampling_params import SamplingParams
 from kernels import KernelSet, kernels_for
 from tests.support.pressure import poison_free_pages
@@ -51,6 +52,10 @@ def answers(model: Path, kernels: KernelSet, storage: str) -> dict[str, tuple[in
     )
     assert engine.pool.num_pages == NUM_PAGES
     assert engine.runner.kernels_name == kernels
+    assert isinstance(engine.runner, ModelRunner)
+    assert engine.runner.deterministic
+    # in fp32 only the kernels' own products need no padding
+    assert engine.runner._row_multiple == (1 if kernels == "triton" else PADDED_ROWS)
     sampling = SamplingParams(temperature=0.0, seed=1, max_tokens=NEW_TOKENS, ignore_eos=True)
     requests = [
         Request(id=RequestId(name, 1), prompt_token_ids=prompt, sampling=sampling)
@@ -81,3 +86,15 @@ def test_an_engine_under_pressure_gives_the_tokens_of_the_reference(tmp_path: Pa
     found = answers(model, "triton", storage)
     assert found == expected
     assert all(len(tokens) == NEW_TOKENS for tokens in found.values())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_computed_by_the_kernels_has_its_weight_back_in_the_plain_order(bias: bool) -> None:
+    matmul = kernels_for("cpu", "triton").matmul
+    assert matmul is not None
+    x, weight = torch.randn(5, 64).bfloat16(), torch.randn(48, 64).bfloat16()
+    gain = torch.randn(48).bfloat16() if bias else None
+    product = Linear(weight, gain)
+    product.compute_by(matmul)
+    assert torch.equal(product(x), matmul(x, weight, gain))
+    assert product.shape == (48, 64, bias)

@@ -11,6 +11,9 @@ import pytest
 
 from tests.support.tree import ROOT
 
+ALLOWED = {
+    "many": 64
+}  # bytes: with them its tile of plain attention was the fastest on a device all the same
 FEW = "--dtypes bf16 --storages plain --dims 128 --groups 4 --options causal"
 OTHERS = (
     "--groups 4 --options all --dims 64 128 256 --dtypes bf16",
@@ -39,6 +42,8 @@ NAMES = {
     "softcap_kernel",
     "block_kernel",
     "draw_kernel",
+    "matmul_kernel",
+    "sum_kernel",
 }
 
 
@@ -56,8 +61,27 @@ def compiled(target: str, options: str) -> list[dict[str, Any]]:
 def test_a_few_compile_without_spills() -> None:
     found = compiled("sm_90", FEW)
     assert {kernel["kernel"] for kernel in found} == NAMES
-    assert not [kernel for kernel in found if kernel["spilled"]]
+    assert not [kernel for kernel in found if kernel["spilled"] > ALLOWED.get(kernel["kernel"], 0)]
     assert all(kernel["registers"] > 0 for kernel in found)
+
+
+@pytest.mark.parametrize(
+    ("target", "instruction"),
+    [
+        ("sm_90", "wgmma"),
+        pytest.param("sm_80", "mma.sync", marks=pytest.mark.interpreted),
+        pytest.param("sm_100", "tcgen05.mma", marks=pytest.mark.interpreted),
+    ],
+)
+def test_all_products_of_a_dtype_are_made_by_one_instruction(target: str, instruction: str) -> None:
+    """So the number of tokens, which chooses among tiles, does not choose in which order tensor cores sum."""
+    for dtype in ("bf16", "fp16"):
+        found = compiled(target, f"--parts products --dtypes {dtype}")
+        made = {tuple(kernel["products"]) for kernel in found if kernel["kernel"] == "matmul_kernel"}
+        ((only,),) = made
+        assert only.startswith(instruction)
+        if target == "sm_90":
+            assert not [kernel for kernel in found if kernel["spilled"]]
 
 
 @pytest.mark.interpreted
@@ -69,5 +93,5 @@ def test_all_compile(target: str) -> None:
     storages = {kernel.get("storage") for kernel in found}
     assert ("fp8" in storages) == (target != "sm_80")
     if target == "sm_90":  # fp32 is for checks: there some kernels spill a few words
-        spilling = [kernel for kernel in found if kernel["spilled"]]
+        spilling = [kernel for kernel in found if kernel["spilled"] > ALLOWED.get(kernel["kernel"], 0)]
         assert not [kernel for kernel in spilling if kernel["dtype"] != "fp32" or kernel["spilled"] > 64]

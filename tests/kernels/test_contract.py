@@ -68,12 +68,16 @@ def test_rows_of_one_query_need_no_starts(
         rows, heads=6, kv_heads=2, dim=40, page_size=16, dtype=dtype, storage=storage, how=how, padding=3
     )
     wanted = case.run(kernels)
-    table = torch.cat((case.page_table, torch.full((3, case.page_table.shape[1]), 2**30, dtype=torch.int32)))
-    lens = torch.cat((case.context_lens, torch.zeros(3, dtype=torch.int32)))
+    table = torch.full((7, case.page_table.shape[1]), 2**30, dtype=torch.int32)
+    lens = torch.zeros(7, dtype=torch.int32)
+    q = torch.empty_like(case.q)
+    places, rest = [0, 2, 3, 5], [1, 4, 6]  # padding may lie between
+    table[places], lens[places] = case.page_table, case.context_lens
+    q[places], q[rest] = case.q[:4], case.q[4:]
     for _ in range(3):  # fresh memory may be zero by luck
-        found = kernels.paged_attention(case.q, case.cache, table, None, lens, case.how)
-        assert torch.equal(found, wanted)
-    assert torch.equal(found[4:], torch.zeros_like(found[4:]))
+        found = kernels.paged_attention(q, case.cache, table, None, lens, case.how)
+        assert torch.equal(found[places], wanted[:4])
+        assert torch.equal(found[rest], torch.zeros_like(found[rest]))
 
 
 def test_attention_of_padding_tokens_is_zero(kernels: Kernels, dtype: torch.dtype) -> None:

@@ -9,6 +9,7 @@ Runs in a process of its own, because there triton must not be in interpreter mo
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -30,6 +31,7 @@ from triton.runtime.jit import JITFunction
 from kernels import Attention, PagedKV, SharedPrefixes
 from kernels.gpu import KERNELS, launch
 
+PRODUCTS = importlib.import_module("kernels.gpu.matmul")  # there the package has its function under that name
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 STORAGES = {"plain": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -62,7 +64,8 @@ def compiled(calls: Callable[[], object]) -> list[Any]:
 
 def figures(kernel: Any) -> dict[str, Any]:
     """Registers of a thread, bytes that a thread spills, bytes of shared memory of a block: what ptxas tells of the
-    PTX that triton gave it, under the same options."""
+    PTX that triton gave it, under the same options. `products`: instructions of the tensor cores, without the rows
+    and columns of their tiles."""
     target = re.search(r"^\.target (\w+)", kernel.asm["ptx"], re.MULTILINE)
     assert target
     ptxas = BINARIES / ("ptxas-blackwell" if target[1].startswith("sm_1") else "ptxas")
@@ -77,12 +80,16 @@ def figures(kernel: Any) -> dict[str, Any]:
     registers = re.search(r"Used (\d+) registers", told)
     assert spills, told
     assert registers, told
+    instructions = set(
+        re.findall(r"wgmma\.mma_async[.\w]*|mma\.sync[.\w]*|tcgen05\.mma[.:\w]*", kernel.asm["ptx"])
+    )
     return {
         "kernel": kernel.metadata.name,
         "registers": int(registers[1]),
         "spilled": int(spills[1]) + int(spills[2]),
         "shared": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
+        "products": sorted({re.sub(r"m\d+n\d+", "", name) for name in instructions}),
     }
 
 
@@ -163,12 +170,26 @@ def sampling(dtype: torch.dtype) -> Callable[[], object]:
     return calls
 
 
+def products(dtype: torch.dtype) -> Callable[[], object]:
+    """Every tile, segments together and apart, and rows that no block divides."""
+
+    def calls() -> None:
+        for outputs, inputs in ((1024, 2048), (6144, 1024), (16384, 256), (100, 37), (1024, 4104)):
+            weight, bias = torch.empty(outputs, inputs, dtype=dtype), torch.empty(outputs, dtype=dtype)
+            for tokens in (16, 300, 8192):
+                PRODUCTS.matmul(torch.empty(tokens, inputs, dtype=dtype), weight, bias)
+
+    return calls
+
+
 def cases(chosen: argparse.Namespace, fp8: bool) -> Iterator[tuple[dict[str, Any], Callable[[], object]]]:
     for name in chosen.dtypes:
         if "rowwise" in chosen.parts:
             yield {"dtype": name}, rowwise(DTYPES[name])
         if "sampling" in chosen.parts:
             yield {"dtype": name}, sampling(DTYPES[name])
+        if "products" in chosen.parts:
+            yield {"dtype": name}, products(DTYPES[name])
         for storage in chosen.storages:
             if "attention" not in chosen.parts or (storage == "fp8" and not fp8):
                 continue
@@ -189,7 +210,7 @@ def cases(chosen: argparse.Namespace, fp8: bool) -> Iterator[tuple[dict[str, Any
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("target", choices=["sm_80", "sm_90", "sm_100"])
-    parser.add_argument("--parts", nargs="+", default=["rowwise", "attention", "sampling"])
+    parser.add_argument("--parts", nargs="+", default=["rowwise", "products", "attention", "sampling"])
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES))
     parser.add_argument("--storages", nargs="+", default=list(STORAGES))
     parser.add_argument("--dims", nargs="+", type=int, default=[64, 80, 128, 256])
@@ -198,7 +219,8 @@ def main() -> None:
     chosen = parser.parse_args()
     number = int(chosen.target.removeprefix("sm_"))
     driver.set_active(NoDevice(number))
-    launch.capability = lambda _: divmod(number, 10)  # type: ignore[assignment]
+    for module in (launch, PRODUCTS):
+        module.capability = lambda _: divmod(number, 10)  # type: ignore[attr-defined]
     for about, calls in cases(chosen, fp8=number >= 89):
         for kernel in compiled(calls):
             print(json.dumps({"target": chosen.target, **about, **figures(kernel)}), flush=True)

@@ -10,10 +10,11 @@ the fingerprint of the tokens before it, and `scored` remembers which were asked
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.plan import Draws, Plan, PromptScores
+from engine.plan import Draws, Launched, Move, Plan, PromptScores
 from engine.request import Request, RequestId, TokenLogprobs, derive_seed
 from engine.sequence import Sequence
 from tests.support.shapes import shape
@@ -83,19 +84,11 @@ class CheckedRunner:
         self._memory: list[list[int | None]] = [[None] * page_size for _ in range(num_pages)]
         self._host: list[list[int | None]] = [[None] * page_size for _ in range(num_host_pages)]
         self._known: dict[Sequence, list[int]] = {}
+        self._ahead: dict[Sequence, list[int]] = {}
 
     def run(self, plan: Plan) -> Draws:
-        if plan.num_steps > 1:
-            return self._run_together(plan)
         size, memory = self.page_size, self._memory
-        for kind, source, target in plan.moves:
-            self.num_moves += 1
-            if kind == "copy":
-                memory[target] = list(memory[source])
-            elif kind == "out":
-                self._host[target] = list(memory[source])
-            else:
-                memory[target] = list(self._host[source])
+        self._move(plan.moves)
         drawn: list[int] = []
         scores: dict[int, PromptScores] = {}
         written: set[tuple[int, int]] = set()
@@ -118,25 +111,46 @@ class CheckedRunner:
                 drawn.append(draw(known[-1], 0 if greedy else one.seed))
         return Draws(drawn, {}, scores)
 
+    def _move(self, moves: Iterable[Move]) -> None:
+        memory = self._memory
+        for kind, source, target in moves:
+            self.num_moves += 1
+            if kind == "copy":
+                memory[target] = list(memory[source])
+            elif kind == "out":
+                self._host[target] = list(memory[source])
+            else:
+                memory[target] = list(self._host[source])
+
+    def launch(self, plan: Plan) -> Launched:
+        """All at once; what a plan of several steps drew is remembered for one that goes on behind it."""
+        draws = self.run(plan) if plan.num_steps == 1 else self._run_together(plan)
+        return lambda: draws
+
     def _run_together(self, plan: Plan) -> Draws:
-        """As a device does it: rows go on with what they drew, and stand still at their limit."""
-        first = self.run(Plan(plan.rows, plan.moves)).token_ids
-        further: list[list[int]] = []
-        for row, token_id in zip(plan.rows, first, strict=True):
-            one, drawn = row.sequence, [token_id]
-            assert row.num_tokens == one.num_pending == 1, "only rows that decode go on by themselves"
+        """As a device does it: rows go on with what they drew, until their limit."""
+        if not plan.behind:
+            self.run(Plan(plan.rows, plan.moves))  # what they hold is as it must be
+        else:
+            self._move(plan.moves)
+        made: dict[Sequence, list[int]] = {}
+        for row in plan.rows:
+            one = row.sequence
+            tokens = one.token_ids + (self._ahead[one] if plan.behind else [])
             seed = 0 if one.request.sampling.greedy else one.seed
-            for step in range(1, plan.num_steps):
+            drawn = made[one] = []
+            for step in range(plan.behind, plan.behind + plan.num_steps):
                 at = one.num_computed + step
-                if step < one.num_wanted:
-                    tokens = [*one.token_ids, *drawn]
-                    known = fingerprints(one.request.cache_salt, tokens, self._known[one][:at])
+                if one.pages and step < one.num_wanted:
+                    known = fingerprints(one.request.cache_salt, [*tokens, *drawn][: at + 1], [])
                     self._memory[one.pages[at // self.page_size]][at % self.page_size] = known[at]
                     drawn.append(draw(known[at], seed))
                 else:
                     drawn.append(EOS)  # whatever it is, nobody may want it
-            further.append(drawn[1:])
-        return Draws(first, {}, further=tuple(further))
+        self._ahead = made
+        return Draws(
+            [made[row.sequence][0] for row in plan.rows], {}, further=tuple(d[1:] for d in made.values())
+        )
 
 
 def checked_engine(

@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-TOLERANCE = {torch.float32: (2e-5, 2e-5), torch.bfloat16: (1.2e-2, 1e-2)}  # relative, absolute
+TOLERANCE = {  # relative, absolute
+    torch.float32: (2e-5, 2e-5),
+    torch.bfloat16: (1.2e-2, 1e-2),
+    torch.float16: (1.5e-3, 1.5e-3),
+}
 
 
 def assert_close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:

@@ -1,0 +1,61 @@
+"""Flight: plans on their way through the device, the next one launched before the last one's draws are read.
+
+Owns the plan that was launched ahead, and what its draws mean for sequences that have gone meanwhile: nothing. Knows
+neither pages nor tensors. Whatever happens to a sequence between two steps, its pages may be given to others at once:
+the device works in the order of launches, so whoever gets them writes to them later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Protocol
+
+from engine.plan import Draws, Launched, Plan
+from engine.scheduler import Scheduler
+from engine.sequence import Sequence
+
+
+class Launcher(Protocol):
+    def launch(self, plan: Plan) -> Launched: ...
+
+
+class Flight:
+    def __init__(self, runner: Launcher, scheduler: Scheduler) -> None:
+        self._runner = runner
+        self._scheduler = scheduler
+        self._ahead: tuple[Plan, Launched] | None = None
+
+    def next(self) -> tuple[Plan, Draws] | None:
+        """Make and launch a plan, or take the one that was launched ahead, and wait for what it draws. None where
+        there is nothing to compute."""
+        if self._ahead and not _alive(self._ahead[0], self._scheduler.running):
+            self._ahead = None  # nobody waits for it
+        if self._ahead is None:
+            plan = self._scheduler.plan()
+            if not plan.rows:
+                return None
+            launched = self._runner.launch(plan)
+        else:
+            plan, launched = self._ahead
+            self._ahead = None
+        following = self._scheduler.follow(plan)
+        if following is not None:
+            self._ahead = following, self._runner.launch(following)
+        draws = launched()
+        return _without_the_gone(plan, draws, self._scheduler.running) if plan.behind else (plan, draws)
+
+
+def _alive(plan: Plan, running: Collection[Sequence]) -> bool:
+    here = set(running)
+    return any(row.sequence in here for row in plan.rows)
+
+
+def _without_the_gone(plan: Plan, draws: Draws, running: Collection[Sequence]) -> tuple[Plan, Draws]:
+    """What is left of a plan of several steps. A sequence that has left the device did not come back since."""
+    here = set(running)
+    kept = [i for i, row in enumerate(plan.rows) if row.sequence in here]
+    rows = tuple(plan.rows[i] for i in kept)
+    further = tuple(draws.further[i] for i in kept)
+    return Plan(rows, num_steps=plan.num_steps), Draws(
+        [draws.token_ids[i] for i in kept], {}, further=further
+    )

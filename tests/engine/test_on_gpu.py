@@ -1,0 +1,177 @@
+"""The engine on a GPU: the answers of transformers, the same bits in any crowd, and a long random history.
+
+It needs no service and no database: `python -m pytest tests/engine/test_on_gpu.py --confcutdir tests/engine` runs it
+where only torch, triton and transformers are. Where there is no GPU the same tests run on the kernels of the CPU, so
+that they are known to work. NIGHTPRESS_SOAK_SECONDS: how long the random history is.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.checkpoint import Checkpoint
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.memory import bytes_per_page
+from engine.request import Completion, Request, RequestId
+from engine.sampling_params import SamplingParams
+from tests.engine.test_alone_equals_crowd import Answers, comparable, make_requests
+from tests.support.families import MODELS, assert_near, generated, reference_cases
+from tests.support.pressure import expect_short_answers, run
+from tests.support.tiny import VOCAB_SIZE, write_tiny_llama
+
+PAGE_SIZE = 16
+SOAK_SECONDS = float(os.environ.get("NIGHTPRESS_SOAK_SECONDS", "20" if torch.cuda.is_available() else "3"))
+LEAST_ADDED = 60  # of the random history, however slow the machine is
+KERNELS = {"cuda": "triton", "cpu": "auto"}
+KINDS: tuple[dict[str, Any], ...] = (
+    {"temperature": 0.0, "logprobs": 2},
+    {"temperature": 0.0, "prompt_logprobs": 0},
+    {"temperature": 1.0, "n": 3},
+    {"temperature": 0.7, "top_k": 20, "min_p": 0.01},
+    {"temperature": 1.3, "top_p": 0.8, "n": 2, "frequency_penalty": 1.5},
+)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("cuda", marks=pytest.mark.gpu),
+        pytest.param("cpu", marks=pytest.mark.long),
+    ]
+)
+def device(request: pytest.FixtureRequest) -> str:
+    if torch.cuda.is_available() != (request.param == "cuda"):
+        pytest.skip("needs a GPU" if request.param == "cuda" else "there is a GPU")
+    return request.param
+
+
+def load(folder: Path, device: str, num_pages: int, **settings: Any) -> Engine:
+    """In bf16, with exactly so many pages."""
+    page_bytes = bytes_per_page(Checkpoint.open(str(folder)).config, PAGE_SIZE, torch.bfloat16)
+    engine = Engine.load(
+        EngineConfig(
+            model=str(folder),
+            device=device,
+            dtype="bfloat16",
+            kernels=KERNELS[device],  # type: ignore[arg-type]
+            threads=1,
+            page_size=PAGE_SIZE,
+            kv_cache_memory_bytes=num_pages * page_bytes,
+            **settings,
+        )
+    )
+    assert engine.pool.num_pages == num_pages
+    return engine
+
+
+def write_model(folder: Path) -> Path:
+    """Large enough that products are made of whole tiles, and some of them in segments."""
+    return write_tiny_llama(folder, seed=5, hidden_size=256, intermediate_size=1024, attention_bias=True)
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_every_family_answers_as_transformers_does(architecture: str, device: str, tmp_path: Path) -> None:
+    cases = reference_cases(tmp_path, architecture, 0)
+    prompts = [case.prompt for case in cases]
+    found = generated(tmp_path, prompts, 64, device=device, kernels=KERNELS[device])
+    assert_near(cases, found, 1e-3)
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[Request]:
+    """Without grammars, which are made by a library that not every machine has."""
+    return [one for one in make_requests(77) if one.sampling.structured_outputs is None][:64]
+
+
+def test_alone_in_crowds_and_preempted_the_bits_are_the_same(
+    device: str, tmp_path: Path, requests: list[Request]
+) -> None:
+    assert len(requests) == 64
+    folder = write_model(tmp_path)
+    single = load(folder, device, 64, deterministic=True, enable_prefix_caching=False)
+    assert single.runner.deterministic
+    alone: Answers = {}
+    for request in requests:
+        alone |= comparable(run(single, [request], poison=False))
+    roomy = load(folder, device, 1000, deterministic=True)
+    for size in (2, 5, 17, 64):
+        crowd = random.Random(size).sample(requests, size)
+        expected = {request.id: alone[request.id] for request in crowd}
+        assert comparable(run(roomy, crowd, poison=False)) == expected, size
+    tight = load(folder, device, 24, deterministic=True, max_num_batched_tokens=50)
+    assert comparable(run(tight, requests, preempting=True)) == alone
+    assert tight.stats()["num_preemptions"] > 0
+
+
+@pytest.mark.timeout(SOAK_SECONDS + 300)
+def test_a_long_random_history_loses_no_page(device: str, tmp_path: Path) -> None:
+    engine = load(write_model(tmp_path), device, 60, max_num_seqs=24, max_num_batched_tokens=96)
+    done, aborted = soaked(engine, SOAK_SECONDS, random.Random(9))
+    assert done > 20
+    assert aborted > 0
+    stats = engine.stats()
+    assert stats["num_preemptions"] > 0
+    assert stats["num_cached_tokens"] > 0
+    assert engine.pool.num_available == engine.pool.num_pages
+
+
+def soaked(engine: Engine, seconds: float, rng: random.Random) -> tuple[int, int]:
+    """Adds, aborts and preempts for so long, and until enough were added; then lets all that is left end: how many
+    were answered, and aborted."""
+    templates = [tuple(rng.randrange(3, VOCAB_SIZE) for _ in range(length)) for length in (16, 37, 64, 90)]
+    live: dict[RequestId, Request] = {}
+    added = done = aborted = 0
+    end = time.monotonic() + seconds
+    adding = True
+    while adding or engine.has_work:
+        adding = time.monotonic() < end or added < LEAST_ADDED
+        for _ in range(rng.randrange(4) if adding and len(live) < 60 else 0):
+            request = random_request(f"job-{added}", templates, rng)
+            engine.add(request)
+            live[request.id] = request
+            added += 1
+        if live and rng.random() < 0.05:
+            request_id = rng.choice(list(live))
+            completion = engine.abort(request_id)
+            assert completion is not None
+            assert completion.aborted
+            del live[request_id]
+            aborted += 1
+        if rng.random() < 0.5:
+            expect_short_answers(engine.scheduler)
+        if engine.scheduler.running and rng.random() < 0.05:
+            engine.scheduler.preempt(rng.choice(engine.scheduler.running))
+        for completion in engine.step():
+            answered(live.pop(completion.id), completion)
+            done += 1
+        engine.check()
+    assert not live
+    return done, aborted
+
+
+def random_request(name: str, templates: list[tuple[int, ...]], rng: random.Random) -> Request:
+    own = tuple(rng.randrange(3, VOCAB_SIZE) for _ in range(rng.choice([1, 5, 17, 40])))
+    return Request(
+        id=RequestId(name, 1),
+        prompt_token_ids=(rng.choice(templates) if rng.random() < 0.6 else ()) + own,
+        sampling=SamplingParams(
+            seed=rng.randrange(2**63), max_tokens=rng.randrange(1, 60), ignore_eos=True, **rng.choice(KINDS)
+        ),
+        priority=rng.choice([0, 0, 0, -1, 1]),
+        cache_salt=rng.choice(["", "", "other"]),
+    )
+
+
+def answered(request: Request, completion: Completion) -> None:
+    assert completion.error is None
+    assert len(completion.outputs) == request.sampling.n
+    for output in completion.outputs:
+        assert len(output.token_ids) == request.sampling.max_tokens
+        assert all(0 <= token < VOCAB_SIZE for token in output.token_ids)

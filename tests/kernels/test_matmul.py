@@ -1,0 +1,124 @@
+"""The contract of a set's own products: near to float64, and every row its own, among any others, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import Kernels, kernels_for
+from kernels.gpu.matmul import tiled
+from kernels.gpu.matmul_tiles import MOST_SEGMENTS, segments_for, tile_for, tiles_for
+from tests.support.close import assert_close
+from tests.support.hopping import triton_kernels
+
+SHAPES = [(37, 100), (64, 64), (256, 96), (1024, 128), (1031, 72)]  # inputs, outputs
+EVERY_SHAPE = pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
+EVERY_DTYPE = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
+)
+
+
+@pytest.fixture(params=["triton"])
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    """Of the sets that have products of their own."""
+    return triton_kernels()
+
+
+def product(kernels: Kernels, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    assert kernels.matmul is not None
+    return kernels.matmul(x, weight, bias)
+
+
+def operands(tokens: int, inputs: int, outputs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """x, a view of a wider matrix, then weight and bias."""
+    generator = torch.Generator().manual_seed(tokens + inputs)
+    x = torch.randn(tokens, inputs + 8, generator=generator)
+    weight = torch.randn(outputs, inputs, generator=generator) * inputs**-0.5
+    return x.to(dtype)[:, :inputs], weight.to(dtype), torch.randn(outputs, generator=generator).to(dtype)
+
+
+def test_the_sets_of_a_cpu_have_none() -> None:
+    assert kernels_for("cpu", "reference").matmul is None
+    assert kernels_for("cpu", "cpu").matmul is None
+
+
+@EVERY_SHAPE
+@EVERY_DTYPE
+@pytest.mark.parametrize("tokens", [1, 5, 64, 65, 300])
+def test_products(kernels: Kernels, dtype: torch.dtype, tokens: int, inputs: int, outputs: int) -> None:
+    x, weight, bias = operands(tokens, inputs, outputs, dtype)
+    exact = x.double() @ weight.double().T
+    assert_close(product(kernels, x, weight), exact, dtype)
+    assert_close(product(kernels, x, weight, bias), exact + bias.double(), dtype)
+
+
+@EVERY_SHAPE
+@EVERY_DTYPE
+def test_a_row_does_not_depend_on_how_many_there_are(
+    kernels: Kernels, dtype: torch.dtype, inputs: int, outputs: int
+) -> None:
+    x, weight, bias = operands(257, inputs, outputs, dtype)
+    whole = product(kernels, x, weight, bias)
+    for count in (1, 2, 3, 17, 64, 65, 128, 200):
+        assert torch.equal(product(kernels, x[:count], weight, bias), whole[:count]), count
+        assert torch.equal(product(kernels, x[-count:], weight, bias), whole[-count:]), count
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize(("inputs", "outputs"), [(37, 100), (1024, 128)])
+@pytest.mark.parametrize("tokens", [7, 130])
+def test_what_is_not_finite_stays_in_its_row(
+    kernels: Kernels, dtype: torch.dtype, tokens: int, inputs: int, outputs: int
+) -> None:
+    x, weight, _ = operands(tokens, inputs, outputs, dtype)
+    clean = product(kernels, x, weight)
+    x[3, inputs - 1], x[5] = float("nan"), float("inf")
+    found = product(kernels, x, weight)
+    assert found[3].isnan().all()
+    assert not found[5].isfinite().any()
+    others = [row for row in range(tokens) if row not in (3, 5)]
+    assert torch.equal(found[others], clean[others])
+
+
+def test_no_tokens_are_no_work(kernels: Kernels) -> None:
+    assert product(kernels, torch.ones(0, 32), torch.ones(48, 32)).shape == (0, 48)
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("inputs", [1024, 2112])
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_no_way_to_cut_a_product_changes_a_bit(
+    kernels: Kernels, dtype: torch.dtype, inputs: int, tokens: int
+) -> None:
+    """All tiles of a table, segments together and apart: what `matmul` chooses from, by the number of tokens."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    x, weight, bias = (value.to(device) for value in operands(tokens, inputs, 100, dtype))
+    assert segments_for(inputs, 100) > 1
+    capability = torch.cuda.get_device_capability() if device.type == "cuda" else (9, 0)
+    tiles = tiles_for(capability, dtype)
+    expected = tiled(x, weight, bias, tiles.few, apart=False)
+    for tile in {tiles.few, tiles.many, tiles.wide}:
+        for apart in (False, True):
+            assert torch.equal(tiled(x, weight, bias, tile, apart=apart), expected), (tile, apart)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
+@EVERY_DTYPE
+def test_tiles_sum_in_one_order(capability: tuple[int, int], dtype: torch.dtype) -> None:
+    tiles = tiles_for(capability, dtype)
+    every = [tiles.few, tiles.many, tiles.wide]
+    assert len({tile.depth for tile in every}) == 1
+    if dtype != torch.float32:  # on sm_90 tiles of fewer rows or warps take instructions of another kind
+        assert all(tile.rows >= 64 and tile.warps >= 4 for tile in every)
+    assert tile_for(tiles, 64, 1024, 1024) == tiles.few
+    assert tile_for(tiles, 65, 1024, 1024) == tiles.many
+    assert tile_for(tiles, 65, 1024, 151936) == tiles.wide
+    assert tile_for(tiles, 4096, 1000, 151936) == tiles.few
+
+
+def test_segments_are_long_and_as_many_as_there_is_use_for() -> None:
+    assert segments_for(1024, 151936) == segments_for(1024, 6144) == segments_for(500, 64) == 1
+    assert segments_for(1024, 4096) == 2
+    assert segments_for(3072, 1024) == 4
+    assert segments_for(100_000, 64) == MOST_SEGMENTS
