@@ -49,7 +49,7 @@ class SelfAttention:
             kernels.rope(q[..., :rotated], k[..., :rotated], *rotation)
         kernels.store_kv(k, v, pages, step.slots)
         mixed = kernels.paged_attention(
-            q, pages, step.page_table, step.query_start, step.context_lens, self.how
+            q, pages, step.page_table, step.query_start, step.context_lens, self.how, step.shared
         )
         return self.out(mixed.view(num_tokens, heads * dim))
 
