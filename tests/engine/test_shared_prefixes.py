@@ -81,7 +81,7 @@ def test_random_tables() -> None:
     random.seed(3)
     for _ in range(50):
         prefixes = [[random.randrange(9) for _ in range(random.randrange(60))] for _ in range(3)]
-        tables = [random.choice(prefixes)[: random.randrange(25, 60)] + [n] for n in range(30)]
+        tables = [[*random.choice(prefixes)[: random.randrange(25, 60)], n] for n in range(30)]
         found = shared_prefixes(tables, PAGE)
         rows = [row for group in found for row in group.rows]
         assert len(rows) == len(set(rows))
