@@ -44,7 +44,7 @@ class SelfAttention:
             rotation = None
         q = self._stored(q, k, v, step.slots, pages, rotation)
         mixed = self.kernels.paged_attention(
-            q, pages, step.page_table, step.query_start, step.context_lens, self.how
+            q, pages, step.page_table, step.query_start, step.context_lens, self.how, step.shared
         )
         return self.out(mixed.view(num_tokens, heads * dim))
 

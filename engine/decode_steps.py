@@ -12,7 +12,7 @@ padding: they see nothing and store nothing, as rows do that have reached their 
 from __future__ import annotations
 
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -22,16 +22,23 @@ from engine.cache import KVCache
 from engine.model import Decoder
 from engine.plan import Row
 from engine.sequence import Sequence
+from engine.shared_prefixes import MOST_GROUPS, Group, shared_prefixes
 from engine.step_input import StepInput
+from kernels import SharedPrefixes
 
 if TYPE_CHECKING:
     from engine.fallback import Fallback
 
 LEAST_PAGES = 32  # in a page table: fewer kinds of graphs
+STARTS = (
+    16  # entries of `_shared` before those of rows: MOST_GROUPS + 1, rounded up so that those are aligned
+)
+
+Shape: TypeAlias = tuple[int, int, bool]  # rows, pages, whether some rows share a prefix
 
 
 class Graphs(NamedTuple):
-    """Of one number of rows and of pages."""
+    """Of one `Shape`."""
 
     forward: torch.cuda.CUDAGraph  # from the inputs to the logits
     draw: torch.cuda.CUDAGraph  # from the logits to the next step's inputs
@@ -59,7 +66,8 @@ class Drawn:
 
 
 class DecodeSteps:
-    """`most_rows` and `most_pages`: of a plan, and of a row. `most_steps`: that are run together."""
+    """`most_rows` and `most_pages`: of a plan, and of a row. `most_steps`: that are run together. `shares`: prefixes
+    that rows share are read once for all of them, so that the rounding of a row depends on the others."""
 
     def __init__(
         self,
@@ -71,6 +79,7 @@ class DecodeSteps:
         most_pages: int,
         most_steps: int,
         row_multiple: int,
+        shares: bool = False,
     ) -> None:
         self._decoder = decoder
         self._cache = cache
@@ -79,13 +88,15 @@ class DecodeSteps:
         self._most_rows = most_rows
         self._device = torch.device(decoder.device)
         self._captures = self._device.type == "cuda" and decoder.capturable
-        self._graphs: dict[tuple[int, int], Graphs] = {}
+        self._shares = shares
+        self._graphs: dict[Shape, Graphs] = {}
         self._memory = torch.cuda.graph_pool_handle() if self._captures else None
         rows, pages = self._bucket(most_rows), _power_of_two(most_pages)
         with torch.inference_mode():
             self._numbers = self._zeros(4, rows)  # token ids, positions, limits, seeds
             self._temperatures = self._zeros(rows, dtype=torch.float64)
             self._tables = self._zeros(rows * pages, dtype=torch.int32)
+            self._shared = self._zeros(STARTS + 2 * rows, dtype=torch.int32)  # starts, tokens, members
             self._made = self._zeros(most_steps, rows)
             self._count = self._zeros(1)  # steps since the inputs were written
 
@@ -117,10 +128,10 @@ class DecodeSteps:
 
     # --- inputs ---------------------------------------------------------------------------------------------
 
-    def _write(self, rows: tuple[Row, ...], num_steps: int) -> tuple[int, int]:
-        """Put the rows' state where a step finds it. Returns the numbers of rows and pages of that step."""
+    def _write(self, rows: tuple[Row, ...], num_steps: int) -> Shape:
+        """Put the rows' state where a step finds it."""
         sequences = [row.sequence for row in rows]
-        limits, shape = self._limits(sequences, num_steps)
+        limits, groups, shape = self._limits(sequences, num_steps)
         self._prepare(shape)
         numbers = np.zeros((4, shape[0]), dtype=np.int64)
         numbers[0, : len(rows)] = [one.token_ids[-1] for one in sequences]
@@ -132,29 +143,46 @@ class DecodeSteps:
         temperatures[: len(rows)] = [one.request.sampling.temperature for one in sequences]
         self._put(numbers, self._numbers[:, : shape[0]])
         self._put(temperatures, self._temperatures[: shape[0]])
+        self._put_groups(groups, shape)
         self._put_table(sequences, limits, shape)
         return shape
 
-    def _write_on(self, rows: tuple[Row, ...], num_steps: int) -> tuple[int, int]:
+    def _write_on(self, rows: tuple[Row, ...], num_steps: int) -> Shape:
         """The same for rows that are on the device and go on: new limits, new pages."""
         sequences = [row.sequence for row in rows]
-        limits, shape = self._limits(sequences, num_steps)
+        limits, groups, shape = self._limits(sequences, num_steps)
         self._prepare(shape)
         numbers = np.zeros(shape[0], dtype=np.int64)
         numbers[: len(rows)] = limits
         self._put(numbers, self._numbers[2, : shape[0]])
+        self._put_groups(groups, shape)
         self._put_table(sequences, limits, shape)
         return shape
 
-    def _limits(self, sequences: list[Sequence], num_steps: int) -> tuple[list[int], tuple[int, int]]:
-        """Up to which token each may be computed, 0 for one without pages; and the numbers of rows and pages."""
+    def _limits(self, sequences: list[Sequence], num_steps: int) -> tuple[list[int], list[Group], Shape]:
+        """Up to which token each may be computed, 0 for one without pages; and who shares a prefix."""
         limits = [one.num_computed + min(num_steps, one.num_wanted) if one.pages else 0 for one in sequences]
-        return limits, (self._bucket(len(limits)), _power_of_two(-(-max(limits) // self._page_size)))
+        groups = shared_prefixes([one.pages for one in sequences], self._page_size) if self._shares else []
+        pages = _power_of_two(-(-max(limits) // self._page_size))
+        return limits, groups, (self._bucket(len(limits)), pages, bool(groups))
 
-    def _put_table(self, sequences: list[Sequence], limits: list[int], shape: tuple[int, int]) -> None:
+    def _put_groups(self, groups: list[Group], shape: Shape) -> None:
+        rows, _, shared = shape
+        if not shared:
+            return
+        numbers = np.zeros(STARTS + 2 * rows, dtype=np.int32)
+        starts, tokens, members = np.split(numbers, (STARTS, STARTS + rows))
+        starts[1 : len(groups) + 1] = np.cumsum([len(group.rows) for group in groups])
+        starts[len(groups) + 1 :] = starts[len(groups)]  # groups of no rows
+        members[: starts[-1]] = [row for group in groups for row in group.rows]
+        for group in groups:
+            tokens[group.rows] = group.tokens
+        self._put(numbers, self._shared[: len(numbers)])
+
+    def _put_table(self, sequences: list[Sequence], limits: list[int], shape: Shape) -> None:
         used = -(-np.array(limits, dtype=np.int64) // self._page_size)
         pages = chain.from_iterable(one.pages[:count] for one, count in zip(sequences, used, strict=True))
-        table = np.zeros(shape, dtype=np.int32)
+        table = np.zeros(shape[:2], dtype=np.int32)
         held = np.arange(shape[1]) < used[:, None]
         table[: len(sequences)][held] = np.fromiter(pages, dtype=np.int32, count=int(used.sum()))
         self._put(table, self._table(shape))
@@ -165,8 +193,9 @@ class DecodeSteps:
         host = torch.from_numpy(values)
         target.copy_(host.pin_memory() if self._captures else host, non_blocking=True)
 
-    def _step(self, shape: tuple[int, int]) -> StepInput:
+    def _step(self, shape: Shape) -> StepInput:
         rows = shape[0]
+        starts, tokens, members = self._shared[: STARTS + 2 * rows].split_with_sizes((STARTS, rows, rows))
         token_ids, positions, limits, _ = self._numbers[:, :rows]
         at = torch.minimum(positions, limits - 1).clamp_(min=0)  # where a row stands that does not go on
         table = self._table(shape)
@@ -181,14 +210,15 @@ class DecodeSteps:
             context_lens=torch.where(positions < limits, positions + 1, 0).int(),
             logit_rows=torch.arange(rows, device=self._device),
             scored_rows=token_ids[:0],
+            shared=SharedPrefixes(tokens, members, starts[: MOST_GROUPS + 1]) if shape[2] else None,
         )
 
     # --- one step -------------------------------------------------------------------------------------------
 
-    def _compute(self, shape: tuple[int, int]) -> Tensor:
+    def _compute(self, shape: Shape) -> Tensor:
         return self._decoder.forward(self._step(shape), self._cache)
 
-    def _advance(self, shape: tuple[int, int], logits: Tensor) -> None:
+    def _advance(self, shape: Shape, logits: Tensor) -> None:
         """Draw, keep what was drawn, and make it the next step's input."""
         token_ids, positions, _, seeds = self._numbers[:, : shape[0]]
         positions += 1  # tokens there are, which is what the noise of a draw is made of
@@ -197,25 +227,26 @@ class DecodeSteps:
         torch.clamp(drawn, min=0, out=token_ids)
         self._count += 1
 
-    def _forward(self, shape: tuple[int, int]) -> Tensor:
+    def _forward(self, shape: Shape) -> Tensor:
         if not self._captures:
             return self._compute(shape)
         graphs = self._graphs[shape]
         graphs.forward.replay()
         return graphs.logits
 
-    def _draw(self, shape: tuple[int, int], logits: Tensor) -> None:
+    def _draw(self, shape: Shape, logits: Tensor) -> None:
         if self._captures:
             self._graphs[shape].draw.replay()
         else:
             self._advance(shape, logits)
 
-    def _prepare(self, shape: tuple[int, int]) -> None:
+    def _prepare(self, shape: Shape) -> None:
         """Capture a step of this shape, unless that was done."""
         if not self._captures or shape in self._graphs:
             return
         numbers = self._numbers.clone()  # of a launch that may still run
         self._numbers.zero_()  # limits of 0: nothing is seen and nothing is stored
+        self._shared.zero_()  # it may name rows that this shape lacks, and is written anew for every launch
         self._count.zero_()
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -241,8 +272,8 @@ class DecodeSteps:
             rows = octave * 3 // 4 if octave > 16 and rows <= octave * 3 // 4 else octave
         return -(-rows // self._row_multiple) * self._row_multiple
 
-    def _table(self, shape: tuple[int, int]) -> Tensor:
-        return self._tables[: shape[0] * shape[1]].view(shape)
+    def _table(self, shape: Shape) -> Tensor:
+        return self._tables[: shape[0] * shape[1]].view(shape[:2])
 
     def _zeros(self, *size: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.zeros(size, dtype=dtype, device=self._device)

@@ -145,6 +145,7 @@ class ModelRunner:
             most_pages=-(-max_model_len // page_size),
             most_steps=num_scheduler_steps,
             row_multiple=row_multiple,
+            shares=kind == "cuda" and not deterministic,
         )
         steps.capture()
         return cls(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.plan import Plan
+from kernels import SharedPrefixes
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,9 @@ class StepInput:
     context_lens: Tensor  # [R] int32, this step's tokens included
     logit_rows: Tensor  # [S] int64: tokens whose logits draw the next; padding repeats token 0
     scored_rows: Tensor  # [N] int64: the same for logits that score a prompt's next token (`Row.scored`)
+    shared: SharedPrefixes | None = (
+        None  # where rows of one token each share pages and rounding may depend on that
+    )
 
     @classmethod
     def build(cls, plan: Plan, page_size: int, *, row_multiple: int = 1, device: str = "cpu") -> StepInput:

@@ -9,7 +9,8 @@ P pages per row in the table. All tensors on one device; x, weights, q, k and v 
 
 - Sums, exponentials and divisions are in fp32; each result is rounded to the dtype once. A set may also round the
   weights of a softmax to the dtype before they meet V, as tensor cores take them.
-- Every token's result depends on that token's inputs alone, never on T, R or the other rows.
+- Every token's result depends on that token's inputs alone, never on T, R or the other rows (but for
+  the rounding of attention with a `SharedPrefixes`).
 - The last dimension is contiguous; token rows may be strided (views of a wider matrix).
 - T = 0 and R = 0 are allowed and do nothing.
 
@@ -89,6 +90,21 @@ class HeadNorms:
     offset: float = 0.0
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class SharedPrefixes:
+    """Which rows of a step begin with the same tokens, in the same pages: a hint, with which a set may read them once
+    for all. All tensors are int32.
+
+    G groups and N members are upper bounds: a group may be empty, and what `members` holds from `starts[G]` on is
+    not read. A row that shares tokens is listed once. The page tables of two rows of a group agree on the pages of
+    as many leading tokens as both share. A row may share more than its context holds.
+    """
+
+    tokens: Tensor  # [R] leading tokens that a row shares with its group; 0: it is in none
+    members: Tensor  # [N] row numbers, one group after the other
+    starts: Tensor  # [G + 1], G at least 1: group g is members[starts[g] : starts[g + 1]]
+
+
 class RMSNorm(Protocol):
     def __call__(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor: ...
 
@@ -110,6 +126,19 @@ class NormRopeStore(Protocol):
         cache: PagedKV,
         slots: Tensor,
     ) -> None: ...
+
+
+class PagedAttention(Protocol):
+    def __call__(
+        self,
+        q: Tensor,
+        cache: PagedKV,
+        page_table: Tensor,
+        query_start: Tensor | None,
+        context_lens: Tensor,
+        how: Attention,
+        shared: SharedPrefixes | None = None,
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +165,14 @@ class Kernels:
       `relu` max(x, 0).
     - `act_mul(gate_up [T, 2I], activation) -> [T, I]`: act(first half) · second half (Shazeer 2020).
     - `softcap(x [T, N], c) -> [T, N]`: c · tanh(x / c) (Gemma 2).
-    - `paged_attention(q [T, hq, d], cache, page_table [R, P] int32, query_start [R+1] int32 or None,
-      context_lens [R] int32, how: Attention) -> [T, hq, d]`: causal attention of each row's queries
+    - `paged_attention(q [T, hq, d], cache, page_table [R, P] int32, query_start [R+1] int32 or None, context_lens
+      [R] int32, how: Attention, shared: SharedPrefixes or None) -> [T, hq, d]`: causal attention of a row's queries
       `query_start[r]:query_start[r+1]` over its first `context_lens[r]` tokens, of which those queries are
       the last ones and are already stored. Query head h reads kv head `h // (hq / hk)`. Rows of one token
       and of many mix freely. Tokens from `query_start[R]` on are padding: their result is zero. None: every row
-      has one query, T = R, and rows with a context of 0 are padding.
+      has one query, T = R, and rows with a context of 0 are padding. `shared` (may be left out) changes no result
+      but by rounding, which may then depend on the group. It is used, if at all, where `query_start` is None and no
+      window hides a token.
     - `sample(logits [S, vocab], temperatures [S] fp32 or fp64, seeds [S] int64, positions [S] int64) -> [S] int64`:
       one token of each row, whose bits depend on that row alone. Temperature 0: the largest logit's, the lowest id
       of equals. Above: the first whose cumulative weight exceeds u times the total, where a weight is
@@ -165,7 +196,7 @@ class Kernels:
     act: Callable[[Tensor, Activation], Tensor]
     act_mul: Callable[[Tensor, Activation], Tensor]
     softcap: Callable[[Tensor, float], Tensor]
-    paged_attention: Callable[[Tensor, PagedKV, Tensor, Tensor | None, Tensor, Attention], Tensor]
+    paged_attention: PagedAttention
     sample: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     norm_rope_store: NormRopeStore | None = None
     matmul: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None

@@ -12,7 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import FAILED, Activation, Attention, Kernels, PagedKV, attend_with_single_queries
+from kernels import (
+    FAILED,
+    Activation,
+    Attention,
+    Kernels,
+    PagedKV,
+    SharedPrefixes,
+    attend_with_single_queries,
+)
 from kernels.noise import uniforms
 
 LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # largest magnitude that an 8-bit cache can store
@@ -113,6 +121,7 @@ def paged_attention(
     query_start: Tensor | None,
     context_lens: Tensor,
     how: Attention,
+    shared: SharedPrefixes | None = None,
 ) -> Tensor:
     if query_start is None:
         return attend_with_single_queries(paged_attention, q, cache, page_table, context_lens, how)

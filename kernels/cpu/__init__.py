@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import Activation, Attention, Kernels, PagedKV, attend_with_single_queries
+from kernels import Activation, Attention, Kernels, PagedKV, SharedPrefixes, attend_with_single_queries
 from kernels.cpu.build import BuildError, load_library
 from kernels.reference import sample
 
@@ -216,6 +216,7 @@ class _Ops:
         query_start: Tensor | None,
         context_lens: Tensor,
         how: Attention,
+        shared: SharedPrefixes | None = None,  # not used yet
     ) -> Tensor:
         if query_start is None:
             return attend_with_single_queries(self.paged_attention, q, cache, page_table, context_lens, how)

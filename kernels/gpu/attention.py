@@ -1,15 +1,15 @@
 """Attention over pages: one operation for rows of one query, of many, and both.
 
-Two kernels share one walk over the context. `many` takes rows with several queries, a block of them per program;
-`single` takes rows with one query, a split of the context per program, and `reduce` merges the splits. Each looks up
-its row and leaves at once if the row is the other's, so the host launches by T, R and P alone and reads nothing
-from the device. Rows of a block are pairs of query and head: all heads that read one kv head share its tiles.
+Two kernels share one walk over the context (`walk`). `many` takes rows with several queries, a block of them per
+program; `single` takes rows with one query, a split of the context per program, and `reduce` merges the splits. Each
+looks up its row and leaves at once if the row is the other's, so the host launches by T, R and P alone and reads
+nothing from the device. Rows of a block are pairs of query and head: all heads that read one kv head share its tiles.
+Splits that many rows share may come from a third kernel (`prefix`): `single` leaves them out.
 
 Integers that change from step to step are not specialised: nothing may be compiled for one more length.
 
 A token's bits depend on its own row alone: tiles and splits lie at fixed positions of the context (`splits`), `many`
-merges the same splits as `reduce` does, and all choices hang on shapes of the model (`tiles`). Scores and sums are
-fp32; the weights of the softmax are rounded to the dtype of q before they meet V, as tensor cores take them.
+merges the same splits as `reduce` does, and all choices hang on shapes of the model (`tiles`).
 """
 
 from __future__ import annotations
@@ -17,113 +17,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.gpu.splits import merged, split_of, split_start
-from kernels.gpu.tanh import tanh
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _walk(
-    top, total, mixed, query, position, slope, first, stop, low, high,
-    keys, values, key_scales, value_scales, table, scale, cap, window,
-    KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
-    MASKED: tl.constexpr, SHARED: tl.constexpr,
-):  # fmt: skip
-    """Go on with a softmax over the tiles from token `first` (a multiple of TILE) until `stop`. Scores are in base 2:
-    `scale` · (q · k), or with a `cap` that · tanh(`scale` · (q · k)), plus `slope` [M] · distance.
-
-    State: top [M] the highest score, total [M] the sum of weights, mixed [M, WIDTH] the weighted values.
-    query [M, WIDTH], at position [M]. Some query sees the tokens `low` until `high`; where not MASKED every query
-    sees every token of these tiles. SHARED: rows of the block may see different tokens. `keys`, `values` and their
-    scales start at the kv head, `table` at the row.
-    """
-    channel = tl.arange(0, WIDTH)
-    for start in range(first, stop, TILE):
-        token = start + tl.arange(0, TILE)
-        useful = (token >= low) & (token < high)
-        if MASKED:
-            # for whole groups of 16, which lie in one page: the loads of K below are told that a group is contiguous
-            group = token // 16 * 16
-            page = tl.load(table + token // PAGE, mask=(group + 16 > low) & (group < high), other=0).to(
-                tl.int64
-            )
-        else:
-            page = tl.load(table + token // PAGE).to(tl.int64)
-        # [TILE]; int64: the pool may hold more than 2^31 elements
-        block, within = page * KV_HEADS, token % PAGE
-
-        # K is [d, page_size] in its page: 16 tokens at least lie side by side. What is read beyond the useful ones
-        # lies in pages that exist (page 0 for those that are not to be read) and is hidden as a score.
-        place = block[None, :] * (DIM * PAGE) + channel[:, None] * PAGE + within[None, :]
-        place = tl.max_contiguous(tl.multiple_of(place, (1, 16)), (1, 16))
-        if DIM == WIDTH:
-            k = tl.load(keys + place)
-        else:
-            k = tl.load(keys + place, mask=channel[:, None] < DIM, other=0.0)
-        scores = tl.dot(query, k.to(query.dtype), input_precision="ieee") * scale  # [M, TILE]
-        if key_scales is not None:
-            k_scale = tl.load(key_scales + block * PAGE + within, mask=useful, other=0.0).to(tl.float32)
-            scores *= k_scale[None, :]
-        if cap is not None:
-            scores = cap * tanh(scores)
-        if slope is not None:
-            scores += slope[:, None] * (token[None, :] - position[:, None]).to(tl.float32)
-        if MASKED:
-            seen = useful[None, :]
-            if SHARED:
-                seen &= token[None, :] <= position[:, None]
-                if window is not None:
-                    seen &= token[None, :] > position[:, None] - window
-            scores = tl.where(seen, scores, float("-inf"))
-
-        higher = tl.maximum(top, tl.max(scores, axis=1))
-        safe = tl.where(higher == float("-inf"), 0.0, higher)  # a query may see nothing of these tiles
-        kept, weights = tl.exp2(top - safe), tl.exp2(scores - safe[:, None])
-
-        place = block[:, None] * (DIM * PAGE) + within[:, None] * DIM + channel[None, :]
-        if MASKED:
-            v = tl.load(values + place, mask=useful[:, None] & (channel[None, :] < DIM), other=0.0)
-        elif DIM == WIDTH:
-            v = tl.load(values + place)
-        else:
-            v = tl.load(values + place, mask=channel[None, :] < DIM, other=0.0)
-        v = v.to(query.dtype)
-        if value_scales is not None:
-            v_scale = tl.load(value_scales + block * PAGE + within, mask=useful, other=0.0).to(tl.float32)
-        counted = weights
-        if MASKED and SHARED:
-            # 0 · NaN is NaN: those that do not see a harmful token must not meet it, those that do lose their sum
-            harmful = v.to(tl.float32) * 0.0 != 0.0
-            v = tl.where(harmful, 0.0, v).to(query.dtype)
-            harms = tl.max(harmful.to(tl.int32), axis=1) != 0
-            if value_scales is not None:
-                harms |= v_scale * 0.0 != 0.0
-                v_scale = tl.where(v_scale * 0.0 != 0.0, 0.0, v_scale)
-            counted = tl.where(seen & harms[None, :], float("nan"), weights)
-        total = total * kept + tl.sum(counted, axis=1)
-        if value_scales is not None:
-            weights *= v_scale[None, :]
-        mixed = tl.dot(weights.to(query.dtype), v, mixed * kept[:, None], input_precision="ieee")
-        top = higher
-    return top, total, mixed
-
-
-@triton.jit
-def _slope(slopes, head, valid):
-    """[M] of the heads [M], for scores in base 2."""
-    return tl.load(slopes + head, mask=valid, other=0.0) * LOG2_E
+from kernels.gpu.splits import merged, prefix_holds, split_of, split_start
+from kernels.gpu.walk import slope_of, walk
 
 
 @triton.jit(do_not_specialize=["table_stride", "num_splits"])
 def single(
     q, keys, values, key_scales, value_scales, slopes, page_table, query_start, context_lens, out,
-    parts, part_stats, q_stride, q_head_stride, table_stride, num_splits, scale, cap, window,
+    parts, part_stats, shared, q_stride, q_head_stride, table_stride, num_splits, scale, cap, window,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, M: tl.constexpr,
     DIM: tl.constexpr, PAGE: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Rows of one query. Programs [R, hk · blocks of HEADS heads, splits]. query_start None: row r has query r, and
-    one with a context of 0 is padding, whose result is zero.
+    one with a context of 0 is padding, whose result is zero. shared [R]: the splits that `prefix` writes, or None.
 
     parts [R, hq, splits, DIM] and part_stats [R, hq, splits, 2] (maximum, sum), fp32: of rows with more than
     one split. Such a row's own splits are written, and no others.
@@ -135,6 +41,10 @@ def single(
         if tl.load(query_start + row + 1) - start != 1:
             return
     context = tl.load(context_lens + row)
+    if shared is not None:
+        tokens = tl.load(shared + row)
+        if prefix_holds(split, tokens, context):
+            return
     begin = 0
     if window is not None:
         begin = tl.maximum(context - window, 0)
@@ -155,11 +65,11 @@ def single(
     query = tl.load(q + places, mask=held, other=0.0)
     slope = None
     if slopes is not None:
-        slope = _slope(slopes, head, valid)
+        slope = slope_of(slopes, head, valid)
     if key_scales is not None:
         key_scales += kv_head * PAGE
         value_scales += kv_head * PAGE
-    top, total, mixed = _walk(
+    top, total, mixed = walk(
         tl.full((M,), float("-inf"), tl.float32), tl.zeros((M,), tl.float32), tl.zeros((M, WIDTH), tl.float32),
         query, tl.zeros((M,), tl.int32) + (context - 1), slope, low // TILE * TILE, high, low, high,
         keys + kv_head * (DIM * PAGE), values + kv_head * (DIM * PAGE), key_scales, value_scales,
@@ -181,7 +91,7 @@ def reduce(
     parts, part_stats, query_start, context_lens, out, num_splits, window,
     HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Merges what `single` left of rows with more than one split. Programs [R, hq]; HEADS is hq."""
+    """Merges what `single` and `prefix` left of rows with more than one split. Programs [R, hq]; HEADS is hq."""
     row, head = tl.program_id(0), tl.program_id(1)
     start = row
     if query_start is not None:
@@ -253,7 +163,7 @@ def many(
     query = tl.load(q + places, mask=held, other=0.0)
     slope = None
     if slopes is not None:
-        slope = _slope(slopes, head, valid)
+        slope = slope_of(slopes, head, valid)
     if key_scales is not None:
         key_scales += kv_head * PAGE
         value_scales += kv_head * PAGE
@@ -279,17 +189,17 @@ def many(
         part_top, part_total = tl.full((M,), float("-inf"), tl.float32), tl.zeros((M,), tl.float32)
         part = tl.zeros((M, WIDTH), tl.float32)
         if window is not None:
-            part_top, part_total, part = _walk(
+            part_top, part_total, part = walk(
                 part_top, part_total, part, query, position, slope, a, b, low, high,
                 keys, values, key_scales, value_scales, table, scale, cap, window,
                 KV_HEADS, DIM, PAGE, WIDTH, TILE, True, True,
             )  # fmt: skip
-        part_top, part_total, part = _walk(
+        part_top, part_total, part = walk(
             part_top, part_total, part, query, position, slope, b, c, low, high,
             keys, values, key_scales, value_scales, table, scale, cap, window,
             KV_HEADS, DIM, PAGE, WIDTH, TILE, False, True,
         )  # fmt: skip
-        part_top, part_total, part = _walk(
+        part_top, part_total, part = walk(
             part_top, part_total, part, query, position, slope, c, high, low, high,
             keys, values, key_scales, value_scales, table, scale, cap, window,
             KV_HEADS, DIM, PAGE, WIDTH, TILE, True, True,

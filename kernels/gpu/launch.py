@@ -6,10 +6,12 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels import Attention, PagedKV
-from kernels.gpu.attention import LOG2_E, many, reduce, single
+from kernels import Attention, PagedKV, SharedPrefixes
+from kernels.gpu.attention import many, reduce, single
+from kernels.gpu.prefix import prefix
 from kernels.gpu.splits import splits_for
 from kernels.gpu.tiles import WIDEST, capability, decode_rows, tiles_for
+from kernels.gpu.walk import LOG2_E
 
 
 def paged_attention(
@@ -19,6 +21,7 @@ def paged_attention(
     query_start: Tensor | None,
     context_lens: Tensor,
     how: Attention,
+    shared: SharedPrefixes | None = None,
 ) -> Tensor:
     tokens, heads, dim = q.shape
     rows, most_pages = page_table.shape
@@ -40,18 +43,34 @@ def paged_attention(
     pages = (cache.keys, cache.values, cache.key_scales, cache.value_scales)
     shapes = {"DIM": dim, "PAGE": page_size, "WIDTH": width, "KV_HEADS": kv_heads, "GROUP": group}
 
-    m = decode_rows(group)
+    single_m = decode_rows(group)
+    single_heads = min(group, single_m)
+    m = max(tiles.rows, single_m)
     together = min(group, m)
+    queries, head_blocks = m // together, kv_heads * triton.cdiv(group, together)
+
     splits = splits_for(most_tokens)
+    if query_start is not None or window is not None or splits == 1:
+        shared = None
     if rows and splits:
         # of rows with one split nothing comes here; the caching allocator gives every layer the same memory
         apart = rows if splits > 1 else 0
         parts = torch.empty((apart, heads, splits, dim), dtype=torch.float32, device=q.device)
         stats = torch.empty((apart, heads, splits, 2), dtype=torch.float32, device=q.device)
-        single[(rows, kv_heads * triton.cdiv(group, together), splits)](
+        if shared is not None:
+            groups = shared.starts.shape[0] - 1
+            prefix[(shared.members.shape[0] // queries + groups, head_blocks, splits - 1)](
+                q, *pages, how.slopes, page_table, context_lens, parts, stats,
+                shared.tokens, shared.members, shared.starts, groups,
+                q.stride(0), q.stride(1), page_table.stride(0), splits, scale, cap,
+                **shapes, HEADS=together, QUERIES=queries, M=m, TILE=tiles.tokens,
+                GROUPS=triton.next_power_of_2(groups), num_warps=tiles.warps, num_stages=tiles.stages,
+            )  # fmt: skip
+        single[(rows, kv_heads * triton.cdiv(group, single_heads), splits)](
             q, *pages, how.slopes, page_table, query_start, context_lens, out, parts, stats,
+            None if shared is None else shared.tokens,
             q.stride(0), q.stride(1), page_table.stride(0), splits, scale, cap, window,
-            **shapes, HEADS=together, M=m, TILE=tiles.tokens,
+            **shapes, HEADS=single_heads, M=single_m, TILE=tiles.tokens,
             num_warps=tiles.decode_warps, num_stages=tiles.decode_stages,
         )  # fmt: skip
         if splits > 1:
@@ -62,10 +81,7 @@ def paged_attention(
 
     if query_start is None:
         return out
-    m = max(tiles.rows, m)
-    together = min(group, m)
-    queries = m // together
-    many[(tokens // queries + rows + 1, kv_heads * triton.cdiv(group, together))](
+    many[(tokens // queries + rows + 1, head_blocks)](
         q, *pages, how.slopes, page_table, query_start, context_lens, out,
         q.stride(0), q.stride(1), page_table.stride(0), tokens, rows, scale, cap, window,
         **shapes, HEADS=together, QUERIES=queries, M=m, TILE=tiles.tokens,

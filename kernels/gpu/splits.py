@@ -38,6 +38,13 @@ def split_of(token):
 
 
 @triton.jit
+def prefix_holds(split, shared, context):
+    """Whether a split lies wholly in the first `shared` tokens of a context, and some token of the context behind it:
+    so the last split of a context never does."""
+    return split_start(split + 1) <= tl.minimum(shared, context - 1)
+
+
+@triton.jit
 def merged(total_max, total_sum, total, part_max, part_sum, part):
     """Softmax over two disjoint sets of tokens: maxima and sums [M], weighted values [M, D], fp32, base 2.
 

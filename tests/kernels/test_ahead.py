@@ -34,6 +34,7 @@ NAMES = {
     "single",
     "many",
     "reduce",
+    "prefix",
     "store_kv_kernel",
     "norm_rope_store_kernel",
     "norm_kernel",

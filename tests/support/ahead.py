@@ -16,6 +16,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from kernels import Attention, HeadNorms, PagedKV
+from kernels import Attention, HeadNorms, PagedKV, SharedPrefixes
 from kernels.gpu import KERNELS, launch
 
 PRODUCTS = importlib.import_module("kernels.gpu.matmul")  # there the package has its function under that name
@@ -101,8 +102,8 @@ def attention(
     *,
     page_size: int = 16,
 ) -> Callable[[], object]:
-    """A step of three rows and long contexts, so that every kernel of attention is launched. The tensors are small:
-    nothing reads them."""
+    """Steps of long contexts, so that every kernel of attention is launched: one with starts, and one of a query a
+    row where rows share prefixes, which a window would leave alone. The tensors are small: nothing reads them."""
     kv_heads, pages = 2, 64
     kind = storage or dtype
     scales = [torch.empty(1, kv_heads, page_size, dtype=torch.bfloat16) for _ in range(2 if storage else 0)]
@@ -116,11 +117,13 @@ def attention(
     starts, lens = torch.empty(17, dtype=torch.int32), torch.empty(16, dtype=torch.int32)
     slots, angles = torch.empty(16, dtype=torch.int64), torch.empty(16, dim // 2)
     k, norms = q[:, :kv_heads], HeadNorms(q[0, 0], q[0, 0], 1e-5)
+    shared = SharedPrefixes(lens, lens, starts[:9])
     fused = KERNELS.norm_rope_store
     assert fused is not None
 
     def calls() -> None:
         KERNELS.paged_attention(q, cache, table, starts, lens, how)
+        KERNELS.paged_attention(q, cache, table, None, lens, replace(how, window=None), shared)
         KERNELS.store_kv(k, k, cache, slots)
         fused(q, k, k, norms, (angles, angles), cache, slots)
         fused(q, k, k, norms, None, cache, slots)

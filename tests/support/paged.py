@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kernels import Attention, Kernels, PagedKV
+from kernels import Attention, Kernels, PagedKV, SharedPrefixes
 
 NAN = float("nan")
 
@@ -126,6 +126,30 @@ def paged(
         keys=keys,
         values=values,
     )
+
+
+def sharing(
+    case: Paged, groups: list[tuple[list[int], int]], most_members: int
+) -> tuple[Paged, SharedPrefixes]:
+    """`groups`: (rows, tokens) each. A copy whose rows share the pages that hold those tokens: the first row's, which
+    has so many. Its table, starts and lengths stay as they are; the hint says 2^30 where nobody should look."""
+    table, page_size = case.page_table.clone(), case.cache.keys.shape[3]
+    keys, values = list(case.keys), list(case.values)
+    tokens, members, starts = torch.zeros(len(keys), dtype=torch.int32), [], [0]
+    for rows, shared in groups:
+        pages = -(-shared // page_size)
+        for row in rows:
+            count = min(pages * page_size, keys[rows[0]].shape[0], keys[row].shape[0])
+            held = -(-count // page_size)
+            table[row, :held] = table[rows[0], :held]
+            keys[row] = torch.cat((keys[rows[0]][:count], keys[row][count:]))
+            values[row] = torch.cat((values[rows[0]][:count], values[row][count:]))
+            tokens[row] = shared
+        members += rows
+        starts.append(len(members))
+    members += [2**30] * (most_members - len(members))
+    hint = SharedPrefixes(tokens, *(torch.tensor(one, dtype=torch.int32) for one in (members, starts)))
+    return replace(case, page_table=table, keys=keys, values=values), hint
 
 
 def empty_cache(

@@ -1,0 +1,107 @@
+"""The walk of a block of queries over tokens of one context: scores, softmax and weighted values, tile by tile.
+
+Owns the arithmetic that every kernel of attention shares. Knows no programs, no splits, and not whose queries and
+pages they are. Scores and sums are fp32 and in base 2; the weights of the softmax are rounded to the dtype of the
+queries before they meet V, as tensor cores take them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels.gpu.tanh import tanh
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def walk(
+    top, total, mixed, query, position, slope, first, stop, low, high,
+    keys, values, key_scales, value_scales, table, scale, cap, window,
+    KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+    MASKED: tl.constexpr, SHARED: tl.constexpr,
+):  # fmt: skip
+    """Go on with a softmax over the tiles from token `first` (a multiple of TILE) until `stop`. Scores are in base 2:
+    `scale` · (q · k), or with a `cap` that · tanh(`scale` · (q · k)), plus `slope` [M] · distance.
+
+    State: top [M] the highest score, total [M] the sum of weights, mixed [M, WIDTH] the weighted values.
+    query [M, WIDTH], at position [M]. Some query sees the tokens `low` until `high`; where not MASKED every query
+    sees every token of these tiles. SHARED: rows of the block may see different tokens. `keys`, `values` and their
+    scales start at the kv head, `table` at the row.
+    """
+    channel = tl.arange(0, WIDTH)
+    for start in range(first, stop, TILE):
+        token = start + tl.arange(0, TILE)
+        useful = (token >= low) & (token < high)
+        if MASKED:
+            # for whole groups of 16, which lie in one page: the loads of K below are told that a group is contiguous
+            group = token // 16 * 16
+            page = tl.load(table + token // PAGE, mask=(group + 16 > low) & (group < high), other=0).to(
+                tl.int64
+            )
+        else:
+            page = tl.load(table + token // PAGE).to(tl.int64)
+        # [TILE]; int64: the pool may hold more than 2^31 elements
+        block, within = page * KV_HEADS, token % PAGE
+
+        # K is [d, page_size] in its page: 16 tokens at least lie side by side. What is read beyond the useful ones
+        # lies in pages that exist (page 0 for those that are not to be read) and is hidden as a score.
+        place = block[None, :] * (DIM * PAGE) + channel[:, None] * PAGE + within[None, :]
+        place = tl.max_contiguous(tl.multiple_of(place, (1, 16)), (1, 16))
+        if DIM == WIDTH:
+            k = tl.load(keys + place)
+        else:
+            k = tl.load(keys + place, mask=channel[:, None] < DIM, other=0.0)
+        scores = tl.dot(query, k.to(query.dtype), input_precision="ieee") * scale  # [M, TILE]
+        if key_scales is not None:
+            k_scale = tl.load(key_scales + block * PAGE + within, mask=useful, other=0.0).to(tl.float32)
+            scores *= k_scale[None, :]
+        if cap is not None:
+            scores = cap * tanh(scores)
+        if slope is not None:
+            scores += slope[:, None] * (token[None, :] - position[:, None]).to(tl.float32)
+        if MASKED:
+            seen = useful[None, :]
+            if SHARED:
+                seen &= token[None, :] <= position[:, None]
+                if window is not None:
+                    seen &= token[None, :] > position[:, None] - window
+            scores = tl.where(seen, scores, float("-inf"))
+
+        higher = tl.maximum(top, tl.max(scores, axis=1))
+        safe = tl.where(higher == float("-inf"), 0.0, higher)  # a query may see nothing of these tiles
+        kept, weights = tl.exp2(top - safe), tl.exp2(scores - safe[:, None])
+
+        place = block[:, None] * (DIM * PAGE) + within[:, None] * DIM + channel[None, :]
+        if MASKED:
+            v = tl.load(values + place, mask=useful[:, None] & (channel[None, :] < DIM), other=0.0)
+        elif DIM == WIDTH:
+            v = tl.load(values + place)
+        else:
+            v = tl.load(values + place, mask=channel[None, :] < DIM, other=0.0)
+        v = v.to(query.dtype)
+        if value_scales is not None:
+            v_scale = tl.load(value_scales + block * PAGE + within, mask=useful, other=0.0).to(tl.float32)
+        counted = weights
+        if MASKED and SHARED:
+            # 0 · NaN is NaN: those that do not see a harmful token must not meet it, those that do lose their sum
+            harmful = v.to(tl.float32) * 0.0 != 0.0
+            v = tl.where(harmful, 0.0, v).to(query.dtype)
+            harms = tl.max(harmful.to(tl.int32), axis=1) != 0
+            if value_scales is not None:
+                harms |= v_scale * 0.0 != 0.0
+                v_scale = tl.where(v_scale * 0.0 != 0.0, 0.0, v_scale)
+            counted = tl.where(seen & harms[None, :], float("nan"), weights)
+        total = total * kept + tl.sum(counted, axis=1)
+        if value_scales is not None:
+            weights *= v_scale[None, :]
+        mixed = tl.dot(weights.to(query.dtype), v, mixed * kept[:, None], input_precision="ieee")
+        top = higher
+    return top, total, mixed
+
+
+@triton.jit
+def slope_of(slopes, head, valid):
+    """[M] of the heads [M], for scores in base 2."""
+    return tl.load(slopes + head, mask=valid, other=0.0) * LOG2_E
