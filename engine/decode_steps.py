@@ -106,7 +106,7 @@ class DecodeSteps:
         if self._captures:
             with torch.inference_mode():
                 for rows in sorted({self._bucket(n) for n in range(1, self._most_rows + 1)}, reverse=True):
-                    self._prepare((rows, LEAST_PAGES))
+                    self._prepare((rows, LEAST_PAGES, False))
 
     @property
     def captures(self) -> bool:

@@ -14,7 +14,7 @@ import torch
 
 from engine.engine import Engine
 from tests.bench.gpu import workloads
-from tests.bench.gpu.measurement import measured
+from tests.bench.gpu.measurement import measured, run_through
 from tests.bench.gpu.setting import Setting
 from tests.bench.gpu.shapes import random_engine
 from tests.bench.gpu.workloads import CHUNK, Workload
@@ -42,6 +42,29 @@ def shared(setting: Setting) -> Iterator[dict[str, Any]]:
         del engine
         free()
     found["ratio"] = round(found["uncached"]["seconds"] / found["cached"]["seconds"], 2)
+    yield found
+
+
+def invariant(setting: Setting) -> Iterator[dict[str, Any]]:
+    """nano with half of its output, in deterministic mode and not, in turn twice; `cost`: the share of time that the
+    mode takes more, of the faster runs."""
+    workload = workloads.nano(setting).scaled(setting.share / 2)
+    end = time.perf_counter() + setting.seconds
+    found: dict[str, Any] = {}
+    memory = {"kv_cache_memory_bytes": 2**35}  # of each; the workload takes three quarters of it
+    engines = {
+        name: engine_for(workload, setting, **memory, deterministic=name == "on") for name in ("off", "on")
+    }
+    for name, engine in engines.items():
+        assert engine.runner.deterministic == (name == "on")
+        run_through(engine, workload.warm_up(), end)
+    seconds: dict[str, list[float]] = {"off": [], "on": []}
+    for _ in range(2):
+        for name, engine in engines.items():
+            seconds[name].append(run_through(engine, workload, end))
+            found = {"seconds": {key: [round(one, 3) for one in each] for key, each in seconds.items()}}
+            yield found
+    found["cost"] = round(min(seconds["on"]) / min(seconds["off"]) - 1, 3)
     yield found
 
 

@@ -55,7 +55,7 @@ def short(result: dict[str, Any]) -> dict[str, Any]:
             figures[name] = _only(found, ("ours", "theirs", "ratio", "error", "cut"))
         else:
             figures[name] = _only(
-                found, (*kept, "copy_gb_s", "product_tflop_s", "passed", "failed", "ideal_share")
+                found, (*kept, "copy_gb_s", "product_tflop_s", "passed", "failed", "ideal_share", "cost")
             )
     return figures
 
@@ -124,6 +124,10 @@ def _peer(name: str, found: dict[str, Any]) -> list[str]:
     ]
 
 
+def _invariant(name: str, found: dict[str, Any]) -> list[str]:
+    return [f"{name:<9} cost {_share(found.get('cost'))}, seconds {found.get('seconds')}"]
+
+
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}" if abs(value) < 1 else f"{value:.1f}"
 
@@ -137,5 +141,6 @@ _LINES = {
     "suite": _suite,
     "attention": _attention,
     "shared": _shared,
+    "invariant": _invariant,
     "peer": _peer,
 }

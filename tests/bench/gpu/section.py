@@ -38,9 +38,18 @@ SECTIONS = {
     "nano": Section(f"{_HERE}.engines:nano", 75),
     "eight": Section(f"{_HERE}.engines:eight", 100),
     "shared": Section(f"{_HERE}.engines:shared", 60),
+    "invariant": Section(f"{_HERE}.engines:invariant", 60),
     "peer": Section(f"{_HERE}.peer:peer", 140),
 }
-DEFAULT = ("ceilings", "attention", "nano", "eight", "shared", "peer")  # the suite has to be named
+DEFAULT = (
+    "ceilings",
+    "attention",
+    "nano",
+    "eight",
+    "shared",
+    "invariant",
+    "peer",
+)  # the suite has to be named
 
 
 def main() -> None:

@@ -60,20 +60,24 @@ class Workload:
         return replace(self, new_tokens=[max(1, round(count * share)) for count in self.new_tokens])
 
     def warm_up(self, count: int = 32) -> Workload:
-        """A few requests that meet what the workload will: its prompt lengths, its longest context, and ever fewer
-        rows until there is one. The ids are others, so that no prompt is found computed later."""
+        """A few requests that meet what the workload will: its prompt lengths, its longest context, a prefix that all
+        share if there is one, and ever fewer rows until there is one. The ids are others, so that no prompt is found
+        computed later."""
         rng = random.Random(1)
+        count = len(self.prompts) if self.shared else count
         lengths = [len(prompt) for prompt in self.prompts[:count]]
-        lengths[0] = max(len(p) + n for p, n in zip(self.prompts, self.new_tokens, strict=True)) - len(
-            lengths
-        )
-        most = max(1, min(self.max_model_len - max(lengths), len(lengths)))
+        longest = max(len(p) + n for p, n in zip(self.prompts, self.new_tokens, strict=True))
+        lengths[0] = max(lengths[0], longest - 32)
+        most = max(1, min(self.max_model_len - max(lengths), len(lengths), 32))
+        prefix = [rng.randrange(3, 500) for _ in range(self.shared)]
         return replace(
             self,
             name=f"{self.name}-warm-up",
-            prompts=[[rng.randrange(3, 500) for _ in range(max(1, length))] for length in lengths],
+            prompts=[
+                prefix + [rng.randrange(3, 500) for _ in range(max(1, length - len(prefix)))]
+                for length in lengths
+            ],
             new_tokens=[1 + k % most for k in range(len(lengths))],
-            shared=0,
         )
 
     def cut(self, new_tokens: int) -> Workload:
