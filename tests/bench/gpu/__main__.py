@@ -2,8 +2,8 @@
 
 Sections: ceilings, attention, nano, eight, shared, invariant, peer; and suite, which has to be named. Each runs in
 a process of its own (`section`). The ceilings, which others are measured against, always come first. The result is a
-JSON file, written anew after every section; a table and one line of JSON come last. `--device cpu --tiny` runs all of it
-on a CPU, to find faults.
+JSON file, written anew after every section; a table and one line of JSON come last. `--device cpu --tiny` runs all
+of it on a CPU, to find faults.
 """
 
 from __future__ import annotations
