@@ -75,7 +75,7 @@ def attend(kernels: Kernels, case: Paged, hint: SharedPrefixes | None) -> Tensor
     )
 
 
-@pytest.mark.parametrize(("layout", "group"), zip(LAYOUTS, (7, 2, 1, 1, 2), strict=True))
+@pytest.mark.parametrize(("layout", "group"), list(zip(LAYOUTS, (7, 2, 1, 1, 2), strict=True)))
 def test_rows_that_share_equal_a_plain_loop(
     kernels: Kernels, dtype: torch.dtype, storage: torch.dtype | None, layout: str, group: int
 ) -> None:
