@@ -11,6 +11,9 @@ padding: they see nothing and store nothing, as rows do that have reached their 
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -250,7 +253,7 @@ class DecodeSteps:
         self._count.zero_()
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
+        with _uncollected(), torch.cuda.stream(stream):
             self._advance(shape, self._compute(shape))  # compiles and allocates what a capture must not
             forward, draw = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
             forward.capture_begin(pool=self._memory, capture_error_mode="thread_local")
@@ -277,6 +280,19 @@ class DecodeSteps:
 
     def _zeros(self, *size: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.zeros(size, dtype=dtype, device=self._device)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Python's garbage waits: a graph of an engine that is gone, freed in the middle of a capture, ends it."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _power_of_two(pages: int) -> int:

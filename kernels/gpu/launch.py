@@ -50,8 +50,8 @@ def paged_attention(
     queries, head_blocks = m // together, kv_heads * triton.cdiv(group, together)
 
     splits = splits_for(most_tokens)
-    if query_start is not None or window is not None or splits == 1:
-        shared = None
+    if query_start is not None or window is not None or splits == 1 or cache.key_scales is not None:
+        shared = None  # of 8 bits: see `many`
     if rows and splits:
         # of rows with one split nothing comes here; the caching allocator gives every layer the same memory
         apart = rows if splits > 1 else 0
