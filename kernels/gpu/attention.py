@@ -126,9 +126,11 @@ def many(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, QUERIES: tl.constexpr, M: tl.constexpr,
     DIM: tl.constexpr, PAGE: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Rows of more than one query, QUERIES of them a block, and zeros for padding tokens. A cache of 8 bits with
-    heads that do not fill WIDTH is walked with masks everywhere: `prefix`, which walked it without, gave wrong sums on
-    an H200 in 16 bits (Triton 3.6; the cause is not known, and neither fp32 nor the interpreter shows it).
+    """Rows of more than one query, QUERIES of them a block, and zeros for padding tokens.
+
+    A cache of 8 bits with heads that do not fill WIDTH is walked with masks everywhere: `prefix`, which walked it
+    without, gave wrong sums on an H200 in 16 bits (Triton 3.6; the cause is not known, and neither fp32 nor the
+    interpreter shows it).
 
     Programs [T // QUERIES + R + 1, hk · blocks of HEADS heads]. Row r has the blocks from
     query_start[r] // QUERIES + r on, which are enough for any lengths; padding counts as row R.
