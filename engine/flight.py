@@ -1,22 +1,30 @@
 """Flight: plans on their way through the device, the next one launched before the last one's draws are read.
 
-Owns the plan that was launched ahead, and what its draws mean for sequences that have gone meanwhile: nothing. Knows
-neither pages nor tensors. Whatever happens to a sequence between two steps, its pages may be given to others at once:
-the device works in the order of launches, so whoever gets them writes to them later.
+Owns the plan that was launched ahead, what its draws mean for sequences that have gone meanwhile (nothing), and what
+becomes of a plan that the device has no memory for: smaller ones. Knows neither pages nor tensors.
+
+Whatever happens to a sequence between two steps, its pages may be given to others at once: the device works in the
+order of launches, so whoever gets them writes to them later.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from typing import Protocol
 
-from engine.plan import Draws, Launched, Plan
+from engine.plan import Draws, Launched, OutOfDeviceMemory, Plan
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 
+logger = logging.getLogger(__name__)
+
+LEAST_BUDGET = 64  # tokens of a step: who has no memory for so few has none
+
 
 class Launcher(Protocol):
-    def launch(self, plan: Plan) -> Launched: ...
+    def launch(self, plan: Plan) -> Launched:
+        """Raises `OutOfDeviceMemory` where a smaller plan may do."""
 
 
 class Flight:
@@ -31,18 +39,31 @@ class Flight:
         if self._ahead and not _alive(self._ahead[0], self._scheduler.running):
             self._ahead = None  # nobody waits for it
         if self._ahead is None:
-            plan = self._scheduler.plan()
-            if not plan.rows:
-                return None
-            launched = self._runner.launch(plan)
-        else:
-            plan, launched = self._ahead
-            self._ahead = None
+            self._ahead = self._first()
+        if self._ahead is None:
+            return None
+        plan, launched = self._ahead
+        self._ahead = None
         following = self._scheduler.follow(plan)
         if following is not None:
             self._ahead = following, self._runner.launch(following)
         draws = launched()
         return _without_the_gone(plan, draws, self._scheduler.running) if plan.behind else (plan, draws)
+
+    def _first(self) -> tuple[Plan, Launched] | None:
+        """A plan behind nothing, launched. One that does not fit is made anew from half the tokens."""
+        while True:
+            plan = self._scheduler.plan()
+            if not plan.rows:
+                return None
+            try:
+                return plan, self._runner.launch(plan)
+            except OutOfDeviceMemory as error:
+                budget = min(self._scheduler.max_num_batched_tokens, plan.num_tokens) // 2
+                if budget < LEAST_BUDGET:
+                    raise
+                self._scheduler.max_num_batched_tokens = budget
+                logger.warning("steps of at most %d tokens from now on: %s", budget, error)
 
 
 def _alive(plan: Plan, running: Collection[Sequence]) -> bool:

@@ -77,6 +77,10 @@ class Plan:
 FAILED = -1  # in place of a token: this row's logits were not finite
 
 
+class OutOfDeviceMemory(Exception):
+    """A plan needs more memory beside the pages than the device has. Nothing it computed counts; its moves are made."""
+
+
 class Draws(NamedTuple):
     """`token_ids`: one per sampling row, in order, -1 for a row whose logits were not finite. `logprobs`: by
     number of the sampling row, for rows that ask for them and did not fail. `prompt_logprobs`: by number of the row

@@ -34,7 +34,7 @@ from engine.memory import (
 )
 from engine.model import Decoder
 from engine.multi_step import decodes_freely
-from engine.plan import Draws, Launched, Plan, PromptScores
+from engine.plan import Draws, Launched, OutOfDeviceMemory, Plan, PromptScores
 from engine.sampler import Sampler
 from engine.sampling_params import InvalidParameter
 from engine.step_input import StepInput
@@ -162,24 +162,31 @@ class ModelRunner:
         )
 
     def launch(self, plan: Plan) -> Launched:
-        """Start a plan. One of several steps runs on when this returns, if the device is a GPU."""
-        if plan.num_steps == 1:
-            draws = self.run(plan)
-            return lambda: draws
+        """Start a plan. One of several steps runs on when this returns, if the device is a GPU.
+
+        Raises `OutOfDeviceMemory` where a plan of fewer tokens may do.
+        """
         with torch.inference_mode():
             self.cache.move(plan.moves)
-            return self._decode_freely(plan)
+            if plan.num_steps > 1:
+                return self._decode_freely(plan)
+            if self._steps.captures and _decodes(plan):
+                draws = self._decode(plan)
+            else:
+                draws = self._compute(plan)
+        return lambda: draws
 
     def run(self, plan: Plan) -> Draws:
-        """Compute every row of a plan of one step. One token id per entry of `plan.sampling_rows`, in that order; -1
+        """Compute every row of the plan. One token id per entry of `plan.sampling_rows`, in that order; -1
         where that row's logits were not finite, which harms no other row. Logprobs for rows that ask."""
+        return self.launch(plan)()
+
+    def _compute(self, plan: Plan) -> Draws:
+        """Of a plan of one step. A plan without rows is no work."""
         if not plan.rows:
             return Draws([], {})
         sampling_rows = plan.sampling_rows
-        with torch.inference_mode():
-            self.cache.move(plan.moves)
-            if self._steps.captures and _decodes(plan):
-                return self._decode(plan)
+        try:
             step = StepInput.build(plan, self.page_size, row_multiple=self._row_multiple, device=self.device)
             hidden = self._decoder.hidden(step, self.cache)
             scores: dict[int, PromptScores] = {}
@@ -190,7 +197,12 @@ class ModelRunner:
                 return Draws([], {}, scores)
             logits = self._decoder.logits(hidden, step.logit_rows)
             draws = self._sampler(logits[: len(sampling_rows)], sampling_rows)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).split("\n")[0]
+        else:
             return draws.with_scores(plan, scores) if scores else draws
+        torch.cuda.empty_cache()  # here, where the tensors of the step are gone
+        raise OutOfDeviceMemory(reason)
 
     def _decode(self, plan: Plan) -> Draws:
         """Of a plan of one step whose rows all compute their last token."""

@@ -1,0 +1,100 @@
+"""Plans on their way through a device: launched ahead, for sequences that go meanwhile, and too large for it."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.plan import Launched, OutOfDeviceMemory, Plan
+from engine.request import Request, RequestId
+from engine.sampling_params import SamplingParams
+from tests.support.checked import CheckedRunner, checked_engine, expected
+from tests.support.pressure import run
+
+
+class Narrow(CheckedRunner):
+    """A device that has memory for `most` tokens of a step."""
+
+    most = 0
+
+    def launch(self, plan: Plan) -> Launched:
+        if plan.num_tokens > self.most:
+            self._move(plan.moves)
+            raise OutOfDeviceMemory(f"{plan.num_tokens} tokens")
+        return super().launch(plan)
+
+
+def narrow_engine(most: int) -> Engine:
+    runner = Narrow(400, 4, 50)
+    runner.most = most
+    return Engine(runner, None, EngineConfig(model="checked", max_num_batched_tokens=2000))
+
+
+def requests(count: int, length: int, max_tokens: int = 20) -> list[Request]:
+    sampling = SamplingParams(temperature=0.0, seed=1, max_tokens=max_tokens, ignore_eos=True)
+    return [
+        Request(
+            id=RequestId(str(number), 1),
+            prompt_token_ids=tuple(range(number, number + length)),
+            sampling=sampling,
+        )
+        for number in range(count)
+    ]
+
+
+def test_a_step_without_memory_is_made_of_half_the_tokens(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    engine, asked = narrow_engine(150), requests(12, 70)
+    done = run(engine, asked, poison=False)
+    for one in asked:
+        assert done[one.id].outputs[0].token_ids == expected(one, 0, 20)
+    assert engine.scheduler.max_num_batched_tokens == 105  # of the 840 that all prompts are
+    assert caplog.text.count("tokens from now on") == 3
+
+
+def test_a_device_that_has_no_memory_at_all_is_given_up() -> None:
+    engine = narrow_engine(20)
+    engine.add(requests(1, 100)[0])
+    with pytest.raises(OutOfDeviceMemory):
+        engine.step()
+
+
+def test_who_leaves_while_a_plan_runs_ahead_gets_nothing_of_it() -> None:
+    engine = checked_engine(400, max_num_seqs=8, steps=8)
+    asked = requests(8, 10, max_tokens=64)
+    for one in asked:
+        engine.add(one)
+    for _ in range(3):  # prompts; eight steps, and eight more that run on
+        assert engine.step() == []
+    made = {one.id: engine.generated(one.id)[0].token_ids for one in asked}
+    assert {len(tokens) for tokens in made.values()} == {17}
+    aborted = engine.abort(asked[0].id)
+    assert aborted is not None
+    assert aborted.generated[0].token_ids == made[asked[0].id]
+    engine.scheduler.preempt(engine.scheduler.running[1])
+    back = Request(
+        id=RequestId("0", 2),
+        prompt_token_ids=asked[0].prompt_token_ids,
+        sampling=asked[0].sampling,
+        generated=aborted.generated,
+    )
+    done = run(engine, [back], poison=False)
+    for one in (*asked[1:], back):
+        assert done[one.id].outputs[0].token_ids == expected(one, 0, 64)
+
+
+def test_nobody_waits_for_a_plan_whose_sequences_are_all_gone() -> None:
+    engine = checked_engine(400, max_num_seqs=8, steps=8)
+    asked = requests(4, 10, max_tokens=64)
+    for one in asked:
+        engine.add(one)
+    for _ in range(2):
+        engine.step()
+    for one in asked:
+        assert engine.abort(one.id) is not None
+    assert not engine.has_work
+    (later,) = requests(1, 5)
+    assert run(engine, [later], poison=False)[later.id].outputs[0].token_ids == expected(later, 0, 20)
