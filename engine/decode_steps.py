@@ -33,9 +33,7 @@ if TYPE_CHECKING:
     from engine.fallback import Fallback
 
 LEAST_PAGES = 32  # in a page table: fewer kinds of graphs
-STARTS = (
-    16  # entries of `_shared` before those of rows: MOST_GROUPS + 1, rounded up so that those are aligned
-)
+STARTS = 16  # entries of `_shared` before those of rows: MOST_GROUPS + 1, rounded up to an aligned place
 
 Shape: TypeAlias = tuple[int, int, bool]  # rows, pages, whether some rows share a prefix
 
