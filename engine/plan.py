@@ -78,7 +78,7 @@ FAILED = -1  # in place of a token: this row's logits were not finite
 
 
 class OutOfDeviceMemory(Exception):
-    """A plan needs more memory beside the pages than the device has. Its moves are made; nothing else of it counts."""
+    """A plan needs more memory beside the pages than the device has. Its moves are made; nothing else of it holds."""
 
 
 class Draws(NamedTuple):
