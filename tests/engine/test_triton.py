@@ -55,7 +55,7 @@ def answers(
     assert engine.pool.num_pages == NUM_PAGES
     assert engine.runner.kernels_name == kernels
     assert isinstance(engine.runner, ModelRunner)
-    assert engine.runner.deterministic
+    assert engine.runner.deterministic == deterministic
     # in fp32 only the kernels' own products need no padding
     assert engine.runner._row_multiple == (1 if kernels == "triton" else PADDED_ROWS)
     sampling = SamplingParams(temperature=0.0, seed=1, max_tokens=NEW_TOKENS, ignore_eos=True)
