@@ -97,7 +97,7 @@ class Draws(NamedTuple):
         failed = {plan.rows[place].sequence for place, made in scores.items() if made is None}
         drawn = zip(self.token_ids, plan.sampling_rows, strict=True)
         token_ids = [FAILED if row.sequence in failed else token_id for token_id, row in drawn]
-        return Draws(token_ids, self.logprobs, scores)
+        return self._replace(token_ids=token_ids, prompt_logprobs=scores)
 
 
 Launched: TypeAlias = Callable[[], Draws]  # of a plan that runs: waits for what it draws

@@ -65,7 +65,7 @@ def test_raw_logprobs_whatever_is_masked_and_filtered(vocab_size: int, dtype: to
     logits = (4 * torch.randn(len(rows), vocab_size, generator=generator)).to(dtype)
     logits[4, [EOS_TOKEN_ID, 9]] = 30.0
     plain = logits.double().log_softmax(dim=1)
-    token_ids, logprobs, _ = draw(logits, rows)
+    token_ids, logprobs, *_ = draw(logits, rows)
     assert list(logprobs) == [0, 1, 3, 4, 6]
     for i, made in logprobs.items():
         count = params[i]["logprobs"]
@@ -119,7 +119,7 @@ def test_rows_that_failed_bring_none() -> None:
     assert list(clean.logprobs) == [0, 1, 2, 3, 4]
     logits[1, 5], logits[2, 7] = float("nan"), float("inf")
     logits[4, EOS_TOKEN_ID] = float("inf")  # masked, but without a softmax
-    token_ids, logprobs, _ = draw(logits, rows)
+    token_ids, logprobs, *_ = draw(logits, rows)
     assert [token_ids[i] for i in (1, 2, 4)] == [FAILED] * 3
     assert logprobs == {i: clean.logprobs[i] for i in (0, 3)}
 
