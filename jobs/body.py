@@ -8,6 +8,8 @@ wrong answer by morning.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from operator import attrgetter
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -237,10 +239,17 @@ class JobBody(_Strict):
         return max(default_max_tokens, self.min_tokens or 0) if given is None else given
 
     def sampling(self, default_max_tokens: int, max_n: int) -> SamplingParams:
-        """The engine's parameters. `seed` may still be None; the job's stored seed replaces it.
+        """The engine's parameters. `seed` may still be None; the job's stored seed replaces it. Jobs of one batch
+        mostly ask for the same: plain numbers are checked once.
 
         Raises `engine.sampling_params.InvalidParameter` under the name that the client used.
         """
+        try:
+            return _known_sampling(_Wish(self, _asked(self)), default_max_tokens, max_n)
+        except TypeError:  # a list cannot be looked up
+            return self._sampling(default_max_tokens, max_n)
+
+    def _sampling(self, default_max_tokens: int, max_n: int) -> SamplingParams:
         given: dict[str, Any] = {
             name: value for name in PLAIN_FIELDS if (value := getattr(self, name)) is not None
         }
@@ -272,6 +281,35 @@ class JobBody(_Strict):
                     f"n × {length} × (1 + top_logprobs) may be at most {MAX_JOB_LOGPROBS}, and is {count}",
                 )
         return sampling
+
+
+_asked = attrgetter(
+    *(set(JobBody.model_fields) - {"model", "prompt", "messages", "custom_id", "metadata"})
+)  # of a body: all values beside its texts
+
+
+class _Wish:
+    """What a body asks of the engine, beside its texts: as good as another one's with the same values."""
+
+    __slots__ = ("_hash", "_values", "body")
+
+    def __init__(self, body: JobBody, values: tuple[object, ...]) -> None:
+        self.body: JobBody | None = body
+        self._values = values
+        self._hash = hash(values)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Wish) and self._values == other._values
+
+
+@lru_cache(maxsize=1024)
+def _known_sampling(wish: _Wish, default_max_tokens: int, max_n: int) -> SamplingParams:
+    body, wish.body = wish.body, None  # what is remembered must not keep its texts
+    assert body is not None
+    return body._sampling(default_max_tokens, max_n)
 
 
 def parse_job(data: object, settings: Settings) -> JobBody:

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import logging
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Double, Engine, create_engine, event
+from sqlalchemy import Connection, Double, Engine, create_engine, event, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, OperationalError
@@ -59,13 +61,19 @@ def _now_postgresql(element: now, compiler: Any, **kw: Any) -> str:
     return "extract(epoch from clock_timestamp())::float8"
 
 
+_NOW = select(now())
+
+
 class Database:
-    """Raises `sqlalchemy.exc.SQLAlchemyError` subclasses; `transact` only after its patience has run out."""
+    """Raises `sqlalchemy.exc.SQLAlchemyError` subclasses; `transact` only after its patience has run out. No thread
+    may begin to write within a transaction that writes."""
 
     def __init__(self, url: str, *, pool_size: int = 8) -> None:
         self.url = url
         parsed = make_url(url)
         self.is_sqlite = parsed.get_backend_name() == "sqlite"
+        # SQLite lets one writer in and has the others ask again and again; here they queue
+        self._writing: AbstractContextManager[Any] = threading.Lock() if self.is_sqlite else nullcontext()
         if self.is_sqlite:
             if parsed.database:
                 Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +101,11 @@ class Database:
     @contextmanager
     def write(self) -> Iterator[Connection]:
         """A transaction that writes; on SQLite it takes the write lock at once (BEGIN IMMEDIATE)."""
-        with self.engine.connect().execution_options(nightpress_write=True) as connection, connection.begin():
+        with (
+            self._writing,
+            self.engine.connect().execution_options(nightpress_write=True) as connection,
+            connection.begin(),
+        ):
             yield connection
 
     def transact(self, work: Callable[[Connection], T], *, patience: float = 30.0) -> T:
@@ -126,6 +138,24 @@ def insert_into(connection: Connection, table: type[DeclarativeBase]) -> sqlite.
     if connection.dialect.name == "sqlite":
         return sqlite.Insert(table)
     return postgresql.Insert(table)
+
+
+def in_words_of(
+    build: Callable[[type[sqlite.Insert | postgresql.Insert]], Any],
+) -> Callable[[str], Any]:
+    """For a statement that is made once per kind of database: `build` is given the INSERT of a dialect that can say
+    ON CONFLICT. The result takes the dialect's name."""
+
+    @cache
+    def made(dialect: str) -> Any:
+        return build(sqlite.Insert if dialect == "sqlite" else postgresql.Insert)
+
+    return made
+
+
+def clock(connection: Connection) -> float:
+    """The database's time, in unix seconds."""
+    return float(connection.scalars(_NOW).one())
 
 
 def is_transient(error: DBAPIError) -> bool:

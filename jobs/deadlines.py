@@ -22,7 +22,7 @@ from jobs import tallies
 from jobs.batches import close_batches
 from jobs.checkpoints import forget
 from jobs.claims import QUEUED
-from jobs.database import now
+from jobs.database import clock, now
 from jobs.fair_tags import tag
 from jobs.models import Job, Worker
 from jobs.states import LIVE_WORKER, JobState
@@ -55,7 +55,7 @@ def _late(connection: Connection) -> Select[Any]:
 
 def _moment(connection: Connection) -> float:
     """Now, as a value: PostgreSQL searches no index for a clock that runs while it looks."""
-    return float(connection.scalars(select(now())).one())
+    return clock(connection)
 
 
 def make_due(connection: Connection) -> list[str]:
@@ -128,7 +128,7 @@ def edges_of_risk(connection: Connection) -> dict[str, float]:
             .group_by(Worker.model)
         )
     }
-    time_now = connection.scalars(select(now())).one()
+    time_now = clock(connection)
     by_model: defaultdict[str, list[tuple[float, int]]] = defaultdict(list)
     for row in waiting:
         by_model[row.model].append(((float(row.span) + 1) * SPAN_SECONDS, int(row.tokens)))

@@ -18,10 +18,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, Final
 
-from sqlalchemy import Connection, case, func, select
+from sqlalchemy import Connection, Float, bindparam, case, func, select
+from sqlalchemy.dialects import postgresql, sqlite
 
 from jobs.claims import QUEUED
-from jobs.database import insert_into
+from jobs.database import in_words_of
 from jobs.models import FairClock, Job, Tenant
 from jobs.terms import tier_of
 
@@ -50,35 +51,49 @@ def tag(connection: Connection, rows: Sequence[Row]) -> list[Row]:
 
 
 def _weights(connection: Connection, tenants: list[str]) -> dict[str, float]:
-    rows = connection.execute(select(Tenant.id, Tenant.weight).where(Tenant.id.in_(tenants)))
-    return {row.id: row.weight for row in rows}
+    return {row.id: row.weight for row in connection.execute(_WEIGHTS, {"tenants": tenants})}
 
 
 def _turn(connection: Connection, flow: Flow, cost: float) -> float:
     """When the flow's turn is; it ends `cost` later."""
     tenant, model, tier, priority = flow
     virtual = _virtual_time(connection, model, tier)
-    insert = insert_into(connection, FairClock).values(
-        tenant=tenant, model=model, tier=tier, priority=priority, turn_ends=virtual + cost
-    )
-    later = case((FairClock.turn_ends > virtual, FairClock.turn_ends), else_=virtual)
-    ends: float = connection.scalars(
-        insert.on_conflict_do_update(
-            index_elements=["model", "tier", "tenant", "priority"], set_={"turn_ends": later + cost}
-        ).returning(FairClock.turn_ends)
-    ).one()
+    values = {"tenant": tenant, "model": model, "tier": tier, "priority": priority}
+    moved = {"turn_ends": virtual + cost, "virtual": virtual, "cost": cost}
+    ends: float = connection.scalars(_move_clock(connection.dialect.name), values | moved).one()
     return ends - cost
+
+
+@in_words_of
+def _move_clock(insert: type[sqlite.Insert | postgresql.Insert]) -> Any:
+    virtual, cost = bindparam("virtual", type_=Float), bindparam("cost", type_=Float)
+    later = case((FairClock.turn_ends > virtual, FairClock.turn_ends), else_=virtual)
+    columns = ("tenant", "model", "tier", "priority", "turn_ends")
+    return (
+        insert(FairClock)
+        .values({name: bindparam(name) for name in columns})
+        .on_conflict_do_update(
+            index_elements=["model", "tier", "tenant", "priority"], set_={"turn_ends": later + cost}
+        )
+        .returning(FairClock.turn_ends)
+    )
 
 
 def _virtual_time(connection: Connection, model: str, tier: int) -> float:
     """The tag at the head of the queue; of an empty queue, where its last flow ended."""
-    head = connection.scalars(
-        select(Job.fair_tag)
-        .where(Job.model == model, Job.tier == tier, QUEUED)
-        .order_by(Job.fair_tag)
-        .limit(1)
-    ).first()
-    if head is not None:
-        return float(head)
-    ends = select(func.max(FairClock.turn_ends)).where(FairClock.model == model, FairClock.tier == tier)
-    return float(connection.scalar(ends) or 0.0)
+    queue = {"model": model, "tier": tier}
+    head = connection.scalars(_HEAD, queue).first()
+    return float(connection.scalar(_ENDS, queue) or 0.0) if head is None else float(head)
+
+
+# made once: to build a statement takes as long as to run it
+_WEIGHTS = select(Tenant.id, Tenant.weight).where(Tenant.id.in_(bindparam("tenants", expanding=True)))
+_HEAD = (
+    select(Job.fair_tag)
+    .where(Job.model == bindparam("model"), Job.tier == bindparam("tier"), QUEUED)
+    .order_by(Job.fair_tag)
+    .limit(1)
+)
+_ENDS = select(func.max(FairClock.turn_ends)).where(
+    FairClock.model == bindparam("model"), FairClock.tier == bindparam("tier")
+)

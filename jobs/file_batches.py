@@ -16,7 +16,7 @@ from jobs.batch_check import FILE_LOST, Findings, check_file, line_error
 from jobs.batch_file import ENDPOINTS
 from jobs.body import BadField, parse_metadata
 from jobs.completion_window import window_seconds
-from jobs.database import Database, now
+from jobs.database import Database, clock, now
 from jobs.desk import Claim
 from jobs.file_store import FileStore
 from jobs.files import Purpose, check_life, find_file
@@ -119,7 +119,7 @@ class FileBatches:
                 raise NoSuchFile(wish.input_file_id)
             if file.purpose != Purpose.BATCH:
                 raise BadField("input_file_id", "must be a file of purpose batch")
-            time_now = connection.scalars(select(now())).one()
+            time_now = clock(connection)
             connection.execute(
                 insert(Batch).values(
                     id=batch_id,

@@ -17,7 +17,7 @@ from sqlalchemy import ColumnElement, Connection, delete, exists, insert, or_, s
 
 from jobs import tallies
 from jobs.body import BadField
-from jobs.database import Database, now, portions
+from jobs.database import Database, clock, now, portions
 from jobs.file_store import FileStore, Part
 from jobs.keyset import page
 from jobs.models import Batch, File
@@ -104,7 +104,7 @@ def insert_file(
     sums is the caller's to add, last in its transaction."""
     if connection.scalars(select(File.id).where(File.id == file_id)).first() is not None:
         return tallies.Change(owner.tenant)
-    time_now = connection.scalars(select(now())).one()
+    time_now = clock(connection)
     connection.execute(
         insert(File).values(
             id=file_id,

@@ -4,33 +4,35 @@ Owns the choice of a model for a job that names none. Refuses to know HTTP, Redi
 new row holds is `jobs.job_rows`'s. A job is accepted when its insert has committed, not before; whether its
 tenant has room (`jobs.quotas`) is asked in the same transaction. Ids are made before the transaction, which
 looks for them first, so one whose commit got lost can be run again, and a Redis message that is delivered twice
-makes one job and counts once.
+makes one job and counts once. Single jobs that come at the same time share a transaction (`group_commit`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, bindparam, insert, select
 
 from jobs import tallies
 from jobs.audience import Audience
 from jobs.body import BadField, JobBody
-from jobs.database import Database, now
-from jobs.forecasts import Forecasts
+from jobs.database import Database, clock, now
+from jobs.forecasts import Forecasts, WindowTooTight
+from jobs.group_commit import GroupCommit
 from jobs.idempotency import Submit, claim
 from jobs.job_rows import insert_all, insert_new, job_row, load_of, new_id, refused_row
 from jobs.models import Batch, Job, Worker
-from jobs.quotas import QuotaExceeded, Room, open_room
+from jobs.quotas import Load, QuotaExceeded, Room, open_room
 from jobs.settings import Settings
 from jobs.states import LIVE_WORKER, BatchState
 from jobs.tenants import Owner
 from jobs.terms import ORDINARY, Terms
 
 MAX_ID_CHARS = 255
+_JOB_IDS = select(Job.id).where(Job.id.in_(bindparam("ids", expanding=True)))
 
 
 def check_task_id(task_id: object) -> str:
@@ -70,6 +72,22 @@ class NewBatch:
         return Counter(str(job["model"]) for job in self.jobs)
 
 
+@dataclass(frozen=True, slots=True)
+class Single:
+    """One job as a row, on its way in by itself."""
+
+    row: dict[str, Any]
+    terms: Terms
+
+    @property
+    def id(self) -> str:
+        return str(self.row["id"])
+
+    @property
+    def tenant(self) -> str:
+        return str(self.row["tenant"])
+
+
 class Intake:
     """Every `accept_…` commits or raises; bodies are what `jobs.body.parse_job` returned."""
 
@@ -77,6 +95,7 @@ class Intake:
         self._database = database
         self._settings = settings
         self._forecasts = forecasts or Forecasts(database, settings)
+        self._singles: GroupCommit[Single, str] = GroupCommit(self._accept_singles)
 
     # --- model ----------------------------------------------------------------------------------------------
 
@@ -132,12 +151,14 @@ class Intake:
             new_id("job"), body, owner, self._settings, source="http", terms=terms, audience=audience
         )
         self._forecasts.prepare(terms)
+        if submit is None:
+            return self._singles.add(Single(row, terms))
 
         def work(connection: Connection) -> str:
             job_id = str(row["id"])
-            if submit and (known := claim(connection, submit, tenant=owner.tenant, target=job_id)) != job_id:
+            if (known := claim(connection, submit, tenant=owner.tenant, target=job_id)) != job_id:
                 return known
-            if connection.scalars(select(Job.id).where(Job.id == job_id)).first() is None:
+            if job_id not in _known_ids(connection, [job_id]):
                 self._insert_whole(connection, owner.tenant, [row], terms=terms)
             return job_id
 
@@ -210,7 +231,7 @@ class Intake:
     def insert_batch(self, connection: Connection, new: NewBatch) -> None:
         """Raises `BadField` for an unknown tenant, `QuotaExceeded` and `WindowTooTight`, each before anything is
         written."""
-        time_now = connection.scalar(select(now()))
+        time_now = clock(connection)
         row = new.row | {"created_at": time_now}
         self._insert_whole(connection, new.row["tenant"], new.jobs, row, terms=new.terms)
 
@@ -241,6 +262,13 @@ class Intake:
 
         self._database.transact(work)
 
+    def _accept_singles(self, singles: Sequence[Single]) -> list[str | Exception]:
+        """The id of each, or why it is refused."""
+        outcomes = self._database.transact(lambda connection: self._insert_each(connection, singles))
+        accepted = [one.row for one, outcome in zip(singles, outcomes, strict=True) if outcome == one.id]
+        self._forecasts.accepted(_tokens_by_model(accepted))
+        return outcomes
+
     # --- transactions -----------------------------------------------------------------------------------------
 
     def _insert_whole(
@@ -260,17 +288,49 @@ class Intake:
         insert_all(connection, rows)
         tallies.add(connection, [load.change(tenant)])
 
-    def _insert_fitting(
-        self, connection: Connection, rows: dict[str, dict[str, Any]]
-    ) -> dict[str, BadField | QuotaExceeded]:
-        refused: dict[str, BadField | QuotaExceeded] = {}
+    def _insert_each(self, connection: Connection, singles: Sequence[Single]) -> list[str | Exception]:
+        known = _known_ids(connection, [one.id for one in singles])
+        rooms = self._rooms(connection, {one.tenant for one in singles})
+        outcomes: list[str | Exception] = []
+        fitting: list[dict[str, Any]] = []
+        loads: dict[str, list[Load]] = {}
+        for one in singles:
+            if one.id in known:  # this very transaction was committed before its connection was lost
+                outcomes.append(one.id)
+                continue
+            room, load = rooms[one.tenant], load_of([one.row])
+            try:
+                if isinstance(room, BadField):
+                    raise room
+                self._forecasts.check_all(connection, _tokens_by_model([one.row]), one.terms)
+                room.take(load)
+            except (BadField, QuotaExceeded, WindowTooTight) as error:
+                outcomes.append(error)
+            else:
+                outcomes.append(one.id)
+                fitting.append(one.row)
+                loads.setdefault(one.tenant, []).append(load)
+        if fitting:
+            insert_all(connection, fitting)
+            tallies.add(connection, [load.change(tenant) for tenant, own in loads.items() for load in own])
+        return outcomes
+
+    def _rooms(self, connection: Connection, tenants: Iterable[str]) -> dict[str, Room | BadField]:
+        """Of a tenant that does not exist, the error that says so."""
         rooms: dict[str, Room | BadField] = {}
-        for tenant in sorted({str(row["tenant"]) for row in rows.values()}):
+        for tenant in sorted(tenants):
             try:
                 rooms[tenant] = open_room(connection, tenant, self._settings)
             except BadField as error:
                 rooms[tenant] = error
-        known = set(connection.scalars(select(Job.id).where(Job.id.in_(sorted(rows)))))
+        return rooms
+
+    def _insert_fitting(
+        self, connection: Connection, rows: dict[str, dict[str, Any]]
+    ) -> dict[str, BadField | QuotaExceeded]:
+        refused: dict[str, BadField | QuotaExceeded] = {}
+        rooms = self._rooms(connection, {str(row["tenant"]) for row in rows.values()})
+        known = _known_ids(connection, sorted(rows))
         fitting: list[dict[str, Any]] = []
         for task_id, row in rows.items():
             if task_id in known:
@@ -289,6 +349,10 @@ class Intake:
         inserted = insert_new(connection, fitting)
         tallies.add(connection, [load_of([rows[key]]).change(rows[key]["tenant"]) for key in inserted])
         return refused
+
+
+def _known_ids(connection: Connection, ids: Sequence[str]) -> set[str]:
+    return set(connection.scalars(_JOB_IDS, {"ids": ids}))
 
 
 def _tokens_by_model(rows: Sequence[dict[str, Any]]) -> Counter[str]:

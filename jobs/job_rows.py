@@ -12,13 +12,13 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, insert
 
 from engine.request import derive_seed
 from jobs import tallies
 from jobs.audience import Audience
 from jobs.body import JobBody
-from jobs.database import insert_into, now, portions
+from jobs.database import clock, insert_into, portions
 from jobs.fair_tags import tag
 from jobs.models import Job
 from jobs.quotas import Load, estimate_tokens
@@ -159,7 +159,7 @@ def _complete(connection: Connection, rows: Sequence[JobRow]) -> list[JobRow]:
     """The rows with what they have in common, in id order like every statement that touches several jobs, so
     that two inserts cannot deadlock."""
     # Read once, so that all jobs of a batch have one time, and the database's, not this machine's.
-    time_now = connection.scalars(select(now())).one()
+    time_now = clock(connection)
     common = {
         "created_at": time_now,
         "fence": 0,

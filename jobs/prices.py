@@ -18,7 +18,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, Row, delete, insert, select, text
 
 from jobs.body import MAX_MODEL_CHARS, BadField
-from jobs.database import Database, now
+from jobs.database import Database, clock
 from jobs.models import Price
 
 MILLION_DIGITS: Final = 6  # tokens are priced by the million
@@ -107,7 +107,7 @@ class Prices:
         def work(connection: Connection) -> PriceView:
             if connection.dialect.name == "postgresql":  # the checks below hold until the commit
                 connection.execute(text("LOCK TABLE prices IN SHARE ROW EXCLUSIVE MODE"))
-            time_now = connection.scalars(select(now())).one()
+            time_now = clock(connection)
             start = time_now if valid_from is None else valid_from
             _check(connection, model, currency, start, time_now)
             connection.execute(delete(Price).where(Price.model == model, Price.valid_from == start))

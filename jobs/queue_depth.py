@@ -21,7 +21,7 @@ from sqlalchemy import Connection, func, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from jobs.claims import QUEUED
-from jobs.database import Database, now
+from jobs.database import Database, clock
 from jobs.models import Job, Worker
 from jobs.pace import Figures, figures_of
 from jobs.states import HELD, WorkerState
@@ -120,7 +120,7 @@ class QueueDepth:
 def look(connection: Connection) -> Picture:
     """All queues now; reads every queued row."""
     queues: dict[str, Queue] = {}
-    at = connection.scalars(select(now())).one()
+    at = clock(connection)
     order = (Job.model, Job.tier, Job.fair_tag)
     sums = select(*order, func.sum(Job.estimated_tokens)).where(QUEUED, Job.tier < DELAYED).group_by(*order)
     for model, tier, fair_tag, tokens in connection.execute(sums.order_by(*order)):

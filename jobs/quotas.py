@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Final
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, bindparam, select
 
 from jobs.body import JobBody
 from jobs.models import Tenant
@@ -114,14 +114,17 @@ def open_room(connection: Connection, tenant: str, settings: Settings) -> Room:
 
     Raises `BadField` (`unknown_tenant`) when there is no such tenant.
     """
-    query = select(Tenant.quotas).where(Tenant.id == tenant)
-    own = connection.scalars(query).one_or_none()
+    own = connection.scalars(_QUOTAS, {"tenant": tenant}).one_or_none()
     if own is None:
         raise unknown_tenant()
     if all(limit is None for limit in limits(own, settings).values()):
         return Room({}, None)
-    own = connection.scalars(query.with_for_update(key_share=True)).one()
+    own = connection.scalars(_LOCKED_QUOTAS, {"tenant": tenant}).one()
     return Room(limits(own, settings), used(connection, tenant))
+
+
+_QUOTAS = select(Tenant.quotas).where(Tenant.id == bindparam("tenant"))
+_LOCKED_QUOTAS = _QUOTAS.with_for_update(key_share=True)
 
 
 def _retry_after(quota: str, limit: int, asked: int, day_left: float) -> float | None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, and_, func, literal_column, select
+from sqlalchemy import ColumnElement, Connection, Row, Select, and_, bindparam, func, literal_column, select
 
 from jobs.completion_order import Order
 from jobs.database import Database, now, portions
@@ -134,9 +135,8 @@ class Reads:
         self._database = database
 
     def job(self, job_id: str, *, tenant: str) -> JobView | None:
-        query = _jobs().where(Job.id == job_id, Job.tenant == tenant)
         with self._database.read() as connection:
-            row = connection.execute(query).one_or_none()
+            row = connection.execute(_one_job(), {"id": job_id, "tenant": tenant}).one_or_none()
         return None if row is None else _job_view(row)
 
     def jobs(
@@ -313,6 +313,11 @@ def batch_views(connection: Connection, rows: Sequence[Row[Any]]) -> list[BatchV
         )
         for row in rows
     ]
+
+
+@cache
+def _one_job() -> Select[Any]:
+    return _jobs().where(Job.id == bindparam("id"), Job.tenant == bindparam("tenant"))
 
 
 def _jobs() -> Select[Any]:

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, Row, String, cast, func, insert, select
 
 from jobs import tallies
 from jobs.body import BadField
-from jobs.database import Database, now, portions
+from jobs.database import Database, clock, portions
 from jobs.idempotency import Submit, claim
 from jobs.job_rows import again_row, insert_all, new_id
 from jobs.models import Batch, Job
@@ -79,7 +79,7 @@ class Retries:
                 )
             load = Load(1, old.estimated_tokens, tallies.size_of(old.body))
             open_room(connection, owner.tenant, self._settings).take(load)
-            time_now = connection.scalars(select(now())).one()
+            time_now = clock(connection)
             insert_all(connection, [again_row(old, new, owner, time_now=time_now)])
             tallies.add(connection, [load.change(owner.tenant)])
             return new, Counter([old.model])
@@ -119,7 +119,7 @@ class Retries:
         if load.jobs == 0:
             raise NothingToRetry(f"no job of this batch is {' or '.join(sorted(states))}")
         open_room(connection, owner.tenant, self._settings).take(load)
-        time_now = connection.scalars(select(now())).one()
+        time_now = clock(connection)
         connection.execute(
             insert(Batch).values(
                 id=new,

@@ -20,7 +20,7 @@ from sqlalchemy import Connection, Row, select, tuple_, update
 from jobs.body import BadField
 from jobs.completion_window import terms_of_window
 from jobs.cron_line import CronLine
-from jobs.database import Database, insert_into, now
+from jobs.database import Database, clock, insert_into, now
 from jobs.forecasts import WindowTooTight
 from jobs.idempotency import Submit, claim
 from jobs.intake import Intake, NewBatch
@@ -76,7 +76,7 @@ class ScheduleRuns:
         query = select(Schedule.next_at, Schedule.id).order_by(Schedule.next_at, Schedule.id).limit(PAGE)
         with self._database.read() as connection:
             # As a number: against the clock itself PostgreSQL would look at every schedule instead of the index.
-            time_now = connection.scalars(select(now())).one()
+            time_now = clock(connection)
             rows = connection.execute(
                 query.where(
                     Schedule.next_at.is_not(None), Schedule.next_at <= time_now, place > tuple_(*after)
@@ -88,7 +88,7 @@ class ScheduleRuns:
         """Do what is due now; None when nothing is, or when another process has done it."""
         with self._database.read() as connection:
             row = self._read(connection, Schedule.id == schedule_id, Schedule.next_at <= now())
-            time_now = connection.scalars(select(now())).one()
+            time_now = clock(connection)
         if row is None:
             return None
         line = CronLine(row.cron, ZoneInfo(row.time_zone))
@@ -133,7 +133,7 @@ class ScheduleRuns:
         nothing."""
         with self._database.read() as connection:
             row = self._read(connection, Schedule.id == schedule_id, Schedule.tenant == owner.tenant)
-            time_now = connection.scalars(select(now())).one()
+            time_now = clock(connection)
         if row is None:
             return None
         batch = self._batch(row, owner, time_now)

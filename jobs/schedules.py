@@ -20,7 +20,7 @@ from sqlalchemy.exc import IntegrityError
 from jobs import tallies
 from jobs.body import BadField, JobBody
 from jobs.cron_line import CronLine
-from jobs.database import Database, now
+from jobs.database import Database, clock, now
 from jobs.job_rows import new_id
 from jobs.keyset import page
 from jobs.models import Schedule
@@ -68,7 +68,7 @@ class Schedules:
             if (made := find(connection, schedule_id, tenant=owner.tenant)) is not None:
                 return view(made)  # this very transaction was committed before its connection was lost
             self._store(connection, owner.tenant, tallies.size_of(jobs))
-            time_now = connection.scalars(select(now())).one()
+            time_now = clock(connection)
             row = fields | {
                 "id": schedule_id,
                 "tenant": owner.tenant,
@@ -93,7 +93,7 @@ class Schedules:
             if row is None or row.deleted_at is not None:
                 return None
             values = dict(fields)
-            time_now = connection.scalars(select(now())).one()
+            time_now = clock(connection)
             if values.keys() & {"cron", "time_zone", "enabled"}:
                 timing = {
                     name: values.get(name, getattr(row, name)) for name in ("cron", "time_zone", "enabled")

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, case, func, select
+from sqlalchemy.dialects import postgresql, sqlite
 
-from jobs.database import insert_into, now
+from jobs.database import clock, in_words_of
 from jobs.models import Tally
 
 SHARDS = 8  # on SQLite 1: it has a single writer anyway
@@ -79,31 +80,35 @@ def add(connection: Connection, changes: Iterable[Change]) -> None:
         return
     one_writer = connection.dialect.name == "sqlite"
     shard = 0 if one_writer else random.randrange(SHARDS)
-    today = connection.scalars(select(now())).one() // DAY_SECONDS
-    insert = insert_into(connection, Tally)
-    new = insert.excluded
+    today = clock(connection) // DAY_SECONDS
     connection.execute(
-        insert.on_conflict_do_update(
-            index_elements=["tenant", "shard"],
-            set_={
-                "open_jobs": Tally.open_jobs + new.open_jobs,
-                "open_tokens": Tally.open_tokens + new.open_tokens,
-                "stored_bytes": Tally.stored_bytes + new.stored_bytes,
-                "day_tokens": case(
-                    (Tally.day == new.day, Tally.day_tokens + new.day_tokens),
-                    (Tally.day < new.day, new.day_tokens),
-                    else_=Tally.day_tokens,  # ours began before midnight: it belongs to the day that is over
-                ),
-                "day": case((Tally.day < new.day, new.day), else_=Tally.day),
-            },
-        ),
-        [row | {"shard": shard, "day": int(today)} for row in rows],
+        _add(connection.dialect.name), [row | {"shard": shard, "day": int(today)} for row in rows]
+    )
+
+
+@in_words_of
+def _add(insert: type[sqlite.Insert | postgresql.Insert]) -> Any:
+    statement = insert(Tally)
+    new = statement.excluded
+    return statement.on_conflict_do_update(
+        index_elements=["tenant", "shard"],
+        set_={
+            "open_jobs": Tally.open_jobs + new.open_jobs,
+            "open_tokens": Tally.open_tokens + new.open_tokens,
+            "stored_bytes": Tally.stored_bytes + new.stored_bytes,
+            "day_tokens": case(
+                (Tally.day == new.day, Tally.day_tokens + new.day_tokens),
+                (Tally.day < new.day, new.day_tokens),
+                else_=Tally.day_tokens,  # ours began before midnight: it belongs to the day that is over
+            ),
+            "day": case((Tally.day < new.day, new.day), else_=Tally.day),
+        },
     )
 
 
 def used(connection: Connection, tenant: str) -> Use:
     """The tenant's sums now. Between two calls others may add, unless the caller holds a lock against them."""
-    time_now = connection.scalars(select(now())).one()
+    time_now = clock(connection)
     today = time_now // DAY_SECONDS
     row = connection.execute(
         select(
