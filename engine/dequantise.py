@@ -12,28 +12,29 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-# Of eight outputs that share a word, where each one's bits begin: from the lowest on, a word holds outputs 0, 2, 4, 6,
-# 1, 3, 5, 7
+# Of eight outputs that share a word, where each one's bits begin: from its lowest bits on, a word holds outputs
+# 0, 2, 4, 6, 1, 3, 5, 7
 _AWQ_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
 
 
 def unpacked_awq(words: Tensor) -> Tensor:
     """words `[n, out / 8]` int32 → `[n, out]` int32, 0 to 15."""
     shifts = torch.tensor(_AWQ_SHIFTS, dtype=torch.int32)
-    return ((words[:, :, None] >> shifts) & 15).flatten(1)
+    integers: Tensor = (words[:, :, None] >> shifts) & 15
+    return integers.flatten(1)
 
 
 def unpacked_columns(words: Tensor, bits: Literal[4, 8]) -> Tensor:
     """words `[n, out · bits / 32]` int32 → `[n, out]` int32, each word's lowest bits first."""
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    integers = (words[:, :, None] >> shifts) & (2**bits - 1)
+    integers: Tensor = (words[:, :, None] >> shifts) & (2**bits - 1)
     return integers.flatten(1)
 
 
 def unpacked_rows(words: Tensor, bits: Literal[4, 8]) -> Tensor:
     """words `[n · bits / 32, out]` int32 → `[n, out]` int32, each word's lowest bits first."""
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    integers = (words[:, None, :] >> shifts[:, None]) & (2**bits - 1)
+    integers: Tensor = (words[:, None, :] >> shifts[:, None]) & (2**bits - 1)
     return integers.flatten(0, 1)
 
 

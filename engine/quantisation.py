@@ -28,6 +28,7 @@ class PackedIntegers:
     method: Literal["awq", "gptq"]
     bits: Literal[4, 8]
     group_size: int | None  # inputs that share a zero and a scale; None: all of them
+    act_order: bool = False  # inputs are sorted into groups by `g_idx`, not by their places
     zeros_less_one: bool = False  # zeros are stored less 1
     plain: tuple[str, ...] = ()  # modules that are not quantised, see `is_plain`
 
@@ -105,6 +106,7 @@ def _gptq(given: Fields) -> PackedIntegers:
         method="gptq",
         bits=bits,
         group_size=_group_size(given, ("group_size",)),
+        act_order=_only(given, ("desc_act",), (True, False), default=False),
         zeros_less_one=layout == "gptq",
         plain=_names(given, "modules_to_not_convert"),
     )

@@ -20,7 +20,7 @@ from engine.dequantise import scaled_floats, scaled_integers, unpacked_awq, unpa
 from engine.quantisation import Float8, PackedIntegers, Quantisation, is_plain
 from engine.safetensors_file import StoredTensor
 
-_WEIGHTS_AT_ONCE = 2**20
+_WEIGHTS_AT_ONCE = 2**21
 _SCALES = ("F16", "BF16", "F32")
 # Of activations, for kernels that quantise them, too; here they are never quantised
 _OF_ACTIVATIONS = ("input_scale", "activation_scale")
@@ -136,7 +136,7 @@ class QuantisedSource:
         zeros, scales, groups = (
             self._zeros(module, how),
             self._read(module, "scales").float(),
-            self._groups(module),
+            self._groups(module, how),
         )
         together = max(1, _WEIGHTS_AT_ONCE // outputs // per_word) * per_word
         for start in range(0, inputs, together):
@@ -161,12 +161,14 @@ class QuantisedSource:
             )
         return zeros + 1
 
-    def _groups(self, module: _Module) -> Tensor:
+    def _groups(self, module: _Module, how: PackedIntegers) -> Tensor:
         """The group of each input, `[in]` int64."""
         in_order = torch.arange(module.shape[1]) // module.group_size
         if "g_idx" not in module.parts:
             return in_order
         groups = self._read(module, "g_idx").long()
+        if not how.act_order and not groups.any():  # written by quantisers that know no other order
+            return in_order
         if not torch.equal(groups.sort().values, in_order):
             raise self._error(
                 module.parts["g_idx"],
@@ -204,7 +206,9 @@ class QuantisedSource:
                 f"is of {inputs} inputs in groups of {group_size} and {outputs} outputs in words of {per_word}",
             )
         groups = -(-inputs // group_size)
-        if how.method == "gptq" and f"{module}.g_idx" in self._stored.tensors:
+        if how.method == "gptq" and (
+            f"{module}.g_idx" in self._stored.tensors or (how.act_order and how.group_size)
+        ):
             parts["g_idx"] = self._expect(f"{module}.g_idx", ("I32",), (inputs,))
         self._expect(name, ("I32",), (rows, columns))
         self._expect(parts["qzeros"], ("I32",), (groups, outputs // per_word))
