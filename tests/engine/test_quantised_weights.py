@@ -137,7 +137,10 @@ def test_tokens_are_those_of_the_same_weights_stored_plainly(tmp_path: Path, nam
     ("architecture", "changes"),
     [
         ("Qwen3ForCausalLM", {"head_dim": 24}),
-        ("Qwen3MoeForCausalLM", {"head_dim": 16, "num_experts": 2, "moe_intermediate_size": 32}),
+        (
+            "Qwen3MoeForCausalLM",
+            {"head_dim": 16, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32},
+        ),
         ("MixtralForCausalLM", {"num_local_experts": 2}),
         ("Phi3ForCausalLM", {}),
         ("GPTNeoXForCausalLM", {}),
