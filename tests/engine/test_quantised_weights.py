@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -78,6 +79,10 @@ CASES: dict[str, tuple[Quantiser, dict[str, Any]]] = {
     ),
     "gptq of one group": (gptq(-1), GPTQ | {"group_size": -1}),
     "gptq of 8 bits": (gptq(32, bits=8), GPTQ | {"group_size": 32, "bits": 8}),
+    "gptq, scales of 32 bits": (
+        gptq(32, bits=8, symmetric=False, scale=np.float32),
+        GPTQ | {"group_size": 32, "bits": 8, "sym": False},
+    ),
     "gptq of 8 bits, act-order, asymmetric": (
         gptq(32, bits=8, symmetric=False, act_order=True),
         GPTQ | {"group_size": 32, "bits": 8, "desc_act": True, "sym": False},

@@ -27,12 +27,12 @@ WEIGHTS = "model.safetensors"
 
 
 def _integers(
-    weight: np.ndarray, group_of: list[int], bits: int, symmetric: bool
+    weight: np.ndarray, group_of: list[int], bits: int, symmetric: bool, scale: type[np.floating] = np.float16
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """weight `[out, in]` → integers `[in, out]`, zeros and scales `[groups, out]`, and the fp32 weights."""
     outputs, inputs = weight.shape
     groups, most = max(group_of) + 1, 2**bits - 1
-    zeros, scales = np.zeros((groups, outputs), np.int64), np.zeros((groups, outputs), np.float16)
+    zeros, scales = np.zeros((groups, outputs), np.int64), np.zeros((groups, outputs), scale)
     for group in range(groups):
         members = [i for i in range(inputs) if group_of[i] == group]
         for o in range(outputs):
@@ -40,15 +40,15 @@ def _integers(
             if symmetric:
                 high = max(-low, high)
                 low = -high
-            scales[group, o] = np.float16((high - low) / most)
+            scales[group, o] = scale((high - low) / most)
             middle = (most + 1) // 2 if symmetric else round(-low / float(scales[group, o]))
             zeros[group, o] = min(max(middle, 1), most)
     stored, plain = np.zeros((inputs, outputs), np.int64), np.zeros((outputs, inputs), np.float32)
     for i in range(inputs):
         for o in range(outputs):
-            zero, scale = int(zeros[group_of[i], o]), np.float32(scales[group_of[i], o])
-            stored[i, o] = min(max(round(float(weight[o, i] / scale)) + zero, 0), most)
-            plain[o, i] = np.float32(int(stored[i, o]) - zero) * scale
+            zero, step = int(zeros[group_of[i], o]), np.float32(scales[group_of[i], o])
+            stored[i, o] = min(max(round(float(weight[o, i] / step)) + zero, 0), most)
+            plain[o, i] = np.float32(int(stored[i, o]) - zero) * step
     return stored, zeros, scales, plain
 
 
@@ -85,7 +85,13 @@ def awq(group_size: int) -> Quantiser:
 
 
 def gptq(
-    group_size: int, *, bits: int = 4, symmetric: bool = True, act_order: bool = False, version: int = 1
+    group_size: int,
+    *,
+    bits: int = 4,
+    symmetric: bool = True,
+    act_order: bool = False,
+    version: int = 1,
+    scale: type[np.floating] = np.float16,
 ) -> Quantiser:
     def quantise(weight: np.ndarray) -> tuple[Parts, np.ndarray]:
         inputs = weight.shape[1]
@@ -94,7 +100,7 @@ def gptq(
         group_of = [0] * inputs
         for place, i in enumerate(order):
             group_of[i] = place // size
-        integers, zeros, scales, plain = _integers(weight, group_of, bits, symmetric)
+        integers, zeros, scales, plain = _integers(weight, group_of, bits, symmetric, scale)
         parts = {
             "qweight": _words(integers.T.tolist(), bits).t().contiguous(),
             "qzeros": _words((zeros - (1 if version == 1 else 0)).tolist(), bits),
