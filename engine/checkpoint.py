@@ -17,6 +17,7 @@ from typing import Any, Literal
 from engine import families, foreign, gguf_file
 from engine.config import ModelConfig, ModelImpl
 from engine.families import UnsupportedCheckpoint
+from engine.quantisation import Quantisation, read_quantisation
 from engine.safetensors_file import SafetensorsFile
 
 __all__ = ["Checkpoint", "UnsupportedCheckpoint"]
@@ -36,6 +37,7 @@ class Checkpoint:
     kind: Literal["safetensors", "gguf"]
     files: tuple[Path, ...]
     config: ModelConfig
+    quantisation: Quantisation | None = None  # how safetensors store their weights; None: plainly
 
     @classmethod
     def open(cls, model: str, revision: str | None = None, *, model_impl: ModelImpl = "auto") -> Checkpoint:
@@ -98,12 +100,18 @@ class Checkpoint:
             known = families.only_architecture(config) in families.FAMILIES
             ours = model_impl == "nightpress" or (model_impl == "auto" and known)
             model = (families if ours else foreign).model_config(config, generation)
+            quantisation = read_quantisation(config)
+            if quantisation is not None and model.storage.transposed:
+                raise UnsupportedCheckpoint(
+                    f"quantization_config ({quantisation.method}) is not supported for {model.architecture}, whose "
+                    "matrices are stored transposed; use the original weights, or a GGUF file of them"
+                )
         except UnsupportedCheckpoint as error:
             raise UnsupportedCheckpoint(f"{path}: {error}") from None
         files = _weight_files(folder)
         for file in files:
             SafetensorsFile.open(file)  # a file that is cut short says so now
-        return cls(path=folder, kind="safetensors", files=files, config=model)
+        return cls(path=folder, kind="safetensors", files=files, config=model, quantisation=quantisation)
 
 
 def _without_weights(folder: Path, num_gguf: int) -> str:

@@ -254,13 +254,6 @@ def model_config(config: Mapping[str, Any], generation: Mapping[str, Any] | None
         raise UnsupportedCheckpoint(
             f"architecture {architecture} is not supported; known: {', '.join(FAMILIES)}"
         )
-    if config.get("quantization_config"):
-        given = config["quantization_config"]
-        method = given.get("quant_method", "of an unknown kind") if isinstance(given, dict) else given
-        raise UnsupportedCheckpoint(
-            f"quantization_config ({method}): quantised safetensors are not supported; use the original weights, "
-            "or a GGUF file of them"
-        )
     for name in _NUMBERS:
         if not isinstance(config.get(name), int | float | None):
             raise UnsupportedCheckpoint(

@@ -22,7 +22,7 @@ _REFUSED = {
     "is_encoder_decoder": "an encoder with a decoder is not supported",
     "add_cross_attention": "cross attention is not supported",
     "text_config": "models of more than text are not supported",
-    "quantization_config": "quantised safetensors are not supported",
+    "quantization_config": "quantised safetensors are not supported for a model of transformers' own code",
 }
 # What configuration classes call the same size
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")

@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from math import prod
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -19,9 +20,11 @@ from torch import Tensor
 
 from engine.checkpoint import Checkpoint, UnsupportedCheckpoint
 from engine.gguf_file import GGUFFile
+from engine.quantised_source import QuantisedSource
 from engine.safetensors_file import SafetensorsFile, StoredTensor
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_QUANTISED = {"I32": torch.int32, "F8_E4M3": torch.float8_e4m3fn}
 
 
 class WeightSource(Protocol):
@@ -42,6 +45,11 @@ class WeightSource(Protocol):
         """Rows that must be copied together."""
         ...
 
+    def leave_out(self, name: str) -> bool:
+        """Whether a tensor for which the model has no place may be left out. Where its values decide, entering the
+        context raises `UnsupportedCheckpoint`."""
+        ...
+
     def copy(self, name: str, start: int, end: int, target: Tensor) -> None:
         """Rows `start` to `end` of the tensor, converted, into a `target` of their shape. Raises
         `UnsupportedCheckpoint`."""
@@ -54,21 +62,23 @@ def open_source(checkpoint: Checkpoint, wanted: Iterable[str]) -> WeightSource:
     stored twice."""
     if checkpoint.kind == "gguf":
         return _GGUFSource(GGUFFile.open(checkpoint.path), wanted)
-    return _SafetensorsSource([SafetensorsFile.open(path) for path in checkpoint.files])
+    source = _SafetensorsSource([SafetensorsFile.open(path) for path in checkpoint.files])
+    return source if checkpoint.quantisation is None else QuantisedSource(source, checkpoint.quantisation)
 
 
 class _SafetensorsSource:
     piece_bytes = 4 * 2**20
 
     def __init__(self, files: list[SafetensorsFile]) -> None:
-        self._at: dict[str, tuple[Path, StoredTensor]] = {}
+        at: dict[str, tuple[Path, StoredTensor]] = {}
         for file in files:
             for name, stored in file.tensors.items():
-                if name in self._at:
+                if name in at:
                     raise UnsupportedCheckpoint(f"{file.path}: tensor {name} is there twice")
-                self._at[name] = file.path, stored
+                at[name] = file.path, stored
+        self.at: Mapping[str, tuple[Path, StoredTensor]] = at
         self.tensors: Mapping[str, tuple[tuple[int, ...], int]] = {
-            name: (stored.shape, stored.num_bytes) for name, (_, stored) in self._at.items()
+            name: (stored.shape, stored.num_bytes) for name, (_, stored) in self.at.items()
         }
         self._files = {file.path: -1 for file in files}
         self._open = ExitStack()
@@ -83,18 +93,22 @@ class _SafetensorsSource:
         self._open.close()
 
     def check(self, name: str) -> None:
-        path, stored = self._at[name]
+        path, stored = self.at[name]
         if stored.dtype not in _DTYPES:
             raise UnsupportedCheckpoint(
                 f"{path}: tensor {name} is stored as {stored.dtype}; allowed: {', '.join(_DTYPES)}. "
-                "Quantised safetensors are not supported: use the original weights, or a GGUF file of them"
+                "Quantised weights are read as the quantization_config of config.json says, which leaves this one "
+                "out: use the original weights, or a GGUF file of them"
             )
 
     def unit(self, name: str) -> int:
         return 1
 
+    def leave_out(self, name: str) -> bool:
+        return False
+
     def copy(self, name: str, start: int, end: int, target: Tensor) -> None:
-        path, stored = self._at[name]
+        path, stored = self.at[name]
         row_bytes = stored.num_bytes // stored.shape[0]
         dtype, offset = _DTYPES[stored.dtype], stored.offset + start * row_bytes
         direct = target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous()
@@ -102,6 +116,18 @@ class _SafetensorsSource:
         _fill(self._files[path], staged.view(torch.uint8).numpy().data.cast("B"), offset, path)
         if not direct:
             target.copy_(staged)
+
+    def read(self, name: str, start: int = 0, end: int | None = None) -> Tensor:
+        """Rows `start` to `end` in new memory, in the dtype in which they are stored: words of integers and floats of
+        8 bits, too."""
+        path, stored = self.at[name]
+        shape, offset = stored.shape, stored.offset
+        if shape:
+            offset += start * (stored.num_bytes // shape[0])
+            shape = ((shape[0] if end is None else end) - start, *shape[1:])
+        found = torch.empty(prod(shape), dtype=(_DTYPES | _QUANTISED)[stored.dtype])
+        _fill(self._files[path], found.view(torch.uint8).numpy().data.cast("B"), offset, path)
+        return found.view(shape)
 
 
 class _GGUFSource:
@@ -131,6 +157,9 @@ class _GGUFSource:
 
     def unit(self, name: str) -> int:
         return self._file.rows_per_head(self._names[name])
+
+    def leave_out(self, name: str) -> bool:
+        return False
 
     def copy(self, name: str, start: int, end: int, target: Tensor) -> None:
         target.copy_(torch.from_numpy(self._file.read(self._fd, self._names[name], start, end)))

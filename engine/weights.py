@@ -122,6 +122,8 @@ def _places(
             continue
         names = _names_of_experts(name, decoder) if name.endswith(_FUSED) else (name,)
         if not names or any(one not in targets for one in names):
+            if source.leave_out(stored_name):
+                continue
             raise UnsupportedCheckpoint(f"{checkpoint.path}: tensor {stored_name} is not known")
         if not waiting.issuperset(names):
             raise UnsupportedCheckpoint(f"{checkpoint.path}: tensor {stored_name} is there twice")

@@ -90,7 +90,6 @@ def test_generation_config_decides_the_end_tokens() -> None:
         ({"rope_scaling": {"rope_type": "yarn", "factor": 0.5}}, "factor"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
         ({"hidden_act": "quick_gelu"}, "quick_gelu"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"head_dim": 15}, "head_dim"),
