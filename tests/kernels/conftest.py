@@ -24,7 +24,9 @@ SLOW = (  # each case runs a kernel many times; what they say, others say of one
     "test_nothing_outside_of_all_windows_is_read",
     "test_a_window_that_everything_fits_in_is_none",
     "test_attention_with_large_scores_stays_exact",
+    "test_rows_of_one_query_need_no_starts",  # as `test_shared_prefixes` has them too
 )
+ONCE = ("test_rows_that_share_equal_a_plain_loop",)  # one case is enough of what takes ten seconds
 DTYPES = [torch.float32, torch.bfloat16]
 STORAGES = {"plain": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
@@ -38,6 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for name, group in cases.items():
         group.sort(key=lambda item: item.nodeid)
         quick = () if name.endswith(SLOW) else (group[0], group[len(group) // 2])
+        quick = quick[: 1 if name.endswith(ONCE) else None]
         for item in group:
             if item not in quick:
                 item.add_marker(pytest.mark.interpreted)
