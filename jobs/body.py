@@ -305,7 +305,7 @@ class _Wish:
         return isinstance(other, _Wish) and self._values == other._values
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=64)
 def _known_sampling(wish: _Wish, default_max_tokens: int, max_n: int) -> SamplingParams:
     body, wish.body = wish.body, None  # what is remembered must not keep its texts
     assert body is not None

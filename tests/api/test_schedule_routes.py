@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -226,7 +227,8 @@ def test_a_tiny_window_behind_a_big_queue(client: TestClient, database: Database
     answer = client.post(f"/v1/schedules/{tight['id']}/run")
     error = error_of(answer, 429)
     assert (error["code"], error["param"]) == ("window_cannot_be_met", "completion_window")
-    assert "60 seconds" in error["message"]
+    # counted from when the queue was last looked at, which may be a moment ago
+    assert re.search(r"window of 6[01] seconds cannot", error["message"])
     assert 100 < int(answer.headers["retry-after"]) < 300
     assert answer.headers["x-should-retry"] == "false", "no client waits for so long by itself"
     assert client.get(f"/v1/schedules/{tight['id']}/runs").json()["data"] == []
