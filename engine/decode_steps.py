@@ -118,7 +118,7 @@ class DecodeSteps:
         """Each row computes its sequence's last token, draws, and goes on for `num_steps` steps or as long as its
         sequence may; its pages cover that. `behind`: steps of a launch of the same rows whose draws nobody has read:
         rows go on where it stops, but for those that have no pages any more."""
-        shape = self._write_on(rows, behind + num_steps) if behind else self._write(rows, num_steps)
+        shape = self._write(rows, behind + num_steps, on=behind > 0)
         for _ in range(num_steps):
             self._draw(shape, self._forward(shape))
         return Drawn(self._made[:num_steps, : len(rows)])
@@ -129,33 +129,24 @@ class DecodeSteps:
 
     # --- inputs ---------------------------------------------------------------------------------------------
 
-    def _write(self, rows: tuple[Row, ...], num_steps: int) -> Shape:
-        """Put the rows' state where a step finds it."""
+    def _write(self, rows: tuple[Row, ...], num_steps: int, *, on: bool = False) -> Shape:
+        """Put the rows' state where a step finds it. `on`: they are there and go on, with other limits and pages."""
         sequences = [row.sequence for row in rows]
         limits, groups, shape = self._limits(sequences, num_steps)
         self._prepare(shape)
         numbers = np.zeros((4, shape[0]), dtype=np.int64)
-        numbers[0, : len(rows)] = [one.token_ids[-1] for one in sequences]
-        numbers[1, : len(rows)] = [one.num_computed for one in sequences]
         numbers[2, : len(rows)] = limits
-        seeds = np.array([one.seed & 0xFFFFFFFFFFFFFFFF for one in sequences], dtype=np.uint64)
-        numbers[3, : len(rows)] = seeds.view(np.int64)
-        temperatures = np.zeros(shape[0], dtype=np.float64)
-        temperatures[: len(rows)] = [one.request.sampling.temperature for one in sequences]
-        self._put(numbers, self._numbers[:, : shape[0]])
-        self._put(temperatures, self._temperatures[: shape[0]])
-        self._put_groups(groups, shape)
-        self._put_table(sequences, limits, shape)
-        return shape
-
-    def _write_on(self, rows: tuple[Row, ...], num_steps: int) -> Shape:
-        """The same for rows that are on the device and go on: new limits, new pages."""
-        sequences = [row.sequence for row in rows]
-        limits, groups, shape = self._limits(sequences, num_steps)
-        self._prepare(shape)
-        numbers = np.zeros(shape[0], dtype=np.int64)
-        numbers[: len(rows)] = limits
-        self._put(numbers, self._numbers[2, : shape[0]])
+        if on:
+            self._put(numbers[2], self._numbers[2, : shape[0]])
+        else:
+            numbers[0, : len(rows)] = [one.token_ids[-1] for one in sequences]
+            numbers[1, : len(rows)] = [one.num_computed for one in sequences]
+            seeds = np.array([one.seed & 0xFFFFFFFFFFFFFFFF for one in sequences], dtype=np.uint64)
+            numbers[3, : len(rows)] = seeds.view(np.int64)
+            temperatures = np.zeros(shape[0], dtype=np.float64)
+            temperatures[: len(rows)] = [one.request.sampling.temperature for one in sequences]
+            self._put(numbers, self._numbers[:, : shape[0]])
+            self._put(temperatures, self._temperatures[: shape[0]])
         self._put_groups(groups, shape)
         self._put_table(sequences, limits, shape)
         return shape

@@ -21,7 +21,7 @@ from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 from jobs.body import BadField, parse_job
 from jobs.celery_results import CeleryResults
 from jobs.database import Database
-from jobs.intake import Intake, Message, check_task_id
+from jobs.intake import Intake, Message, Refusal, check_task_id
 from jobs.models import Job
 from jobs.quotas import QuotaExceeded
 from jobs.settings import Settings
@@ -159,7 +159,7 @@ class Arrivals(threading.Thread):
         except BadField as error:
             return error
 
-    def _refuse(self, task_id: str, error: BadField | QuotaExceeded, tenant: str) -> None:
+    def _refuse(self, task_id: str, error: Refusal, tenant: str) -> None:
         log.warning("arrivals.refused param=%s code=%s", error.param, error.code)
         try:
             self.intake.accept_invalid(task_id, error.as_error(), tenant)

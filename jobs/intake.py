@@ -10,9 +10,10 @@ makes one job and counts once. Single jobs that come at the same time share a tr
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeAlias
 
 from sqlalchemy import Connection, bindparam, insert, select
 
@@ -25,13 +26,14 @@ from jobs.group_commit import GroupCommit
 from jobs.idempotency import Submit, claim
 from jobs.job_rows import insert_all, insert_new, job_row, load_of, new_id, refused_row
 from jobs.models import Batch, Job, Worker
-from jobs.quotas import Load, QuotaExceeded, Room, open_room
+from jobs.quotas import QuotaExceeded, Room, open_room
 from jobs.settings import Settings
 from jobs.states import LIVE_WORKER, BatchState
 from jobs.tenants import Owner
 from jobs.terms import ORDINARY, Terms
 
 MAX_ID_CHARS = 255
+Refusal: TypeAlias = BadField | QuotaExceeded | WindowTooTight
 _JOB_IDS = select(Job.id).where(Job.id.in_(bindparam("ids", expanding=True)))
 
 
@@ -82,10 +84,6 @@ class Single:
     @property
     def id(self) -> str:
         return str(self.row["id"])
-
-    @property
-    def tenant(self) -> str:
-        return str(self.row["tenant"])
 
 
 class Intake:
@@ -239,7 +237,7 @@ class Intake:
         """Call it when the transaction of `insert_batch` has committed: forecasts heed the batch at once."""
         self._forecasts.accepted(_tokens_by_model(new.jobs))
 
-    def accept_messages(self, messages: Sequence[Message]) -> dict[str, BadField | QuotaExceeded]:
+    def accept_messages(self, messages: Sequence[Message]) -> dict[str, Refusal]:
         """Jobs that came through Redis, under their task ids. An id that exists is passed over, whatever its
         body. Returns the ids whose tenant does not exist or has no room, with the reason; the others are
         accepted. Raises `BadField` before anything is written if an id or a model is impossible."""
@@ -264,10 +262,11 @@ class Intake:
 
     def _accept_singles(self, singles: Sequence[Single]) -> list[str | Exception]:
         """The id of each, or why it is refused."""
-        outcomes = self._database.transact(lambda connection: self._insert_each(connection, singles))
-        accepted = [one.row for one, outcome in zip(singles, outcomes, strict=True) if outcome == one.id]
-        self._forecasts.accepted(_tokens_by_model(accepted))
-        return outcomes
+        rows = {one.id: one.row for one in singles}
+        terms = {one.id: one.terms for one in singles}
+        refused = self._database.transact(lambda connection: self._insert_fitting(connection, rows, terms))
+        self._forecasts.accepted(_tokens_by_model([row for key, row in rows.items() if key not in refused]))
+        return [refused.get(key, key) for key in rows]
 
     # --- transactions -----------------------------------------------------------------------------------------
 
@@ -288,33 +287,6 @@ class Intake:
         insert_all(connection, rows)
         tallies.add(connection, [load.change(tenant)])
 
-    def _insert_each(self, connection: Connection, singles: Sequence[Single]) -> list[str | Exception]:
-        known = _known_ids(connection, [one.id for one in singles])
-        rooms = self._rooms(connection, {one.tenant for one in singles})
-        outcomes: list[str | Exception] = []
-        fitting: list[dict[str, Any]] = []
-        loads: dict[str, list[Load]] = {}
-        for one in singles:
-            if one.id in known:  # this very transaction was committed before its connection was lost
-                outcomes.append(one.id)
-                continue
-            room, load = rooms[one.tenant], load_of([one.row])
-            try:
-                if isinstance(room, BadField):
-                    raise room
-                self._forecasts.check_all(connection, _tokens_by_model([one.row]), one.terms)
-                room.take(load)
-            except (BadField, QuotaExceeded, WindowTooTight) as error:
-                outcomes.append(error)
-            else:
-                outcomes.append(one.id)
-                fitting.append(one.row)
-                loads.setdefault(one.tenant, []).append(load)
-        if fitting:
-            insert_all(connection, fitting)
-            tallies.add(connection, [load.change(tenant) for tenant, own in loads.items() for load in own])
-        return outcomes
-
     def _rooms(self, connection: Connection, tenants: Iterable[str]) -> dict[str, Room | BadField]:
         """Of a tenant that does not exist, the error that says so."""
         rooms: dict[str, Room | BadField] = {}
@@ -326,24 +298,31 @@ class Intake:
         return rooms
 
     def _insert_fitting(
-        self, connection: Connection, rows: dict[str, dict[str, Any]]
-    ) -> dict[str, BadField | QuotaExceeded]:
-        refused: dict[str, BadField | QuotaExceeded] = {}
+        self,
+        connection: Connection,
+        rows: dict[str, dict[str, Any]],
+        terms: Mapping[str, Terms] = MappingProxyType({}),
+    ) -> dict[str, Refusal]:
+        """Those that are refused, by id. `terms`: of those whose window must be met."""
+        refused: dict[str, Refusal] = {}
         rooms = self._rooms(connection, {str(row["tenant"]) for row in rows.values()})
         known = _known_ids(connection, sorted(rows))
         fitting: list[dict[str, Any]] = []
-        for task_id, row in rows.items():
-            if task_id in known:
+        for job_id, row in rows.items():
+            if job_id in known:
                 continue
-            room = rooms[row["tenant"]]
+            room, load = rooms[row["tenant"]], load_of([row])
             if isinstance(room, BadField):
-                refused[task_id] = room
+                refused[job_id] = room
                 continue
             try:
-                room.take(load_of([row]))
-            except QuotaExceeded as error:
-                refused[task_id] = error
+                room.check(load)
+                if job_id in terms:
+                    self._forecasts.check_all(connection, _tokens_by_model([row]), terms[job_id])
+            except (QuotaExceeded, WindowTooTight) as error:
+                refused[job_id] = error
             else:
+                room.take(load)
                 fitting.append(row)
         # Another worker may have received the same message: only what really went in counts.
         inserted = insert_new(connection, fitting)

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import Connection, insert
+from sqlalchemy.dialects import postgresql, sqlite
 
 from engine.request import derive_seed
 from jobs import tallies
 from jobs.audience import Audience
 from jobs.body import JobBody
-from jobs.database import clock, insert_into, portions
+from jobs.database import clock, in_words_of, portions
 from jobs.fair_tags import tag
 from jobs.models import Job
 from jobs.quotas import Load, estimate_tokens
@@ -151,8 +152,12 @@ def insert_new(connection: Connection, rows: Sequence[JobRow]) -> list[str]:
     """INSERT … ON CONFLICT DO NOTHING; the ids that were new."""
     if not rows:
         return []
-    statement = insert_into(connection, Job).on_conflict_do_nothing(index_elements=["id"]).returning(Job.id)
-    return list(connection.scalars(statement, _complete(connection, rows)))
+    return list(connection.scalars(_insert_new(connection.dialect.name), _complete(connection, rows)))
+
+
+@in_words_of
+def _insert_new(insert_into: type[sqlite.Insert | postgresql.Insert]) -> Any:
+    return insert_into(Job).on_conflict_do_nothing(index_elements=["id"]).returning(Job.id)
 
 
 def _complete(connection: Connection, rows: Sequence[JobRow]) -> list[JobRow]:

@@ -75,11 +75,14 @@ class Room:
         self._use = use
 
     def take(self, load: Load) -> None:
-        """Count `load` as accepted; quotas that it does not touch are not asked. Raises `QuotaExceeded`, and then
-        counts nothing."""
+        """Count `load` as accepted. Raises `QuotaExceeded`, and then counts nothing."""
+        self._use = self.check(load)
+
+    def check(self, load: Load) -> Use | None:
+        """What would be used with `load`; quotas that it does not touch are not asked. Raises `QuotaExceeded`."""
         use = self._use
         if use is None:
-            return
+            return None
         after = replace(
             use,
             queued_jobs=use.queued_jobs + load.jobs,
@@ -106,7 +109,7 @@ class Room:
                 asked=asked,
                 retry_after=_retry_after(quota, limit, asked, use.day_left),
             )
-        self._use = after
+        return after
 
 
 def open_room(connection: Connection, tenant: str, settings: Settings) -> Room:

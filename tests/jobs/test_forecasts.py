@@ -13,7 +13,7 @@ from jobs.body import JobBody
 from jobs.claims import claim
 from jobs.database import Database, now
 from jobs.forecasts import Forecasts, WindowTooTight
-from jobs.intake import Intake
+from jobs.intake import Intake, Single
 from jobs.job_rows import job_row, new_id
 from jobs.leases import register
 from jobs.models import Batch, Job, Worker
@@ -234,6 +234,26 @@ def test_a_quota_is_asked_before_the_window(database: Database, settings: Settin
     Tenants(database).change(DEFAULT, quotas={"queued_jobs": 40})
     with pytest.raises(QuotaExceeded):
         submit(database, settings, 1, Terms(deadline=clock(database) + 1))
+    with pytest.raises(QuotaExceeded):
+        Intake(database, settings).accept_one(BODY, OPERATOR, terms=Terms(deadline=clock(database) + 1))
+
+
+def test_who_is_refused_for_its_window_takes_no_room_from_who_comes_with_it(
+    database: Database, settings: Settings
+) -> None:
+    worker(database)
+    submit(database, settings, 40, Terms(tier=Tier.URGENT))
+    Tenants(database).change(DEFAULT, quotas={"queued_jobs": 41})
+    named = BODY.model_copy(update={"model": "tiny"})
+    singles = [
+        Single(job_row(new_id("job"), named, OPERATOR, settings, source="http", terms=terms), terms)
+        for terms in (Terms(deadline=clock(database) + 1), Terms())
+    ]
+    tight, other = Intake(database, settings)._accept_singles(singles)
+    assert isinstance(tight, WindowTooTight)
+    assert other == singles[1].id
+    with database.read() as connection:
+        check_tallies(connection)
 
 
 def test_a_picture_is_kept_and_a_great_change_seen_at_once(database: Database, settings: Settings) -> None:
