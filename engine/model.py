@@ -44,8 +44,8 @@ class Decoder:
         self.kernels = kernels
         self.dtype = dtype
         self.device = device
-        # whether a CUDA graph can hold a step: the rows of experts are counted on the host
-        self.capturable = config.moe is None
+        # whether a CUDA graph can hold a step: the rows of experts are counted on the host, and slots by `reference`
+        self.capturable = config.moe is None and kernels.name == "triton"
         self.parameters: dict[str, Tensor] = {
             name: torch.empty(shape, dtype=dtype, device=device)
             for name, shape in parameter_shapes(config).items()

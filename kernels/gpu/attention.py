@@ -128,10 +128,6 @@ def many(
 ):  # fmt: skip
     """Rows of more than one query, QUERIES of them a block, and zeros for padding tokens.
 
-    A cache of 8 bits with heads that do not fill WIDTH is walked with masks everywhere: `prefix`, which walked it
-    without, gave wrong sums on an H200 in 16 bits (Triton 3.6; the cause is not known, and neither fp32 nor the
-    interpreter shows it).
-
     Programs [T // QUERIES + R + 1, hk · blocks of HEADS heads]. Row r has the blocks from
     query_start[r] // QUERIES + r on, which are enough for any lengths; padding counts as row R.
     """
@@ -190,8 +186,6 @@ def many(
         a = low // TILE * TILE
         b = tl.minimum(tl.maximum(full_begin, a), high)
         c = tl.maximum(tl.minimum(full_stop, high), b)
-        if key_scales is not None and DIM != WIDTH:
-            c = b
         part_top, part_total = tl.full((M,), float("-inf"), tl.float32), tl.zeros((M,), tl.float32)
         part = tl.zeros((M, WIDTH), tl.float32)
         if window is not None:

@@ -13,6 +13,9 @@ from kernels.gpu.splits import splits_for
 from kernels.gpu.tiles import WIDEST, capability, decode_rows, tiles_for
 from kernels.gpu.walk import LOG2_E
 
+# Channels of a tile of 8 bits: with 32 of them and queries of 16 bits, Triton 3.6 made wrong products on an H200.
+LEAST_IN_8_BITS = 64
+
 
 def paged_attention(
     q: Tensor,
@@ -26,7 +29,7 @@ def paged_attention(
     tokens, heads, dim = q.shape
     rows, most_pages = page_table.shape
     kv_heads, page_size = cache.keys.shape[1], cache.keys.shape[3]
-    width = max(16, triton.next_power_of_2(dim))
+    width = max(16 if cache.key_scales is None else LEAST_IN_8_BITS, triton.next_power_of_2(dim))
     if width > WIDEST:
         raise ValueError(f"the triton kernels attend with heads of at most {WIDEST} channels, not {dim}")
     out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
@@ -40,6 +43,8 @@ def paged_attention(
     scale, cap = how.scale * LOG2_E.value, None  # scores are in base 2
     if how.softcap is not None:
         scale, cap = how.scale / how.softcap, how.softcap * LOG2_E.value
+    # whether a product is fused with the sum behind it differed between the walks of fp32
+    exact = {"enable_fp_fusion": False} if q.dtype == torch.float32 else {}
     pages = (cache.keys, cache.values, cache.key_scales, cache.value_scales)
     shapes = {"DIM": dim, "PAGE": page_size, "WIDTH": width, "KV_HEADS": kv_heads, "GROUP": group}
 
@@ -50,8 +55,8 @@ def paged_attention(
     queries, head_blocks = m // together, kv_heads * triton.cdiv(group, together)
 
     splits = splits_for(most_tokens)
-    if query_start is not None or window is not None or splits == 1 or cache.key_scales is not None:
-        shared = None  # of 8 bits: see `many`
+    if query_start is not None or window is not None or splits == 1:
+        shared = None
     if rows and splits:
         # of rows with one split nothing comes here; the caching allocator gives every layer the same memory
         apart = rows if splits > 1 else 0
@@ -64,19 +69,19 @@ def paged_attention(
                 shared.tokens, shared.members, shared.starts, groups,
                 q.stride(0), q.stride(1), page_table.stride(0), splits, scale, cap,
                 **shapes, HEADS=together, QUERIES=queries, M=m, TILE=tiles.tokens,
-                GROUPS=triton.next_power_of_2(groups), num_warps=tiles.warps, num_stages=tiles.stages,
+                GROUPS=triton.next_power_of_2(groups), num_warps=tiles.warps, num_stages=tiles.stages, **exact,
             )  # fmt: skip
         single[(rows, kv_heads * triton.cdiv(group, single_heads), splits)](
             q, *pages, how.slopes, page_table, query_start, context_lens, out, parts, stats,
             None if shared is None else shared.tokens,
             q.stride(0), q.stride(1), page_table.stride(0), splits, scale, cap, window,
             **shapes, HEADS=single_heads, M=single_m, TILE=tiles.tokens,
-            num_warps=tiles.decode_warps, num_stages=tiles.decode_stages,
+            num_warps=tiles.decode_warps, num_stages=tiles.decode_stages, **exact,
         )  # fmt: skip
         if splits > 1:
             reduce[(rows, heads)](
                 parts, stats, query_start, context_lens, out, splits, window,
-                HEADS=heads, DIM=dim, WIDTH=width,
+                HEADS=heads, DIM=dim, WIDTH=width, **exact,
             )  # fmt: skip
 
     if query_start is None:
@@ -85,6 +90,6 @@ def paged_attention(
         q, *pages, how.slopes, page_table, query_start, context_lens, out,
         q.stride(0), q.stride(1), page_table.stride(0), tokens, rows, scale, cap, window,
         **shapes, HEADS=together, QUERIES=queries, M=m, TILE=tiles.tokens,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        num_warps=tiles.warps, num_stages=tiles.stages, **exact,
     )  # fmt: skip
     return out
