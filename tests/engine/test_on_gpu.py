@@ -84,6 +84,12 @@ def test_every_family_answers_as_transformers_does(architecture: str, device: st
     assert_near(cases, found, 1e-3)
 
 
+def test_the_reference_kernels_answer_there_too(device: str, tmp_path: Path) -> None:
+    cases = reference_cases(tmp_path, "LlamaForCausalLM", 0)
+    found = generated(tmp_path, [case.prompt for case in cases], 64, device=device, kernels="reference")
+    assert_near(cases, found, 1e-3)
+
+
 @pytest.fixture(scope="module")
 def requests() -> list[Request]:
     """Without grammars, which are made by a library that not every machine has."""

@@ -69,7 +69,7 @@ def test_a_few_compile_without_spills() -> None:
 @pytest.mark.parametrize(
     ("target", "instruction"),
     [
-        ("sm_90", "wgmma"),
+        pytest.param("sm_90", "wgmma", marks=pytest.mark.long),
         pytest.param("sm_80", "mma.sync", marks=pytest.mark.interpreted),
         pytest.param("sm_100", "tcgen05.mma", marks=pytest.mark.interpreted),
     ],

@@ -58,6 +58,7 @@ def test_every_included_file_counts_for_the_binary() -> None:
     assert included == {path.name for path in (build.SOURCE, *build.INCLUDED)}
 
 
+@pytest.mark.long
 def test_processes_that_build_at_once_all_get_a_whole_library(tmp_path: Path) -> None:
     code = (
         f"import torch; from kernels import kernels_for; from kernels.cpu import build; build.FLAGS = {QUICK};"

@@ -138,6 +138,7 @@ def test_shared_pages_are_read_through_one_row() -> None:
     assert torch.equal(attend(TRITON, case, hint), attend(TRITON, replace(case, page_table=table), hint))
 
 
+@pytest.mark.interpreted
 def test_more_heads_of_one_kv_head_than_a_block_holds() -> None:
     case, hint = hinted("part of a split", heads=71, dtype=torch.float32)
     assert_close(attend(TRITON, case, hint), naive_attention(case), torch.float32)

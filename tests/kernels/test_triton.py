@@ -135,7 +135,7 @@ def test_a_token_has_the_same_bits_in_any_chunk_and_crowd(dtype: torch.dtype, ho
 def test_a_token_has_the_same_bits_in_a_few_chunks_and_crowds() -> None:
     case = long_contexts(torch.float32, Attention(0.2, window=600))
     together = case.run(TRITON)
-    for row, first, last in ((0, 0, 1), (0, 1, 3), (1, 0, 1), (3, 16, 20), (3, 7, 8), (6, 1, 2)):
+    for row, first, last in ((0, 1, 3), (1, 0, 1), (3, 16, 20)):
         same_bits(case, together, row, first, last)
 
 
