@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from engine.plan import Row
-from engine.sampler import FAILED, Sampler, uniforms
+from engine.sampler import FAILED, Sampler
 from engine.sampling_params import SamplingParams
+from kernels import Kernels, kernels_for
+from kernels.noise import uniforms
 from tests.support.hopping import triton_kernels
 from tests.support.rollout import sequence
 from tests.support.shapes import shape
@@ -32,23 +34,20 @@ def draw(logits: Tensor, rows: list[Row]) -> list[int]:
 
 
 def plain_draw(logits: list[float], params: SamplingParams, u: float) -> int:
-    """Temperature, top-k, top-p, inverse CDF: lists and math.exp only."""
+    """Temperature, min-p, top-k, top-p, inverse CDF in the order of ids: lists and math.exp only."""
     top = max(logits)
     weights = {i: math.exp((x - top) / params.temperature) for i, x in enumerate(logits)}
     weights = {i: 0.0 if weight < params.min_p else weight for i, weight in weights.items()}
-    if not params.top_k and params.top_p >= 1.0:
-        kept = list(weights)  # nothing is filtered: in the order of ids
-    else:
-        kept = sorted(weights, key=lambda i: (weights[i] == 0.0, -logits[i], i))
-        if params.top_k:
-            kept = kept[: params.top_k]
-        mass, before, nucleus = sum(weights[i] for i in kept), 0.0, []
-        for i in kept:
-            if nucleus and before >= params.top_p * mass:
-                break
-            nucleus.append(i)
-            before += weights[i]
-        kept = nucleus
+    kept = sorted(weights, key=lambda i: (weights[i] == 0.0, -logits[i], i))
+    if params.top_k:
+        kept = kept[: params.top_k]
+    mass, before, nucleus = sum(weights[i] for i in kept), 0.0, []
+    for i in kept:
+        if nucleus and params.top_p < 1.0 and before >= params.top_p * mass:
+            break
+        nucleus.append(i)
+        before += weights[i]
+    kept = sorted(nucleus)
     target, total = u * sum(weights[i] for i in kept), 0.0
     for i in kept:
         total += weights[i]
