@@ -255,9 +255,9 @@ class DecodeSteps:
             forward.capture_begin(pool=self._memory, capture_error_mode="thread_local")
             logits = self._compute(shape)
             forward.capture_end()
-            for filtered, draw in enumerate(draws):
+            for draw, filtered in zip(draws, (False, True), strict=True):
                 draw.capture_begin(pool=self._memory, capture_error_mode="thread_local")
-                self._advance(shape, logits, bool(filtered))
+                self._advance(shape, logits, filtered)
                 draw.capture_end()
         torch.cuda.current_stream(self._device).wait_stream(stream)
         self._numbers.copy_(numbers)

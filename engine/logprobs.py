@@ -1,7 +1,7 @@
 """Logprobs: how likely tokens were, from logits that nothing has been done to.
 
-Owns the softmax behind every logprob and what is told of it, of generated tokens (`sampler`) and of prompts alike, and how
-many rows of logits a prompt may take at a time. Knows neither how a token was chosen nor where logits come from.
+Owns the softmax behind every logprob, of generated tokens (`sampler`) and of prompts alike, what is told of it, and
+how many rows of logits a prompt may take at a time. Knows neither how a token was chosen nor where logits come from.
 All of it is exact in any crowd: a row's values are the same bits in any number of rows and in any slice.
 """
 

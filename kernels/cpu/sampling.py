@@ -27,7 +27,8 @@ def sample(
     unlikely = (hot & (filters.min_p > 0)).nonzero()[:, 0]
     narrowed = (hot & ((top_k > 0) | (filters.top_p < 1.0))).nonzero()[:, 0]
     if len(unlikely):
-        logits = logits.index_copy(0, unlikely, _likely(logits[unlikely], temperatures[unlikely], filters.min_p[unlikely]))
+        likely = _likely(logits[unlikely], temperatures[unlikely], filters.min_p[unlikely])
+        logits = logits.index_copy(0, unlikely, likely)
     # of narrowed rows the greedy token, which says whether they fail
     tokens = reference.sample(logits, temperatures.index_fill(0, narrowed, 0.0), seeds, positions)
     if len(narrowed):

@@ -25,7 +25,7 @@ from kernels.gpu.token_weights import COLDEST, STEPS, weights
 
 GROUP = 256  # tokens of which the largest logit is known
 MOST = 8192  # tokens that are collected
-TILE, SMALL_TILE = 8192, 2048  # of a row, and of what was collected, in a pass
+TILE, SMALL_TILE = 4096, 1024  # of tokens and of groups, in a pass
 WARPS = 16
 LOWEST = tl.constexpr(-(2**31))  # below the keys of all numbers
 HIGHEST = tl.constexpr(2**31 - 1)
@@ -46,20 +46,23 @@ def _least_key(bound):
 
 
 @triton.jit
-def _tile(values, start, count, TILE: tl.constexpr):
-    """Values [TILE] fp32 and their keys, from `start` on; behind `count` keys are the lowest and values -inf."""
+def _tile(row, values, few, start, count, TILE: tl.constexpr):
+    """Logits [TILE] fp32 and their keys, from `start` on, of the row, or of its `values` that were collected if those
+    are `few`; behind `count` keys are the lowest and logits -inf."""
     place = start + tl.arange(0, TILE)
-    found = tl.load(values + place, mask=place < count, other=float("-inf")).to(tl.float32)
+    found = tl.load(row + place, mask=(place < count) & (few == 0), other=float("-inf")).to(tl.float32)
+    collected = tl.load(values + place, mask=(place < count) & (few != 0), other=float("-inf"))
+    found = tl.maximum(found, collected)  # one of them is -inf
     return found, tl.where(place < count, _keys(found), LOWEST)
 
 
 @triton.jit
-def _above(values, count, pivot, top, temperature, WEIGH: tl.constexpr, TILE: tl.constexpr):
+def _above(row, values, few, count, pivot, top, temperature, WEIGH: tl.constexpr, TILE: tl.constexpr):
     """What keys above the pivot measure, int64; the lowest of them; and the highest of the others."""
     amounts = tl.zeros((TILE,), tl.int64)
     higher, lower = tl.full((TILE,), HIGHEST, tl.int32), tl.full((TILE,), LOWEST, tl.int32)
     for start in range(0, count, TILE):
-        found, keys = _tile(values, start, count, TILE)
+        found, keys = _tile(row, values, few, start, count, TILE)
         above = keys > pivot
         if WEIGH:
             amounts += tl.where(above, weights(found, top, temperature), 0)
@@ -71,12 +74,12 @@ def _above(values, count, pivot, top, temperature, WEIGH: tl.constexpr, TILE: tl
 
 
 @triton.jit
-def _least(values, count, low, bound, top, temperature, WEIGH: tl.constexpr, TILE: tl.constexpr):
+def _least(row, values, few, count, low, bound, top, temperature, WEIGH: tl.constexpr, TILE: tl.constexpr):
     """The least key above `low` above which keys measure less than `bound`, which is at least 1. int64."""
     high = _keys(top).to(tl.int64)
     while high - low > 1:
         pivot = low + ((high - low) >> 1)
-        amount, higher, lower = _above(values, count, pivot, top, temperature, WEIGH, TILE)
+        amount, higher, lower = _above(row, values, few, count, pivot, top, temperature, WEIGH, TILE)
         stays, none = amount < bound, lower <= low
         high = tl.where(stays, tl.where(none, higher, lower), high)
         low = tl.where(stays & (lower > low), low, higher - 1)
@@ -84,14 +87,14 @@ def _least(values, count, low, bound, top, temperature, WEIGH: tl.constexpr, TIL
 
 
 @triton.jit
-def _around(values, count, key, top, temperature, TILE: tl.constexpr):
-    """Of keys above `key`: how many and their weight; and how many are equal to it. int64."""
-    number, equal = tl.zeros((TILE,), tl.int64), tl.zeros((TILE,), tl.int64)
+def _around(row, values, few, count, key, top, temperature, TILE: tl.constexpr):
+    """Of keys above `key`: how many, int32, and their weight, int64; and how many are equal to it, int32."""
+    number, equal = tl.zeros((TILE,), tl.int32), tl.zeros((TILE,), tl.int32)
     weight = tl.zeros((TILE,), tl.int64)
     for start in range(0, count, TILE):
-        found, keys = _tile(values, start, count, TILE)
-        number += (keys > key).to(tl.int64)
-        equal += (keys == key).to(tl.int64)
+        found, keys = _tile(row, values, few, start, count, TILE)
+        number += (keys > key).to(tl.int32)
+        equal += (keys == key).to(tl.int32)
         weight += tl.where(keys > key, weights(found, top, temperature), 0)
     return tl.sum(number, axis=0), tl.sum(weight, axis=0), tl.sum(equal, axis=0)
 
@@ -105,44 +108,43 @@ def _weight_of(key, top, temperature):
 
 
 @triton.jit
-def _draw(values, ids, count, vocab, least, mass, top_k, top_p, u, top, temperature,
-          COLLECTED: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
-    """A token, int64. `count` values, in the order of ids; keys below `least` have been filtered, and `mass` is
-    the weight of the rest. `ids`: of what was collected; else value i is token i's."""
-    equal = tl.full((), HIGHEST, tl.int64)  # how many of the least key stay
+def _draw(
+    row, values, ids, few, count, vocab, least, mass, top_k, top_p, u, top, temperature, TILE: tl.constexpr
+):  # fmt: skip
+    """A token, int64. `count` logits, in the order of ids; keys below `least` have been filtered, and `mass` is
+    the weight of the rest. `ids`: of what was collected."""
+    equal = tl.full((), HIGHEST, tl.int32)  # how many of the least key stay
     if top_k > 0:
-        least = _least(values, count, least - 1, top_k, top, temperature, False, TILE)
-        number, weight, equal = _around(values, count, least, top, temperature, TILE)
+        least = _least(row, values, few, count, least - 1, top_k, top, temperature, False, TILE)
+        number, weight, equal = _around(row, values, few, count, least, top, temperature, TILE)
         equal = tl.minimum(equal, top_k - number)
         mass = weight + equal * _weight_of(least, top, temperature)
     if top_p < 1.0:
         bound = tl.maximum(tl.ceil(top_p * mass.to(tl.float64)).to(tl.int64), 1)
-        nucleus = _least(values, count, least - 1, bound, top, temperature, True, TILE)
-        number, weight, ties = _around(values, count, nucleus, top, temperature, TILE)
+        nucleus = _least(row, values, few, count, least - 1, bound, top, temperature, True, TILE)
+        number, weight, ties = _around(row, values, few, count, nucleus, top, temperature, TILE)
         one = tl.maximum(_weight_of(nucleus, top, temperature), 1)
-        ties = tl.minimum(ties, (bound - weight + one - 1) // one)
+        ties = tl.minimum(ties, (bound - weight + one - 1) // one).to(tl.int32)
         equal = tl.where(nucleus == least, tl.minimum(equal, ties), ties)
         least = nucleus
         mass = weight + equal * one
     step = tl.minimum((u * mass.to(tl.float64)).to(tl.int64), mass - 1)
 
-    token, last = tl.zeros((), tl.int64) + vocab, tl.zeros((), tl.int64)
-    seen, before = tl.zeros((), tl.int64), tl.zeros((), tl.int64)
+    token, last = tl.zeros((), tl.int32) + vocab, tl.zeros((), tl.int32)
+    seen, before = tl.zeros((), tl.int32), tl.zeros((), tl.int64)
     for start in range(0, count, TILE):
-        found, keys = _tile(values, start, count, TILE)
+        found, keys = _tile(row, values, few, start, count, TILE)
         place = start + tl.arange(0, TILE)
-        if COLLECTED:
-            place = tl.load(ids + place, mask=place < count, other=0)
-        ties = (keys == least).to(tl.int64)
+        place = tl.where(few != 0, tl.load(ids + place, mask=(place < count) & (few != 0), other=0), place)
+        ties = (keys == least).to(tl.int32)
         stays = (keys > least) | ((ties > 0) & (seen + tl.cumsum(ties, axis=0) <= equal))
         held = tl.where(stays, weights(found, top, temperature), 0)
         sums = before + tl.cumsum(held, axis=0)
-        place = place.to(tl.int64)
         token = tl.minimum(token, tl.min(tl.where((sums > step) & (held > 0), place, vocab), axis=0))
         last = tl.maximum(last, tl.max(tl.where(held > 0, place, 0), axis=0))
         seen += tl.sum(ties, axis=0)
         before += tl.sum(held, axis=0)
-    return tl.minimum(token, last)
+    return tl.minimum(token, last).to(tl.int64)  # `last`, should rounding leave none above
 
 
 @triton.jit
@@ -155,10 +157,10 @@ def filter_kernel(
     group_maxima [S, groups] fp32; BLOCKS: `blocks`, rounded up to a power of two. Room for what is collected: values
     [S, MOST] fp32 and ids [S, MOST] int32."""
     row = tl.program_id(0).to(tl.int64)
-    top_k, top_p = tl.load(top_ks + row).to(tl.int64), tl.load(top_ps + row).to(tl.float64)
+    top_k, top_p = tl.load(top_ks + row), tl.load(top_ps + row).to(tl.float64)
     min_p, heat = tl.load(min_ps + row).to(tl.float64), tl.load(temperatures + row).to(tl.float64)
     temperature = heat.to(tl.float32)
-    top_k = tl.where(top_k < vocab, top_k, 0)
+    top_k = tl.where(top_k < vocab, top_k, 0).to(tl.int32)
     asked = (top_k > 0) | (top_p < 1.0) | (min_p > 0.0)
     if asked & (temperature != 0.0) & (tl.load(tokens + row) >= 0):
         block = tl.arange(0, BLOCKS)
@@ -175,12 +177,13 @@ def filter_kernel(
             floor = tl.maximum(floor, _least_key(top + heat * tl.log(0.99 * (1.0 - top_p) * whole / vocab)))
         if (top_k > 0) & (top_k <= groups):
             low = tl.full((), LOWEST, tl.int64)
-            most = _least(group_maxima + row * groups, groups, low, top_k, top, temperature, False, SMALL_TILE)
+            largest_of = group_maxima + row * groups
+            most = _least(largest_of, largest_of, 0, groups, low, top_k, top, temperature, False, SMALL_TILE)
             floor = tl.maximum(floor, most)
 
         count, masses = tl.zeros((), tl.int32), tl.zeros((TILE,), tl.int64)
         for start in range(0, vocab, TILE):
-            found, keys = _tile(logits + row * stride, start, vocab, TILE)
+            found, keys = _tile(logits + row * stride, values, 0, start, vocab, TILE)
             taken = keys >= floor
             place = count + tl.cumsum(taken.to(tl.int32), axis=0) - 1
             room = taken & (place < MOST)
@@ -190,16 +193,13 @@ def filter_kernel(
             count += tl.sum(taken.to(tl.int32), axis=0)
         mass = tl.sum(masses, axis=0)
         u = uniform(tl.load(seeds + row), tl.load(positions + row))
-        if count <= MOST:
-            tl.debug_barrier()  # what was collected is there
-            token = _draw(
-                values + row * MOST, ids + row * MOST, count, vocab, floor, mass, top_k, top_p, u, top, temperature,
-                True, SMALL_TILE,
-            )  # fmt: skip
-        else:
-            token = _draw(
-                logits + row * stride, ids, vocab, vocab, floor, mass, top_k, top_p, u, top, temperature, False, TILE
-            )  # fmt: skip
+        tl.debug_barrier()  # what was collected is there
+        few = (count <= MOST).to(tl.int32)
+        count = tl.where(few != 0, count, vocab)
+        token = _draw(
+            logits + row * stride, values + row * MOST, ids + row * MOST, few, count, vocab,
+            floor, mass, top_k, top_p, u, top, temperature, TILE,
+        )  # fmt: skip
         tl.store(tokens + row, token)
 
 

@@ -1,5 +1,5 @@
-"""Sampling: of each row of logits one token, in two launches that read nothing back to the host, and a third one where
-rows may be filtered (`filters`).
+"""Sampling: of each row of logits one token, in two launches that read nothing back to the host, and a third one
+where rows may be filtered (`filters`).
 
 The vocabulary is cut into blocks of a fixed size. The first kernel reads all logits once and tells of each block its
 largest, where that is, and how much its tokens weigh; the second finds the block of the draw, and the token in it.
@@ -102,7 +102,9 @@ def sample(
     sums = torch.empty((rows, blocks), dtype=torch.int64, device=logits.device)
     group_maxima = None
     if filters is not None:
-        group_maxima = torch.empty((rows, blocks * (BLOCK // GROUP)), dtype=torch.float32, device=logits.device)
+        group_maxima = torch.empty(
+            (rows, blocks * (BLOCK // GROUP)), dtype=torch.float32, device=logits.device
+        )
     stride = logits.stride(0)
     block_kernel[(rows, blocks)](
         logits, temperatures, maxima, firsts, sums, group_maxima, stride, vocab, blocks,
