@@ -25,7 +25,7 @@ from kernels.gpu.token_weights import COLDEST, STEPS, weights
 
 GROUP = 256  # tokens of which the largest logit is known
 MOST = 8192  # tokens that are collected
-TILE, SMALL_TILE = 4096, 1024  # of tokens and of groups, in a pass
+LONG_TILE, TILE, SMALL_TILE = 4096, 2048, 1024  # of a row that is read once, of the search, and of groups
 WARPS = 16
 LOWEST = tl.constexpr(-(2**31))  # below the keys of all numbers
 HIGHEST = tl.constexpr(2**31 - 1)
@@ -151,7 +151,8 @@ def _draw(
 def filter_kernel(
     logits, temperatures, seeds, positions, top_ks, top_ps, min_ps, maxima, sums, group_maxima, values, ids, tokens,
     stride, vocab, blocks, groups,
-    BLOCKS: tl.constexpr, MOST: tl.constexpr, TILE: tl.constexpr, SMALL_TILE: tl.constexpr,
+    BLOCKS: tl.constexpr, MOST: tl.constexpr,
+    LONG_TILE: tl.constexpr, TILE: tl.constexpr, SMALL_TILE: tl.constexpr,
 ):  # fmt: skip
     """tokens [S] int64, drawn anew where the row is filtered and has not failed. maxima, sums: see `sampling`;
     group_maxima [S, groups] fp32; BLOCKS: `blocks`, rounded up to a power of two. Room for what is collected: values
@@ -181,14 +182,14 @@ def filter_kernel(
             most = _least(largest_of, largest_of, 0, groups, low, top_k, top, temperature, False, SMALL_TILE)
             floor = tl.maximum(floor, most)
 
-        count, masses = tl.zeros((), tl.int32), tl.zeros((TILE,), tl.int64)
-        for start in range(0, vocab, TILE):
-            found, keys = _tile(logits + row * stride, values, 0, start, vocab, TILE)
+        count, masses = tl.zeros((), tl.int32), tl.zeros((LONG_TILE,), tl.int64)
+        for start in range(0, vocab, LONG_TILE):
+            found, keys = _tile(logits + row * stride, values, 0, start, vocab, LONG_TILE)
             taken = keys >= floor
             place = count + tl.cumsum(taken.to(tl.int32), axis=0) - 1
             room = taken & (place < MOST)
             tl.store(values + row * MOST + place, found, mask=room)
-            tl.store(ids + row * MOST + place, start + tl.arange(0, TILE), mask=room)
+            tl.store(ids + row * MOST + place, start + tl.arange(0, LONG_TILE), mask=room)
             masses += tl.where(keys >= likely, weights(found, top, temperature), 0)
             count += tl.sum(taken.to(tl.int32), axis=0)
         mass = tl.sum(masses, axis=0)
@@ -215,5 +216,6 @@ def draw_filtered(
         logits, temperatures, seeds, positions, filters.top_k, filters.top_p, filters.min_p,
         maxima, sums, group_maxima, values, ids, tokens,
         logits.stride(0), logits.shape[1], blocks, group_maxima.shape[1],
-        BLOCKS=triton.next_power_of_2(blocks), MOST=MOST, TILE=TILE, SMALL_TILE=SMALL_TILE, num_warps=WARPS,
+        BLOCKS=triton.next_power_of_2(blocks), MOST=MOST,
+        LONG_TILE=LONG_TILE, TILE=TILE, SMALL_TILE=SMALL_TILE, num_warps=WARPS,
     )  # fmt: skip

@@ -26,7 +26,11 @@ SLOW = (  # each case runs a kernel many times; what they say, others say of one
     "test_attention_with_large_scores_stays_exact",
     "test_rows_of_one_query_need_no_starts",  # as `test_shared_prefixes` has them too
 )
-ONCE = ("test_rows_that_share_equal_a_plain_loop",)  # one case is enough of what takes ten seconds
+ONCE = (  # one case is enough of what takes ten seconds
+    "test_rows_that_share_equal_a_plain_loop",
+    "test_long_rows",
+    "test_no_crowd_and_no_stride_changes_a_filtered_draw",
+)
 DTYPES = [torch.float32, torch.bfloat16]
 STORAGES = {"plain": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 

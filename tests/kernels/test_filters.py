@@ -137,22 +137,22 @@ def test_of_equals_the_first_stay(kernels: Kernels, dtype: torch.dtype, vocab: i
 
 def test_equals_at_the_end_of_what_stays(kernels: Kernels) -> None:
     """The largest, and the first of those behind it, in whatever group they are."""
-    logits = torch.full((60, 2 * GROUP), -30.0)
+    logits = torch.full((32, 2 * GROUP), -30.0)
     logits[:, [GROUP + 9, 7, GROUP, 5]] = torch.tensor([1.0, 0.0, -0.0, 0.0])
-    cases = [(3, 1.0, 0.0), (0, 0.6, 0.0)] * 30
-    found = sample(kernels, logits, torch.ones(60), cases)
+    cases = [(3, 1.0, 0.0), (0, 0.6, 0.0)] * 16
+    found = sample(kernels, logits, torch.ones(32), cases)
     assert set(found[::2].tolist()) == {5, 7, GROUP + 9}
     assert set(found[1::2].tolist()) == {5, GROUP + 9}
 
 
-def test_no_crowd_and_no_stride_changes_a_draw(kernels: Kernels, dtype: torch.dtype) -> None:
+def test_no_crowd_and_no_stride_changes_a_filtered_draw(kernels: Kernels, dtype: torch.dtype) -> None:
     count, vocab = len(CASES), 1003
     wide = (randn(count, vocab + 24) * 2).to(dtype)
     strided, heat = wide[:, 3 : 3 + vocab], torch.linspace(0.3, 1.6, count)
     logits, rows, asked = strided.contiguous(), torch.arange(count), filters(CASES)
     together = kernels.sample(logits, heat, rows, rows, asked)
     assert torch.equal(kernels.sample(strided, heat, rows, rows, asked), together)
-    for i in (0, 1, 3, 9, 11):
+    for i in (0, 3, 11):
         one = slice(i, i + 1)
         alone = kernels.sample(logits[one], heat[one], rows[one], rows[one], filters(CASES[one]))
         assert torch.equal(alone, together[one])
