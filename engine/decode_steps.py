@@ -27,7 +27,7 @@ from engine.plan import Row
 from engine.sequence import Sequence
 from engine.shared_prefixes import MOST_GROUPS, Group, shared_prefixes
 from engine.step_input import StepInput
-from kernels import SharedPrefixes
+from kernels import Filters, SharedPrefixes
 
 if TYPE_CHECKING:
     from engine.fallback import Fallback
@@ -42,7 +42,7 @@ class Graphs(NamedTuple):
     """Of one `Shape`."""
 
     forward: torch.cuda.CUDAGraph  # from the inputs to the logits
-    draw: torch.cuda.CUDAGraph  # from the logits to the next step's inputs
+    draws: tuple[torch.cuda.CUDAGraph, ...]  # from the logits to the next step's inputs; and so with filters
     logits: Tensor  # [rows, vocab]
 
 
@@ -94,8 +94,8 @@ class DecodeSteps:
         self._memory = torch.cuda.graph_pool_handle() if self._captures else None
         rows, pages = self._bucket(most_rows), _power_of_two(most_pages)
         with torch.inference_mode():
-            self._numbers = self._zeros(4, rows)  # token ids, positions, limits, seeds
-            self._temperatures = self._zeros(rows, dtype=torch.float64)
+            self._numbers = self._zeros(5, rows)  # token ids, positions, limits, seeds, top_k
+            self._heats = self._zeros(3, rows, dtype=torch.float64)  # temperatures, top_p, min_p
             self._tables = self._zeros(rows * pages, dtype=torch.int32)
             self._shared = self._zeros(STARTS + 2 * rows, dtype=torch.int32)  # starts, tokens, members
             self._made = self._zeros(most_steps, rows)
@@ -119,8 +119,9 @@ class DecodeSteps:
         sequence may; its pages cover that. `behind`: steps of a launch of the same rows whose draws nobody has read:
         rows go on where it stops, but for those that have no pages any more."""
         shape = self._write(rows, behind + num_steps, on=behind > 0)
+        filtered = any(row.sequence.request.sampling.narrows for row in rows)
         for _ in range(num_steps):
-            self._draw(shape, self._forward(shape))
+            self._draw(shape, self._forward(shape), filtered)
         return Drawn(self._made[:num_steps, : len(rows)])
 
     def logits(self, rows: tuple[Row, ...]) -> Tensor:
@@ -134,7 +135,7 @@ class DecodeSteps:
         sequences = [row.sequence for row in rows]
         limits, groups, shape = self._limits(sequences, num_steps)
         self._prepare(shape)
-        numbers = np.zeros((4, shape[0]), dtype=np.int64)
+        numbers = np.zeros((5, shape[0]), dtype=np.int64)
         numbers[2, : len(rows)] = limits
         if on:
             self._put(numbers[2], self._numbers[2, : shape[0]])
@@ -143,10 +144,12 @@ class DecodeSteps:
             numbers[1, : len(rows)] = [one.num_computed for one in sequences]
             seeds = np.array([one.seed & 0xFFFFFFFFFFFFFFFF for one in sequences], dtype=np.uint64)
             numbers[3, : len(rows)] = seeds.view(np.int64)
-            temperatures = np.zeros(shape[0], dtype=np.float64)
-            temperatures[: len(rows)] = [one.request.sampling.temperature for one in sequences]
+            params = [one.request.sampling for one in sequences]
+            numbers[4, : len(rows)] = [one.top_k for one in params]
+            heats = np.zeros((3, shape[0]), dtype=np.float64)
+            heats[:, : len(rows)] = np.transpose([(one.temperature, one.top_p, one.min_p) for one in params])
             self._put(numbers, self._numbers[:, : shape[0]])
-            self._put(temperatures, self._temperatures[: shape[0]])
+            self._put(heats, self._heats[:, : shape[0]])
         self._put_groups(groups, shape)
         self._put_table(sequences, limits, shape)
         return shape
@@ -188,7 +191,7 @@ class DecodeSteps:
     def _step(self, shape: Shape) -> StepInput:
         rows = shape[0]
         starts, tokens, members = self._shared[: STARTS + 2 * rows].split_with_sizes((STARTS, rows, rows))
-        token_ids, positions, limits, _ = self._numbers[:, :rows]
+        token_ids, positions, limits, *_ = self._numbers[:, :rows]
         at = torch.minimum(positions, limits - 1).clamp_(min=0)  # where a row stands that does not go on
         table = self._table(shape)
         page = table.gather(1, (at // self._page_size)[:, None])[:, 0]
@@ -210,11 +213,13 @@ class DecodeSteps:
     def _compute(self, shape: Shape) -> Tensor:
         return self._decoder.forward(self._step(shape), self._cache)
 
-    def _advance(self, shape: Shape, logits: Tensor) -> None:
+    def _advance(self, shape: Shape, logits: Tensor, filtered: bool) -> None:
         """Draw, keep what was drawn, and make it the next step's input."""
-        token_ids, positions, _, seeds = self._numbers[:, : shape[0]]
+        token_ids, positions, _, seeds, top_k = self._numbers[:, : shape[0]]
+        temperatures, top_p, min_p = self._heats[:, : shape[0]]
         positions += 1  # tokens there are, which is what the noise of a draw is made of
-        drawn = self._decoder.kernels.sample(logits, self._temperatures[: shape[0]], seeds, positions)
+        filters = Filters(top_k, top_p, min_p) if filtered else None
+        drawn = self._decoder.kernels.sample(logits, temperatures, seeds, positions, filters)
         self._made[:, : shape[0]].index_copy_(0, self._count, drawn[None])
         torch.clamp(drawn, min=0, out=token_ids)
         self._count += 1
@@ -226,11 +231,11 @@ class DecodeSteps:
         graphs.forward.replay()
         return graphs.logits
 
-    def _draw(self, shape: Shape, logits: Tensor) -> None:
+    def _draw(self, shape: Shape, logits: Tensor, filtered: bool) -> None:
         if self._captures:
-            self._graphs[shape].draw.replay()
+            self._graphs[shape].draws[filtered].replay()
         else:
-            self._advance(shape, logits)
+            self._advance(shape, logits, filtered)
 
     def _prepare(self, shape: Shape) -> None:
         """Capture a step of this shape, unless that was done."""
@@ -243,17 +248,20 @@ class DecodeSteps:
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with _uncollected(), torch.cuda.stream(stream):
-            self._advance(shape, self._compute(shape))  # compiles and allocates what a capture must not
-            forward, draw = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            logits = self._compute(shape)
+            for filtered in (False, True):
+                self._advance(shape, logits, filtered)  # compiles and allocates what a capture must not
+            forward, draws = torch.cuda.CUDAGraph(), (torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph())
             forward.capture_begin(pool=self._memory, capture_error_mode="thread_local")
             logits = self._compute(shape)
             forward.capture_end()
-            draw.capture_begin(pool=self._memory, capture_error_mode="thread_local")
-            self._advance(shape, logits)
-            draw.capture_end()
+            for draw, filtered in zip(draws, (False, True), strict=True):
+                draw.capture_begin(pool=self._memory, capture_error_mode="thread_local")
+                self._advance(shape, logits, filtered)
+                draw.capture_end()
         torch.cuda.current_stream(self._device).wait_stream(stream)
         self._numbers.copy_(numbers)
-        self._graphs[shape] = Graphs(forward, draw, logits)
+        self._graphs[shape] = Graphs(forward, draws, logits)
 
     # --- shapes ---------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Logprobs: how likely tokens were, from logits that nothing has been done to.
 
-Owns the softmax and the ranking behind every logprob, of generated tokens (`sampler`) and of prompts alike, and how
-many rows of logits a prompt may take at a time. Knows neither how a token was chosen nor where logits come from.
+Owns the softmax behind every logprob, of generated tokens (`sampler`) and of prompts alike, what is told of it, and
+how many rows of logits a prompt may take at a time. Knows neither how a token was chosen nor where logits come from.
 All of it is exact in any crowd: a row's values are the same bits in any number of rows and in any slice.
 """
 
@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 
 from engine.plan import Plan, PromptScores
 from engine.request import TokenLogprobs
+from kernels.ranking import ranked
 
 SLICE_BYTES = 64 * 2**20  # fp32 logits of a prompt that exist at a time
 
@@ -31,19 +32,6 @@ def log_softmax(logits: Tensor) -> Tensor:
     if vocab % 4:  # floats in 16 bytes
         logits = pad(logits, (0, -vocab % 4), value=float("-inf"))
     return torch.log_softmax(logits, dim=1)[:, :vocab]
-
-
-def ranked(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The `width` largest logits of each row, descending, and their token ids; ties by the lower id.
-
-    Sorted by one int64 key per token, unique in its row: the logit's bits made monotone, then the inverted
-    id. `topk` on the logits alone would break ties differently for different row counts.
-    """
-    bits = logits.view(torch.int32)
-    keys = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long() << 32
-    keys += torch.arange(logits.shape[1] - 1, -1, -1, device=logits.device)
-    order = keys.topk(width, dim=1, sorted=True).indices
-    return logits.gather(1, order), order
 
 
 def token_logprobs(raw: Tensor, token_ids: Tensor, counts: list[int]) -> list[TokenLogprobs | None]:

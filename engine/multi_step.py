@@ -21,11 +21,11 @@ FEWEST_ALIVE = 1 / 2  # of a plan's rows: with fewer a smaller plan is made
 
 
 def decodes_freely(sequence: Sequence) -> bool:
-    """Whether its next tokens are drawn from the logits as they are, by temperature and seed alone, and nothing is
+    """Whether its next tokens are drawn from the logits as they are, by numbers that the device has, and nothing is
     asked about them."""
     sampling = sequence.request.sampling
     return (
-        sampling.draws_plainly
+        sampling.logprobs is None
         and sequence.rules is None
         and sequence.matcher is None
         and sequence.num_generated >= sampling.min_tokens

@@ -1,10 +1,9 @@
 """Sampler: logits to token ids and their logprobs, by each row's own parameters.
 
-Owns masking, filtering, the draws of filtered rows and the logprobs of what was drawn; rows that take the greedy
-token, or draw from the whole vocabulary, are the kernel set's, in one call. Knows no pages and no text. A draw
-depends on the row's logits, its seed and its position alone: the noise is a hash, not a stream, sums here are in
-float64, and ties are broken by token id, so the crowd in a step changes nothing. A feature that no row asks
-for costs nothing.
+Owns masking and the logprobs of what was drawn; the draws, and the filters before them, are the kernel set's, in one
+call. Knows no pages and no text. A draw depends on the row's logits, its seed and its position alone: the noise is a
+hash, not a stream, and ties are broken by token id, so the crowd in a step changes nothing. A feature that no row
+asks for costs nothing.
 
 Order as in vLLM: the grammar's mask (`token_masks`), min_tokens, the request's own rules for logits (`adjust`),
 temperature, min-p, top-k, top-p.
@@ -18,16 +17,13 @@ from torch import Tensor
 
 from engine.adjust import adjust
 from engine.config import ModelConfig
-from engine.logprobs import log_softmax, ranked, token_logprobs
+from engine.logprobs import log_softmax, token_logprobs
 from engine.plan import FAILED, Draws, Row
 from engine.request import TokenLogprobs
-from engine.running_sums import running_sums
+from engine.sampling_params import SamplingParams
 from engine.token_masks import TokenMasks
-from kernels import Kernels
-from kernels.noise import uniforms
+from kernels import Filters, Kernels
 from kernels.reference import KERNELS as REFERENCE
-
-TOP_P_CANDIDATES = 1024  # nearly always hold the nucleus; a full sort is the fallback
 
 
 class Sampler:
@@ -63,73 +59,23 @@ class Sampler:
                 logits[i, allowed] = float("-inf")
 
     def _draw(self, logits: Tensor, rows: list[Row]) -> Tensor:
-        """`[S]` token ids, each from its row's own distribution; logits `[S, vocab]` are overwritten."""
+        """`[S]` token ids, each from its row's own distribution; logits `[S, vocab]`."""
         device, params = logits.device, [row.sequence.request.sampling for row in rows]
-        seeds = [row.sequence.seed for row in rows]
-        positions = [len(row.sequence.token_ids) for row in rows]
-        heat = torch.tensor([p.temperature for p in params], dtype=torch.float64, device=device)
-        if unlikely := [i for i, p in enumerate(params) if p.min_p and not p.greedy]:
-            index = torch.tensor(unlikely, device=device)
-            min_p = torch.tensor([params[i].min_p for i in unlikely], dtype=torch.float64, device=device)
-            logits[index] = _without_unlikely(logits[index], heat[index], min_p)
-        narrowed = [i for i, p in enumerate(params) if (p.top_k or p.top_p < 1.0) and not p.greedy]
-        index = torch.tensor(narrowed, dtype=torch.int64, device=device)
-        tokens = self._sample(
+        return self._sample(
             logits,
-            heat.index_fill(0, index, 0.0) if narrowed else heat,  # the greedy token says whether they fail
-            torch.tensor(seeds, device=device),
-            torch.tensor(positions, device=device),
+            torch.tensor([p.temperature for p in params], dtype=torch.float64, device=device),
+            torch.tensor([row.sequence.seed for row in rows], device=device),
+            torch.tensor([len(row.sequence.token_ids) for row in rows], device=device),
+            _filters(params, device) if any(p.narrows for p in params) else None,
         )
-        if narrowed:
-            picked = logits[index].float()  # [n, vocab]
-            top = picked.amax(dim=1, keepdim=True).double()
-            u = uniforms([seeds[i] for i in narrowed], [positions[i] for i in narrowed])
-            top_k = torch.tensor([params[i].top_k for i in narrowed], device=device)
-            top_p = torch.tensor([params[i].top_p for i in narrowed], dtype=torch.float64, device=device)
-            found = _draw_narrowed(picked, top, heat[index], torch.from_numpy(u).to(device), top_k, top_p)
-            tokens[index] = torch.where(tokens[index] == FAILED, FAILED, found)
-        return tokens
 
 
-def _draw_narrowed(
-    logits: Tensor, top: Tensor, heat: Tensor, u: Tensor, top_k: Tensor, top_p: Tensor
-) -> Tensor:
-    """Top-k (0 is off), then top-p, then one draw. logits `[n, vocab]`, the others `[n]` or `[n, 1]`."""
-    vocab = logits.shape[1]
-    limit = torch.where(top_k > 0, top_k, TOP_P_CANDIDATES).clamp(max=vocab)
-    width = int(limit.max())
-    kept, order = ranked(logits, width)
-    ranks = torch.arange(width, device=logits.device)
-    weights = ((kept.double() - top) / heat[:, None]).exp_()
-    weights.masked_fill_(ranks >= limit[:, None], 0.0)
-    sums = running_sums(weights)
-    # what the nucleus is a share of: the k candidates, or without top-k the whole vocabulary
-    mass = sums[:, -1].clone()
-    unlimited = (top_k == 0).nonzero()[:, 0]
-    if len(unlimited):
-        whole = ((logits[unlimited].double() - top[unlimited]) / heat[unlimited, None]).exp_()
-        mass[unlimited] = running_sums(whole)[:, -1]  # a plain sum takes another order for another row count
-    # a token stays if those ranked before it have not yet reached top_p; the first always stays
-    size = (sums - weights < (top_p * mass)[:, None]).logical_and_(ranks < limit[:, None]).sum(dim=1)
-    size.clamp_(min=1)
-    short = (top_k == 0) & (size >= limit) & (limit < vocab)
-    found = order.gather(1, _inverse_cdf(sums, u, size)[:, None])[:, 0]
-    for i in short.nonzero()[:, 0].tolist():  # the nucleus is wider than the candidates: sort this row whole
-        row = slice(i, i + 1)
-        kept, order = ranked(logits[row], vocab)
-        weights = ((kept.double() - top[row]) / heat[row, None]).exp_()
-        sums = running_sums(weights)
-        size = (sums - weights < (top_p * mass)[row, None]).sum(dim=1).clamp_(min=1)
-        found[i] = order[0, _inverse_cdf(sums, u[row], size)[0]]
-    return found
-
-
-def _without_unlikely(logits: Tensor, heat: Tensor, min_p: Tensor) -> Tensor:
-    """Min-p: logits `[n, vocab]`, of which tokens less likely than that share of the likeliest are -inf.
-    heat and min_p `[n]`, float64; an exponential of 0 is 1, so the likeliest always stays."""
-    top = logits.amax(dim=1, keepdim=True).double()
-    shares = ((logits.double() - top) / heat[:, None]).exp_()
-    return logits.masked_fill(shares < min_p[:, None], float("-inf"))
+def _filters(params: list[SamplingParams], device: torch.device) -> Filters:
+    return Filters(
+        top_k=torch.tensor([p.top_k for p in params], device=device),
+        top_p=torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device),
+        min_p=torch.tensor([p.min_p for p in params], dtype=torch.float64, device=device),
+    )
 
 
 def _logprobs(raw: Tensor, tokens: Tensor, rows: list[Row], asked: list[int]) -> dict[int, TokenLogprobs]:
@@ -141,11 +87,3 @@ def _logprobs(raw: Tensor, tokens: Tensor, rows: list[Row], asked: list[int]) ->
         if one is None:
             tokens[i] = FAILED
     return {i: one for i, one in zip(asked, made, strict=True) if one is not None}
-
-
-def _inverse_cdf(sums: Tensor, u: Tensor, size: Tensor | int) -> Tensor:
-    """First index whose cumulative weight exceeds u times the total of the first `size` weights. `[n]`."""
-    last = torch.as_tensor(size, device=sums.device).expand(sums.shape[0]) - 1
-    total = sums.gather(1, last[:, None])
-    found = torch.searchsorted(sums, u[:, None] * total, right=True)[:, 0]
-    return torch.minimum(found, last)

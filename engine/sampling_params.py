@@ -150,11 +150,9 @@ class SamplingParams:
         return self.temperature == 0.0
 
     @property
-    def draws_plainly(self) -> bool:
-        """Whether a token is drawn from all of the vocabulary, or is the likeliest, and nothing is told of it."""
-        narrowed = self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
-        told = self.logprobs is not None
-        return not told and (self.greedy or not narrowed)
+    def narrows(self) -> bool:
+        """Whether a token is drawn, and not from all of the vocabulary."""
+        return not self.greedy and (self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0)
 
 
 def _integer(param: str, value: object, low: int, high: int) -> None:

@@ -105,6 +105,35 @@ class SharedPrefixes:
     starts: Tensor  # [G + 1], G at least 1: group g is members[starts[g] : starts[g + 1]]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Filters:
+    """Which tokens each row of `sample` may draw where its temperature is above 0. Those that are left, of all that
+    the one before has left, after
+
+    - `min_p` m: a token stays if logit ≥ largest + temperature · ln(m), so that the largest's is not more than 1 / m
+      times as likely (Nguyen et al. 2024). 0 is off.
+    - `top_k` k: the first k. Tokens are ranked by logit, the largest first, equals by the lower id. 0 is off, and so
+      is what is not less than the vocabulary.
+    - `top_p` p: a token stays if the weights of those ranked before it sum to less than p times the weight of all
+      that are left; the first one always (Holtzman et al. 2019). 1 is off.
+    """
+
+    top_k: Tensor  # [S] int64, at least 0
+    top_p: Tensor  # [S] fp64, above 0 and at most 1
+    min_p: Tensor  # [S] fp64, from 0 to 1
+
+
+class Sample(Protocol):
+    def __call__(
+        self,
+        logits: Tensor,
+        temperatures: Tensor,
+        seeds: Tensor,
+        positions: Tensor,
+        filters: Filters | None = None,
+    ) -> Tensor: ...
+
+
 class RMSNorm(Protocol):
     def __call__(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor: ...
 
@@ -173,12 +202,15 @@ class Kernels:
       has one query, T = R, and rows with a context of 0 are padding. `shared` (may be left out) changes no result
       but by rounding, which may then depend on the group. It is used, if at all, where `query_start` is None and no
       window hides a token.
-    - `sample(logits [S, vocab], temperatures [S] fp32 or fp64, seeds [S] int64, positions [S] int64) -> [S] int64`:
+    - `sample(logits [S, vocab], temperatures [S] fp32 or fp64, seeds [S] int64, positions [S] int64, filters or
+      None) -> [S] int64`:
       one token of each row, whose bits depend on that row alone. Temperature 0: the largest logit's, the lowest id
       of equals. Above: the first whose cumulative weight exceeds u times the total, where a weight is
       exp((logit - largest) / temperature) and u the number that `noise.uniforms` makes of seed and position. A
       token of weight 0 is never drawn, so a logit of -inf masks its token. `FAILED` where the largest logit is NaN
       (which any NaN of the row is) or infinite. Logits bf16, fp16 or fp32; u and the sums over a row fp32 or better.
+      `filters` (may be left out) say which tokens may be drawn: the others have weight 0 and order and total are of
+      those that are left. A row whose filters are all off draws as if there were none, bit for bit.
     - `matmul(x [T, in], weight [out, in], bias [out] or None) -> [T, out]`: x · weightᵀ + bias. None: this set has no
       product of its own; whether the library's products keep the second rule above must then be checked.
 
@@ -197,7 +229,7 @@ class Kernels:
     act_mul: Callable[[Tensor, Activation], Tensor]
     softcap: Callable[[Tensor, float], Tensor]
     paged_attention: PagedAttention
-    sample: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    sample: Sample
     norm_rope_store: NormRopeStore | None = None
     matmul: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
 

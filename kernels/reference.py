@@ -16,12 +16,14 @@ from kernels import (
     FAILED,
     Activation,
     Attention,
+    Filters,
     Kernels,
     PagedKV,
     SharedPrefixes,
     attend_with_single_queries,
 )
 from kernels.noise import uniforms
+from kernels.running_sums import running_sums
 
 LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # largest magnitude that an 8-bit cache can store
 MAX_SCORES = 2**25  # attention scores held at once, so that long contexts need no memory of their own
@@ -182,7 +184,9 @@ def _context(cache: PagedKV, page_table: Tensor, base: int, length: int) -> tupl
     return k, v
 
 
-def sample(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+def sample(
+    logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, filters: Filters | None = None
+) -> Tensor:
     largest, likeliest = logits.max(dim=1)  # the lowest index wins a tie; NaN wins everything
     sound = torch.isfinite(largest)
     tokens = torch.where(sound, likeliest, FAILED)
@@ -190,7 +194,10 @@ def sample(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tenso
     if len(drawn):
         heat, top = temperatures[drawn].double(), largest[drawn].double()
         weights = ((logits[drawn].double() - top[:, None]) / heat[:, None]).exp_()  # [n, vocab]
-        sums = weights.cumsum(dim=1)
+        if filters is not None:
+            of_drawn = Filters(filters.top_k[drawn], filters.top_p[drawn], filters.min_p[drawn])
+            weights.masked_fill_(~kept(logits[drawn], heat, of_drawn), 0.0)
+        sums = running_sums(weights)
         u = torch.from_numpy(uniforms(seeds[drawn].cpu().numpy(), positions[drawn].cpu().numpy()))
         found = torch.searchsorted(sums, u.to(logits.device)[:, None] * sums[:, -1:], right=True)
         found.clamp_(max=logits.shape[1] - 1)
@@ -198,6 +205,24 @@ def sample(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tenso
         possible = weights.gather(1, found)[:, 0] > 0
         tokens[drawn] = torch.where(possible, found[:, 0], likeliest[drawn])
     return tokens
+
+
+def kept(logits: Tensor, heat: Tensor, filters: Filters) -> Tensor:
+    """Of rows that are finite, which tokens they may draw: logits `[n, vocab]`, heat `[n]` fp64 above 0, to
+    `[n, vocab]` bool."""
+    wide = logits.double() + 0.0  # no -0.0, which a sort may tell from 0.0
+    top = wide.amax(dim=1)
+    wide.masked_fill_(wide < (top + heat * filters.min_p.log())[:, None], float("-inf"))
+    ranked, order = wide.sort(dim=1, descending=True, stable=True)
+    weights = ((ranked - top[:, None]) / heat[:, None]).exp_()
+    first = filters.top_k[:, None] > torch.arange(logits.shape[1], device=logits.device)
+    first |= filters.top_k[:, None] == 0
+    sums = running_sums(weights.masked_fill_(~first, 0.0))
+    nucleus = sums - weights < filters.top_p[:, None] * sums[:, -1:]
+    nucleus |= filters.top_p[:, None] == 1.0
+    nucleus[:, 0] = True
+    stays = first & nucleus & (ranked > float("-inf"))
+    return torch.zeros_like(stays).scatter_(1, order, stays)
 
 
 KERNELS = Kernels(

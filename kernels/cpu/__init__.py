@@ -1,7 +1,7 @@
 """The `cpu` set: `ops.c`, compiled on first use, behind the contract of `kernels`.
 
 Owns the passing of tensors to C: shapes, strides and types are checked here because C cannot. bf16 and fp32,
-with caches of the same dtype or of int8. Sampling is the reference set's: torch is quick there, and exact.
+with caches of the same dtype or of int8. Sampling (`sampling`) is torch's: it is quick there, and exact.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels import Activation, Attention, Kernels, PagedKV, SharedPrefixes, attend_with_single_queries
 from kernels.cpu.build import BuildError, load_library
-from kernels.reference import sample
+from kernels.cpu.sampling import sample
 
 __all__ = ["BuildError", "kernels"]
 

@@ -1,4 +1,5 @@
-"""Sampling: of each row of logits one token, in two launches that read nothing back to the host.
+"""Sampling: of each row of logits one token, in two launches that read nothing back to the host, and a third one
+where rows may be filtered (`filters`).
 
 The vocabulary is cut into blocks of a fixed size. The first kernel reads all logits once and tells of each block its
 largest, where that is, and how much its tokens weigh; the second finds the block of the draw, and the token in it.
@@ -15,39 +16,38 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import FAILED
+from kernels import FAILED, Filters
+from kernels.gpu.filters import GROUP, draw_filtered
 from kernels.gpu.noise import uniform
+from kernels.gpu.token_weights import COLDEST, weights
 
 BLOCK = 4096  # of the vocabulary, for one program
-STEPS = tl.constexpr(2.0**40)  # BLOCK weights of at most 1, times this, are exact in fp64
-COLDEST = tl.constexpr(2.0**-126)  # smaller numbers in fp32 may count as 0
 NO_TOKEN = tl.constexpr(FAILED)
 
 
 @triton.jit
-def _weights(values, largest, temperature):
-    """exp((values - largest) / temperature) in whole steps: values [BLOCK] fp32, not above `largest`, to int64."""
-    safe = tl.where(largest == float("-inf"), 0.0, largest)  # a block of masked tokens
-    return (tl.exp((values - safe) / tl.maximum(temperature, COLDEST)) * STEPS).to(tl.int64)
-
-
-@triton.jit
 def block_kernel(
-    logits, temperatures, maxima, firsts, sums, stride, vocab, blocks, BLOCK: tl.constexpr
+    logits, temperatures, maxima, firsts, sums, group_maxima, stride, vocab, blocks,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Of each block of each row: the largest logit, NaN if there is any, its first token id, and the sum of weights;
-    maxima fp32, firsts int32 and sums int64, all [S, blocks]."""
+    maxima fp32, firsts int32 and sums int64, all [S, blocks]. group_maxima [S, blocks, BLOCK / GROUP] fp32: the
+    largest of each group of tokens in the block; or None."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = block * BLOCK + tl.arange(0, BLOCK)
     values = tl.load(logits + row * stride + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
     largest = tl.max(values, axis=0)
     first = tl.min(tl.where(values == largest, token, vocab), axis=0)
-    weights = _weights(values, largest, tl.load(temperatures + row).to(tl.float32))
+    held = weights(values, largest, tl.load(temperatures + row).to(tl.float32))
     broken = tl.max((values != values).to(tl.int32), axis=0) > 0
     place = row * blocks + block
     tl.store(maxima + place, tl.where(broken, float("nan"), largest))
     tl.store(firsts + place, first)
-    tl.store(sums + place, tl.sum(weights, axis=0))
+    tl.store(sums + place, tl.sum(held, axis=0))
+    if group_maxima is not None:
+        group = tl.arange(0, BLOCK // GROUP)
+        groups = tl.max(tl.reshape(values, (BLOCK // GROUP, GROUP)), axis=1)
+        tl.store(group_maxima + place * (BLOCK // GROUP) + group, groups)
 
 
 @triton.jit
@@ -70,26 +70,28 @@ def draw_kernel(
         token = tl.min(tl.where(largest == top, first, vocab), axis=0).to(tl.int64)
     else:
         scales = tl.exp((largest - top) / tl.maximum(temperature, COLDEST)).to(tl.float64)
-        weights = tl.load(sums + place, mask=inside, other=0).to(tl.float64) * scales
+        totals = tl.load(sums + place, mask=inside, other=0).to(tl.float64) * scales
         u = uniform(tl.load(seeds + row), tl.load(positions + row))
-        target = u * tl.sum(weights, axis=0)
-        above = (tl.cumsum(weights, axis=0) > target) & (weights > 0.0)
-        last = tl.max(tl.where(weights > 0.0, block, 0), axis=0)  # should rounding leave none above
+        target = u * tl.sum(totals, axis=0)
+        above = (tl.cumsum(totals, axis=0) > target) & (totals > 0.0)
+        last = tl.max(tl.where(totals > 0.0, block, 0), axis=0)  # should rounding leave none above
         chosen = tl.minimum(tl.min(tl.where(above, block, BLOCKS), axis=0), last)
 
         inner = chosen * BLOCK + tl.arange(0, BLOCK)
         values = tl.load(logits + row * stride + inner, mask=inner < vocab, other=float("-inf"))
-        held = _weights(values.to(tl.float32), tl.load(maxima + row * blocks + chosen), temperature)
+        held = weights(values.to(tl.float32), tl.load(maxima + row * blocks + chosen), temperature)
         # what is left of the target, in the steps of this block; below their sum, so that a token is found
         scale = tl.sum(tl.where(block == chosen, scales, 0.0), axis=0)
-        left = (target - tl.sum(tl.where(block < chosen, weights, 0.0), axis=0)) / scale
+        left = (target - tl.sum(tl.where(block < chosen, totals, 0.0), axis=0)) / scale
         most = (tl.sum(held, axis=0) - 1).to(tl.float64)
         steps = tl.minimum(tl.maximum(left, 0.0), most).to(tl.int64)
         token = tl.min(tl.where(tl.cumsum(held, axis=0) > steps, inner, vocab), axis=0).to(tl.int64)
     tl.store(tokens + row, token)
 
 
-def sample(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+def sample(
+    logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, filters: Filters | None = None
+) -> Tensor:
     rows, vocab = logits.shape
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if not rows:
@@ -98,12 +100,20 @@ def sample(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tenso
     maxima = torch.empty((rows, blocks), dtype=torch.float32, device=logits.device)
     firsts = torch.empty((rows, blocks), dtype=torch.int32, device=logits.device)
     sums = torch.empty((rows, blocks), dtype=torch.int64, device=logits.device)
+    group_maxima = None
+    if filters is not None:
+        group_maxima = torch.empty(
+            (rows, blocks * (BLOCK // GROUP)), dtype=torch.float32, device=logits.device
+        )
     stride = logits.stride(0)
     block_kernel[(rows, blocks)](
-        logits, temperatures, maxima, firsts, sums, stride, vocab, blocks, BLOCK=BLOCK, num_warps=8
-    )
+        logits, temperatures, maxima, firsts, sums, group_maxima, stride, vocab, blocks,
+        BLOCK=BLOCK, GROUP=GROUP, num_warps=8,
+    )  # fmt: skip
     draw_kernel[(rows,)](
         logits, temperatures, seeds, positions, maxima, firsts, sums, tokens, stride, vocab, blocks,
         BLOCK=BLOCK, BLOCKS=triton.next_power_of_2(blocks), num_warps=8,
     )  # fmt: skip
+    if filters is not None and group_maxima is not None:
+        draw_filtered(logits, temperatures, seeds, positions, filters, maxima, sums, group_maxima, tokens)
     return tokens

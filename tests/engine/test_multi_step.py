@@ -33,13 +33,10 @@ def decoding(max_tokens: int, **sampling: Any) -> Sequence:
     [
         ({}, True),
         ({"temperature": 1.0}, True),
-        ({"temperature": 0.0, "top_k": 5}, True),  # greedy: nothing to narrow
         ({"stop_token_ids": (3,)}, True),
         ({"min_tokens": 1}, True),
         ({"min_tokens": 2}, False),
-        ({"temperature": 1.0, "top_k": 5}, False),
-        ({"temperature": 1.0, "top_p": 0.9}, False),
-        ({"temperature": 1.0, "min_p": 0.1}, False),
+        ({"temperature": 1.0, "top_k": 5, "top_p": 0.9, "min_p": 0.1}, True),
         ({"logprobs": 0}, False),
         ({"presence_penalty": 0.1}, False),
         ({"logit_bias": {4: 1.0}}, False),
@@ -126,6 +123,9 @@ KINDS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0},
     {"temperature": 1.0, "n": 3},
     {"temperature": 0.6, "stop": ("e", "st")},
+    {"temperature": 1.3, "top_p": 0.9, "n": 2},
+    {"temperature": 0.9, "top_k": 20, "min_p": 0.02},
+    {"temperature": 0.0, "top_k": 3},
     {"temperature": 1.5, "stop": ("a",), "include_stop_str_in_output": True, "min_tokens": 5},
     {
         "temperature": 1.2,
@@ -140,10 +140,10 @@ KINDS: tuple[dict[str, Any], ...] = (
 @pytest.mark.parametrize("mixed", [False, True])
 def test_the_tokens_of_one_step_at_a_time(model: Path, dtype: str, mixed: bool) -> None:
     """Alone among their kind, and beside rows that must be looked at after each token."""
-    kinds = (*KINDS, {"temperature": 1.0, "top_p": 0.9}) if mixed else KINDS
+    kinds = (*KINDS, {"temperature": 1.0, "top_p": 0.9, "presence_penalty": 0.5}) if mixed else KINDS
     requests = [
         request(f"a night {number}", 30 + number, **{"seed": number, **kinds[number % len(kinds)]})
-        for number in range(12)
+        for number in range(16)
     ]
 
     def answers(steps: int) -> tuple[dict[RequestId, Completion], int]:

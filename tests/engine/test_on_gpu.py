@@ -116,6 +116,39 @@ def test_alone_in_crowds_and_preempted_the_bits_are_the_same(
     assert tight.stats()["num_preemptions"] > 0
 
 
+FILTERED: tuple[dict[str, Any], ...] = (
+    {"temperature": 1.0, "top_p": 0.95, "top_k": 20},
+    {"temperature": 1.5, "top_p": 0.9},
+    {"temperature": 1.0, "min_p": 0.02, "n": 2},
+    {"temperature": 0.8, "top_k": 500, "top_p": 0.999},
+    {"temperature": 1.0},
+    {"temperature": 0.0, "top_k": 4},
+)
+
+
+def test_filtered_rows_draw_the_same_in_several_steps(device: str, tmp_path: Path) -> None:
+    """Whose draws are replayed from graphs, where there is a GPU."""
+    folder = write_model(tmp_path)
+    requests = [
+        Request(
+            id=RequestId(f"job-{number}", 1),
+            prompt_token_ids=tuple(range(3, 20 + number)),
+            sampling=SamplingParams(
+                seed=number, max_tokens=40 + number % 5, ignore_eos=True, **FILTERED[number % len(FILTERED)]
+            ),
+        )
+        for number in range(24)
+    ]
+    answers: list[Answers] = []
+    plans = []
+    for steps in (1, 8):
+        engine = load(folder, device, 400, deterministic=True, num_scheduler_steps=steps)
+        answers.append(comparable(run(engine, requests, poison=False)))
+        plans.append(engine.stats()["num_steps"])
+    assert answers[0] == answers[1]
+    assert plans[1] < plans[0] / 3
+
+
 @pytest.mark.timeout(SOAK_SECONDS + 300)
 def test_a_long_random_history_loses_no_page(device: str, tmp_path: Path) -> None:
     engine = load(write_model(tmp_path), device, 60, max_num_seqs=24, max_num_batched_tokens=96)

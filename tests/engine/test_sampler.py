@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from engine.plan import Row
-from engine.sampler import FAILED, Sampler, uniforms
+from engine.sampler import FAILED, Sampler
 from engine.sampling_params import SamplingParams
+from kernels import KernelSet, kernels_for
+from kernels.noise import uniforms
 from tests.support.hopping import triton_kernels
 from tests.support.rollout import sequence
 from tests.support.shapes import shape
@@ -27,28 +29,25 @@ def row(seed: int = 0, prompt: int = 3, **params: Any) -> Row:
     return Row(sequence([1] * prompt, SamplingParams(seed=seed, **params)), prompt)
 
 
-def draw(logits: Tensor, rows: list[Row]) -> list[int]:
-    return SAMPLER(logits.clone(), rows).token_ids
+def draw(logits: Tensor, rows: list[Row], sampler: Sampler = SAMPLER) -> list[int]:
+    return sampler(logits.clone(), rows).token_ids
 
 
 def plain_draw(logits: list[float], params: SamplingParams, u: float) -> int:
-    """Temperature, top-k, top-p, inverse CDF: lists and math.exp only."""
+    """Temperature, min-p, top-k, top-p, inverse CDF in the order of ids: lists and math.exp only."""
     top = max(logits)
     weights = {i: math.exp((x - top) / params.temperature) for i, x in enumerate(logits)}
     weights = {i: 0.0 if weight < params.min_p else weight for i, weight in weights.items()}
-    if not params.top_k and params.top_p >= 1.0:
-        kept = list(weights)  # nothing is filtered: in the order of ids
-    else:
-        kept = sorted(weights, key=lambda i: (weights[i] == 0.0, -logits[i], i))
-        if params.top_k:
-            kept = kept[: params.top_k]
-        mass, before, nucleus = sum(weights[i] for i in kept), 0.0, []
-        for i in kept:
-            if nucleus and before >= params.top_p * mass:
-                break
-            nucleus.append(i)
-            before += weights[i]
-        kept = nucleus
+    kept = sorted(weights, key=lambda i: (weights[i] == 0.0, -logits[i], i))
+    if params.top_k:
+        kept = kept[: params.top_k]
+    mass, before, nucleus = sum(weights[i] for i in kept), 0.0, []
+    for i in kept:
+        if nucleus and params.top_p < 1.0 and before >= params.top_p * mass:
+            break
+        nucleus.append(i)
+        before += weights[i]
+    kept = sorted(nucleus)
     target, total = u * sum(weights[i] for i in kept), 0.0
     for i in kept:
         total += weights[i]
@@ -76,14 +75,16 @@ FILTERS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.parametrize("kernels", ["reference", "cpu"])
 @pytest.mark.parametrize("spread", [0.2, 3.0])
-def test_equals_a_plain_implementation(spread: float) -> None:
+def test_equals_a_plain_implementation(spread: float, kernels: KernelSet) -> None:
     generator = torch.Generator().manual_seed(3)
     cases = [params for params in FILTERS for _ in range(12)]
     random.Random(4).shuffle(cases)
     logits = torch.randn(len(cases), VOCAB, generator=generator) * spread
     rows = [row(seed=i, prompt=1 + i % 5, **params) for i, params in enumerate(cases)]
-    for i, (found, one) in enumerate(zip(draw(logits, rows), rows, strict=True)):
+    tokens = draw(logits, rows, Sampler(CONFIG, kernels_for("cpu", kernels)))
+    for i, (found, one) in enumerate(zip(tokens, rows, strict=True)):
         values, params = logits[i].tolist(), one.sequence.request.sampling
         if params.greedy:
             assert found == values.index(max(values))

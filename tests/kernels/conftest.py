@@ -33,6 +33,8 @@ ONCE = (  # one case is enough of what takes ten seconds
     "test_nan_meets_the_rows_that_see_it_and_no_others",
     "test_softcap_is_exact_in_any_crowd",
     "test_options",
+    "test_long_rows",
+    "test_no_crowd_and_no_stride_changes_a_filtered_draw",
 )
 DTYPES = [torch.float32, torch.bfloat16]
 STORAGES = {"plain": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}

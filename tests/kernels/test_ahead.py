@@ -43,6 +43,7 @@ NAMES = {
     "softcap_kernel",
     "block_kernel",
     "draw_kernel",
+    "filter_kernel",
     "matmul_kernel",
     "sum_kernel",
 }

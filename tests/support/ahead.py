@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from kernels import Attention, HeadNorms, PagedKV, SharedPrefixes
+from kernels import Attention, Filters, HeadNorms, PagedKV, SharedPrefixes
 from kernels.gpu import KERNELS, launch
 
 PRODUCTS = importlib.import_module("kernels.gpu.matmul")  # there the package has its function under that name
@@ -165,13 +165,15 @@ def rowwise(dtype: torch.dtype) -> Callable[[], object]:
 
 def sampling(dtype: torch.dtype) -> Callable[[], object]:
     """Vocabularies of one block and of many, whose rows are aligned and are not; sampling as the engine asks for it,
-    and with temperatures of fp32."""
+    with filters and without, and with temperatures of fp32."""
     seeds, heat = torch.empty(16, dtype=torch.int64), torch.empty(16, dtype=torch.float64)
+    filters = Filters(seeds, heat, heat)
 
     def calls() -> None:
         for vocab in (1000, 49152, 151936, 262145):
             KERNELS.sample(torch.empty(16, vocab, dtype=dtype), heat, seeds, seeds)
-        KERNELS.sample(torch.empty(16, 49152, dtype=dtype), heat.float(), seeds, seeds)
+            KERNELS.sample(torch.empty(16, vocab, dtype=dtype), heat, seeds, seeds, filters)
+        KERNELS.sample(torch.empty(16, 49152, dtype=dtype), heat.float(), seeds, seeds, filters)
 
     return calls
 

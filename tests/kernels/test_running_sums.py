@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.running_sums import LEAST_WIDTH, ROWS, in_pieces, running_sums
+from kernels.running_sums import LEAST_WIDTH, ROWS, in_pieces, running_sums
 
 
 @pytest.mark.parametrize("rows", [1, ROWS, ROWS + 1, 3 * ROWS])
