@@ -24,6 +24,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from engine.sampling_params import InvalidParameter, RepetitionDetectionParams, SamplingParams
+from jobs.json_text import JsonText, written
 from jobs.settings import Settings
 from jobs.structured_outputs import ResponseFormat, StructuredOutputs
 
@@ -232,6 +233,10 @@ class JobBody(_Strict):
     def stored(self) -> dict[str, Any]:
         """As `models.Job.body` keeps it; `JobBody.model_validate` reads it back."""
         return self.model_dump(mode="json", exclude_none=True, by_alias=True)
+
+    def written(self) -> JsonText:
+        """The same as its column keeps it."""
+        return written(self.stored())
 
     def length_limit(self, default_max_tokens: int) -> int:
         """The most tokens that one sample may have."""

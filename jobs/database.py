@@ -26,6 +26,8 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase
 from sqlalchemy.sql.functions import FunctionElement
 
+from jobs.json_text import written
+
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -78,7 +80,10 @@ class Database:
             if parsed.database:
                 Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
             self.engine: Engine = create_engine(
-                url, connect_args={"timeout": BUSY_SECONDS}, hide_parameters=True
+                url,
+                connect_args={"timeout": BUSY_SECONDS},
+                hide_parameters=True,
+                json_serializer=written,
             )
             event.listen(self.engine, "connect", _configure_sqlite)
             event.listen(self.engine, "begin", _begin_sqlite)
@@ -89,6 +94,7 @@ class Database:
                 max_overflow=pool_size,
                 pool_pre_ping=True,
                 hide_parameters=True,  # prompts do not belong in a log
+                json_serializer=written,
                 connect_args=POSTGRES_ARGUMENTS,
             )
 

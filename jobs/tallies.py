@@ -10,7 +10,6 @@ Call `add` last and once in a transaction: rows are locked in the order jobs, ba
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from sqlalchemy import Connection, case, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from jobs.database import clock, in_words_of
+from jobs.json_text import written
 from jobs.models import Tally
 
 SHARDS = 8  # on SQLite 1: it has a single writer anyway
@@ -55,7 +55,7 @@ class Use:
 
 def size_of(value: Any) -> int:
     """Bytes of a JSON column's value as it is stored: ASCII, so characters are bytes."""
-    return len(json.dumps(value))
+    return len(written(value))
 
 
 def add(connection: Connection, changes: Iterable[Change]) -> None:
