@@ -2,19 +2,24 @@
 
 Owns the statement and how values travel. A general INSERT spends ten times as long on each row's parameters as the
 database does on the row, so here a column goes in as a whole: on PostgreSQL as one array, unnested by the server, on
-SQLite as tuples that the driver takes as they are. Values must be what the columns hold: strings, numbers, None, and
-for JSON columns anything that JSON can say (`jobs.json_text`). Refuses to know which table and what the rows mean.
+SQLite as a long VALUES, during which Python's lock is let go of once and not for each row. Values must be what the
+columns hold: strings, numbers, None, and for JSON columns anything that JSON can say (`jobs.json_text`). Refuses to
+know which table and what the rows mean.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
+from itertools import chain
 from typing import Any
 
 from sqlalchemy import JSON, BigInteger, Connection, Double, Integer, String, Table
 
+from jobs.database import portions
 from jobs.json_text import written
+
+_ROWS_OF_VALUES = 200  # SQLite allows 32,766 parameters
 
 Column = Sequence[Any]  # the values of all rows
 
@@ -25,15 +30,17 @@ def bulk_insert(connection: Connection, table: Table, columns: Mapping[str, Colu
     names = tuple(columns)
     if connection.dialect.name == "sqlite":
         plain = [_plain(table, name, columns[name]) for name in names]
-        connection.exec_driver_sql(_sqlite(table, names), list(zip(*plain, strict=True)))
+        for some in portions(list(zip(*plain, strict=True)), _ROWS_OF_VALUES):
+            connection.exec_driver_sql(_sqlite(table, names, len(some)), tuple(chain.from_iterable(some)))
     else:
         arrays = tuple(_array(table, name, columns[name]) for name in names)
         connection.exec_driver_sql(_postgresql(table, names), arrays)
 
 
-@cache
-def _sqlite(table: Table, names: tuple[str, ...]) -> str:
-    return f"INSERT INTO {table.name} ({_listed(names)}) VALUES ({', '.join('?' * len(names))})"
+@lru_cache(maxsize=256)
+def _sqlite(table: Table, names: tuple[str, ...], num_rows: int) -> str:
+    row = f"({', '.join('?' * len(names))})"
+    return f"INSERT INTO {table.name} ({_listed(names)}) VALUES {', '.join([row] * num_rows)}"
 
 
 @cache

@@ -16,6 +16,11 @@ class JsonText(str):
     __slots__ = ()
 
 
+# Our values hold no cycles, so nobody need look for them.
+_ENCODE = json.JSONEncoder(check_circular=False).encode
+
+
 def written(value: Any) -> JsonText:
-    """`value` as JSON; what is written out already stays as it is. Raises as `json.dumps` does."""
-    return value if type(value) is JsonText else JsonText(json.dumps(value))
+    """`value`, which must not hold itself, as JSON; what is written out already stays as it is. Raises as
+    `json.dumps` does."""
+    return value if type(value) is JsonText else JsonText(_ENCODE(value))
