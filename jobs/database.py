@@ -18,13 +18,25 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Double, Engine, create_engine, event, select
+from sqlalchemy import (
+    JSON,
+    Connection,
+    Dialect,
+    Double,
+    Engine,
+    String,
+    TypeDecorator,
+    create_engine,
+    event,
+    select,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase
 from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.types import NullType
 
 from jobs.json_text import written
 
@@ -61,6 +73,37 @@ def _now_sqlite(element: now, compiler: Any, **kw: Any) -> str:
 @compiles(now, "postgresql")
 def _now_postgresql(element: now, compiler: Any, **kw: Any) -> str:
     return "extract(epoch from clock_timestamp())::float8"
+
+
+class Texts(TypeDecorator[Sequence[str]]):
+    """A list of strings as one parameter: an array, on SQLite a JSON array."""
+
+    impl = JSON
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> Any:
+        kind: Any = JSON() if dialect.name == "sqlite" else postgresql.ARRAY(String)
+        return dialect.type_descriptor(kind)
+
+
+class is_among(FunctionElement[Any]):  # noqa: N801 - reads as a SQL function
+    """`is_among(column, bindparam("ids", type_=Texts))`. Unlike IN it is one statement for any number of them, which
+    is read and planned once."""
+
+    type = NullType()  # with Boolean, SQLite would be asked for `… = 1`, for which it searches no index
+    inherit_cache = True
+
+
+@compiles(is_among, "sqlite")
+def _is_among_sqlite(element: is_among, compiler: Any, **kw: Any) -> str:
+    column, texts = (compiler.process(one, **kw) for one in element.clauses)
+    return f"{column} IN (SELECT value FROM json_each({texts}))"
+
+
+@compiles(is_among, "postgresql")
+def _is_among_postgresql(element: is_among, compiler: Any, **kw: Any) -> str:
+    column, texts = (compiler.process(one, **kw) for one in element.clauses)
+    return f"{column} = ANY ({texts})"
 
 
 _NOW = select(now())

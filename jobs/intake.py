@@ -20,7 +20,7 @@ from sqlalchemy import Connection, bindparam, insert, select
 from jobs import tallies
 from jobs.audience import Audience
 from jobs.body import BadField, JobBody
-from jobs.database import Database, clock, now
+from jobs.database import Database, Texts, clock, is_among, now
 from jobs.forecasts import Forecasts, WindowTooTight
 from jobs.group_commit import GroupCommit
 from jobs.idempotency import Submit, claim
@@ -34,7 +34,7 @@ from jobs.terms import ORDINARY, Terms
 
 MAX_ID_CHARS = 255
 Refusal: TypeAlias = BadField | QuotaExceeded | WindowTooTight
-_JOB_IDS = select(Job.id).where(Job.id.in_(bindparam("ids", expanding=True)))
+_JOB_IDS = select(Job.id).where(is_among(Job.__table__.c.id, bindparam("ids", type_=Texts)))
 
 
 def check_task_id(task_id: object) -> str:
@@ -331,7 +331,7 @@ class Intake:
 
 
 def _known_ids(connection: Connection, ids: Sequence[str]) -> set[str]:
-    return set(connection.scalars(_JOB_IDS, {"ids": ids}))
+    return set(connection.scalars(_JOB_IDS, {"ids": list(ids)}))
 
 
 def _tokens_by_model(rows: Sequence[dict[str, Any]]) -> Counter[str]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
-from sqlalchemy import BindParameter, Connection, Double, Table, bindparam, select, update
+from sqlalchemy import Connection, Double, Table, bindparam, select, update
 
 from engine.growth import Growth
 from engine.request import Generated, RequestId
@@ -20,7 +20,7 @@ from jobs import tallies
 from jobs.batches import close_batches
 from jobs.bulk_insert import Column, bulk_insert
 from jobs.checkpoints import append, forget
-from jobs.database import clock, now
+from jobs.database import Texts, clock, is_among, now
 from jobs.json_text import JsonText, written
 from jobs.models import Job, LedgerEntry, Result
 from jobs.states import HELD, TERMINAL, JobState, LedgerKind
@@ -300,7 +300,7 @@ def _change(item: Recorded, row: JobRow, stored_bytes: int) -> tallies.Change:
 
 # made once: to build a statement takes as long as to run it
 _RESULTS, _LEDGER = cast(Table, Result.__table__), cast(Table, LedgerEntry.__table__)
-_IDS: BindParameter[Any] = bindparam("ids", expanding=True)
+_OURS = is_among(Job.__table__.c.id, bindparam("ids", type_=Texts))
 _HELD = (
     select(
         Job.id,
@@ -324,13 +324,13 @@ _HELD = (
         Job.retry,
         Job.failures,
     )
-    .where(Job.id.in_(_IDS))
+    .where(_OURS)
     .order_by(Job.id)
     .with_for_update()
 )
 _MOVE = (
     update(Job)
-    .where(Job.id.in_(_IDS), Job.worker_id == bindparam("holder"))
+    .where(_OURS, Job.worker_id == bindparam("holder"))
     .values(
         state=bindparam("new_state"),
         worker_id=None,
