@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -264,7 +265,13 @@ class Intake:
         """The id of each, or why it is refused."""
         rows = {one.id: one.row for one in singles}
         terms = {one.id: one.terms for one in singles}
-        refused = self._database.transact(lambda connection: self._insert_fitting(connection, rows, terms))
+        attempts = count()
+
+        def work(connection: Connection) -> dict[str, Refusal]:
+            # Their ids are new: until an attempt may have committed, nobody knows them.
+            return self._insert_fitting(connection, rows, terms, new=next(attempts) == 0)
+
+        refused = self._database.transact(work)
         self._forecasts.accepted(_tokens_by_model([row for key, row in rows.items() if key not in refused]))
         return [refused.get(key, key) for key in rows]
 
@@ -302,11 +309,13 @@ class Intake:
         connection: Connection,
         rows: dict[str, dict[str, Any]],
         terms: Mapping[str, Terms] = MappingProxyType({}),
+        *,
+        new: bool = False,
     ) -> dict[str, Refusal]:
-        """Those that are refused, by id. `terms`: of those whose window must be met."""
+        """Those that are refused, by id. `terms`: of those whose window must be met. `new`: none can be there yet."""
         refused: dict[str, Refusal] = {}
         rooms = self._rooms(connection, {str(row["tenant"]) for row in rows.values()})
-        known = _known_ids(connection, sorted(rows))
+        known = set() if new else _known_ids(connection, sorted(rows))
         fitting: list[dict[str, Any]] = []
         for job_id, row in rows.items():
             if job_id in known:
