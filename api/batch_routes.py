@@ -19,12 +19,12 @@ from api.errors import conflict, no_such_file, not_found
 from api.schemas import REFUSALS, BatchList, BatchObject, batch_list, batch_object
 from api.services import Seconds, Services, is_id, refuse_query, refuse_repeats, submit_of
 from jobs.batch_reads import BatchFilter
-from jobs.body import Name
 from jobs.file_batches import NoSuchFile, parse_wish
 from jobs.idempotency import Submit
 from jobs.reads import MAX_LIMIT, BatchView
 from jobs.states import BatchState
 from jobs.tenants import Owner
+from jobs.texts import Name
 
 
 class BatchQuery(BaseModel):

@@ -20,10 +20,11 @@ from api.auth import BEARER, By
 from api.errors import ApiError, no_such_file
 from api.schemas import REFUSALS, FileDeleted, FileList, FileObject, file_list, file_object
 from api.services import Services, is_id, refuse_query, refuse_repeats
-from jobs.body import BadField, Name
+from jobs.body import BadField
 from jobs.files import FileView
 from jobs.quotas import QuotaExceeded
 from jobs.tenants import Owner
+from jobs.texts import Name
 
 MAX_LIMIT: Final = 10_000
 _PIECE_BYTES: Final = 1 << 18

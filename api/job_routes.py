@@ -21,13 +21,14 @@ from api.body_limit import read_json, refuse_body
 from api.errors import not_found
 from api.schemas import REFUSALS, BatchObject, JobList, JobObject, batch_object, job_list, job_object
 from api.services import Seconds, Services, is_id, refuse_query, refuse_repeats, submit_of
-from jobs.body import BadField, CustomId, ModelName, Name, parse_job, parse_jobs, parse_metadata
+from jobs.body import BadField, parse_job, parse_jobs, parse_metadata
 from jobs.idempotency import Submit
 from jobs.reads import MAX_LIMIT, JobFilter
 from jobs.states import JobState
 from jobs.tenants import Owner
 from jobs.terms import ORDINARY
 from jobs.terms_body import TERM_FIELDS, refuse_terms_inside, split_terms
+from jobs.texts import CustomId, ModelName, Name
 
 
 class JobQuery(BaseModel):

@@ -30,11 +30,11 @@ from api.schedule_objects import (
 )
 from api.schemas import REFUSALS
 from api.services import Services, is_id, refuse_query, submit_of
-from jobs.body import Name
 from jobs.idempotency import Submit
 from jobs.reads import MAX_LIMIT
 from jobs.schedule_body import parse_change, parse_schedule
 from jobs.tenants import Owner
+from jobs.texts import Name
 
 
 class _Query(BaseModel):

@@ -16,12 +16,13 @@ from api.auth import BEARER, By, Caller
 from api.errors import ApiError, not_found
 from api.schemas import REFUSALS
 from api.services import Services
-from jobs.body import BadField, Name
+from jobs.body import BadField
 from jobs.keys import Scope
 from jobs.moments import day_text, parse_moment
 from jobs.prices import amount_text
 from jobs.states import LedgerKind
 from jobs.tenants import check_tenant
+from jobs.texts import Name
 from jobs.usage import MAX_GROUPS, GroupBy, Tokens, UsageGroup, UsageQuery
 
 ALL: Final = "*"

@@ -47,14 +47,20 @@ _Decode: TypeAlias = Callable[[Any, str], Any]
 
 def _fields(value: object) -> dict[str, Any]:
     """msgpack's hook for what it does not know: a dataclass becomes the map of its non-default fields."""
-    if not dataclasses.is_dataclass(value) or isinstance(value, type):
-        raise TypeError(f"{type(value).__name__} does not travel over the wire")
     plain: dict[str, Any] = {}
-    for f in dataclasses.fields(value):
-        item = getattr(value, f.name)
-        if f.default is dataclasses.MISSING or item != f.default:
-            plain[f.name] = item
+    for name, default in _defaults(typing.cast("Hashable", type(value))):
+        item = getattr(value, name)
+        if default is dataclasses.MISSING or (item is not default and item != default):
+            plain[name] = item
     return plain
+
+
+@functools.cache
+def _defaults(kind: Hashable) -> tuple[tuple[str, Any], ...]:
+    """Each field with its default."""
+    if not dataclasses.is_dataclass(kind):
+        raise TypeError(f"{getattr(kind, '__name__', kind)} does not travel over the wire")
+    return tuple((f.name, f.default) for f in dataclasses.fields(kind))
 
 
 @functools.cache

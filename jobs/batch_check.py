@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, BinaryIO, Final
 
-from jobs import tallies
 from jobs.batch_file import BadLine, BatchLine, bounded_lines, parse_line
 from jobs.body import BadField, JobBody
 from jobs.quotas import Load, estimate_tokens
@@ -127,7 +126,7 @@ def check_file(
 
 def stored_size(body: JobBody) -> int:
     """Bytes of the job's body in SQL."""
-    return tallies.size_of(body.stored())
+    return len(body.written())
 
 
 def max_line_bytes(settings: Settings) -> int:

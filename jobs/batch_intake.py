@@ -11,7 +11,9 @@ never double.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, BinaryIO, Final
@@ -91,8 +93,11 @@ class BatchIntake:
         if batch.next_offset is None:
             return
         try:
-            with self._store.open(batch.input_file_id) as file:
-                for chunk in self._chunks(file, batch):
+            with (
+                self._store.open(batch.input_file_id) as file,
+                closing(_one_ahead(self._chunks(file, batch))) as chunks,
+            ):
+                for chunk in chunks:
                     claimed.check()
                     if not self._database.transact(partial(_insert, claimed=claimed, chunk=chunk)):
                         return
@@ -140,6 +145,15 @@ class BatchIntake:
             if len(chunk.rows) == CHUNK or size >= CHUNK_BYTES:
                 yield chunk
                 chunk, size = _Chunk(position + 1, [], chunk.end), 0
+
+
+def _one_ahead(chunks: Iterator[_Chunk]) -> Generator[_Chunk, None, None]:
+    """The same chunks, each made while the database has the one before."""
+    with ThreadPoolExecutor(1, thread_name_prefix="chunks") as maker:
+        coming = maker.submit(next, chunks, None)
+        while (chunk := coming.result()) is not None:
+            coming = maker.submit(next, chunks, None)
+            yield chunk
 
 
 def _give_up(connection: Connection, claimed: Claim) -> None:

@@ -13,7 +13,6 @@ from operator import attrgetter
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -24,15 +23,12 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from engine.sampling_params import InvalidParameter, RepetitionDetectionParams, SamplingParams
+from jobs.json_text import JsonText, written
 from jobs.settings import Settings
 from jobs.structured_outputs import ResponseFormat, StructuredOutputs
+from jobs.texts import CustomId, Metadata, ModelName, NonEmptyText, Text
 
-MAX_CUSTOM_ID_CHARS = 512
-MAX_MODEL_CHARS = 255
 MAX_JOB_LOGPROBS = 100_000  # of one job, likeliest tokens included: some 8 MB of JSON
-MAX_METADATA_PAIRS = 16
-MAX_METADATA_KEY_CHARS = 64
-MAX_METADATA_VALUE_CHARS = 512
 
 # fmt: off
 # OpenAI's fields that mean something we cannot do yet: told apart from a typing mistake.
@@ -78,20 +74,6 @@ def _printable(text: str, limit: int = 200) -> str:
     return text[:limit].encode("utf-8", "backslashreplace").decode().replace("\x00", "\\x00")
 
 
-def _storable(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise PydanticCustomError("text", "must be valid Unicode, without lone surrogates") from None
-    return text
-
-
-def _without_nul(text: str) -> str:
-    if "\x00" in text:
-        raise PydanticCustomError("text", "must not contain NUL characters")
-    return text
-
-
 def _joined(content: object) -> object:
     """A list of text parts becomes the one string it means."""
     if not isinstance(content, list):
@@ -114,39 +96,6 @@ def _joined(content: object) -> object:
 
 def _listed(stop: object) -> object:
     return [stop] if isinstance(stop, str) else stop
-
-
-def _openai_metadata(pairs: dict[str, str]) -> dict[str, str]:
-    if len(pairs) > MAX_METADATA_PAIRS:
-        raise PydanticCustomError("metadata", f"at most {MAX_METADATA_PAIRS} pairs are allowed")
-    for key, value in pairs.items():
-        if not 1 <= len(key) <= MAX_METADATA_KEY_CHARS:
-            raise PydanticCustomError(
-                "metadata", f"each key must have 1 to {MAX_METADATA_KEY_CHARS} characters"
-            )
-        if len(value) > MAX_METADATA_VALUE_CHARS:
-            raise PydanticCustomError(
-                "metadata", f"each value may have at most {MAX_METADATA_VALUE_CHARS} characters"
-            )
-    return pairs
-
-
-Text = Annotated[str, AfterValidator(_storable)]
-Name = Annotated[str, AfterValidator(_storable), AfterValidator(_without_nul)]
-NonEmptyText = Annotated[str, Field(min_length=1), AfterValidator(_storable)]
-ModelName = Annotated[
-    str,
-    Field(min_length=1, max_length=MAX_MODEL_CHARS),
-    AfterValidator(_storable),
-    AfterValidator(_without_nul),
-]
-CustomId = Annotated[
-    str,
-    Field(min_length=1, max_length=MAX_CUSTOM_ID_CHARS),
-    AfterValidator(_storable),
-    AfterValidator(_without_nul),
-]
-Metadata = Annotated[dict[Text, Text], AfterValidator(_openai_metadata)]
 
 
 class _Strict(BaseModel):
@@ -233,6 +182,13 @@ class JobBody(_Strict):
         """As `models.Job.body` keeps it; `JobBody.model_validate` reads it back."""
         return self.model_dump(mode="json", exclude_none=True, by_alias=True)
 
+    def written(self) -> JsonText:
+        """The same as its column keeps it."""
+        given = {name: value for name, value in self.__dict__.items() if value is not None}
+        if self.messages is not None:
+            given["messages"] = [{"role": one.role, "content": one.content} for one in self.messages]
+        return written(given if given.keys().isdisjoint(_NESTED) else self.stored())
+
     def length_limit(self, default_max_tokens: int) -> int:
         """The most tokens that one sample may have."""
         given = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
@@ -283,6 +239,7 @@ class JobBody(_Strict):
         return sampling
 
 
+_NESTED = frozenset({"repetition_detection", "structured_outputs", "response_format"})
 _asked = attrgetter(
     *(set(JobBody.model_fields) - {"model", "prompt", "messages", "custom_id", "metadata"})
 )  # of a body: all values beside its texts

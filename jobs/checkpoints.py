@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from sqlalchemy import Connection, delete, func, insert, select
+from sqlalchemy import Connection, bindparam, delete, func, insert, select
 
 from engine import codec
 from engine.growth import Growth, join, size_of
 from engine.request import Generated, RequestId
-from jobs.database import now, portions
+from jobs.database import Texts, is_among, now, portions
 from jobs.models import Checkpoint, Job
 from jobs.states import JobState
 
@@ -90,6 +90,8 @@ def load(connection: Connection, job_ids: Iterable[str], weights: str) -> dict[s
 
 def forget(connection: Connection, job_ids: Iterable[str]) -> None:
     """For jobs that have ended, or must start over."""
-    ids = sorted(job_ids)
-    for some in portions(ids):
-        connection.execute(delete(Checkpoint).where(Checkpoint.job_id.in_(some)))
+    if ids := sorted(job_ids):
+        connection.execute(_FORGET, {"ids": ids})
+
+
+_FORGET = delete(Checkpoint).where(is_among(Checkpoint.__table__.c.job_id, bindparam("ids", type_=Texts)))

@@ -194,7 +194,7 @@ class Claimer(threading.Thread):
             turn = float(held[one.tenant] // self.places)
             if one.tier is Tier.URGENT and one.deadline is not None:
                 turn = one.deadline // 60
-            turns.append(replace(one, turn=turn))
+            turns.append(one if turn == one.turn else replace(one, turn=turn))
             held[one.tenant] += 1
         return turns
 

@@ -18,13 +18,27 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Double, Engine, create_engine, event, select
+from sqlalchemy import (
+    JSON,
+    Connection,
+    Dialect,
+    Double,
+    Engine,
+    String,
+    TypeDecorator,
+    create_engine,
+    event,
+    select,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase
 from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.types import NullType
+
+from jobs.json_text import written
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -61,6 +75,37 @@ def _now_postgresql(element: now, compiler: Any, **kw: Any) -> str:
     return "extract(epoch from clock_timestamp())::float8"
 
 
+class Texts(TypeDecorator[Sequence[str]]):
+    """A list of strings as one parameter: an array, on SQLite a JSON array."""
+
+    impl = JSON
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> Any:
+        kind: Any = JSON() if dialect.name == "sqlite" else postgresql.ARRAY(String)
+        return dialect.type_descriptor(kind)
+
+
+class is_among(FunctionElement[Any]):  # noqa: N801 - reads as a SQL function
+    """`is_among(column, bindparam("ids", type_=Texts))`. Unlike IN it is one statement for any number of them, which
+    is read and planned once."""
+
+    type = NullType()  # with Boolean, SQLite would be asked for `… = 1`, for which it searches no index
+    inherit_cache = True
+
+
+@compiles(is_among, "sqlite")
+def _is_among_sqlite(element: is_among, compiler: Any, **kw: Any) -> str:
+    column, texts = (compiler.process(one, **kw) for one in element.clauses)
+    return f"{column} IN (SELECT value FROM json_each({texts}))"
+
+
+@compiles(is_among, "postgresql")
+def _is_among_postgresql(element: is_among, compiler: Any, **kw: Any) -> str:
+    column, texts = (compiler.process(one, **kw) for one in element.clauses)
+    return f"{column} = ANY ({texts})"
+
+
 _NOW = select(now())
 
 
@@ -78,7 +123,10 @@ class Database:
             if parsed.database:
                 Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
             self.engine: Engine = create_engine(
-                url, connect_args={"timeout": BUSY_SECONDS}, hide_parameters=True
+                url,
+                connect_args={"timeout": BUSY_SECONDS},
+                hide_parameters=True,
+                json_serializer=written,
             )
             event.listen(self.engine, "connect", _configure_sqlite)
             event.listen(self.engine, "begin", _begin_sqlite)
@@ -89,6 +137,7 @@ class Database:
                 max_overflow=pool_size,
                 pool_pre_ping=True,
                 hide_parameters=True,  # prompts do not belong in a log
+                json_serializer=written,
                 connect_args=POSTGRES_ARGUMENTS,
             )
 

@@ -23,7 +23,7 @@ from jobs.batches import close_batches
 from jobs.checkpoints import forget
 from jobs.claims import QUEUED
 from jobs.database import clock, now
-from jobs.fair_tags import tag
+from jobs.fair_tags import tags
 from jobs.models import Job, Worker
 from jobs.states import LIVE_WORKER, JobState
 from jobs.terms import DELAYED, Tier
@@ -67,19 +67,17 @@ def make_due(connection: Connection) -> list[str]:
         .limit(MOVES_PER_SWEEP)
         .with_for_update(skip_locked=True)
     ).mappings()
-    tagged = tag(connection, [dict(row) for row in rows])
-    if tagged:
+    due = [dict(row) for row in rows]
+    if due:
+        turns = {row["id"]: turn for row, turn in zip(due, tags(connection, due), strict=True)}
         job = Job.__table__
         connection.execute(
             update(Job)
             .where(job.c.id == bindparam("key"))
             .values(tier=job.c.tier - DELAYED, fair_tag=bindparam("new_tag")),
-            [
-                {"key": row["id"], "new_tag": row["fair_tag"]}
-                for row in sorted(tagged, key=lambda row: row["id"])
-            ],
+            [{"key": key, "new_tag": turns[key]} for key in sorted(turns)],
         )
-    return [row["model"] for row in tagged]
+    return [row["model"] for row in due]
 
 
 def expire(connection: Connection) -> int:

@@ -32,22 +32,22 @@ Row = dict[str, Any]  # by column of `models.Job`
 Flow = tuple[str, str, int, int]  # tenant, model, tier, priority
 
 
-def tag(connection: Connection, rows: Sequence[Row]) -> list[Row]:
-    """The rows, in their order, each with its `fair_tag`; their flows' clocks move on."""
+def tags(connection: Connection, rows: Sequence[Row]) -> list[float]:
+    """The `fair_tag` of each row, in their order; their flows' clocks move on."""
     flows: defaultdict[Flow, list[int]] = defaultdict(list)
     for place, row in enumerate(rows):
         flow = (row["tenant"], row["model"], int(tier_of(row["tier"])), row["priority"])
         flows[flow].append(place)
-    tags = [0.0] * len(rows)
+    given = [0.0] * len(rows)
     weights = _weights(connection, sorted({flow[0] for flow in flows}))
     for flow in sorted(flows):
         share = weights.get(flow[0], 1.0) * 2.0 ** flow[3]
         costs = [max(1, int(rows[place]["estimated_tokens"])) / share for place in flows[flow]]
         turn = _turn(connection, flow, sum(costs))
         for place, cost in zip(flows[flow], costs, strict=True):
-            tags[place] = turn // BUCKET_TOKENS * BUCKET_TOKENS
+            given[place] = turn // BUCKET_TOKENS * BUCKET_TOKENS
             turn += cost
-    return [row | {"fair_tag": tag} for row, tag in zip(rows, tags, strict=True)]
+    return given
 
 
 def _weights(connection: Connection, tenants: list[str]) -> dict[str, float]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -20,7 +21,7 @@ from sqlalchemy import Connection, bindparam, insert, select
 from jobs import tallies
 from jobs.audience import Audience
 from jobs.body import BadField, JobBody
-from jobs.database import Database, clock, now
+from jobs.database import Database, Texts, clock, is_among, now
 from jobs.forecasts import Forecasts, WindowTooTight
 from jobs.group_commit import GroupCommit
 from jobs.idempotency import Submit, claim
@@ -34,7 +35,7 @@ from jobs.terms import ORDINARY, Terms
 
 MAX_ID_CHARS = 255
 Refusal: TypeAlias = BadField | QuotaExceeded | WindowTooTight
-_JOB_IDS = select(Job.id).where(Job.id.in_(bindparam("ids", expanding=True)))
+_JOB_IDS = select(Job.id).where(is_among(Job.__table__.c.id, bindparam("ids", type_=Texts)))
 
 
 def check_task_id(task_id: object) -> str:
@@ -264,7 +265,13 @@ class Intake:
         """The id of each, or why it is refused."""
         rows = {one.id: one.row for one in singles}
         terms = {one.id: one.terms for one in singles}
-        refused = self._database.transact(lambda connection: self._insert_fitting(connection, rows, terms))
+        attempts = count()
+
+        def work(connection: Connection) -> dict[str, Refusal]:
+            # Their ids are new: until an attempt may have committed, nobody knows them.
+            return self._insert_fitting(connection, rows, terms, new=next(attempts) == 0)
+
+        refused = self._database.transact(work)
         self._forecasts.accepted(_tokens_by_model([row for key, row in rows.items() if key not in refused]))
         return [refused.get(key, key) for key in rows]
 
@@ -302,11 +309,13 @@ class Intake:
         connection: Connection,
         rows: dict[str, dict[str, Any]],
         terms: Mapping[str, Terms] = MappingProxyType({}),
+        *,
+        new: bool = False,
     ) -> dict[str, Refusal]:
-        """Those that are refused, by id. `terms`: of those whose window must be met."""
+        """Those that are refused, by id. `terms`: of those whose window must be met. `new`: none can be there yet."""
         refused: dict[str, Refusal] = {}
         rooms = self._rooms(connection, {str(row["tenant"]) for row in rows.values()})
-        known = _known_ids(connection, sorted(rows))
+        known = set() if new else _known_ids(connection, sorted(rows))
         fitting: list[dict[str, Any]] = []
         for job_id, row in rows.items():
             if job_id in known:
@@ -331,7 +340,7 @@ class Intake:
 
 
 def _known_ids(connection: Connection, ids: Sequence[str]) -> set[str]:
-    return set(connection.scalars(_JOB_IDS, {"ids": ids}))
+    return set(connection.scalars(_JOB_IDS, {"ids": list(ids)}))
 
 
 def _tokens_by_model(rows: Sequence[dict[str, Any]]) -> Counter[str]:

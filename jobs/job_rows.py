@@ -10,17 +10,19 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
-from typing import Any
+from operator import itemgetter
+from typing import Any, cast
 
-from sqlalchemy import Connection, insert
+from sqlalchemy import Connection, Table
 from sqlalchemy.dialects import postgresql, sqlite
 
 from engine.request import derive_seed
 from jobs import tallies
 from jobs.audience import Audience
 from jobs.body import JobBody
-from jobs.database import clock, in_words_of, portions
-from jobs.fair_tags import tag
+from jobs.bulk_insert import bulk_insert
+from jobs.database import clock, in_words_of
+from jobs.fair_tags import tags
 from jobs.models import Job
 from jobs.quotas import Load, estimate_tokens
 from jobs.settings import Settings
@@ -30,6 +32,8 @@ from jobs.terms import ORDINARY, Retry, Terms, Tier, tier_of
 
 PREFIX_CHARS = 256
 _ROWS_PER_STATEMENT = 1000
+_QUEUED = str(JobState.QUEUED)
+_TABLE = cast(Table, Job.__table__)
 
 JobRow = dict[str, Any]  # by column of `models.Job`
 
@@ -68,11 +72,11 @@ def job_row(
         "custom_id": body.custom_id,
         "model": body.model,
         "source": source,
-        "body": body.stored(),
+        "body": body.written(),
         "metadata": body.metadata or {},
         "seed": derive_seed("job", job_id) if body.seed is None else body.seed,
         "estimated_tokens": estimate_tokens(body, settings),
-        "state": JobState.QUEUED,
+        "state": _QUEUED,
         "prefix_group": prefix_group(body.model, body.opening),
         "audience": int(audience),
         **terms.columns(),
@@ -104,7 +108,7 @@ def again_row(
         "metadata": old.metadata,
         "seed": old.seed,
         "estimated_tokens": old.estimated_tokens,
-        "state": JobState.QUEUED,
+        "state": _QUEUED,
         "prefix_group": old.prefix_group,
         "retry_of": old.id,
         **terms.columns(),
@@ -126,7 +130,7 @@ def refused_row(job_id: str, tenant: str, model: str, error: dict[str, Any]) -> 
         "metadata": {},
         "seed": derive_seed("job", job_id),
         "estimated_tokens": 0,
-        "state": JobState.FAILED,
+        "state": str(JobState.FAILED),
         "prefix_group": 0,
         "error": error,
         **ORDINARY.columns(),
@@ -143,16 +147,36 @@ def load_of(rows: Sequence[JobRow]) -> Load:
 
 
 def insert_all(connection: Connection, rows: Sequence[JobRow]) -> None:
-    """Without RETURNING, which takes psycopg three times as long for thousands of rows."""
-    for some in portions(_complete(connection, rows), _ROWS_PER_STATEMENT):
-        connection.execute(insert(Job), some)
+    """Queued rows, all with the same columns, whose ids are new."""
+    if not rows:
+        return
+    ordered, common = _ordered(rows), _common(connection)
+    turns = tags(connection, ordered)
+    for start in range(0, len(ordered), _ROWS_PER_STATEMENT):
+        some = ordered[start : start + _ROWS_PER_STATEMENT]
+        columns = {name: [row[name] for row in some] for name in some[0]}
+        columns |= {name: [value] * len(some) for name, value in common.items()}
+        columns["fair_tag"] = turns[start : start + _ROWS_PER_STATEMENT]
+        bulk_insert(connection, _TABLE, columns)
 
 
 def insert_new(connection: Connection, rows: Sequence[JobRow]) -> list[str]:
     """INSERT … ON CONFLICT DO NOTHING; the ids that were new."""
     if not rows:
         return []
-    return list(connection.scalars(_insert_new(connection.dialect.name), _complete(connection, rows)))
+    ordered, common = _ordered(rows), _common(connection)
+    queued = [row for row in ordered if row["state"] == _QUEUED]
+    turns = {row["id"]: turn for row, turn in zip(queued, tags(connection, queued), strict=True)}
+    complete = [
+        row
+        | common
+        | {
+            "finished_at": common["created_at"] if row["state"] in TERMINAL else None,
+            "fair_tag": turns.get(row["id"], 0.0),
+        }
+        for row in ordered
+    ]
+    return list(connection.scalars(_insert_new(connection.dialect.name), complete))
 
 
 @in_words_of
@@ -160,21 +184,12 @@ def _insert_new(insert_into: type[sqlite.Insert | postgresql.Insert]) -> Any:
     return insert_into(Job).on_conflict_do_nothing(index_elements=["id"]).returning(Job.id)
 
 
-def _complete(connection: Connection, rows: Sequence[JobRow]) -> list[JobRow]:
-    """The rows with what they have in common, in id order like every statement that touches several jobs, so
-    that two inserts cannot deadlock."""
-    # Read once, so that all jobs of a batch have one time, and the database's, not this machine's.
-    time_now = clock(connection)
-    common = {
-        "created_at": time_now,
-        "fence": 0,
-        "crashes": 0,
-    }
-    complete = [
-        row | common | {"finished_at": time_now if row["state"] in TERMINAL else None}
-        for row in sorted(rows, key=lambda row: str(row["id"]))
-    ]
-    queued = [row for row in complete if row["state"] == JobState.QUEUED]
-    return [row | {"fair_tag": 0.0} for row in complete if row["state"] != JobState.QUEUED] + tag(
-        connection, queued
-    )
+def _ordered(rows: Sequence[JobRow]) -> list[JobRow]:
+    """In id order like every statement that touches several jobs, so that two inserts cannot deadlock."""
+    return sorted(rows, key=itemgetter("id"))
+
+
+def _common(connection: Connection) -> dict[str, Any]:
+    """What new rows have in common. The time is read once, so that all jobs of a batch have one, and the database's,
+    not this machine's."""
+    return {"created_at": clock(connection), "fence": 0, "crashes": 0}

@@ -35,6 +35,7 @@ MESSAGE_EXTRAS: Final = frozenset({
     "annotations", "audio", "function_call", "name", "reasoning_content", "refusal", "tool_calls",
 })
 # fmt: on
+_SPECIAL: Final = IGNORED | OFF.keys() | NOT_SUPPORTED_YET
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +62,10 @@ def read_asked(
 ) -> Asked:
     """`custom_id`: what came beside `given`. `checked`: this very request has been read before, so its shape alone is
     looked at. Raises `BadField` for the first thing that is wrong or cannot be honoured."""
-    rest = {name: value for name, value in given.items() if name not in IGNORED and not is_off(name, value)}
+    rest = dict(given)
+    for name in _SPECIAL.intersection(rest):
+        if name in IGNORED or is_off(name, rest[name]):
+            del rest[name]
     wanted, other = ("messages", "prompt") if url == CHAT else ("prompt", "messages")
     for name in (other, "custom_id"):
         if name in rest:
@@ -109,7 +113,8 @@ def plain_messages(messages: object) -> object:
 
 
 def _plain(message: dict[str, Any]) -> dict[str, Any]:
-    plain = {name: value for name, value in message.items() if name not in MESSAGE_EXTRAS or value}
+    extras = MESSAGE_EXTRAS.intersection(message)
+    plain = {name: value for name, value in message.items() if name not in extras or value}
     if plain.get("role") == "developer":  # OpenAI's newer word
         plain["role"] = "system"
     return plain

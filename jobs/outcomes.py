@@ -7,18 +7,21 @@ together, so the billed ledger equals the results at every moment.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from sqlalchemy import Connection, Double, bindparam, insert, select, update
+from sqlalchemy import Connection, Double, Table, bindparam, select, update
 
 from engine.growth import Growth
 from engine.request import Generated, RequestId
 from jobs import tallies
 from jobs.batches import close_batches
+from jobs.bulk_insert import Column, bulk_insert
 from jobs.checkpoints import append, forget
-from jobs.database import now
+from jobs.database import Texts, clock, is_among, now
+from jobs.json_text import JsonText, written
 from jobs.models import Job, LedgerEntry, Result
 from jobs.states import HELD, TERMINAL, JobState, LedgerKind
 from jobs.terms import DELAYED, Retry, tier_of
@@ -71,45 +74,29 @@ def record(
     """Write a group of outcomes; rows are locked in id order. Safe to run again after an unknown commit. `weights`:
     of the model that made them (`Checkpoint.fingerprint`)."""
     by_id = {outcome.job_id: outcome for outcome in outcomes}
-    held = connection.execute(
-        select(
-            Job.id,
-            Job.fence,
-            Job.state,
-            Job.worker_id,
-            Job.tenant,
-            Job.key_id,
-            Job.model,
-            Job.batch_id,
-            Job.source,
-            Job.audience,
-            Job.crashes,
-            Job.estimated_tokens,
-            Job.created_at,
-            Job.not_before,
-            Job.started_at,
-            now().label("time_now"),
-            Job.error,
-            Job.tier,
-            Job.retry,
-            Job.failures,
-        )
-        .where(Job.id.in_(sorted(by_id)))
-        .order_by(Job.id)
-        .with_for_update()
-    ).all()
+    held = connection.execute(_HELD, {"ids": sorted(by_id)}).all()
     fenced = {row.id: row for row in held if row.fence == by_id[row.id].fence}
     rows = {key: row for key, row in fenced.items() if row.worker_id == worker_id and row.state in HELD}
     recorded = [_judge(outcome, fenced.get(outcome.job_id), rows) for outcome in outcomes]
     ours = [item for item in recorded if item.outcome.job_id in rows]
-    _move(connection, ours, rows)
-    _delay(connection, ours, rows)
-    _insert_results(connection, [item for item in ours if item.state is JobState.COMPLETED])
-    _insert_ledger(connection, ours, rows)
+    stored = {
+        item.outcome.job_id: written(item.outcome.outputs)
+        for item in ours
+        if item.state is JobState.COMPLETED
+    }
+    if ours:
+        time_now = clock(connection)
+        _move(connection, ours, rows, time_now)
+        _delay(connection, ours, rows)
+        _insert_results(connection, ours, stored, time_now)
+        _insert_ledger(connection, ours, rows, time_now)
     _keep_checkpoints(connection, ours, weights)
     closing = {rows[item.outcome.job_id].batch_id for item in ours if item.state is not JobState.QUEUED}
     close_batches(connection, sorted(batch_id for batch_id in closing if batch_id))
-    tallies.add(connection, [_change(item, rows[item.outcome.job_id]) for item in ours])
+    tallies.add(
+        connection,
+        [_change(item, rows[item.outcome.job_id], len(stored.get(item.outcome.job_id, ""))) for item in ours],
+    )
     return recorded
 
 
@@ -158,38 +145,27 @@ def _starts_over(item: Recorded) -> bool:
     return item.state is JobState.QUEUED and item.outcome.kind == "failed"
 
 
-def _move(connection: Connection, ours: list[Recorded], rows: dict[str, JobRow]) -> None:
-    if not ours:
-        return
-    job = Job.__table__
-    statement = (
-        update(Job)
-        .where(job.c.id == bindparam("key"), job.c.worker_id == bindparam("holder"))
-        .values(
-            state=bindparam("new_state"),
-            worker_id=None,
-            error=bindparam("new_error", type_=job.c.error.type),
-            crashes=bindparam("new_crashes"),
+def _move(connection: Connection, ours: list[Recorded], rows: dict[str, JobRow], time_now: float) -> None:
+    """The rows are locked, so those that become the same are changed together."""
+    alike: defaultdict[tuple[JobState, int, JsonText | None], list[str]] = defaultdict(list)
+    for item in ours:
+        row, crashes = rows[item.outcome.job_id], item.outcome.crashes
+        error = _error(item, row)
+        assert item.state is not None
+        key = (item.state, row.crashes if crashes is None else crashes, written(error) if error else None)
+        alike[key].append(row.id)
+    for (state, crashes, told), ids in alike.items():
+        connection.execute(
+            _MOVE,
+            {
+                "ids": sorted(ids),
+                "holder": rows[ids[0]].worker_id,
+                "new_state": state,
+                "new_error": told,
+                "new_crashes": crashes,
+                "ended": None if state is JobState.QUEUED else time_now,
+            },
         )
-    )
-    for finished in (True, False):
-        group = [item for item in ours if (item.state is not JobState.QUEUED) is finished]
-        if group:
-            connection.execute(
-                statement.values(finished_at=now()) if finished else statement,
-                [
-                    {
-                        "key": item.outcome.job_id,
-                        "holder": rows[item.outcome.job_id].worker_id,
-                        "new_state": item.state,
-                        "new_error": _error(item, rows[item.outcome.job_id]),
-                        "new_crashes": rows[item.outcome.job_id].crashes
-                        if item.outcome.crashes is None
-                        else item.outcome.crashes,
-                    }
-                    for item in sorted(group, key=lambda item: item.outcome.job_id)
-                ],
-            )
 
 
 def _error(item: Recorded, row: JobRow) -> dict[str, Any] | None:
@@ -229,45 +205,54 @@ def _delay(connection: Connection, ours: list[Recorded], rows: dict[str, JobRow]
     )
 
 
-def _insert_results(connection: Connection, completed: list[Recorded]) -> None:
+def _insert_results(
+    connection: Connection, ours: list[Recorded], stored: dict[str, JsonText], time_now: float
+) -> None:
+    completed = [item.outcome for item in ours if item.outcome.job_id in stored]
     if completed:
-        connection.execute(
-            insert(Result).values(created_at=now()),
-            [
-                {
-                    "job_id": item.outcome.job_id,
-                    "outputs": item.outcome.outputs,
-                    "prompt_tokens": item.outcome.prompt_tokens,
-                    "completion_tokens": item.outcome.completion_tokens,
-                    "cached_tokens": item.outcome.cached_tokens,
-                }
-                for item in completed
-            ],
-        )
+        columns: dict[str, Column] = {
+            "job_id": [outcome.job_id for outcome in completed],
+            "outputs": [stored[outcome.job_id] for outcome in completed],
+            "prompt_tokens": [outcome.prompt_tokens for outcome in completed],
+            "completion_tokens": [outcome.completion_tokens for outcome in completed],
+            "cached_tokens": [outcome.cached_tokens for outcome in completed],
+            "created_at": [time_now] * len(completed),
+        }
+        bulk_insert(connection, _RESULTS, columns)
 
 
-def _insert_ledger(connection: Connection, ours: list[Recorded], rows: dict[str, JobRow]) -> None:
+def _insert_ledger(
+    connection: Connection, ours: list[Recorded], rows: dict[str, JobRow], time_now: float
+) -> None:
     kinds = {JobState.COMPLETED: LedgerKind.BILLED, JobState.CANCELLED: LedgerKind.CANCELLED}
     entries = [
-        {
-            "job_id": item.outcome.job_id,
-            "fence": item.outcome.fence,
-            "kind": kinds.get(item.state, LedgerKind.WASTED) if item.state else "",
-            "tenant": rows[item.outcome.job_id].tenant,
-            "key_id": rows[item.outcome.job_id].key_id,
-            "model": rows[item.outcome.job_id].model,
-            "batch_id": rows[item.outcome.job_id].batch_id,
-            "prompt_tokens": item.outcome.prompt_tokens,
-            "completion_tokens": item.outcome.completion_tokens
-            - (item.outcome.kept_tokens if item.state is JobState.QUEUED and not _starts_over(item) else 0),
-            "cached_tokens": item.outcome.cached_tokens,
-        }
+        (item, item.outcome, rows[item.outcome.job_id])
         for item in ours
         # An attempt that never reached the engine made nothing and books nothing.
         if item.state is JobState.COMPLETED or item.outcome.prompt_tokens or item.outcome.completion_tokens
     ]
-    if entries:
-        connection.execute(insert(LedgerEntry).values(created_at=now()), entries)
+    if not entries:
+        return
+    columns: dict[str, Column] = {
+        "job_id": [outcome.job_id for _, outcome, _ in entries],
+        "fence": [outcome.fence for _, outcome, _ in entries],
+        "kind": [
+            str(kinds.get(item.state, LedgerKind.WASTED) if item.state else "") for item, _, _ in entries
+        ],
+        "prompt_tokens": [outcome.prompt_tokens for _, outcome, _ in entries],
+        "completion_tokens": [
+            outcome.completion_tokens
+            - (outcome.kept_tokens if item.state is JobState.QUEUED and not _starts_over(item) else 0)
+            for item, outcome, _ in entries
+        ],
+        "cached_tokens": [outcome.cached_tokens for _, outcome, _ in entries],
+        "created_at": [time_now] * len(entries),
+        **{
+            name: [getattr(row, name) for _, _, row in entries]
+            for name in ("tenant", "key_id", "model", "batch_id")
+        },
+    }
+    bulk_insert(connection, _LEDGER, columns)
 
 
 def _keep_checkpoints(connection: Connection, ours: list[Recorded], weights: str) -> None:
@@ -299,8 +284,8 @@ def _keep_checkpoints(connection: Connection, ours: list[Recorded], weights: str
     )
 
 
-def _change(item: Recorded, row: JobRow) -> tallies.Change:
-    """What this end means for the tenant's sums."""
+def _change(item: Recorded, row: JobRow, stored_bytes: int) -> tallies.Change:
+    """What this end means for the tenant's sums. `stored_bytes`: of its outputs."""
     if item.state is JobState.QUEUED:
         return tallies.Change(row.tenant)
     completed = item.state is JobState.COMPLETED
@@ -308,6 +293,49 @@ def _change(item: Recorded, row: JobRow) -> tallies.Change:
         row.tenant,
         jobs=-1,
         tokens=-row.estimated_tokens,
-        stored_bytes=tallies.size_of(item.outcome.outputs) if completed else 0,
+        stored_bytes=stored_bytes,
         billed=item.outcome.prompt_tokens + item.outcome.completion_tokens if completed else 0,
     )
+
+
+# made once: to build a statement takes as long as to run it
+_RESULTS, _LEDGER = cast(Table, Result.__table__), cast(Table, LedgerEntry.__table__)
+_OURS = is_among(Job.__table__.c.id, bindparam("ids", type_=Texts))
+_HELD = (
+    select(
+        Job.id,
+        Job.fence,
+        Job.state,
+        Job.worker_id,
+        Job.tenant,
+        Job.key_id,
+        Job.model,
+        Job.batch_id,
+        Job.source,
+        Job.audience,
+        Job.crashes,
+        Job.estimated_tokens,
+        Job.created_at,
+        Job.not_before,
+        Job.started_at,
+        now().label("time_now"),
+        Job.error,
+        Job.tier,
+        Job.retry,
+        Job.failures,
+    )
+    .where(_OURS)
+    .order_by(Job.id)
+    .with_for_update()
+)
+_MOVE = (
+    update(Job)
+    .where(_OURS, Job.worker_id == bindparam("holder"))
+    .values(
+        state=bindparam("new_state"),
+        worker_id=None,
+        error=bindparam("new_error", type_=Job.__table__.c.error.type),
+        crashes=bindparam("new_crashes"),
+        finished_at=bindparam("ended", type_=Double),
+    )
+)

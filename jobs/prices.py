@@ -17,9 +17,10 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, Row, delete, insert, select, text
 
-from jobs.body import MAX_MODEL_CHARS, BadField
+from jobs.body import BadField
 from jobs.database import Database, clock
 from jobs.models import Price
+from jobs.texts import MAX_MODEL_CHARS
 
 MILLION_DIGITS: Final = 6  # tokens are priced by the million
 _AMOUNT: Final = re.compile(r"[0-9]{1,12}(\.[0-9]{1,12})?")

@@ -11,10 +11,11 @@ from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from jobs.body import BadField, JobBody, Metadata, Name, parse_fields, parse_jobs
+from jobs.body import BadField, JobBody, parse_fields, parse_jobs
 from jobs.completion_window import window_seconds
 from jobs.cron_line import CronLine
 from jobs.settings import Settings
+from jobs.texts import Metadata, Name
 
 
 class Missed(StrEnum):

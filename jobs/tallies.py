@@ -10,16 +10,18 @@ Call `add` last and once in a transaction: rows are locked in the order jobs, ba
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, case, func, select
+from sqlalchemy import Connection, Integer, case, func, select
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
 
 from jobs.database import clock, in_words_of
+from jobs.json_text import written
 from jobs.models import Tally
 
 SHARDS = 8  # on SQLite 1: it has a single writer anyway
@@ -55,7 +57,7 @@ class Use:
 
 def size_of(value: Any) -> int:
     """Bytes of a JSON column's value as it is stored: ASCII, so characters are bytes."""
-    return len(json.dumps(value))
+    return len(written(value))
 
 
 def add(connection: Connection, changes: Iterable[Change]) -> None:
@@ -80,15 +82,29 @@ def add(connection: Connection, changes: Iterable[Change]) -> None:
         return
     one_writer = connection.dialect.name == "sqlite"
     shard = 0 if one_writer else random.randrange(SHARDS)
-    today = clock(connection) // DAY_SECONDS
-    connection.execute(
-        _add(connection.dialect.name), [row | {"shard": shard, "day": int(today)} for row in rows]
-    )
+    connection.execute(_add(connection.dialect.name), [row | {"shard": shard} for row in rows])
+
+
+class _today(FunctionElement[int]):  # noqa: N801 - reads as a SQL function
+    """The unix day on the database's clock."""
+
+    type = Integer()
+    inherit_cache = True
+
+
+@compiles(_today, "sqlite")
+def _today_sqlite(element: _today, compiler: Any, **kw: Any) -> str:
+    return "CAST(julianday('now') - 2440587.5 AS INTEGER)"
+
+
+@compiles(_today, "postgresql")
+def _today_postgresql(element: _today, compiler: Any, **kw: Any) -> str:
+    return f"floor(extract(epoch from clock_timestamp()) / {DAY_SECONDS})::integer"
 
 
 @in_words_of
 def _add(insert: type[sqlite.Insert | postgresql.Insert]) -> Any:
-    statement = insert(Tally)
+    statement = insert(Tally).values(day=_today())
     new = statement.excluded
     return statement.on_conflict_do_update(
         index_elements=["tenant", "shard"],

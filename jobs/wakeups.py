@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 
 from redis import Redis
 
@@ -17,6 +18,7 @@ from jobs.broker import SOCKET_SECONDS, WORK, NightpressCelery, work_queue
 log = logging.getLogger(__name__)
 
 ENOUGH_IN_REDIS = 4
+REPEAT_SECONDS = 0.2  # between two announcements by somebody who has more to announce all the time
 
 
 class WakeUps:
@@ -29,28 +31,50 @@ class WakeUps:
         )
         self._turn = threading.Condition()
         self._models: set[str] = set()
+        self._repeats: set[str] = set()
+        self._quiet_until: dict[str, float] = {}  # of models whose repeats wait
         self._stopping = False
         self._failing = False
         self._thread: threading.Thread | None = None
 
     def wake(self, model: str, num_jobs: int = 1) -> None:
         """Announce work for `model`; `num_jobs` does not matter, one message wakes a worker for all."""
+        self._announce(self._models, model)
+
+    def repeat(self, model: str) -> None:
+        """The same, from somebody who says so again and again: not within `REPEAT_SECONDS` of the last time."""
+        self._announce(self._repeats, model)
+
+    def _announce(self, models: set[str], model: str) -> None:
         with self._turn:
             if self._stopping:
                 return
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="wake-ups", daemon=True)
                 self._thread.start()
-            self._models.add(model)
+            models.add(model)
             self._turn.notify()
 
+    def _next(self) -> str | None:
+        """The model to announce now, once there is one; None: no more."""
+        with self._turn:
+            while True:
+                moment = time.monotonic()
+                waits = {one: self._quiet_until.get(one, 0.0) - moment for one in self._repeats}
+                due = {one for one, seconds in waits.items() if seconds <= 0 or self._stopping}
+                if ready := sorted(self._models | due):
+                    model = ready[0]
+                    if model in due:
+                        self._quiet_until[model] = moment + REPEAT_SECONDS
+                    self._models.discard(model)
+                    self._repeats.discard(model)
+                    return model
+                if self._stopping:
+                    return None
+                self._turn.wait(min(waits.values(), default=None))
+
     def _run(self) -> None:
-        while True:
-            with self._turn:
-                self._turn.wait_for(lambda: self._models or self._stopping)
-                if not self._models:
-                    return
-                model = self._models.pop()
+        while (model := self._next()) is not None:
             try:
                 self._publish(model)
                 self._failing = False

@@ -117,7 +117,7 @@ class Worker:
             worker_id=name,
             encode=self._encode,
             finish=self.writer.put,
-            on_more=lambda: self.wake_ups.wake(self.model),
+            on_more=lambda: self.wake_ups.repeat(self.model),
             window=window,
             places=max_num_seqs,
             reserve=max(1, max_num_seqs // 4),

@@ -8,6 +8,7 @@ Labels: the one model that this worker serves, states, reasons.
 
 from __future__ import annotations
 
+from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
@@ -68,31 +69,37 @@ class WorkerMetrics:
 
     def recorded(self, group: Sequence[Recorded]) -> None:
         """Count what a transaction has committed."""
+        states: Tally[str] = Tally()
+        reasons: Tally[str] = Tally()
+        tokens: Tally[str] = Tally()
+        queued, lasted = self._queued.labels(self._model), self._lasted.labels(self._model)
         for item in group:
             if item.state is None:
                 self.stale.labels(self._model).inc()
-            elif item.state in TERMINAL:
-                self._ended(item, item.state)
+            if item.state not in TERMINAL:
+                continue
+            outcome = item.outcome
+            states[item.state] += 1
+            if item.queue_seconds is not None:
+                queued.observe(item.queue_seconds)
+            if item.seconds is not None:
+                lasted.observe(item.seconds)
+            if item.state is JobState.COMPLETED:
+                tokens["prompt"] += outcome.prompt_tokens
+                tokens["completion"] += outcome.completion_tokens
+                tokens["cached"] += outcome.cached_tokens
+                reasons.update(output["finish_reason"] for output in outcome.outputs)
+            else:
+                reasons["abort" if item.state is JobState.CANCELLED else "error"] += 1
+        for state, count in states.items():
+            self._jobs.labels(self._model, state).inc(count)
+        for kind, count in tokens.items():
+            self._tokens.labels(self._model, kind).inc(count)
+        for reason, count in reasons.items():
+            self._success.labels(self._model, reason if reason in REASONS else "error").inc(count)
 
     def lost_lease(self) -> None:
         self.lease_lost.labels(self._model).inc()
-
-    def _ended(self, item: Recorded, state: JobState) -> None:
-        outcome, model = item.outcome, self._model
-        self._jobs.labels(model, state).inc()
-        if item.queue_seconds is not None:
-            self._queued.labels(model).observe(item.queue_seconds)
-        if item.seconds is not None:
-            self._lasted.labels(model).observe(item.seconds)
-        if state is JobState.COMPLETED:
-            self._tokens.labels(model, "prompt").inc(outcome.prompt_tokens)
-            self._tokens.labels(model, "completion").inc(outcome.completion_tokens)
-            self._tokens.labels(model, "cached").inc(outcome.cached_tokens)
-            for output in outcome.outputs:
-                reason = output["finish_reason"]
-                self._success.labels(model, reason if reason in REASONS else "error").inc()
-        else:
-            self._success.labels(model, "abort" if state is JobState.CANCELLED else "error").inc()
 
 
 class _Engine(Collector):

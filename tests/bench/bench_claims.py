@@ -9,8 +9,6 @@ on a machine that does nothing else: `python -m tests.bench.bench_claims`.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -18,8 +16,6 @@ import time
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from jobs.body import JobBody
 from jobs.claimer import CLAIM_GROUP
@@ -32,8 +28,7 @@ from jobs.settings import Settings
 from jobs.tenants import Owner
 from jobs.terms import Terms, Tier
 from migrations.schema import upgrade
-from tests.bench.stores import STORES
-from tests.support import leaks
+from tests.bench.stores import Start, run, started
 from tests.support.clients import key_of
 
 TARGET_MS = 20.0
@@ -95,31 +90,17 @@ def measure(url: str, options: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
+def measured(options: argparse.Namespace, start: Start) -> dict[str, Any]:
+    with started(start) as (url, _):
+        return measure(url, options)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=1_000_000)
     parser.add_argument("--claims", type=int, default=200, help="of each size")
-    options = parser.parse_args()
-    leaks.mark_this_run()
-    load = psutil.getloadavg()[1]
-    figures: dict[str, Any] = {}
-    for name, start in STORES.items():
-        url, stop = start()
-        try:
-            figures[name] = measure(url, options)
-        finally:
-            stop()
-        print(f"{name}: {figures[name]} (target p50 {TARGET_MS:g} ms)", flush=True)
-    passed = all(one[f"claim_{CLAIM_GROUP}_p50_ms"] <= TARGET_MS for one in figures.values())
-    figures |= {
-        "jobs": options.jobs,
-        "passed": passed,
-        "load_before": load,
-        "cores": psutil.cpu_count(),
-        "python": platform.python_version(),
-    }
-    print(json.dumps(figures))
-    return 0 if passed else 1
+    quick = f"claim_{CLAIM_GROUP}_p50_ms"
+    return run(parser, measured, lambda one: bool(one[quick] <= TARGET_MS), f"p50 {TARGET_MS:g} ms")
 
 
 if __name__ == "__main__":

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,7 @@ import httpx
 import psutil
 
 from migrations.schema import upgrade
-from tests.bench.stores import STORES
-from tests.support import leaks
+from tests.bench.stores import Start, run, started
 from tests.support.clients import bearer, key_of
 from tests.support.demo import smollm2
 from tests.support.press import Press
@@ -136,37 +133,20 @@ def measure(url: str, folder: Path, count: int) -> dict[str, Any]:
     }
 
 
+def measured(options: argparse.Namespace, start: Start) -> dict[str, Any]:
+    with started(start) as (url, folder):
+        return measure(url, folder, options.jobs) | {"num_seqs": NUM_SEQS}
+
+
+def passes(one: dict[str, Any]) -> bool:
+    return bool(one["ratio"] <= TARGET_RATIO and one["chat_beyond_two_steps_ms"] <= TARGET_MS)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=100_000, help="of tenant A")
-    options = parser.parse_args()
-    leaks.mark_this_run()
-    load = psutil.getloadavg()[1]
-    figures: dict[str, Any] = {}
-    for name, start in STORES.items():
-        url, stop = start()
-        try:
-            with tempfile.TemporaryDirectory(prefix="nightpress-bench-") as folder:
-                figures[name] = measure(url, Path(folder), options.jobs)
-        finally:
-            stop()
-        print(
-            f"{name}: {figures[name]} (targets: ratio {TARGET_RATIO:g}, chat {TARGET_MS:g} ms beyond two steps)"
-        )
-    passed = all(
-        one["ratio"] <= TARGET_RATIO and one["chat_beyond_two_steps_ms"] <= TARGET_MS
-        for one in figures.values()
-    )
-    figures |= {
-        "jobs": options.jobs,
-        "num_seqs": NUM_SEQS,
-        "passed": passed,
-        "load_before": load,
-        "cores": psutil.cpu_count(),
-        "python": platform.python_version(),
-    }
-    print(json.dumps(figures))
-    return 0 if passed else 1
+    targets = f"ratio {TARGET_RATIO:g}, chat {TARGET_MS:g} ms beyond two steps"
+    return run(parser, measured, passes, targets)
 
 
 if __name__ == "__main__":

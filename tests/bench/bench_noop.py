@@ -9,10 +9,7 @@ synced to disk, on SQLite and on PostgreSQL. The last line is JSON. Run it on a 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import sys
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,8 +25,7 @@ from jobs.settings import Settings
 from jobs.states import JobState
 from jobs.tenants import OPERATOR
 from migrations.schema import upgrade
-from tests.bench.stores import STORES
-from tests.support import leaks
+from tests.bench.stores import Start, run, started
 from tests.support.processes import Process
 from tests.support.servers import ValkeyServer
 from tests.support.tiny import write_tiny_llama
@@ -101,31 +97,15 @@ def measure(url: str, folder: Path, count: int) -> dict[str, Any]:
     }
 
 
+def measured(options: argparse.Namespace, start: Start) -> dict[str, Any]:
+    with started(start) as (url, folder):
+        return measure(url, folder, options.jobs)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=20_000)
-    options = parser.parse_args()
-    leaks.mark_this_run()
-    load = psutil.getloadavg()[1]
-    figures: dict[str, Any] = {}
-    for name, start in STORES.items():
-        url, stop = start()
-        try:
-            with tempfile.TemporaryDirectory(prefix="nightpress-bench-") as folder:
-                figures[name] = measure(url, Path(folder), options.jobs)
-        finally:
-            stop()
-        print(f"{name}: {figures[name]} (target {TARGET} jobs/s)", flush=True)
-    passed = all(one["jobs_per_second"] >= TARGET for one in figures.values())
-    figures |= {
-        "jobs": options.jobs,
-        "passed": passed,
-        "load_before": load,
-        "cores": psutil.cpu_count(),
-        "python": platform.python_version(),
-    }
-    print(json.dumps(figures))
-    return 0 if passed else 1
+    return run(parser, measured, lambda one: bool(one["jobs_per_second"] >= TARGET), f"{TARGET} jobs/s")
 
 
 if __name__ == "__main__":

@@ -10,13 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import re
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,8 +25,7 @@ from sqlalchemy import func, select
 from jobs.database import Database
 from jobs.models import Batch, Job
 from migrations.schema import upgrade
-from tests.bench.stores import STORES
-from tests.support import leaks
+from tests.bench.stores import Start, run, started
 from tests.support.processes import Process
 from tests.support.servers import ValkeyServer
 from tests.support.waiting import wait_until
@@ -167,19 +163,16 @@ def one_by_one(api: Api, count: int) -> dict[str, Any]:
     }
 
 
-def measure(
-    options: argparse.Namespace, start: Callable[[], tuple[str, Callable[[], None]]]
-) -> dict[str, Any]:
+def measure(options: argparse.Namespace, start: Start) -> dict[str, Any]:
     """Each way on a service and a database of its own."""
     figures: dict[str, Any] = {}
     for way in ("file", "arrays", "singles"):
         valkey = ValkeyServer()
-        url, stop = start()
-        with tempfile.TemporaryDirectory(prefix="nightpress-bench-") as name:
-            api = Api(Path(name), url, valkey.url)
+        with started(start) as (url, folder):
+            api = Api(folder, url, valkey.url)
             try:
                 if way == "file":
-                    path = Path(name, "in.jsonl")
+                    path = folder / "in.jsonl"
                     write_lines(path, options.lines)
                     figures |= by_file(api, path, options.lines)
                 elif way == "arrays":
@@ -188,7 +181,6 @@ def measure(
                     figures |= one_by_one(api, options.singles)
             finally:
                 api.close()
-                stop()
                 valkey.stop()
     return figures
 
@@ -205,27 +197,8 @@ def main() -> int:
     parser.add_argument("--lines", type=int, default=100_000, help="of the file")
     parser.add_argument("--arrays", type=int, default=50, help=f"of {ARRAY} jobs")
     parser.add_argument("--singles", type=int, default=1_000)
-    options = parser.parse_args()
-    leaks.mark_this_run()
-    load = psutil.getloadavg()[1]
-    figures: dict[str, Any] = {}
-    for name, start in STORES.items():
-        figures[name] = measure(options, start)
-        for figure, value in figures[name].items():
-            aim = f" (target {TARGETS[figure]:g})" if figure in TARGETS else ""
-            print(f"{name}: {figure} {value}{aim}", flush=True)
-    passed = all(meets(one) for one in figures.values())
-    figures |= {
-        "lines": options.lines,
-        "arrays": options.arrays,
-        "singles": options.singles,
-        "passed": passed,
-        "load_before": load,
-        "cores": psutil.cpu_count(),
-        "python": platform.python_version(),
-    }
-    print(json.dumps(figures))
-    return 0 if passed else 1
+    targets = ", ".join(f"{name} {target:g}" for name, target in TARGETS.items())
+    return run(parser, measure, meets, targets)
 
 
 if __name__ == "__main__":

@@ -270,6 +270,7 @@ def test_everything_at_once_is_kept_and_read_back(settings: Settings) -> None:
     }
     body = parse_job(data, settings)
     assert body.stored() == data
+    assert body.written() == json.dumps(body.stored())
     assert JobBody.model_validate(body.stored()) == body
     sampling = body.sampling(settings.default_max_tokens, settings.max_n)
     assert (sampling.n, sampling.temperature, sampling.top_p, sampling.top_k) == (2, 0.0, 0.5, 0)
@@ -304,10 +305,23 @@ def test_the_form_of_the_text_is_kept_and_read_back(
 ) -> None:
     """In either spelling, with every null that a schema has."""
     body = parse_job({"prompt": "a", **asked}, settings)
-    stored = json.loads(json.dumps(body.stored()))
+    stored = json.loads(body.written())
     assert stored == {"prompt": "a", **asked}
     expected = None if meant is None else StructuredOutputsParams(**meant)
     assert JobBody.model_validate(stored).sampling(50, 16).structured_outputs == expected
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"prompt": "é\x00\n", "temperature": 1, "logit_bias": {"5": 1, "6": 0.1}, "stop": "a", "n": 2},
+        {"messages": [USER, USER | {"content": [{"type": "text", "text": "a"}]}], "metadata": {"é": ""}},
+        {"messages": [USER], "repetition_detection": {"max_pattern_size": 3}},
+    ],
+)
+def test_a_body_is_written_as_it_is_stored(settings: Settings, data: dict[str, Any]) -> None:
+    body = parse_job(data, settings)
+    assert body.written() == json.dumps(body.stored())
 
 
 def test_defaults_and_null_mean_the_same(settings: Settings) -> None:
@@ -315,6 +329,7 @@ def test_defaults_and_null_mean_the_same(settings: Settings) -> None:
     nulls = parse_job({"prompt": "a", **dict.fromkeys(set(JobBody.model_fields) - {"prompt"})}, settings)
     assert plain == nulls
     assert plain.stored() == {"prompt": "a"}
+    assert plain.written() == '{"prompt": "a"}'
     sampling = plain.sampling(settings.default_max_tokens, settings.max_n)
     assert (sampling.n, sampling.temperature, sampling.max_tokens, sampling.seed) == (1, 1.0, 50, None)
 

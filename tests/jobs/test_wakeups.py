@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import redis
 
 from jobs.broker import make_app, work_queue
 from jobs.settings import Settings
-from jobs.wakeups import ENOUGH_IN_REDIS, WakeUps
+from jobs.wakeups import ENOUGH_IN_REDIS, REPEAT_SECONDS, WakeUps
 from tests.support.waiting import wait_until
 
 
@@ -25,6 +26,33 @@ def test_a_queue_never_holds_more_than_a_handful(redis_url: str, tmp_path: Path)
             wake_ups.wake("tiny", 1000)
         wake_ups.close()
         assert client.llen(work_queue("tiny")) == ENOUGH_IN_REDIS
+        client.flushdb()
+    app.close()
+
+
+def test_who_says_it_again_and_again_is_heard_at_once_and_then_now_and_then(
+    redis_url: str, tmp_path: Path
+) -> None:
+    app = make_app(Settings(data_dir=tmp_path, model="tiny", redis_url=redis_url))
+    wake_ups = WakeUps(app)
+    with redis.Redis.from_url(redis_url) as client:
+        heard: list[float] = []
+
+        def hear() -> bool:
+            wake_ups.repeat("tiny")
+            if client.lpop(work_queue("tiny")):
+                heard.append(time.monotonic())
+            return len(heard) == 4
+
+        begin = time.monotonic()
+        wait_until(hear, "it is said four times", interval=0.001)
+        assert heard[3] - begin >= 3 * REPEAT_SECONDS * 0.9
+        wake_ups.repeat("tiny")  # the last word is said, also by who then says no more
+        wait_until(lambda: client.lpop(work_queue("tiny")), "the last one")
+        wake_ups.repeat("tiny")
+        wake_ups.wake("tiny")  # others do not wait
+        wake_ups.close()
+        assert client.llen(work_queue("tiny")) in (1, 2)
         client.flushdb()
     app.close()
 

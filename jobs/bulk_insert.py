@@ -1,0 +1,98 @@
+"""BulkInsert: many rows into one table by one statement of the driver's own.
+
+Owns the statement and how values travel. A general INSERT spends ten times as long on each row's parameters as the
+database does on the row, so here a column goes in as a whole: on PostgreSQL as one array, unnested by the server, on
+SQLite as a long VALUES, during which Python's lock is let go of once and not for each row. Values must be what the
+columns hold: strings, numbers, None, and for JSON columns anything that JSON can say (`jobs.json_text`). Refuses to
+know which table and what the rows mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, lru_cache
+from itertools import chain
+from typing import Any
+
+from sqlalchemy import JSON, BigInteger, Connection, Double, Integer, String, Table
+
+from jobs.database import portions
+from jobs.json_text import written
+
+_ROWS_OF_VALUES = 200  # SQLite allows 32,766 parameters
+
+Column = Sequence[Any]  # the values of all rows
+
+
+def bulk_insert(connection: Connection, table: Table, columns: Mapping[str, Column]) -> None:
+    """Insert rows given by column, all of one length. Columns that are missing get NULL or the server's default.
+    Raises as `Connection.execute` does."""
+    names = tuple(columns)
+    if connection.dialect.name == "sqlite":
+        plain = [_plain(table, name, columns[name]) for name in names]
+        for some in portions(list(zip(*plain, strict=True)), _ROWS_OF_VALUES):
+            connection.exec_driver_sql(_sqlite(table, names, len(some)), tuple(chain.from_iterable(some)))
+    else:
+        arrays = tuple(_array(table, name, columns[name]) for name in names)
+        connection.exec_driver_sql(_postgresql(table, names), arrays)
+
+
+@lru_cache(maxsize=256)
+def _sqlite(table: Table, names: tuple[str, ...], num_rows: int) -> str:
+    row = f"({', '.join('?' * len(names))})"
+    return f"INSERT INTO {table.name} ({_listed(names)}) VALUES {', '.join([row] * num_rows)}"
+
+
+@cache
+def _postgresql(table: Table, names: tuple[str, ...]) -> str:
+    arrays = ", ".join(f"%s::{_kind(table, name)}[]" for name in names)
+    return f"INSERT INTO {table.name} ({_listed(names)}) SELECT * FROM unnest({arrays})"
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(f'"{name}"' for name in names)
+
+
+@cache
+def _kind(table: Table, name: str) -> str:
+    kind = table.c[name].type
+    for known, word in (
+        (JSON, "json"),
+        (String, "text"),
+        (BigInteger, "bigint"),
+        (Integer, "integer"),
+        (Double, "float8"),
+    ):
+        if isinstance(kind, known):
+            return word
+    raise TypeError(f"{table.name}.{name} is of a kind that is not inserted in bulk: {kind}")
+
+
+def _plain(table: Table, name: str, values: Column) -> Column:
+    return _each(values, _text) if _kind(table, name) == "json" else values
+
+
+def _array(table: Table, name: str, values: Column) -> str:
+    """PostgreSQL's text form of an array."""
+    kind = _kind(table, name)
+    spell = _json if kind == "json" else _quoted if kind == "text" else repr
+    return "{" + ",".join(["NULL" if one is None else one for one in _each(values, spell)]) + "}"
+
+
+def _each(values: Column, spell: Callable[[Any], str]) -> list[str | None]:
+    """None stays None; a value that all rows share is spelled once."""
+    if values and values.count(values[0]) == len(values):
+        return [None if values[0] is None else spell(values[0])] * len(values)
+    return [None if value is None else spell(value) for value in values]
+
+
+def _text(value: Any) -> str:
+    return str(written(value))  # the driver takes its time over a kind of string that it does not know
+
+
+def _json(value: Any) -> str:
+    return _quoted(written(value))
+
+
+def _quoted(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
