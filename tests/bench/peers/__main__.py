@@ -80,7 +80,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=None, help="a folder of safetensors, or a GGUF file")
     parser.add_argument("--limit", type=float, default=1200.0, help="seconds of one run, start included")
     parser.add_argument("--out", type=Path, default=None, help="a file for the line of JSON")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if unknown := set(args.workloads) - set(WORKLOADS):
+        parser.error(f"no such workload: {', '.join(sorted(unknown))}; there are {', '.join(WORKLOADS)}")
+    if args.pairs < 1 or (args.part is not None and args.part < 1):
+        parser.error("--pairs and --part begin at 1")
+    return args
 
 
 def main() -> int:

@@ -18,9 +18,10 @@ HEAD: Final = (
     "ours tok/s",
     "peer tok/s",
     "ratio",
-    "start-up",
-    "peer's",
-    "dtype, peer's",
+    "ours ready",
+    "peer ready",
+    "ours dtype",
+    "peer dtype",
 )
 BF16_FLAGS: Final = {"avx512_bf16", "amx_bf16"}
 
