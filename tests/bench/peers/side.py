@@ -95,7 +95,8 @@ class Peer:
             script=RUNNERS / self.script,
             model=(openvino if self.openvino else plain)(source, cache),
             dtype=dtype,
-            environment=self.environment,
+            # its compiled steps: the first start makes them, the others read them
+            environment={"VLLM_CACHE_ROOT": str(cache / "vllm"), **self.environment},
         )
 
 

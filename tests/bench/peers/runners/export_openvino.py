@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import sys
 
-from optimum.exporters.openvino import main_export
-from optimum.intel import OVConfig
+from optimum.exporters.openvino import main_export  # type: ignore[import-not-found]
+from optimum.intel import OVConfig  # type: ignore[import-not-found]
 
 
 def main(model: str, folder: str) -> None:

@@ -6,9 +6,9 @@ The precision of its KV cache is its own choice (8 bits by default).
 from __future__ import annotations
 
 import numpy as np
-import openvino
-import openvino.opset13 as ops
-import openvino_genai
+import openvino  # type: ignore[import-not-found]
+import openvino.opset13 as ops  # type: ignore[import-not-found]
+import openvino_genai  # type: ignore[import-not-found]
 from child import Loaded, Order, main
 
 HINTS = {"bfloat16": "bf16", "float32": "f32"}

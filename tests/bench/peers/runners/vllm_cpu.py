@@ -6,7 +6,7 @@ Its settings that are environment variables (threads, memory of the KV cache) ar
 from __future__ import annotations
 
 from child import Loaded, Order, main
-from vllm import LLM, SamplingParams
+from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
 
 
 def load(order: Order) -> Loaded:
