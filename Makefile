@@ -47,6 +47,7 @@ bench: venv model
 	$(BIN)/python -m tests.bench.bench_kv8
 	$(BIN)/python -m tests.bench.bench_grammar
 	$(BIN)/python -m tests.bench.bench_loading
+	$(BIN)/python -m tests.bench.peers
 
 venv: $(VENV)/.installed
 

@@ -8,7 +8,6 @@ is the device's or a bug, and the engine must not be used after it.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Hashable, Iterable
 from typing import Protocol
 
@@ -25,6 +24,7 @@ from engine.request import Completion, Generated, Rejected, Request, RequestErro
 from engine.run import Run, check_generated, identity
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
+from engine.step_times import StepTimes
 from engine.stop import StopChecker
 from engine.telling import Telling
 from engine.tokenizer import Tokenizer
@@ -49,6 +49,7 @@ class Runner(Protocol):
     dtype: str
     kernels_name: str
     deterministic: bool
+    times: StepTimes
 
     def launch(self, plan: Plan) -> Launched: ...
 
@@ -171,7 +172,6 @@ class Engine:
         completions = [completion for run in self._over for completion in self._leave(run)]
         self._over = []
         completions += self._compiled()
-        started = time.perf_counter()
         landed = self._flight.next()
         if landed is None:
             if self._compiling and not completions:
@@ -183,7 +183,7 @@ class Engine:
         num_drawn = sum(len(sequence.token_ids) - before for sequence, before in drawing)
         completions += self._settle(self._stopped(drawing))
         completions += self._settle(ended)
-        self._figures.took(time.perf_counter() - started, plan.num_tokens, num_drawn)
+        self._figures.took(self.runner.times.stop(), plan.num_tokens, num_drawn)
         return completions
 
     def progress(self) -> dict[RequestId, int]:
@@ -234,6 +234,7 @@ class Engine:
             "num_waiting": scheduler.num_waiting,
             "num_compiling": len(self._compiling or ()),  # runs that wait for their grammar
             **self._figures.counters(),
+            **self.runner.times.counters(),  # of busy_seconds
             "num_recomputed_tokens": scheduler.num_recomputed,
             "num_preemptions": scheduler.num_preemptions,
             "num_pages": self.pool.num_pages,

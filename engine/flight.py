@@ -16,6 +16,7 @@ from typing import Protocol
 from engine.plan import Draws, Launched, OutOfDeviceMemory, Plan
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
+from engine.step_times import StepTimes
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +24,8 @@ LEAST_BUDGET = 64  # tokens of a step: who has no memory for so few has none
 
 
 class Launcher(Protocol):
+    times: StepTimes
+
     def launch(self, plan: Plan) -> Launched:
         """Raises `OutOfDeviceMemory` where a smaller plan may do."""
 
@@ -35,7 +38,9 @@ class Flight:
 
     def next(self) -> tuple[Plan, Draws] | None:
         """Make and launch a plan, or take the one that was launched ahead, and wait for what it draws. None where
-        there is nothing to compute."""
+        there is nothing to compute. A step of the runner's `times` starts here."""
+        times = self._runner.times
+        times.start()
         if self._ahead and not _alive(self._ahead[0], self._scheduler.running):
             self._ahead = None  # nobody waits for it
         if self._ahead is None:
@@ -44,10 +49,13 @@ class Flight:
             return None
         plan, launched = self._ahead
         self._ahead = None
+        times.begin("plan")
         following = self._scheduler.follow(plan)
         if following is not None:
             self._ahead = following, self._runner.launch(following)
+        times.begin("wait")
         draws = launched()
+        times.begin("answer")
         return _without_the_gone(plan, draws, self._scheduler.running) if plan.behind else (plan, draws)
 
     def _first(self) -> tuple[Plan, Launched] | None:

@@ -38,6 +38,7 @@ from engine.plan import Draws, Launched, OutOfDeviceMemory, Plan, PromptScores
 from engine.sampler import Sampler
 from engine.sampling_params import InvalidParameter
 from engine.step_input import StepInput
+from engine.step_times import StepTimes
 from engine.weights import load_weights
 from kernels import Kernels, kernels_for
 
@@ -85,6 +86,7 @@ class ModelRunner:
         self.kernels_name = decoder.kernels.name
         self.deterministic = deterministic
         self.num_scheduler_steps = num_scheduler_steps
+        self.times = StepTimes()  # of the steps of whoever launches
         self._row_multiple = row_multiple
         self._steps = steps
         self._decoder = decoder
@@ -166,6 +168,7 @@ class ModelRunner:
 
         Raises `OutOfDeviceMemory` where a plan of fewer tokens may do.
         """
+        self.times.begin("inputs")
         with torch.inference_mode():
             self.cache.move(plan.moves)
             if plan.num_steps > 1:
@@ -188,6 +191,7 @@ class ModelRunner:
         sampling_rows = plan.sampling_rows
         try:
             step = StepInput.build(plan, self.page_size, row_multiple=self._row_multiple, device=self.device)
+            self.times.begin("forward")
             hidden = self._decoder.hidden(step, self.cache)
             scores: dict[int, PromptScores] = {}
             if step.scored_rows.shape[0]:
@@ -196,6 +200,7 @@ class ModelRunner:
             if not sampling_rows:
                 return Draws([], {}, scores)
             logits = self._decoder.logits(hidden, step.logit_rows)
+            self.times.begin("sample")
             draws = self._sampler(logits[: len(sampling_rows)], sampling_rows)
         except torch.OutOfMemoryError as error:
             reason = str(error).split("\n")[0]
@@ -208,9 +213,13 @@ class ModelRunner:
         """Of a plan of one step whose rows all compute their last token."""
         if all(decodes_freely(row.sequence) for row in plan.rows):
             return self._decode_freely(plan)()
-        return self._sampler(self._steps.logits(plan.rows), list(plan.rows))
+        self.times.begin("forward")
+        logits = self._steps.logits(plan.rows)
+        self.times.begin("sample")
+        return self._sampler(logits, list(plan.rows))
 
     def _decode_freely(self, plan: Plan) -> Launched:
+        self.times.begin("forward")
         drawn = self._steps.launch(plan.rows, plan.num_steps, behind=plan.behind)
 
         def landed() -> Draws:

@@ -17,6 +17,7 @@ from engine.engine import Engine
 from engine.plan import Draws, Launched, Move, Plan, PromptScores
 from engine.request import Request, RequestId, TokenLogprobs, derive_seed
 from engine.sequence import Sequence
+from engine.step_times import StepTimes
 from tests.support.shapes import shape
 
 VOCAB_SIZE = 1000
@@ -80,6 +81,7 @@ class CheckedRunner:
         self.num_scheduler_steps = num_scheduler_steps
         self.num_pages, self.page_size, self.num_host_pages = num_pages, page_size, num_host_pages
         self.num_moves = 0
+        self.times = StepTimes()
         self.scored: list[tuple[RequestId, int, int]] = []  # request, sample, position, in order
         self._memory: list[list[int | None]] = [[None] * page_size for _ in range(num_pages)]
         self._host: list[list[int | None]] = [[None] * page_size for _ in range(num_host_pages)]
