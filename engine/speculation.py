@@ -58,7 +58,7 @@ def accept(rows: Items[Row], drawn: Draws) -> Draws:
         further.append(rest[:wrong])
         at += 1 + len(row.proposed)
     logprobs = {numbers[at]: told for at, told in drawn.logprobs.items()}
-    return Draws(firsts, logprobs, further=tuple(further))
+    return drawn._replace(token_ids=firsts, logprobs=logprobs, further=tuple(further))
 
 
 class Speculation:
