@@ -9,14 +9,17 @@ from typing import Any
 import pytest
 import torch
 
+from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.memory import bytes_per_page
 from engine.plan import Draws, Row
 from engine.request import Completion, Request, RequestId
+from engine.runner import ModelRunner
 from engine.sampling_params import InvalidParameter, RepetitionDetectionParams, SamplingParams
 from engine.sequence import Sequence
 from engine.speculation import ON_CPU, STEP_TOKENS, Speculation, accept, may_speculate
+from engine.tokenizer import Tokenizer
 from tests.support.checked import checked_engine, expected
 from tests.support.pressure import run, run_arriving
 from tests.support.tiny import write_tiny_llama
@@ -131,38 +134,39 @@ def test_too_few_pages_make_it_slower_not_wrong() -> None:
 
 # --- with a model ---------------------------------------------------------------------------------------------
 
-COPIED = "the jobs that wait in the queue are done, the jobs that wait in the queue are done, "
-# Cold, a random model falls into loops, which are guessed well; hot, it wanders, and is guessed badly.
+# A model of so few tokens falls into loops when it is cold, and says all pairs of them when it is hot.
+NUM_TOKENS, PROMPT = 12, tuple(3 + i * i % 5 for i in range(40))
+REPETITION = RepetitionDetectionParams(min_pattern_size=2, max_pattern_size=8, min_count=3)
 KINDS: tuple[dict[str, Any], ...] = (
-    {"temperature": 0.0},
-    {"temperature": 1.0},
-    {"temperature": 1.0, "n": 2, "top_p": 0.5},
-    {"temperature": 1.0, "top_k": 2, "min_p": 0.05},
+    {"temperature": 0.0, "ignore_eos": True},
+    {"temperature": 1.0, "ignore_eos": True},
+    {"temperature": 0.5},
+    {"temperature": 1.0, "n": 2, "top_p": 0.5, "ignore_eos": True},
+    {"temperature": 1.0, "top_k": 2, "min_p": 0.05, "stop_token_ids": (10,), "min_tokens": 20},
     {"temperature": 0.3, "min_tokens": 12},
-    {"temperature": 0.0, "stop": ("e", "st")},
-    {"temperature": 0.5, "stop": ("a",), "include_stop_str_in_output": True},
-    {
-        "temperature": 1.2,
-        "repetition_detection": RepetitionDetectionParams(
-            min_pattern_size=1, max_pattern_size=4, min_count=2
-        ),
-    },
+    {"temperature": 0.7, "stop": ("$%", "'"), "ignore_eos": True},
+    {"temperature": 0.4, "stop": ("(", "&#"), "include_stop_str_in_output": True, "min_tokens": 5},
+    {"temperature": 0.0, "repetition_detection": REPETITION, "ignore_eos": True},
 )
 LOOKED_AT: tuple[dict[str, Any], ...] = (
-    {"temperature": 0.0, "logprobs": 2},
+    {"temperature": 0.0, "logprobs": 2, "ignore_eos": True},
     {"temperature": 1.0, "presence_penalty": 0.5},
-    {"temperature": 0.0, "prompt_logprobs": 1},
+    {"temperature": 0.0, "prompt_logprobs": 1, "ignore_eos": True},
 )
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("model"))
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """One of few tokens, and one whose tokenizer is taken for it."""
+    few = write_tiny_llama(tmp_path_factory.mktemp("few"), vocab_size=NUM_TOKENS)
+    return few, write_tiny_llama(tmp_path_factory.mktemp("many"))
 
 
-def load(model: Path, dtype: str, num_speculative_tokens: int | None, **settings: Any) -> Engine:
+def load(
+    models: tuple[Path, Path], dtype: str, num_speculative_tokens: int | None, **settings: Any
+) -> Engine:
     config = EngineConfig(
-        model=str(model),
+        model=str(models[0]),
         dtype=dtype,  # type: ignore[arg-type]
         device="cpu",
         threads=1,
@@ -170,14 +174,16 @@ def load(model: Path, dtype: str, num_speculative_tokens: int | None, **settings
         num_speculative_tokens=num_speculative_tokens,
         **settings,
     )
-    return Engine.load(config)
+    few, many = map(Checkpoint.open, map(str, models))
+    return Engine(ModelRunner.load(config, few), Tokenizer.open(many), config)
 
 
 def jobs(kinds: tuple[dict[str, Any], ...], max_tokens: int = 60) -> list[Request]:
-    return [
-        request(f"{COPIED}{number}", max_tokens + number, seed=number, **kind)
+    made = [
+        request(f"job {number}", max_tokens + number, seed=number, **kind)
         for number, kind in enumerate(kinds)
     ]
+    return [replace(one, prompt_token_ids=(3 + number % 9, *PROMPT)) for number, one in enumerate(made)]
 
 
 def comparable(done: dict[RequestId, Completion]) -> dict[RequestId, Completion]:
@@ -186,16 +192,16 @@ def comparable(done: dict[RequestId, Completion]) -> dict[RequestId, Completion]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_tokens_of_one_at_a_time(model: Path, dtype: str) -> None:
+def test_the_tokens_of_one_at_a_time(models: tuple[Path, Path], dtype: str) -> None:
     """All at once without guesses; alone, and a few at a time, with them."""
     requests = jobs(KINDS)
-    plain = load(model, dtype, 0)
+    plain = load(models, dtype, 0)
     wanted = comparable(run(plain, requests))
     assert plain.stats()["num_draft_tokens"] == 0
     reasons = {output.finish_reason for one in wanted.values() for output in one.outputs}
     assert reasons == {"stop", "length", "repetition"}
     for size in (1, 3):
-        guessing = load(model, dtype, 7)
+        guessing = load(models, dtype, 7)
         for start in range(0, len(requests), size):
             group = requests[start : start + size]
             assert comparable(run(guessing, group)) == {one.id: wanted[one.id] for one in group}
@@ -205,13 +211,13 @@ def test_the_tokens_of_one_at_a_time(model: Path, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
-def test_beside_rows_that_are_looked_at_and_preempted(model: Path, kv_cache_dtype: str) -> None:
+def test_beside_rows_that_are_looked_at_and_preempted(models: tuple[Path, Path], kv_cache_dtype: str) -> None:
     requests = jobs((*KINDS[:5], *LOOKED_AT))
-    plain = load(model, "float32", 0, kv_cache_dtype=kv_cache_dtype)
+    plain = load(models, "float32", 0, kv_cache_dtype=kv_cache_dtype)
     storage = torch.int8 if kv_cache_dtype == "int8" else torch.float32
     page_bytes = bytes_per_page(plain.runner.model_config, 16, storage)
     guessing = load(
-        model,
+        models,
         "float32",
         15,
         kv_cache_dtype=kv_cache_dtype,
@@ -223,10 +229,10 @@ def test_beside_rows_that_are_looked_at_and_preempted(model: Path, kv_cache_dtyp
     assert guessing.stats()["num_accepted_tokens"] > 0
 
 
-def test_pages_filled_on_guesses_are_as_good_as_others(model: Path) -> None:
+def test_pages_filled_on_guesses_are_as_good_as_others(models: tuple[Path, Path]) -> None:
     """A second request goes on from what the first one said, out of the cache."""
     first = jobs(KINDS[:2])
-    plain, guessing = load(model, "bfloat16", 0, enable_prefix_caching=False), load(model, "bfloat16", 7)
+    plain, guessing = load(models, "bfloat16", 0, enable_prefix_caching=False), load(models, "bfloat16", 7)
     said = run(guessing, first)
     assert guessing.stats()["num_accepted_tokens"] > 0
     longer = [
@@ -239,13 +245,13 @@ def test_pages_filled_on_guesses_are_as_good_as_others(model: Path) -> None:
         for one in first
     ]
     done = run(guessing, longer)
-    assert any(one.num_cached_tokens > len(COPIED) + 32 for one in done.values())
+    assert any(one.num_cached_tokens > len(PROMPT) + 32 for one in done.values())
     assert comparable(done) == comparable(run(plain, longer))
 
 
-def test_where_it_is_on(model: Path) -> None:
+def test_where_it_is_on(models: tuple[Path, Path]) -> None:
     def number(num_speculative_tokens: int | None, **settings: Any) -> tuple[int, int]:
-        runner = load(model, "float32", num_speculative_tokens, **settings).runner
+        runner = load(models, "float32", num_speculative_tokens, **settings).runner
         return runner.num_speculative_tokens, runner.num_scheduler_steps
 
     assert number(None) == (ON_CPU, 1)
