@@ -37,7 +37,7 @@ from engine.multi_step import decodes_freely
 from engine.plan import Draws, Launched, OutOfDeviceMemory, Plan, PromptScores
 from engine.sampler import Sampler
 from engine.sampling_params import InvalidParameter
-from engine.speculation import num_speculative_tokens
+from engine.speculation import STEP_TOKENS, num_speculative_tokens
 from engine.step_input import StepInput
 from engine.weights import load_weights
 from kernels import Kernels, kernels_for
@@ -165,7 +165,7 @@ class ModelRunner:
             num_speculative_tokens=num_speculative_tokens(
                 config,
                 num_scheduler_steps=num_scheduler_steps,
-                exact=kind == "cpu" and deterministic,
+                padded=kind == "cpu" and row_multiple >= STEP_TOKENS,
             ),
             seconds_per_page_moved=cache.seconds_per_page_moved(),
         )

@@ -1,12 +1,12 @@
 """Speculation: which sequences a step computes further than they are, on guessed tokens, and what that brought.
 
-Owns the choice and the counts. A step of a few tokens costs about what a step of one costs, because the weights are
-read once; so where few sequences run (the last of a batch, or a single request) proposed tokens fill the room. The
-step draws behind each of them, and as long as a token drawn is the one that was proposed, the next draw counts too. A
-draw is a function of its logits, seed and position, so the tokens are those that would have come one by one, at any
-temperature. What was computed for a wrong proposal lies behind the sequence's computed tokens: nobody reads it, and
-the next step writes over it. After speculative decoding (Leviathan et al. 2023). Knows no tensors, and leaves what is
-proposed to `ngram_proposer`.
+Owns the choice and the counts. Where a step is padded, or reading its weights is what takes time, a few tokens cost
+about what one costs; so where few sequences run (the last of a batch, or a single request) proposed tokens fill the
+room. The step draws behind each of them, and as long as a token drawn is the one that was proposed, the next draw
+counts too. A draw is a function of its logits, seed and position, so the tokens are those that would have come one by
+one, at any temperature. What was computed for a wrong proposal lies behind the sequence's computed tokens: nobody
+reads it, and the next step writes over it. After speculative decoding (Leviathan et al. 2023). Knows no tensors, and
+leaves what is proposed to `ngram_proposer`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ STEP_TOKENS = 16  # of a step, proposed ones included; with more than half as ma
 ON_CPU = 7  # tokens proposed for a sequence, at most, unless the settings say otherwise
 
 
-def num_speculative_tokens(config: EngineConfig, *, num_scheduler_steps: int, exact: bool) -> int:
+def num_speculative_tokens(config: EngineConfig, *, num_scheduler_steps: int, padded: bool) -> int:
     """How many tokens may be proposed for a sequence; 0: none. Unless the settings say so, only where steps are
-    taken one by one, and `exact`: on a CPU where a token's bits do not depend on how many are computed with it."""
+    taken one by one, and `padded`: to `STEP_TOKENS` or more, so that proposed tokens cost no products. Elsewhere it
+    is a question of the processor: one without instructions for bfloat16 pays nearly in full for each token."""
     if config.num_speculative_tokens is not None:
         return config.num_speculative_tokens
-    return ON_CPU if exact and num_scheduler_steps == 1 else 0
+    return ON_CPU if padded and num_scheduler_steps == 1 else 0
 
 
 def may_speculate(sequence: Sequence) -> bool:

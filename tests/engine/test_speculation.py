@@ -18,7 +18,7 @@ from engine.request import Completion, Request, RequestId
 from engine.runner import ModelRunner
 from engine.sampling_params import InvalidParameter, RepetitionDetectionParams, SamplingParams
 from engine.sequence import Sequence
-from engine.speculation import ON_CPU, STEP_TOKENS, Speculation, accept, may_speculate
+from engine.speculation import ON_CPU, STEP_TOKENS, Speculation, accept, may_speculate, num_speculative_tokens
 from engine.tokenizer import Tokenizer
 from tests.support.checked import checked_engine, expected
 from tests.support.pressure import run, run_arriving
@@ -260,6 +260,8 @@ def test_where_it_is_on(models: tuple[Path, Path]) -> None:
     assert number(None, num_scheduler_steps=4) == (0, 4)
     assert number(None, deterministic=False) == (0, 1)
     assert number(3, deterministic=False) == (3, 1)
+    config = EngineConfig(model="x")
+    assert num_speculative_tokens(config, num_scheduler_steps=1, padded=False) == 0
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_scheduler_steps": 2}])
