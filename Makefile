@@ -44,6 +44,7 @@ bench: venv model
 	$(BIN)/python -m tests.bench.bench_planning
 	$(BIN)/python -m tests.bench.bench_prefix
 	$(BIN)/python -m tests.bench.bench_deterministic
+	$(BIN)/python -m tests.bench.bench_speculation
 	$(BIN)/python -m tests.bench.bench_kv8
 	$(BIN)/python -m tests.bench.bench_grammar
 	$(BIN)/python -m tests.bench.bench_loading

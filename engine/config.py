@@ -36,7 +36,10 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = None  # None: from what is free
     kv_cache_dtype: Literal["auto", "int8", "fp8"] = "auto"  # auto: the model's
     enable_prefix_caching: bool = True
-    num_scheduler_steps: int | None = None  # of decoding in one go; None: 16 on cuda, 1 on cpu
+    # of decoding in one go; None: 16 on cuda, 1 on cpu and where num_speculative_tokens are asked for
+    num_scheduler_steps: int | None = None
+    # guessed for each of a few sequences and checked in one step; 0: none; None: 7 in float32 on cpu
+    num_speculative_tokens: int | None = None
     scheduling_policy: Literal["planned", "fcfs"] = "planned"  # planned: by shared prefix and expected length
     preemption_mode: Literal["auto", "recompute", "swap"] = "auto"  # auto: what is faster
     swap_space_bytes: int | None = None  # host memory for pages; None: on cuda from what is free, on cpu 0
@@ -60,6 +63,10 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidParameter(name, "must be at least 1, or left out")
+        if self.num_speculative_tokens is not None and self.num_speculative_tokens < 0:
+            raise InvalidParameter("num_speculative_tokens", "must be at least 0, or left out")
+        if self.num_speculative_tokens and (self.num_scheduler_steps or 1) > 1:
+            raise InvalidParameter("num_speculative_tokens", "must be 0 where num_scheduler_steps is above 1")
         if self.swap_space_bytes is not None and self.swap_space_bytes < 0:
             raise InvalidParameter("swap_space_bytes", "must be at least 0, or left out")
         if self.preemption_mode == "swap" and self.swap_space_bytes == 0:

@@ -43,6 +43,7 @@ class Runner(Protocol):
     max_model_len: int
     num_host_pages: int
     num_scheduler_steps: int
+    num_speculative_tokens: int
     max_num_batched_tokens: int
     seconds_per_page_moved: float | None
     device: str
@@ -73,6 +74,7 @@ class Engine:
             policy=config.scheduling_policy,
             num_host_pages=runner.num_host_pages,
             most_steps=runner.num_scheduler_steps,
+            num_speculative_tokens=runner.num_speculative_tokens,
             keeps=self._swap_pays,
         )
         self._flight = Flight(runner, self.scheduler)
@@ -95,9 +97,7 @@ class Engine:
         from engine.runner import ModelRunner
 
         checkpoint = Checkpoint.open(config.model, config.revision, model_impl=config.model_impl)
-        tokenizer = Tokenizer.open(
-            checkpoint
-        )  # first: what is wrong with it is known before any weight is read
+        tokenizer = Tokenizer.open(checkpoint)  # first: what is wrong with it is told before weights are read
         return cls(ModelRunner.load(config, checkpoint, bar=bar), tokenizer, config)
 
     # --- requests -------------------------------------------------------------------------------------------
@@ -235,6 +235,7 @@ class Engine:
             "num_compiling": len(self._compiling or ()),  # runs that wait for their grammar
             **self._figures.counters(),
             **self.runner.times.counters(),  # of busy_seconds
+            **scheduler.speculation.counters(),
             "num_recomputed_tokens": scheduler.num_recomputed,
             "num_preemptions": scheduler.num_preemptions,
             "num_pages": self.pool.num_pages,

@@ -20,10 +20,17 @@ PromptScores: TypeAlias = list[TokenLogprobs] | None  # None: something was not 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """`num_tokens` tokens of `sequence`, from its `num_computed` on. Its pages already cover them."""
+    """`num_tokens` tokens of `sequence`, from its `num_computed` on, and behind its last one `proposed` tokens, which
+    it does not have and may never get (`speculation`). Its pages already cover them all."""
 
     sequence: Sequence
     num_tokens: int
+    proposed: tuple[int, ...] = ()
+
+    @property
+    def num_queries(self) -> int:
+        """Tokens that the step computes for it."""
+        return self.num_tokens + len(self.proposed)
 
     @property
     def samples(self) -> bool:
@@ -67,11 +74,16 @@ class Plan:
     @property
     def num_tokens(self) -> int:
         """That are computed."""
-        return self.num_steps * sum(row.num_tokens for row in self.rows)
+        return self.num_steps * sum(row.num_queries for row in self.rows)
 
     @property
     def sampling_rows(self) -> list[Row]:
         return [row for row in self.rows if row.samples]
+
+    @property
+    def num_draws(self) -> int:
+        """Of a step: one of each row that samples, and one behind each token that is proposed."""
+        return sum(1 + len(row.proposed) for row in self.rows if row.samples)
 
 
 FAILED = -1  # in place of a token: this row's logits were not finite
@@ -85,7 +97,8 @@ class Draws(NamedTuple):
     """`token_ids`: one per sampling row, in order, -1 for a row whose logits were not finite. `logprobs`: by
     number of the sampling row, for rows that ask for them and did not fail. `prompt_logprobs`: by number of the row
     in the plan, one per position in `Row.scored`; None for a row whose logits were not finite, which draws no token
-    either. `further`: of a plan of several steps, what each sampling row drew in those behind the first."""
+    either. `further`: what each sampling row drew behind that, in the further steps of a plan of several, or behind
+    proposed tokens that were right; empty where no row could."""
 
     token_ids: list[int]
     logprobs: dict[int, TokenLogprobs]

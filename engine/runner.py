@@ -37,6 +37,7 @@ from engine.multi_step import decodes_freely
 from engine.plan import Draws, Launched, OutOfDeviceMemory, Plan, PromptScores
 from engine.sampler import Sampler
 from engine.sampling_params import InvalidParameter
+from engine.speculation import STEP_TOKENS, num_speculative_tokens
 from engine.step_input import StepInput
 from engine.step_times import StepTimes
 from engine.weights import load_weights
@@ -70,6 +71,7 @@ class ModelRunner:
         deterministic: bool,
         steps: DecodeSteps,
         num_scheduler_steps: int,
+        num_speculative_tokens: int = 0,
         seconds_per_page_moved: float | None = None,
     ) -> None:
         self.model_config: ModelConfig = decoder.config
@@ -87,6 +89,7 @@ class ModelRunner:
         self.deterministic = deterministic
         self.num_scheduler_steps = num_scheduler_steps
         self.times = StepTimes()  # of the steps of whoever launches
+        self.num_speculative_tokens = num_speculative_tokens
         self._row_multiple = row_multiple
         self._steps = steps
         self._decoder = decoder
@@ -138,7 +141,8 @@ class ModelRunner:
             )
             row_multiple, deterministic = resolve_deterministic(config.deterministic, decoder)
             decoder.pad_groups(row_multiple)
-        num_scheduler_steps = config.num_scheduler_steps or STEPS_TOGETHER[kind]
+        together = 1 if config.num_speculative_tokens else STEPS_TOGETHER[kind]
+        num_scheduler_steps = config.num_scheduler_steps or together
         steps = DecodeSteps(
             decoder,
             cache,
@@ -160,6 +164,11 @@ class ModelRunner:
             deterministic=deterministic,
             steps=steps,
             num_scheduler_steps=num_scheduler_steps,
+            num_speculative_tokens=num_speculative_tokens(
+                config,
+                num_scheduler_steps=num_scheduler_steps,
+                padded=kind == "cpu" and row_multiple >= STEP_TOKENS,
+            ),
             seconds_per_page_moved=cache.seconds_per_page_moved(),
         )
 
@@ -201,7 +210,7 @@ class ModelRunner:
                 return Draws([], {}, scores)
             logits = self._decoder.logits(hidden, step.logit_rows)
             self.times.begin("sample")
-            draws = self._sampler(logits[: len(sampling_rows)], sampling_rows)
+            draws = self._sampler(logits[: plan.num_draws], sampling_rows)
         except torch.OutOfMemoryError as error:
             reason = str(error).split("\n")[0]
         else:
@@ -229,15 +238,15 @@ class ModelRunner:
         return landed
 
     def logits(self, plan: Plan) -> Tensor:
-        """As `run`, but the logits `[rows that sample, vocab]` before any sampling."""
+        """As `run`, but the logits `[draws, vocab]` before any sampling."""
         with torch.inference_mode():
             self.cache.move(plan.moves)
             step = StepInput.build(plan, self.page_size, row_multiple=self._row_multiple, device=self.device)
-            return self._decoder.forward(step, self.cache)[: len(plan.sampling_rows)]
+            return self._decoder.forward(step, self.cache)[: plan.num_draws]
 
 
 def _decodes(plan: Plan) -> bool:
-    return all(row.num_tokens == 1 and row.samples and not row.scored for row in plan.rows)
+    return all(row.num_queries == 1 and row.samples and not row.scored for row in plan.rows)
 
 
 def load_decoder(

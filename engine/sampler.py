@@ -21,6 +21,7 @@ from engine.logprobs import log_softmax, token_logprobs
 from engine.plan import FAILED, Draws, Row
 from engine.request import TokenLogprobs
 from engine.sampling_params import SamplingParams
+from engine.speculation import accept
 from engine.token_masks import TokenMasks
 from kernels import Filters, Kernels
 from kernels.reference import KERNELS as REFERENCE
@@ -34,9 +35,14 @@ class Sampler:
         self._masks = TokenMasks()
 
     def __call__(self, logits: Tensor, rows: list[Row]) -> Draws:
-        """logits `[S, vocab]`, any float dtype, overwritten; `rows` has S entries. One token id per row, or
-        `FAILED` where the largest logit is NaN or infinite, or the logprob that was asked for is, or where the
-        row's grammar cannot go on (`Matcher.error`)."""
+        """logits `[S, vocab]`, any float dtype, overwritten: one behind each row's last token, and one behind each
+        token that it proposes. A token id per row, and those behind it that count (`speculation.accept`); `FAILED`
+        where the largest logit is NaN or infinite, or the logprob that was asked for is, or where the row's grammar
+        cannot go on (`Matcher.error`)."""
+        sampling_rows, speculative = rows, any(row.proposed for row in rows)
+        ahead = [i for row in rows for i in range(1 + len(row.proposed))]  # of the sequence's own tokens
+        if speculative:
+            rows = [row for row in rows for _ in range(1 + len(row.proposed))]
         asked = [i for i, row in enumerate(rows) if row.sequence.request.sampling.logprobs is not None]
         raw = log_softmax(logits[torch.tensor(asked, device=logits.device)]) if asked else None
         self._masks.apply(logits, rows)
@@ -44,9 +50,10 @@ class Sampler:
         if any(row.sequence.rules is not None for row in rows):
             logits = logits.float()
             adjust(logits, rows)
-        tokens = self._draw(logits, rows)
+        tokens = self._draw(logits, rows, ahead)
         logprobs = {} if raw is None else _logprobs(raw, tokens, rows, asked)
-        return Draws(tokens.tolist(), logprobs)
+        draws = Draws(tokens.tolist(), logprobs)
+        return accept(sampling_rows, draws) if speculative else draws
 
     def _mask_early_ends(self, logits: Tensor, rows: list[Row]) -> None:
         for i, row in enumerate(rows):
@@ -58,14 +65,16 @@ class Sampler:
             if allowed:
                 logits[i, allowed] = float("-inf")
 
-    def _draw(self, logits: Tensor, rows: list[Row]) -> Tensor:
-        """`[S]` token ids, each from its row's own distribution; logits `[S, vocab]`."""
+    def _draw(self, logits: Tensor, rows: list[Row], ahead: list[int]) -> Tensor:
+        """`[S]` token ids, each from its row's own distribution; logits `[S, vocab]`. `ahead`: how many tokens each
+        draw stands behind those that its sequence has."""
         device, params = logits.device, [row.sequence.request.sampling for row in rows]
+        positions = [len(row.sequence.token_ids) + i for row, i in zip(rows, ahead, strict=True)]
         return self._sample(
             logits,
             torch.tensor([p.temperature for p in params], dtype=torch.float64, device=device),
             torch.tensor([row.sequence.seed for row in rows], device=device),
-            torch.tensor([len(row.sequence.token_ids) for row in rows], device=device),
+            torch.tensor(positions, device=device),
             _filters(params, device) if any(p.narrows for p in params) else None,
         )
 

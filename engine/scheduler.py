@@ -33,6 +33,7 @@ from engine.plan import Plan, PromptScores, Row
 from engine.prefix_cache import Match, PrefixCache
 from engine.request import Output, TokenLogprobs
 from engine.sequence import Sequence
+from engine.speculation import Speculation
 from engine.waiting import Policy, WaitingQueue
 from engine.warming import Warming
 
@@ -59,7 +60,8 @@ class _Draft:
 
 class Scheduler:
     """`eos_token_ids` end a sequence unless its request ignores them. `num_host_pages`: where evicted contents
-    go, as long as `keeps()` says so. `most_steps`: that a plan may take in one go."""
+    go, as long as `keeps()` says so. `most_steps`: that a plan may take in one go. `num_speculative_tokens`: that are
+    proposed for a sequence, at most."""
 
     def __init__(
         self,
@@ -72,6 +74,7 @@ class Scheduler:
         policy: Policy = "planned",
         num_host_pages: int = 0,
         most_steps: int = 1,
+        num_speculative_tokens: int = 0,
         keeps: Callable[[], bool] = lambda: True,
     ) -> None:
         if max_num_seqs < 1 or max_num_batched_tokens < 1:
@@ -86,6 +89,7 @@ class Scheduler:
         self.waiting = WaitingQueue(policy)
         self.warming = Warming()
         self.multi_step = MultiStep(pool, most_steps, self._reserve)
+        self.speculation = Speculation(num_speculative_tokens, self._reserve)
         self.num_preemptions = 0
         self.num_recomputed = 0  # tokens that had been computed before a preemption
         self._num_plans = 0
@@ -128,7 +132,8 @@ class Scheduler:
         if not draft.rows:
             return Plan(())
         num_steps = self.multi_step.together(draft.rows)
-        rows = tuple(Row(sequence, num_tokens) for sequence, num_tokens in draft.rows.items())
+        proposed = self.speculation.propose(draft.rows, draft.budget) if num_steps == 1 else {}
+        rows = tuple(Row(one, count, proposed.get(one, ())) for one, count in draft.rows.items())
         return Plan(rows, self.cache.take_moves(), num_steps)
 
     def follow(self, plan: Plan) -> Plan | None:
@@ -170,6 +175,8 @@ class Scheduler:
             if logprobs and number in logprobs:
                 sequence.logprobs.append(logprobs[number])
             sound = self._take(sequence, (token_id, *further[number]) if further else (token_id,))
+            if row.proposed:
+                self.speculation.settle(row, len(further[number]))
             if not sound or sequence.output is not None:
                 finished.append(sequence)
             elif sequence.num_generated >= sequence.expected_tokens:

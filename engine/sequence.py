@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from engine.logit_rules import LogitRules
 from engine.matcher import Matcher
+from engine.ngram_proposer import NgramProposer
 from engine.request import Output, Request, TokenLogprobs, derive_seed
 
 
@@ -34,6 +35,7 @@ class Sequence:
         "output",
         "pages",
         "prompt_logprobs",
+        "proposer",
         "request",
         "rules",
         "seed",
@@ -67,6 +69,7 @@ class Sequence:
         self.prompt_logprobs: list[TokenLogprobs] | None = [] if scores else None
         self.rules = LogitRules.of(sampling, bad_words)  # None: the logits are taken as they are
         self.matcher: Matcher | None = None  # where it stands in its grammar, if the request has one
+        self.proposer: NgramProposer | None = None  # from when its tokens are first guessed
         self.output: Output | None = None  # set once, when it finishes
 
     @property

@@ -26,7 +26,8 @@ class StepInput:
     page_table: Tensor  # [R, P] int32
     query_start: Tensor | None  # [R + 1] int32; None: one token each row, and T = R
     context_lens: Tensor  # [R] int32, this step's tokens included
-    logit_rows: Tensor  # [S] int64: tokens whose logits draw the next; padding repeats token 0
+    # [S] int64: tokens whose logits draw the next, proposed ones behind a row's last; padding repeats token 0
+    logit_rows: Tensor
     scored_rows: Tensor  # [N] int64: the same for logits that score a prompt's next token (`Row.scored`)
     shared: SharedPrefixes | None = (
         None  # where rows of one token each share pages and rounding may depend on that
@@ -36,7 +37,7 @@ class StepInput:
     def build(cls, plan: Plan, page_size: int, *, row_multiple: int = 1, device: str = "cpu") -> StepInput:
         """`row_multiple`: T, S and N are padded up to it (see `runner` on determinism)."""
         rows = plan.rows
-        counts = np.array([row.num_tokens for row in rows], dtype=np.int64)
+        counts = np.array([row.num_queries for row in rows], dtype=np.int64)
         query_start = np.zeros(len(rows) + 1, dtype=np.int64)
         np.cumsum(counts, out=query_start[1:])
         total = int(query_start[-1])
@@ -53,10 +54,12 @@ class StepInput:
         for r, row in enumerate(rows):
             sequence, start, end = row.sequence, int(query_start[r]), int(query_start[r + 1])
             first = sequence.num_computed
-            token_ids[start:end] = sequence.token_ids[first : first + row.num_tokens]
+            given = start + row.num_tokens
+            token_ids[start:given] = sequence.token_ids[first : first + row.num_tokens]
+            token_ids[given:end] = row.proposed
             page_table[r, : used[r]] = sequence.pages[: used[r]]
             if row.samples:
-                sampled.append(end - 1)
+                sampled += range(given - 1, end)
             scored += (start + position - first for position in row.scored)
 
         owner = np.repeat(np.arange(len(rows)), counts)  # row of each token

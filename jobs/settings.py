@@ -33,6 +33,7 @@ class EngineSettings(BaseModel):
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None
     num_scheduler_steps: int | None = None
+    num_speculative_tokens: int | None = None
     max_model_len: int | None = None
     max_num_requests: int | None = None
     kv_cache_memory_bytes: int | None = None

@@ -147,6 +147,12 @@ class _Engine(Collector):
             total("num_generated_tokens"),
         )
         yield "vllm:num_preemptions", "Sequences that gave up their pages.", total("num_preemptions")
+        yield "vllm:spec_decode_num_draft_tokens", "Tokens guessed.", total("num_draft_tokens")
+        yield (
+            "vllm:spec_decode_num_accepted_tokens",
+            "Guessed tokens that were drawn.",
+            total("num_accepted_tokens"),
+        )
         yield "vllm:prefix_cache_queries", "Prompt tokens looked up.", total("num_prompt_tokens")
         yield "vllm:prefix_cache_hits", "Prompt tokens found.", total("num_cached_tokens")
         yield "nightpress_engine_steps", "Steps of the engine.", total("num_steps")

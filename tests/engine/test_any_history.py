@@ -123,7 +123,9 @@ class AnyHistory(RuleBasedStateMachine):
         request = self.live.pop(completion.id)
         assert completion.error is None
         for index, output in enumerate(completion.outputs):
-            assert output.token_ids == expected(request, index, request.sampling.max_tokens or 0)
+            assert output.token_ids == expected(
+                request, index, request.sampling.max_tokens or 0, self.engine.runner.vocab_size
+            )
         assert len(completion.outputs) == request.sampling.n
         assert completion.prompt_logprobs == expected_scores(request)
 
@@ -152,4 +154,10 @@ TestWithoutPrefixCaching = machine(
 )
 TestFirstComeFirstServed = machine(16, max_num_seqs=4, max_num_batched_tokens=32, scheduling_policy="fcfs")
 TestSeveralSteps = machine(24, num_host_pages=9, max_num_seqs=4, max_num_batched_tokens=32, steps=8)
+TestSpeculation = machine(
+    24, num_host_pages=9, max_num_seqs=4, max_num_batched_tokens=16, speculative_tokens=7, vocab_size=5
+)
+TestSpeculationBesideSeveralSteps = machine(
+    200, max_num_seqs=8, max_num_batched_tokens=64, steps=4, speculative_tokens=5, vocab_size=5
+)
 TestManySteps = machine(200, max_num_seqs=8, max_num_batched_tokens=64, steps=16)

@@ -296,6 +296,8 @@ def test_stats_count(folder: Path) -> None:
         "num_cached_tokens": 0,  # their common prompt of 3 tokens is too short to be worth a copy
         "num_generated_tokens": 8,
         "num_computed_tokens": 6 + 2 + 4,  # the last token of each is never computed
+        "num_draft_tokens": 0,
+        "num_accepted_tokens": 0,
         "num_recomputed_tokens": 0,
         "num_finished": 2,
         "num_preemptions": 0,

@@ -34,6 +34,20 @@ def test_mixed_rows() -> None:
     assert step.logit_rows.tolist() == [0]  # the chunk does not reach the end of its prompt
 
 
+def test_proposed_tokens_stand_behind_the_last_and_are_drawn_behind() -> None:
+    guessed, decode = at(list(range(100, 116)), 15, [9, 4]), at([5, 6], 1, [2])
+    plan = Plan((Row(guessed, 1, (7, 8)), Row(decode, 1)))
+    step = StepInput.build(plan, 16)
+    assert step.token_ids.tolist() == [115, 7, 8, 6]
+    assert step.positions.tolist() == [15, 16, 17, 1]
+    assert step.slots.tolist() == [9 * 16 + 15, 4 * 16, 4 * 16 + 1, 2 * 16 + 1]
+    assert step.page_table.tolist() == [[9, 4], [2, 0]]
+    assert step.query_start.tolist() == [0, 3, 4]
+    assert step.context_lens.tolist() == [18, 2]
+    assert step.logit_rows.tolist() == [0, 1, 2, 3]
+    assert (plan.num_tokens, plan.num_draws) == (4, 4)
+
+
 def test_padding_adds_tokens_that_store_nothing_and_belong_to_no_row() -> None:
     item = at([5, 6, 7], 0, [3])
     step = StepInput.build(Plan((Row(item, 3),)), 16, row_multiple=16)

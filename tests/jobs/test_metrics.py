@@ -125,6 +125,8 @@ def test_figures_of_the_engine_have_vllms_names() -> None:
         "num_cached_tokens": 5,
         "num_generated_tokens": 1000,
         "num_preemptions": 2,
+        "num_draft_tokens": 40,
+        "num_accepted_tokens": 30,
         "num_steps": 50,
         "busy_seconds": 1.5,
     }
@@ -144,6 +146,8 @@ def test_figures_of_the_engine_have_vllms_names() -> None:
         assert value_of(found, "vllm:prefix_cache_queries_total") == 10
         assert value_of(found, "vllm:prefix_cache_hits_total") == 5
         assert value_of(found, "vllm:num_preemptions_total") == 2
+        assert value_of(found, "vllm:spec_decode_num_draft_tokens_total", model_name="tiny") == 40
+        assert value_of(found, "vllm:spec_decode_num_accepted_tokens_total", model_name="tiny") == 30
         assert value_of(found, "nightpress_engine_restarts_total", model="tiny") == starts - 1
         assert value_of(found, "vllm:num_requests_running") == figures.now.get("num_running", 0)
         assert value_of(found, "vllm:num_requests_waiting") == figures.now.get("num_waiting", 0)

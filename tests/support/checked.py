@@ -17,6 +17,7 @@ from engine.engine import Engine
 from engine.plan import Draws, Launched, Move, Plan, PromptScores
 from engine.request import Request, RequestId, TokenLogprobs, derive_seed
 from engine.sequence import Sequence
+from engine.speculation import accept
 from engine.step_times import StepTimes
 from tests.support.shapes import shape
 
@@ -36,19 +37,19 @@ def fingerprints(salt: str, tokens: list[int], known: list[int]) -> list[int]:
     return known
 
 
-def draw(fingerprint: int, seed: int) -> int:
+def draw(fingerprint: int, seed: int, vocab_size: int = VOCAB_SIZE) -> int:
     rng = random.Random(fingerprint ^ seed)
-    return EOS if rng.randrange(END_RATE) == 0 else rng.randrange(3, VOCAB_SIZE)
+    return EOS if rng.randrange(END_RATE) == 0 else rng.randrange(3, vocab_size)
 
 
-def expected(request: Request, index: int, max_tokens: int) -> tuple[int, ...]:
+def expected(request: Request, index: int, max_tokens: int, vocab_size: int = VOCAB_SIZE) -> tuple[int, ...]:
     """What sample `index` of a request must get."""
     sampling, seed = request.sampling, request.sampling.seed or 0
     seed = 0 if sampling.greedy else seed if index == 0 else derive_seed(seed, index)
     tokens, known = list(request.prompt_token_ids), list[int]()
     made: list[int] = []
     while len(made) < max_tokens:
-        made.append(draw(fingerprints(request.cache_salt, tokens, known)[-1], seed))
+        made.append(draw(fingerprints(request.cache_salt, tokens, known)[-1], seed, vocab_size))
         tokens.append(made[-1])
         if made[-1] == EOS and not sampling.ignore_eos:
             break
@@ -76,9 +77,17 @@ class CheckedRunner:
     device, dtype, kernels_name, deterministic = "none", "none", "none", True
 
     def __init__(
-        self, num_pages: int, page_size: int, num_host_pages: int = 0, num_scheduler_steps: int = 1
+        self,
+        num_pages: int,
+        page_size: int,
+        num_host_pages: int = 0,
+        num_scheduler_steps: int = 1,
+        num_speculative_tokens: int = 0,
+        vocab_size: int = VOCAB_SIZE,
     ) -> None:
         self.num_scheduler_steps = num_scheduler_steps
+        self.num_speculative_tokens = num_speculative_tokens
+        self.vocab_size = vocab_size  # that it draws from
         self.num_pages, self.page_size, self.num_host_pages = num_pages, page_size, num_host_pages
         self.num_moves = 0
         self.times = StepTimes()
@@ -100,18 +109,19 @@ class CheckedRunner:
             for at in range(one.num_computed):
                 found = memory[one.pages[at // size]][at % size]
                 assert found == known[at], f"token {at} of {one.request.id} is not what was computed for it"
-            for at in range(one.num_computed, one.num_computed + row.num_tokens):
+            further = fingerprints(one.request.cache_salt, [*one.token_ids, *row.proposed], [])
+            for at in range(one.num_computed, one.num_computed + row.num_queries):
                 slot = one.pages[at // size], at % size
                 assert slot not in written, "two rows write to one slot"
                 written.add(slot)
-                memory[slot[0]][slot[1]] = known[at]
+                memory[slot[0]][slot[1]] = further[at]
             if row.scored:
                 self.scored += [(one.request.id, one.index, at) for at in row.scored]
                 scores[place] = [score(known[at], one.token_ids[at + 1]) for at in row.scored]
             if row.samples:
-                greedy = one.request.sampling.greedy
-                drawn.append(draw(known[-1], 0 if greedy else one.seed))
-        return Draws(drawn, {}, scores)
+                seed = 0 if one.request.sampling.greedy else one.seed
+                drawn += (draw(behind, seed, self.vocab_size) for behind in further[len(known) - 1 :])
+        return accept(plan.sampling_rows, Draws(drawn, {}, scores))
 
     def _move(self, moves: Iterable[Move]) -> None:
         memory = self._memory
@@ -146,7 +156,7 @@ class CheckedRunner:
                 if one.pages and step < one.num_wanted:
                     known = fingerprints(one.request.cache_salt, [*tokens, *drawn][: at + 1], [])
                     self._memory[one.pages[at // self.page_size]][at % self.page_size] = known[at]
-                    drawn.append(draw(known[at], seed))
+                    drawn.append(draw(known[at], seed, self.vocab_size))
                 else:
                     drawn.append(EOS)  # whatever it is, nobody may want it
         self._ahead = made
@@ -156,7 +166,15 @@ class CheckedRunner:
 
 
 def checked_engine(
-    num_pages: int, page_size: int = 4, *, num_host_pages: int = 0, steps: int = 1, **settings: object
+    num_pages: int,
+    page_size: int = 4,
+    *,
+    num_host_pages: int = 0,
+    steps: int = 1,
+    speculative_tokens: int = 0,
+    vocab_size: int = VOCAB_SIZE,
+    **settings: object,
 ) -> Engine:
     config = EngineConfig(model="checked", **settings)  # type: ignore[arg-type]
-    return Engine(CheckedRunner(num_pages, page_size, num_host_pages, steps), None, config)
+    runner = CheckedRunner(num_pages, page_size, num_host_pages, steps, speculative_tokens, vocab_size)
+    return Engine(runner, None, config)
