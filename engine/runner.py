@@ -23,6 +23,7 @@ from engine.cache import EIGHT_BITS, KVCache
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig, ModelConfig
 from engine.decode_steps import DecodeSteps
+from engine.kept_weights import kept_formats
 from engine.logprobs import score_prompts, slice_rows
 from engine.memory import (
     PAGE_SIZES,
@@ -38,7 +39,8 @@ from engine.plan import Draws, Launched, OutOfDeviceMemory, Plan, PromptScores
 from engine.sampler import Sampler
 from engine.sampling_params import InvalidParameter
 from engine.step_input import StepInput
-from engine.weights import load_weights
+from engine.weight_source import open_source
+from engine.weights import load_weights, weight_targets
 from kernels import Kernels, kernels_for
 
 if TYPE_CHECKING:
@@ -133,6 +135,7 @@ class ModelRunner:
                 page_size=page_size,
                 max_model_len=max_model_len,
                 max_num_batched_tokens=max_num_batched_tokens,
+                scratch_bytes=decoder.scratch_bytes,
             )
             row_multiple, deterministic = resolve_deterministic(config.deterministic, decoder)
             decoder.pad_groups(row_multiple)
@@ -239,8 +242,13 @@ def load_decoder(
         from engine.fallback import Fallback
 
         return Fallback.load(checkpoint, kernels, dtype=dtype, device=device)
-    decoder = Decoder(checkpoint.config, kernels, dtype=dtype, device=device)
+    config = checkpoint.config
+    source = open_source(checkpoint, weight_targets(config))
+    kept = kept_formats(source, config, kernels.keeps)
+    decoder = Decoder(config, kernels, dtype=dtype, device=device, kept=kept)
     load_weights(decoder, checkpoint, bar=bar)
+    if kept and torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()  # what repacking took is free, and is to be counted so
     return decoder
 
 
@@ -293,6 +301,7 @@ def allocate_cache(
     page_size: int,
     max_model_len: int,
     max_num_batched_tokens: int,
+    scratch_bytes: int = 0,
 ) -> KVCache:
     """Pages on the device and on the host, as many as the settings and the memory allow."""
     num_pages = fitting_pages(
@@ -303,6 +312,7 @@ def allocate_cache(
         max_num_seqs=config.max_num_seqs,
         max_model_len=max_model_len,
         max_num_batched_tokens=max_num_batched_tokens,
+        scratch_bytes=scratch_bytes,
         memory_bytes=config.kv_cache_memory_bytes,
     )
     num_host_pages = fitting_host_pages(

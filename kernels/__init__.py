@@ -36,6 +36,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from kernels.weights import Int4Weight, QuantisedWeight
+
 logger = logging.getLogger(__name__)
 
 KernelSet = Literal["auto", "reference", "cpu", "triton"]
@@ -128,6 +130,12 @@ class NormRopeStore(Protocol):
     ) -> None: ...
 
 
+class Int4Matmul(Protocol):
+    def __call__(
+        self, x: Tensor, weight: Int4Weight, bias: Tensor | None, *, invariant: bool = False
+    ) -> Tensor: ...
+
+
 class PagedAttention(Protocol):
     def __call__(
         self,
@@ -181,8 +189,11 @@ class Kernels:
       (which any NaN of the row is) or infinite. Logits bf16, fp16 or fp32; u and the sums over a row fp32 or better.
     - `matmul(x [T, in], weight [out, in], bias [out] or None) -> [T, out]`: x · weightᵀ + bias. None: this set has no
       product of its own; whether the library's products keep the second rule above must then be checked.
+    - `int4_matmul(x [T, in], weight, bias [out] or None, invariant=False) -> [T, out]`: x · weightᵀ + bias, as
+      `Int4Weight` defines it; a set may round the weight to x's dtype. The second rule above holds where `invariant`.
 
-    `quantised` names the dtypes of 8-bit caches that the set serves.
+    `quantised` names the dtypes of 8-bit caches that the set serves; `keeps` the weights that are better left
+    quantised for it than made plain beforehand.
     """
 
     name: str
@@ -198,6 +209,8 @@ class Kernels:
     softcap: Callable[[Tensor, float], Tensor]
     paged_attention: PagedAttention
     sample: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    int4_matmul: Int4Matmul
+    keeps: tuple[type[QuantisedWeight], ...] = ()
     norm_rope_store: NormRopeStore | None = None
     matmul: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
 

@@ -22,6 +22,7 @@ from kernels import (
     attend_with_single_queries,
 )
 from kernels.noise import uniforms
+from kernels.weights import Int4Weight
 
 LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # largest magnitude that an 8-bit cache can store
 MAX_SCORES = 2**25  # attention scores held at once, so that long contexts need no memory of their own
@@ -200,6 +201,19 @@ def sample(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tenso
     return tokens
 
 
+def int4_matmul(x: Tensor, weight: Int4Weight, bias: Tensor | None, *, invariant: bool = False) -> Tensor:
+    return _multiplied(x.float(), weight.dequantised(), bias, x.dtype)
+
+
+def _multiplied(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """In fp32, row by row: how the library sums may depend on the number of rows."""
+    products = [row @ weight.t() for row in x.unbind()]
+    if not products:
+        return torch.empty((0, weight.shape[0]), dtype=dtype, device=x.device)
+    made = torch.stack(products)
+    return (made if bias is None else made + bias.float()).to(dtype)
+
+
 KERNELS = Kernels(
     name="reference",
     quantised=tuple(LIMITS),
@@ -214,4 +228,5 @@ KERNELS = Kernels(
     softcap=softcap,
     paged_attention=paged_attention,
     sample=sample,
+    int4_matmul=int4_matmul,
 )

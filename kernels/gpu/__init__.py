@@ -15,12 +15,14 @@ from triton.runtime.jit import JITFunction
 from kernels import Kernels
 from kernels.gpu.activation import act, act_mul, softcap
 from kernels.gpu.cache import LIMITS, store_kv
+from kernels.gpu.int4_matmul import int4_matmul
 from kernels.gpu.launch import paged_attention
 from kernels.gpu.matmul import matmul
 from kernels.gpu.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from kernels.gpu.norm_rope_store import norm_rope_store
 from kernels.gpu.rope import rope
 from kernels.gpu.sampling import sample
+from kernels.weights import Int4Weight
 
 OLDEST = (8, 0)  # the first with bfloat16 in its tensor cores
 OLDEST_FP8 = (8, 9)  # the first that converts fp8
@@ -47,6 +49,8 @@ KERNELS = Kernels(
     paged_attention=paged_attention,
     sample=sample,
     matmul=matmul,
+    int4_matmul=int4_matmul,
+    keeps=(Int4Weight,),
 )
 
 

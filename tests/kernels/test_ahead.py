@@ -45,6 +45,8 @@ NAMES = {
     "draw_kernel",
     "matmul_kernel",
     "sum_kernel",
+    "int4_kernel",
+    "int4_plain_kernel",
 }
 
 
@@ -83,6 +85,20 @@ def test_all_products_of_a_dtype_are_made_by_one_instruction(target: str, instru
         assert only.startswith(instruction)
         if target == "sm_90":
             assert not [kernel for kernel in found if kernel["spilled"]]
+
+
+@pytest.mark.parametrize(
+    "target", ["sm_90", *(pytest.param(one, marks=pytest.mark.interpreted) for one in ("sm_80", "sm_100"))]
+)
+def test_integers_are_unpacked_in_registers(target: str) -> None:
+    """Into the operands of instructions that take them there, on every architecture, and nothing spills."""
+    found = compiled(target, "--parts quantised --dtypes bf16")
+    instructions = {
+        name for kernel in found if kernel["kernel"] == "int4_kernel" for name in kernel["products"]
+    }
+    assert len(instructions) == 1
+    assert instructions.pop().startswith("mma.sync")
+    assert not [kernel for kernel in found if kernel["spilled"]]
 
 
 @pytest.mark.interpreted
