@@ -16,7 +16,7 @@ from engine.config import ModelConfig
 from engine.quantised_source import QuantisedSource
 from engine.weight_source import WeightSource
 from engine.weights import canonical_name, weight_targets
-from kernels.weights import Int4Weight, QuantisedWeight
+from kernels.weights import BLOCK, Float8Weight, Int4Weight, QuantisedWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,19 @@ class Int4Format:
         )
 
 
-WeightFormat = Int4Format
+@dataclass(frozen=True, slots=True)
+class Float8Format:
+    """How a `Float8Weight` is made, but for its size."""
+
+    blocks: bool
+
+    def empty(self, shape: tuple[int, ...], device: str) -> Float8Weight:
+        """Uninitialised memory. `shape`: (outputs, inputs)."""
+        outputs, inputs = shape
+        return Float8Weight.empty(outputs, inputs, blocks=self.blocks, device=device)
+
+
+WeightFormat = Int4Format | Float8Format
 
 
 def kept_formats(
@@ -53,7 +65,9 @@ def kept_formats(
     formats: dict[str, WeightFormat] = {}
     with source:
         for name, names in parts.items():
-            found = _int4(source, names) if Int4Weight in keeps else None
+            found: WeightFormat | None = _int4(source, names) if Int4Weight in keeps else None
+            if found is None and Float8Weight in keeps:
+                found = _float8(source, names)
             if found is not None:
                 formats[name] = found
     return formats
@@ -77,3 +91,20 @@ def _int4(source: QuantisedSource, names: list[str | None]) -> Int4Format | None
         ):
             return None
     return Int4Format(first.group_size, scale, order is not None)
+
+
+def _float8(source: QuantisedSource, names: list[str | None]) -> Float8Format | None:
+    """Of all parts together: a scale for each output, which one for a whole part is too, or blocks of 128 by 128, all
+    parts but the last of whole blocks. Rows are of whole vectors of 16 bytes."""
+    modules = [source.float8_module(name) if name is not None else None for name in names]
+    found = [module for module in modules if module is not None]
+    if len(found) < len(modules) or found[0].shape[1] % 16:
+        return None
+    if all(
+        module.block[1] == module.shape[1] and module.block[0] in (1, module.shape[0]) for module in found
+    ):
+        return Float8Format(blocks=False)
+    whole = all(module.shape[0] % BLOCK == 0 for module in found[:-1])
+    if whole and all(module.block == (BLOCK, BLOCK) for module in found):
+        return Float8Format(blocks=True)
+    return None

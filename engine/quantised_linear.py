@@ -30,5 +30,7 @@ class QuantisedLinear(Linear):
         self._invariant = True
 
     def __call__(self, x: Tensor) -> Tensor:
-        assert isinstance(self._quantised, Int4Weight)
-        return self._kernels.int4_matmul(x, self._quantised, self._bias, invariant=self._invariant)
+        weight = self._quantised
+        if isinstance(weight, Int4Weight):
+            return self._kernels.int4_matmul(x, weight, self._bias, invariant=self._invariant)
+        return self._kernels.fp8_matmul(x, weight, self._bias, invariant=self._invariant)

@@ -20,7 +20,7 @@ from engine.config import UnsupportedCheckpoint
 from engine.dequantise import scaled_floats, scaled_integers, unpacked_awq, unpacked_columns, unpacked_rows
 from engine.quantisation import Float8, PackedIntegers, Quantisation, is_plain
 from engine.safetensors_file import StoredTensor
-from kernels.weights import Int4Weight, QuantisedWeight
+from kernels.weights import Float8Weight, Int4Weight, QuantisedWeight
 
 _WEIGHTS_AT_ONCE = 2**21
 _REPACKED_AT_ONCE = 2**23
@@ -139,6 +139,10 @@ class QuantisedSource:
         how = self._quantisation
         return self._modules.get(name) if isinstance(how, PackedIntegers) and how.bits == 4 else None
 
+    def float8_module(self, name: str) -> Module | None:
+        """The module whose plain weight `name` would be; None where that is no floats of 8 bits."""
+        return self._modules.get(name) if isinstance(self._quantisation, Float8) else None
+
     def scale_dtype(self, module: Module) -> torch.dtype:
         return _SCALE_DTYPES[self._stored.at[module.parts["scales"]][1].dtype]
 
@@ -155,8 +159,12 @@ class QuantisedSource:
         if isinstance(how, PackedIntegers):
             assert isinstance(target, Int4Weight)
             self._keep_packed(module, how, target)
-        else:
-            raise NotImplementedError
+            return
+        assert isinstance(target, Float8Weight)
+        target.floats[start:end].copy_(self._read(module, "weight", start, end))
+        if start == 0:
+            scales = self._float8_scales(module)
+            target.scales.copy_(scales if target.blocks else scales.expand(module.shape[0], 1)[:, 0])
 
     def _keep_packed(self, module: Module, how: PackedIntegers, target: Int4Weight) -> None:
         (outputs, inputs), device = module.shape, target.words.device
@@ -221,14 +229,18 @@ class QuantisedSource:
         return groups
 
     def _copy_float8(self, module: Module, start: int, target: Tensor) -> None:
-        outputs, inputs = module.shape
-        rows, columns = -(-outputs // module.block[0]), -(-inputs // module.block[1])
-        scales = self._read(module, "scale").float().view(rows, columns)
+        inputs = module.shape[1]
+        scales = self._float8_scales(module)
         together = max(1, _WEIGHTS_AT_ONCE // inputs)
         for first in range(0, target.shape[0], together):
             piece = target[first : first + together]
             floats = self._read(module, "weight", start + first, start + first + piece.shape[0])
             piece.copy_(scaled_floats(floats, scales, module.block, start + first))
+
+    def _float8_scales(self, module: Module) -> Tensor:
+        """`[blocks of outputs, blocks of inputs]` fp32."""
+        (outputs, inputs), block = module.shape, module.block
+        return self._read(module, "scale").float().view(-(-outputs // block[0]), -(-inputs // block[1]))
 
     def _read(self, module: Module, part: str, start: int = 0, end: int | None = None) -> Tensor:
         return self._stored.read(module.parts[part], start, end)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels import Activation, Attention, Kernels, PagedKV, SharedPrefixes, attend_with_single_queries
 from kernels.cpu.build import BuildError, load_library
-from kernels.reference import int4_matmul, sample
+from kernels.reference import fp8_matmul, int4_matmul, sample
 
 __all__ = ["BuildError", "kernels"]
 
@@ -67,6 +67,7 @@ def kernels() -> Kernels:
         paged_attention=ops.paged_attention,
         sample=sample,
         int4_matmul=int4_matmul,
+        fp8_matmul=fp8_matmul,
     )
 
 

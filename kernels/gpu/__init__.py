@@ -15,6 +15,7 @@ from triton.runtime.jit import JITFunction
 from kernels import Kernels
 from kernels.gpu.activation import act, act_mul, softcap
 from kernels.gpu.cache import LIMITS, store_kv
+from kernels.gpu.fp8_matmul import fp8_matmul
 from kernels.gpu.int4_matmul import int4_matmul
 from kernels.gpu.launch import paged_attention
 from kernels.gpu.matmul import matmul
@@ -22,10 +23,10 @@ from kernels.gpu.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from kernels.gpu.norm_rope_store import norm_rope_store
 from kernels.gpu.rope import rope
 from kernels.gpu.sampling import sample
-from kernels.weights import Int4Weight
+from kernels.weights import Float8Weight, Int4Weight
 
 OLDEST = (8, 0)  # the first with bfloat16 in its tensor cores
-OLDEST_FP8 = (8, 9)  # the first that converts fp8
+OLDEST_FP8 = (8, 9)  # the first that converts and multiplies fp8
 
 INTERPRETED = not isinstance(tl.sum, JITFunction)
 if INTERPRETED:
@@ -50,7 +51,8 @@ KERNELS = Kernels(
     sample=sample,
     matmul=matmul,
     int4_matmul=int4_matmul,
-    keeps=(Int4Weight,),
+    fp8_matmul=fp8_matmul,
+    keeps=(Int4Weight, Float8Weight),
 )
 
 
@@ -71,4 +73,6 @@ def kernels(device: str) -> Kernels:
         raise ValueError(
             f"the triton kernels need a compute capability of at least {OLDEST}, not {capability} as {device} has"
         )
-    return KERNELS if capability >= OLDEST_FP8 else replace(KERNELS, quantised=(torch.int8,))
+    if capability >= OLDEST_FP8:
+        return KERNELS
+    return replace(KERNELS, quantised=(torch.int8,), keeps=(Int4Weight,))

@@ -20,26 +20,39 @@ from engine.runner import ModelRunner, load_decoder
 from engine.sampling_params import SamplingParams
 from kernels import Kernels, kernels_for
 from kernels.reference import KERNELS
-from kernels.weights import Int4Weight
+from kernels.weights import Float8Weight, Int4Weight
 from tests.support.families import write_tiny
-from tests.support.quantised import Quantiser, awq, gptq, write
+from tests.support.quantised import Quantiser, awq, float8, gptq, write
 from tests.support.tiny import write_tiny_llama
 
 AWQ = {"quant_method": "awq", "bits": 4, "zero_point": True, "version": "gemm"}
 GPTQ = {"quant_method": "gptq", "bits": 4, "sym": True, "desc_act": False}
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3"}
+OF_CHANNELS = {"num_bits": 8, "type": "float", "strategy": "channel", "dynamic": False, "symmetric": True}
+CHANNELS = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": OF_CHANNELS}},
+}
 CASES: dict[str, tuple[Quantiser, dict[str, Any]]] = {
     "awq": (awq(32), AWQ | {"group_size": 32}),
     "awq of one group": (awq(-1), AWQ | {"group_size": -1}),
     "gptq": (gptq(64), GPTQ | {"group_size": 64}),
     "gptq asymmetric": (gptq(128, symmetric=False), GPTQ | {"group_size": 128, "sym": False}),
     "gptq act-order": (gptq(32, act_order=True), GPTQ | {"group_size": 32, "desc_act": True}),
+    "fp8 blocks": (float8(128, 128, "weight_scale_inv"), FP8 | {"weight_block_size": [128, 128]}),
+    "fp8 whole": (float8(None, None, "weight_scale", dims=0), FP8),
+    "channels": (float8(1, None, "weight_scale", dtype=torch.bfloat16), CHANNELS),
 }
 NOT_KEPT: dict[str, tuple[Quantiser, dict[str, Any]]] = {
     "gptq of 8 bits": (gptq(32, bits=8), GPTQ | {"group_size": 32, "bits": 8}),
     "gptq, scales of 32 bits": (gptq(32, scale=np.float32), GPTQ | {"group_size": 32}),
     "awq, groups of 8": (awq(8), AWQ | {"group_size": 8}),
+    "fp8, smaller blocks": (float8(64, 64, "weight_scale_inv"), FP8 | {"weight_block_size": [64, 64]}),
 }
-KEEPING = dataclasses.replace(KERNELS, keeps=(Int4Weight,))  # the reference set, as if it were quick
+KEEPING = dataclasses.replace(
+    KERNELS, keeps=(Int4Weight, Float8Weight)
+)  # the reference set, as if it were quick
 
 
 def tiny(folder: Path, **more: Any) -> Path:
@@ -69,9 +82,14 @@ def products(decoder: Decoder) -> set[str]:
     return {name for name, value in decoder.parameters.items() if value.dim() == 2 and ".layers." in name}
 
 
+def multiple_of_blocks(name: str) -> dict[str, Any]:
+    """With blocks of 128 all parts of qkv_proj must be multiples of 128 outputs."""
+    return {"head_dim": 128, "num_kv_heads": 1} if name == "fp8 blocks" else {}
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_kept_means_the_weights_of_its_formula(tmp_path: Path, name: str) -> None:
-    quantised, plain = write(tiny(tmp_path / "model"), *CASES[name])
+    quantised, plain = write(tiny(tmp_path / "model", **multiple_of_blocks(name)), *CASES[name])
     assert_same(quantised, plain, products(loaded(plain, KERNELS)))
 
 
@@ -144,6 +162,24 @@ def test_the_tokens_are_those_of_the_weights_made_plain(tmp_path: Path, name: st
     expected = answers(plain, KERNELS)
     assert answers(quantised, triton) == expected
     assert len(set(expected[0])) > 2
+
+
+@pytest.mark.parametrize("name", ["fp8 whole", pytest.param("fp8 blocks", marks=pytest.mark.interpreted)])
+def test_activations_of_8_bits_are_rounded_alike_by_all_sets(tmp_path: Path, name: str) -> None:
+    quantised, _ = write(tiny(tmp_path / "model", **multiple_of_blocks(name)), *CASES[name])
+    assert answers(quantised, kernels_for("cpu", "triton")) == answers(quantised, KEEPING)
+
+
+@pytest.mark.parametrize("name", ["fp8 blocks", "channels"])
+def test_activations_of_8_bits_change_a_product_little(tmp_path: Path, name: str) -> None:
+    quantised, plain = write(tiny(tmp_path / "model", **multiple_of_blocks(name)), *CASES[name])
+    found, wanted = loaded(quantised), loaded(plain, KERNELS)
+    for decoder in (found, wanted):
+        decoder.prepare(64)
+    for ours, theirs in zip(found._products(), wanted._products(), strict=True):
+        x = torch.randn(7, theirs.num_inputs)
+        exact = theirs(x)
+        assert (ours(x) - exact).square().mean().sqrt() < 0.05 * exact.square().mean().sqrt()
 
 
 @pytest.mark.interpreted

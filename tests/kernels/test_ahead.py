@@ -47,7 +47,10 @@ NAMES = {
     "sum_kernel",
     "int4_kernel",
     "int4_plain_kernel",
+    "fp8_kernel",
+    "quantise_kernel",
 }
+NEWER = {"fp8_kernel", "quantise_kernel"}  # than sm_80
 
 
 def compiled(target: str, options: str) -> list[dict[str, Any]]:
@@ -106,7 +109,7 @@ def test_integers_are_unpacked_in_registers(target: str) -> None:
 @pytest.mark.parametrize("target", ALL_OF)
 def test_all_compile(target: str) -> None:
     found = [kernel for options in ALL_OF[target] for kernel in compiled(target, options)]
-    assert {kernel["kernel"] for kernel in found} == NAMES
+    assert {kernel["kernel"] for kernel in found} == (NAMES - NEWER if target == "sm_80" else NAMES)
     storages = {kernel.get("storage") for kernel in found}
     assert ("fp8" in storages) == (target != "sm_80")
     if target == "sm_90":  # fp32 is for checks: there some kernels spill a few words

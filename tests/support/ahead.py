@@ -30,8 +30,9 @@ from triton.runtime.jit import JITFunction
 
 from kernels import Attention, HeadNorms, PagedKV, SharedPrefixes
 from kernels.gpu import KERNELS, launch
+from kernels.gpu.fp8_matmul import fp8_matmul
 from kernels.gpu.int4_matmul import int4_matmul, int4_plain
-from kernels.weights import Int4Weight
+from kernels.weights import Float8Weight, Int4Weight
 
 PRODUCTS = importlib.import_module("kernels.gpu.matmul")  # there the package has its function under that name
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -206,6 +207,21 @@ def quantised(dtype: torch.dtype) -> Callable[[], object]:
     return calls
 
 
+def quantised_to_8(dtype: torch.dtype) -> Callable[[], object]:
+    """Products with weights of 8 bits: scales of outputs and of blocks, both tiles, segments together and apart."""
+
+    def calls() -> None:
+        for outputs, inputs in ((1024, 2048), (24576, 256), (100, 208)):
+            for blocks in (False, True):
+                weight = Float8Weight.empty(outputs, inputs, blocks=blocks, device="cpu")
+                for tokens in (1, 100):
+                    fp8_matmul(
+                        torch.empty(tokens, inputs, dtype=dtype), weight, torch.empty(outputs, dtype=dtype)
+                    )
+
+    return calls
+
+
 def cases(chosen: argparse.Namespace, fp8: bool) -> Iterator[tuple[dict[str, Any], Callable[[], object]]]:
     for name in chosen.dtypes:
         if "rowwise" in chosen.parts:
@@ -216,6 +232,8 @@ def cases(chosen: argparse.Namespace, fp8: bool) -> Iterator[tuple[dict[str, Any
             yield {"dtype": name}, products(DTYPES[name])
         if "quantised" in chosen.parts:
             yield {"dtype": name}, quantised(DTYPES[name])
+            if fp8:
+                yield {"dtype": name}, quantised_to_8(DTYPES[name])
         for storage in chosen.storages:
             if "attention" not in chosen.parts or (storage == "fp8" and not fp8):
                 continue
