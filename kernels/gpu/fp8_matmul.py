@@ -143,7 +143,8 @@ def quantise_rows(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 @cache
 def library(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch has a product of fp8 with a scale for each row and output there: tried once, at load."""
+    """Whether torch has a product of fp8 with a scale for each row and output there: tried once, in a first step,
+    which no graph captures."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return False
     one = torch.ones(16, 16, device=device).to(torch.float8_e4m3fn)
