@@ -96,9 +96,8 @@ def test_all_products_of_a_dtype_are_made_by_one_instruction(target: str, instru
 def test_integers_are_unpacked_in_registers(target: str) -> None:
     """Into the operands of instructions that take them there, on every architecture, and nothing spills."""
     found = compiled(target, "--parts quantised --dtypes bf16")
-    instructions = {
-        name for kernel in found if kernel["kernel"] == "int4_kernel" for name in kernel["products"]
-    }
+    found = [kernel for kernel in found if kernel["kernel"] == "int4_kernel"]
+    instructions = {name for kernel in found for name in kernel["products"]}
     assert len(instructions) == 1
     assert instructions.pop().startswith("mma.sync")
     assert not [kernel for kernel in found if kernel["spilled"]]
