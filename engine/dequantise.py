@@ -19,21 +19,21 @@ _AWQ_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
 
 def unpacked_awq(words: Tensor) -> Tensor:
     """words `[n, out / 8]` int32 → `[n, out]` int32, 0 to 15."""
-    shifts = torch.tensor(_AWQ_SHIFTS, dtype=torch.int32)
+    shifts = torch.tensor(_AWQ_SHIFTS, dtype=torch.int32, device=words.device)
     integers: Tensor = (words[:, :, None] >> shifts) & 15
     return integers.flatten(1)
 
 
 def unpacked_columns(words: Tensor, bits: Literal[4, 8]) -> Tensor:
     """words `[n, out · bits / 32]` int32 → `[n, out]` int32, each word's lowest bits first."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
     integers: Tensor = (words[:, :, None] >> shifts) & (2**bits - 1)
     return integers.flatten(1)
 
 
 def unpacked_rows(words: Tensor, bits: Literal[4, 8]) -> Tensor:
     """words `[n · bits / 32, out]` int32 → `[n, out]` int32, each word's lowest bits first."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
     integers: Tensor = (words[:, None, :] >> shifts[:, None]) & (2**bits - 1)
     return integers.flatten(0, 1)
 

@@ -92,6 +92,7 @@ class Fallback:
         self.kernels = kernels
         self.dtype = dtype
         self.device = device
+        self.scratch_bytes = 0  # nothing stays quantised
         self.crowded_by = anatomy.crowded_by
         if self.crowded_by is None and torch.device(device).type != "cpu":
             self.crowded_by = "what transformers computes between products on a GPU"

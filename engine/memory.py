@@ -47,10 +47,12 @@ def fitting_pages(
     max_model_len: int,
     max_num_batched_tokens: int,
     memory_bytes: int | None,
+    scratch_bytes: int = 0,
 ) -> int:
     """Pages within `memory_bytes` or a fraction of what is free; never more than could be used at once.
 
-    `storage` is the dtype that is stored. Raises `InvalidParameter` when not even one page fits.
+    `storage` is the dtype that is stored; `scratch_bytes`: of the largest weight that a step makes plain. Raises
+    `InvalidParameter` when not even one page fits.
     """
     page_bytes = bytes_per_page(config, page_size, storage)
     usable = usable_pages(page_size, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
@@ -59,6 +61,7 @@ def fitting_pages(
         memory_bytes = int(free_memory_bytes(device) * FREE_MEMORY_FRACTION[kind])
         if kind == "cuda":  # what a step needs beside the pages: fp64 rows of the sampler, attention scores
             memory_bytes -= max_num_seqs * config.vocab_size * 8 * 5 + 2**30
+            memory_bytes -= 2 * scratch_bytes  # graphs have memory of their own
             memory_bytes -= (
                 max_num_batched_tokens * (config.hidden_size * 8 + config.intermediate_size * 4) * 2
             )

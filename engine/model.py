@@ -6,8 +6,10 @@ Knows no files, no requests and no sampling, and leaves names to `parameters` an
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,9 +24,14 @@ from engine.linear import Linear
 from engine.mlp import MLP, GatedMLP, PlainMLP
 from engine.norm import LayerNorm, Norm, RMSNorm
 from engine.parameters import NORM_NAMES, parameter_shapes
+from engine.quantised_linear import QuantisedLinear
 from engine.rope import rope_tables
 from engine.step_input import StepInput
 from kernels import Attention, Kernels
+from kernels.weights import QuantisedWeight
+
+if TYPE_CHECKING:
+    from engine.kept_weights import WeightFormat
 
 
 class Hidden(NamedTuple):
@@ -35,21 +42,37 @@ class Hidden(NamedTuple):
 
 
 class Decoder:
-    """`parameters` is uninitialised memory until `weights.load_weights` has filled it; then `prepare` once."""
+    """`parameters` and `quantised` are uninitialised memory until `weights.load_weights` has filled them; then
+    `prepare` once. `kept`: how parameters that stay quantised are kept, by name; of them `parameters` has only the
+    shapes."""
 
     crowded_by: str | None = None  # what may make a row depend on the others, beside products: nothing
 
-    def __init__(self, config: ModelConfig, kernels: Kernels, *, dtype: torch.dtype, device: str) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        kernels: Kernels,
+        *,
+        dtype: torch.dtype,
+        device: str,
+        kept: Mapping[str, WeightFormat] | None = None,
+    ) -> None:
         self.config = config
         self.kernels = kernels
         self.dtype = dtype
         self.device = device
         # whether a CUDA graph can hold a step: the rows of experts are counted on the host, and slots by `reference`
         self.capturable = config.moe is None and kernels.name == "triton"
+        shapes, kept = parameter_shapes(config), kept or {}
         self.parameters: dict[str, Tensor] = {
-            name: torch.empty(shape, dtype=dtype, device=device)
-            for name, shape in parameter_shapes(config).items()
+            name: torch.empty(shape, dtype=dtype, device="meta" if name in kept else device)
+            for name, shape in shapes.items()
         }
+        self.quantised: dict[str, QuantisedWeight] = {
+            name: how.empty(shapes[name], device) for name, how in kept.items()
+        }
+        # what a step takes to make the largest of them plain, if it has many tokens
+        self.scratch_bytes = dtype.itemsize * max((prod(shapes[name]) for name in kept), default=0)
         self._blocks: list[Block | ParallelBlock] = []
 
     def prepare(self, max_len: int) -> None:
@@ -74,7 +97,8 @@ class Decoder:
 
     def distinct_products(self) -> list[Linear]:
         """One product of each shape that occurs: what a check of products must look at."""
-        return list({product.shape: product for product in self._products()}.values())
+        products = self._products()
+        return list({(type(product), product.shape): product for product in products}.values())
 
     def invariant_products(self) -> bool:
         """From now on compute all products by the kernels' own, if there is one: whether there is."""
@@ -177,7 +201,9 @@ class Decoder:
 
     def _product(self, name: str) -> Linear:
         # taken out of `parameters`, so that a packed weight frees its plain copy at once
-        return Linear(self.parameters.pop(f"{name}.weight"), self.parameters.pop(f"{name}.bias", None))
+        weight, bias = self.parameters.pop(f"{name}.weight"), self.parameters.pop(f"{name}.bias", None)
+        kept = self.quantised.pop(f"{name}.weight", None)
+        return Linear(weight, bias) if kept is None else QuantisedLinear(kept, bias, self.kernels)
 
     def _mlp(self, index: int) -> MLP | Experts:
         part, moe = f"model.layers.{index}.mlp", self.config.moe

@@ -2,7 +2,8 @@
 
 Owns which stored tensors belong to a module, their names, shapes and dtypes, and the way from them into rows of a
 parameter, some million weights at a time, so that neither the packed nor the unpacked matrix is ever whole beside the
-parameter. Knows no formula (`dequantise`), and nothing of what a model wants (`weights`).
+parameter. A weight that stays quantised is repacked on its device, from stored words that are whole there. Knows no
+formula (`dequantise`), and nothing of what a model wants (`weights`, `kept_weights`).
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ from engine.config import UnsupportedCheckpoint
 from engine.dequantise import scaled_floats, scaled_integers, unpacked_awq, unpacked_columns, unpacked_rows
 from engine.quantisation import Float8, PackedIntegers, Quantisation, is_plain
 from engine.safetensors_file import StoredTensor
+from kernels.weights import Float8Weight, Int4Weight, QuantisedWeight
 
 _WEIGHTS_AT_ONCE = 2**21
-_SCALES = ("F16", "BF16", "F32")
+_REPACKED_AT_ONCE = 2**23
+_SCALE_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+_SCALES = tuple(_SCALE_DTYPES)
 # Of activations, for kernels that quantise them, too; here they are never quantised
 _OF_ACTIVATIONS = ("input_scale", "activation_scale")
 
@@ -46,7 +50,7 @@ class StoredTensors(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Module:
+class Module:
     """One quantised module: `parts` are its tensors by the last part of their names."""
 
     name: str
@@ -65,7 +69,7 @@ class QuantisedSource:
     def __init__(self, stored: StoredTensors, quantisation: Quantisation) -> None:
         self._stored = stored
         self._quantisation = quantisation
-        self._modules: dict[str, _Module] = {}
+        self._modules: dict[str, Module] = {}
         self._must_be_zero: list[str] = []
         find = self._packed if isinstance(quantisation, PackedIntegers) else self._float8
         hidden: set[str] = set()
@@ -130,7 +134,55 @@ class QuantisedSource:
         else:
             self._copy_float8(module, start, target)
 
-    def _copy_packed(self, module: _Module, how: PackedIntegers, target: Tensor) -> None:
+    def packed_module(self, name: str) -> Module | None:
+        """The module whose plain weight `name` would be; None where that is no integers of 4 bits."""
+        how = self._quantisation
+        return self._modules.get(name) if isinstance(how, PackedIntegers) and how.bits == 4 else None
+
+    def float8_module(self, name: str) -> Module | None:
+        """The module whose plain weight `name` would be; None where that is no floats of 8 bits."""
+        return self._modules.get(name) if isinstance(self._quantisation, Float8) else None
+
+    def scale_dtype(self, module: Module) -> torch.dtype:
+        return _SCALE_DTYPES[self._stored.at[module.parts["scales"]][1].dtype]
+
+    def order(self, module: Module) -> Tensor | None:
+        """`[in]` int64: the module's inputs group by group; None: they lie so. Raises `UnsupportedCheckpoint`."""
+        assert isinstance(self._quantisation, PackedIntegers)
+        groups = self._groups(module, self._quantisation)
+        return None if bool((groups.diff() >= 0).all()) else groups.argsort(stable=True)
+
+    def keep(self, name: str, start: int, end: int, target: QuantisedWeight) -> None:
+        """Rows `start` to `end` of a module as it is stored, all of them where they are integers, into a quantised
+        weight of its shape."""
+        module, how = self._modules[name], self._quantisation
+        if isinstance(how, PackedIntegers):
+            assert isinstance(target, Int4Weight)
+            self._keep_packed(module, how, target)
+            return
+        assert isinstance(target, Float8Weight)
+        target.floats[start:end].copy_(self._read(module, "weight", start, end))
+        if start == 0:
+            scales = self._float8_scales(module)
+            target.scales.copy_(scales if target.blocks else scales.expand(module.shape[0], 1)[:, 0])
+
+    def _keep_packed(self, module: Module, how: PackedIntegers, target: Int4Weight) -> None:
+        (outputs, inputs), device = module.shape, target.words.device
+        order = self.order(module)
+        if order is not None and target.order is not None:
+            order = target.order.copy_(order)
+        target.put_groups(self._zeros(module, how).to(device), self._read(module, "scales").to(device))
+        words = self._read(module, "qweight").to(device)
+        together = max(8, _REPACKED_AT_ONCE // inputs // 8 * 8)
+        for start in range(0, outputs, together):
+            end = min(start + together, outputs)
+            if how.method == "awq":
+                integers = unpacked_awq(words[:, start // 8 : end // 8])
+            else:
+                integers = unpacked_rows(words[:, start:end], 4)
+            target.rows(start, end).put(integers if order is None else integers[order])
+
+    def _copy_packed(self, module: Module, how: PackedIntegers, target: Tensor) -> None:
         outputs, inputs = module.shape
         per_word = 1 if how.method == "awq" else 32 // how.bits  # inputs in one row of words
         zeros, scales, groups = (
@@ -145,7 +197,7 @@ class QuantisedSource:
             integers = unpacked_awq(words) if how.method == "awq" else unpacked_rows(words, how.bits)
             target[:, start:end].copy_(scaled_integers(integers, zeros, scales, groups[start:end]).t())
 
-    def _zeros(self, module: _Module, how: PackedIntegers) -> Tensor:
+    def _zeros(self, module: Module, how: PackedIntegers) -> Tensor:
         """`[groups, out]` int32."""
         words = self._read(module, "qzeros")
         if how.method == "awq":
@@ -161,7 +213,7 @@ class QuantisedSource:
             )
         return zeros + 1
 
-    def _groups(self, module: _Module, how: PackedIntegers) -> Tensor:
+    def _groups(self, module: Module, how: PackedIntegers) -> Tensor:
         """The group of each input, `[in]` int64."""
         in_order = torch.arange(module.shape[1]) // module.group_size
         if "g_idx" not in module.parts:
@@ -176,20 +228,24 @@ class QuantisedSource:
             )
         return groups
 
-    def _copy_float8(self, module: _Module, start: int, target: Tensor) -> None:
-        outputs, inputs = module.shape
-        rows, columns = -(-outputs // module.block[0]), -(-inputs // module.block[1])
-        scales = self._read(module, "scale").float().view(rows, columns)
+    def _copy_float8(self, module: Module, start: int, target: Tensor) -> None:
+        inputs = module.shape[1]
+        scales = self._float8_scales(module)
         together = max(1, _WEIGHTS_AT_ONCE // inputs)
         for first in range(0, target.shape[0], together):
             piece = target[first : first + together]
             floats = self._read(module, "weight", start + first, start + first + piece.shape[0])
             piece.copy_(scaled_floats(floats, scales, module.block, start + first))
 
-    def _read(self, module: _Module, part: str, start: int = 0, end: int | None = None) -> Tensor:
+    def _float8_scales(self, module: Module) -> Tensor:
+        """`[blocks of outputs, blocks of inputs]` fp32."""
+        (outputs, inputs), block = module.shape, module.block
+        return self._read(module, "scale").float().view(-(-outputs // block[0]), -(-inputs // block[1]))
+
+    def _read(self, module: Module, part: str, start: int = 0, end: int | None = None) -> Tensor:
         return self._stored.read(module.parts[part], start, end)
 
-    def _packed(self, name: str) -> _Module | None:
+    def _packed(self, name: str) -> Module | None:
         """The module whose integers `name` is."""
         how = self._quantisation
         module, _, kind = name.rpartition(".")
@@ -213,9 +269,9 @@ class QuantisedSource:
         self._expect(name, ("I32",), (rows, columns))
         self._expect(parts["qzeros"], ("I32",), (groups, outputs // per_word))
         self._expect(parts["scales"], _SCALES, (groups, outputs))
-        return _Module(module, (outputs, inputs), parts, group_size, (1, 1))
+        return Module(module, (outputs, inputs), parts, group_size, (1, 1))
 
-    def _float8(self, name: str) -> _Module | None:
+    def _float8(self, name: str) -> Module | None:
         """The module whose floats of 8 bits `name` is."""
         how = self._quantisation
         module, _, kind = name.rpartition(".")
@@ -233,7 +289,7 @@ class QuantisedSource:
         for kind in _OF_ACTIVATIONS:
             if f"{module}.{kind}" in self._stored.tensors:
                 parts[kind] = f"{module}.{kind}"
-        return _Module(module, (outputs, inputs), parts, inputs, block)
+        return Module(module, (outputs, inputs), parts, inputs, block)
 
     def _matrix(self, name: str) -> tuple[int, int]:
         shape, _ = self._stored.tensors[name]

@@ -1,13 +1,7 @@
 """ModelRunner: one loaded model on one device, which turns a `Plan` into tokens.
 
-Owns the decoder, the KV memory, the sampler, and the promise that a token does not depend on its crowd.
-Knows nothing of waiting, finishing or text: the scheduler appends the tokens and moves the counters.
-
-Determinism (`EngineConfig.deterministic`): attention and the small operations sum in an order that only the
-token's own context decides (`kernels`), but matrix products may choose another order for another number of rows.
-At load, products of this model's own shapes are compared bitwise between row counts; if they differ, or always in
-fp32, steps are padded to a multiple of 16 rows, and compared again. `deterministic` tells the outcome. Where it is
-asked for and the kernels have products of their own, as on a GPU, those are used, and checked like the library's.
+Owns the decoder, the KV memory and the sampler. Whether a token depends on its crowd is found out at load
+(`determinism`). Knows nothing of waiting, finishing or text: the scheduler appends the tokens and moves the counters.
 """
 
 from __future__ import annotations
@@ -23,6 +17,8 @@ from engine.cache import EIGHT_BITS, KVCache
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig, ModelConfig
 from engine.decode_steps import DecodeSteps
+from engine.determinism import resolve_deterministic
+from engine.kept_weights import kept_formats
 from engine.logprobs import score_prompts, slice_rows
 from engine.memory import (
     PAGE_SIZES,
@@ -40,7 +36,8 @@ from engine.sampling_params import InvalidParameter
 from engine.speculation import STEP_TOKENS, num_speculative_tokens
 from engine.step_input import StepInput
 from engine.step_times import StepTimes
-from engine.weights import load_weights
+from engine.weight_source import open_source
+from engine.weights import load_weights, weight_targets
 from kernels import Kernels, kernels_for
 
 if TYPE_CHECKING:
@@ -48,12 +45,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PADDED_ROWS = 16
 STEPS_TOGETHER = {"cpu": 1, "cuda": 16}  # unless the settings say otherwise
-_CHECK_FLOPS = {
-    "cpu": 2e10,
-    "cuda": 1e13,
-}  # bound the self-check to a fraction of a second: two cores, one GPU
 
 
 class ModelRunner:
@@ -138,6 +130,7 @@ class ModelRunner:
                 page_size=page_size,
                 max_model_len=max_model_len,
                 max_num_batched_tokens=max_num_batched_tokens,
+                scratch_bytes=decoder.scratch_bytes,
             )
             row_multiple, deterministic = resolve_deterministic(config.deterministic, decoder)
             decoder.pad_groups(row_multiple)
@@ -257,8 +250,13 @@ def load_decoder(
         from engine.fallback import Fallback
 
         return Fallback.load(checkpoint, kernels, dtype=dtype, device=device)
-    decoder = Decoder(checkpoint.config, kernels, dtype=dtype, device=device)
+    config = checkpoint.config
+    source = open_source(checkpoint, weight_targets(config))
+    kept = kept_formats(source, config, kernels.keeps)
+    decoder = Decoder(config, kernels, dtype=dtype, device=device, kept=kept)
     load_weights(decoder, checkpoint, bar=bar)
+    if kept and torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()  # what repacking took is free, and is to be counted so
     return decoder
 
 
@@ -311,6 +309,7 @@ def allocate_cache(
     page_size: int,
     max_model_len: int,
     max_num_batched_tokens: int,
+    scratch_bytes: int = 0,
 ) -> KVCache:
     """Pages on the device and on the host, as many as the settings and the memory allow."""
     num_pages = fitting_pages(
@@ -321,6 +320,7 @@ def allocate_cache(
         max_num_seqs=config.max_num_seqs,
         max_model_len=max_model_len,
         max_num_batched_tokens=max_num_batched_tokens,
+        scratch_bytes=scratch_bytes,
         memory_bytes=config.kv_cache_memory_bytes,
     )
     num_host_pages = fitting_host_pages(
@@ -339,52 +339,3 @@ def allocate_cache(
         storage=storage,
         num_host_pages=num_host_pages,
     )
-
-
-def resolve_deterministic(wanted: bool | None, decoder: Decoder | Fallback) -> tuple[int, bool]:
-    """(row multiple, whether tokens depend on their request alone). None: as on a CPU, where it is cheap.
-
-    Raises `InvalidParameter` when it is wanted and cannot be had.
-    """
-    on_cpu = torch.device(decoder.device).type == "cpu"
-    if wanted is False or (wanted is None and not on_cpu):
-        return 1, False
-    if decoder.crowded_by is not None:
-        row_multiple, deterministic = 1, False
-        reason = f"{decoder.crowded_by} cannot be checked, so tokens may depend on the crowd"
-    else:
-        own_products = wanted is True and decoder.invariant_products()
-        row_multiple, deterministic = row_invariance(decoder, own_products=own_products)
-        reason = "products on this machine depend on their row count, so tokens may depend on the crowd"
-    if not deterministic:
-        if wanted:
-            raise InvalidParameter("deterministic", f"cannot be had: {reason}")
-        logger.warning(reason)
-    return row_multiple, deterministic
-
-
-def row_invariance(decoder: Decoder | Fallback, *, own_products: bool = False) -> tuple[int, bool]:
-    """(row multiple to pad steps to, whether products are then bit-equal for any number of rows). `own_products`:
-    they are the kernels', not the library's."""
-    padded = decoder.dtype == torch.float32 and not own_products
-    multiples = (PADDED_ROWS,) if padded else (1, PADDED_ROWS)
-    for multiple in multiples:
-        if _products_invariant(decoder, multiple):
-            return multiple, True
-    return 1, False
-
-
-def _products_invariant(decoder: Decoder | Fallback, multiple: int) -> bool:
-    products = decoder.distinct_products()
-    elements = sum(product.num_inputs * product.num_outputs for product in products)
-    flops = _CHECK_FLOPS[torch.device(decoder.device).type]
-    most = max(3 * PADDED_ROWS, min(512, int(flops / (2 * elements)) // PADDED_ROWS * PADDED_ROWS))
-    generator = torch.Generator().manual_seed(0)
-    for product in products:
-        x = torch.randn(most, product.num_inputs, generator=generator).to(decoder.device, decoder.dtype)
-        full = product(x)
-        for few in (1, 2, 3, 5, 16, 31, 33, 96, 128, 250):
-            rows = -(-few // multiple) * multiple
-            if rows < most and not torch.equal(product(x[:rows]), full[:rows]):
-                return False
-    return True

@@ -2,8 +2,8 @@
 
 Owns the way from the file's names and layouts to the decoder's, which `Storage` describes, and the demand that every
 tensor of the file is used and every parameter of the model is filled, made before the first byte of a weight is read.
-Knows no mathematics. A few threads copy pieces into the parameters, so loading needs little more memory than the
-model.
+Weights that stay quantised (`kept_weights`) are filled as strictly. Knows no mathematics. A few threads copy pieces
+into the parameters, so loading needs little more memory than the model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from engine.checkpoint import Checkpoint, UnsupportedCheckpoint
 from engine.config import ModelConfig
 from engine.load_progress import LoadProgress
 from engine.model import Decoder
+from engine.parameters import parameter_shapes
+from engine.quantised_source import QuantisedSource
 from engine.weight_source import WeightSource, open_source
+from kernels.weights import QuantisedWeight
 
 READERS = 8  # threads: fewer would do for copying, more keep a fast disk busy
 _HUGE_PAGE_BYTES = 2 * 2**20
@@ -44,6 +47,7 @@ class Place(NamedTuple):
 
     parameters: tuple[Tensor, ...]
     layout: Literal["rows", "transposed", "grouped", "experts"]
+    kept: QuantisedWeight | None = None  # of these rows; then the parameter has no memory
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -68,7 +72,7 @@ def load_weights(decoder: Decoder, checkpoint: Checkpoint, *, bar: bool = False)
     Raises `UnsupportedCheckpoint` naming the tensor that is unknown, double, of a wrong shape or dtype by its own
     name, one that is missing by Llama's name for it; then nothing has been read yet.
     """
-    targets = weight_targets(decoder)
+    targets = weight_targets(decoder.config)
     source = open_source(checkpoint, targets)
     places = _places(source, targets, decoder, checkpoint)
     for parameter in decoder.parameters.values():
@@ -90,13 +94,13 @@ def load_weights(decoder: Decoder, checkpoint: Checkpoint, *, bar: bool = False)
             progress.advance(num_bytes)
 
 
-def weight_targets(decoder: Decoder) -> dict[str, Target]:
+def weight_targets(config: ModelConfig) -> dict[str, Target]:
     """The canonical name of a checkpoint's tensor → where it goes."""
-    config, storage = decoder.config, decoder.config.storage
+    storage = config.storage
     heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     targets: dict[str, Target] = {}
-    for name, parameter in decoder.parameters.items():
-        module, rows = name.split(".")[-2], parameter.shape[0]
+    for name, shape in parameter_shapes(config).items():
+        module, rows = name.split(".")[-2], shape[0]
         parts: tuple[tuple[str, int], ...] = ((module, rows),)
         if module == "qkv_proj" and storage.qkv == "apart":
             parts = (("q_proj", heads), ("k_proj", kv_heads), ("v_proj", kv_heads))
@@ -117,7 +121,7 @@ def _places(
     waiting = set(targets)
     places: dict[str, Place] = {}
     for stored_name, (shape, _) in source.tensors.items():
-        name = _canonical(stored_name, config)
+        name = canonical_name(stored_name, config)
         if name is None:
             continue
         names = _names_of_experts(name, decoder) if name.endswith(_FUSED) else (name,)
@@ -139,7 +143,7 @@ def _places(
     return places
 
 
-def _canonical(stored_name: str, config: ModelConfig) -> str | None:
+def canonical_name(stored_name: str, config: ModelConfig) -> str | None:
     """Llama's name for it; None for what is no weight of its own."""
     storage, name = config.storage, stored_name
     for pattern, replacement in storage.names:
@@ -169,6 +173,8 @@ def _place(name: str, names: tuple[str, ...], targets: dict[str, Target], decode
         return Place(tuple(decoder.parameters[one] for one in whole), "experts")
     target = targets[name]
     rows = decoder.parameters[target.name][target.start : target.end]
+    if (kept := decoder.quantised.get(target.name)) is not None:
+        return Place((rows,), "rows", kept.rows(target.start, target.end))
     if decoder.config.storage.transposed and name.startswith("model.layers.") and rows.dim() == 2:
         return Place((rows,), "transposed")
     return Place((rows,), "grouped" if target.grouped else "rows")
@@ -193,6 +199,9 @@ def _copy(source: WeightSource, piece: Piece, place: Place, config: ModelConfig)
     if place.layout == "experts":
         return source.copy(name, start, end, place.parameters[start][None])
     (rows,) = place.parameters
+    if place.kept is not None:
+        assert isinstance(source, QuantisedSource)
+        return source.keep(name, start, end, place.kept)
     if place.layout == "rows":
         return source.copy(name, start, end, rows[start:end])
     stored = rows.new_empty(place.stored_shape)

@@ -36,6 +36,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from kernels.weights import Float8Weight, Int4Weight, QuantisedWeight
+
 logger = logging.getLogger(__name__)
 
 KernelSet = Literal["auto", "reference", "cpu", "triton"]
@@ -157,6 +159,18 @@ class NormRopeStore(Protocol):
     ) -> None: ...
 
 
+class Int4Matmul(Protocol):
+    def __call__(
+        self, x: Tensor, weight: Int4Weight, bias: Tensor | None, *, invariant: bool = False
+    ) -> Tensor: ...
+
+
+class Fp8Matmul(Protocol):
+    def __call__(
+        self, x: Tensor, weight: Float8Weight, bias: Tensor | None, *, invariant: bool = False
+    ) -> Tensor: ...
+
+
 class PagedAttention(Protocol):
     def __call__(
         self,
@@ -213,8 +227,15 @@ class Kernels:
       those that are left. A row whose filters are all off draws as if there were none, bit for bit.
     - `matmul(x [T, in], weight [out, in], bias [out] or None) -> [T, out]`: x · weightᵀ + bias. None: this set has no
       product of its own; whether the library's products keep the second rule above must then be checked.
+    - `int4_matmul(x [T, in], weight, bias [out] or None, invariant=False) -> [T, out]`: x · weightᵀ + bias, as
+      `Int4Weight` defines it; a set may round the weight to x's dtype. The second rule above holds where `invariant`.
+    - `fp8_matmul(x [T, in], weight, bias [out] or None, invariant=False) -> [T, out]`: x₈ · weightᵀ + bias, as
+      `Float8Weight` defines it, where x₈ is x rounded to E4M3 · scale: the scale is the largest |x| of the row, or,
+      where the weight's scales are of blocks, of the row's inputs of the block, divided by 448, in fp32. A row
+      or block with NaN or infinity becomes NaN. The second rule as above.
 
-    `quantised` names the dtypes of 8-bit caches that the set serves.
+    `quantised` names the dtypes of 8-bit caches that the set serves; `keeps` the weights that are better left
+    quantised for it than made plain beforehand.
     """
 
     name: str
@@ -230,6 +251,9 @@ class Kernels:
     softcap: Callable[[Tensor, float], Tensor]
     paged_attention: PagedAttention
     sample: Sample
+    int4_matmul: Int4Matmul
+    fp8_matmul: Fp8Matmul
+    keeps: tuple[type[QuantisedWeight], ...] = ()
     norm_rope_store: NormRopeStore | None = None
     matmul: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
 

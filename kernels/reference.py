@@ -24,6 +24,7 @@ from kernels import (
 )
 from kernels.noise import uniforms
 from kernels.running_sums import running_sums
+from kernels.weights import BLOCK, Float8Weight, Int4Weight
 
 LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # largest magnitude that an 8-bit cache can store
 MAX_SCORES = 2**25  # attention scores held at once, so that long contexts need no memory of their own
@@ -225,6 +226,33 @@ def kept(logits: Tensor, heat: Tensor, filters: Filters) -> Tensor:
     return torch.zeros_like(stays).scatter_(1, order, stays)
 
 
+def int4_matmul(x: Tensor, weight: Int4Weight, bias: Tensor | None, *, invariant: bool = False) -> Tensor:
+    return _multiplied(x.float(), weight.dequantised(), bias, x.dtype)
+
+
+def fp8_matmul(x: Tensor, weight: Float8Weight, bias: Tensor | None, *, invariant: bool = False) -> Tensor:
+    width = BLOCK if weight.blocks else max(1, x.shape[1])
+    pieces = [_through_fp8(piece) for piece in torch.split(x.float(), width, dim=1)]
+    return _multiplied(torch.cat(pieces, dim=1), weight.dequantised(), bias, x.dtype)
+
+
+def _through_fp8(x: Tensor) -> Tensor:
+    """What fp32 rows `[T, n]` mean after they were rounded to fp8 with one scale each."""
+    scales = x.abs().amax(dim=1, keepdim=True) / LIMITS[torch.float8_e4m3fn]
+    scales = scales.masked_fill(~scales.isfinite(), float("nan"))
+    reach = torch.where(scales > 0, 1.0 / scales, 0.0)
+    return (x * reach).nan_to_num(0.0).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scales
+
+
+def _multiplied(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """In fp32, row by row: how the library sums may depend on the number of rows."""
+    products = [row @ weight.t() for row in x.unbind()]
+    if not products:
+        return torch.empty((0, weight.shape[0]), dtype=dtype, device=x.device)
+    made = torch.stack(products)
+    return (made if bias is None else made + bias.float()).to(dtype)
+
+
 KERNELS = Kernels(
     name="reference",
     quantised=tuple(LIMITS),
@@ -239,4 +267,6 @@ KERNELS = Kernels(
     softcap=softcap,
     paged_attention=paged_attention,
     sample=sample,
+    int4_matmul=int4_matmul,
+    fp8_matmul=fp8_matmul,
 )

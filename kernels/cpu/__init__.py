@@ -1,7 +1,8 @@
 """The `cpu` set: `ops.c`, compiled on first use, behind the contract of `kernels`.
 
 Owns the passing of tensors to C: shapes, strides and types are checked here because C cannot. bf16 and fp32,
-with caches of the same dtype or of int8. Sampling (`sampling`) is torch's: it is quick there, and exact.
+with caches of the same dtype or of int8. Sampling (`sampling`) is torch's: it is quick there, and exact. Products
+with quantised weights are the reference set's, and nobody needs them: weights are made plain when they are loaded.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from kernels import Activation, Attention, Kernels, PagedKV, SharedPrefixes, attend_with_single_queries
 from kernels.cpu.build import BuildError, load_library
 from kernels.cpu.sampling import sample
+from kernels.reference import fp8_matmul, int4_matmul
 
 __all__ = ["BuildError", "kernels"]
 
@@ -65,6 +67,8 @@ def kernels() -> Kernels:
         softcap=ops.softcap,
         paged_attention=ops.paged_attention,
         sample=sample,
+        int4_matmul=int4_matmul,
+        fp8_matmul=fp8_matmul,
     )
 
 

@@ -15,15 +15,18 @@ from triton.runtime.jit import JITFunction
 from kernels import Kernels
 from kernels.gpu.activation import act, act_mul, softcap
 from kernels.gpu.cache import LIMITS, store_kv
+from kernels.gpu.fp8_matmul import fp8_matmul
+from kernels.gpu.int4_matmul import int4_matmul
 from kernels.gpu.launch import paged_attention
 from kernels.gpu.matmul import matmul
 from kernels.gpu.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from kernels.gpu.norm_rope_store import norm_rope_store
 from kernels.gpu.rope import rope
 from kernels.gpu.sampling import sample
+from kernels.weights import Float8Weight, Int4Weight
 
 OLDEST = (8, 0)  # the first with bfloat16 in its tensor cores
-OLDEST_FP8 = (8, 9)  # the first that converts fp8
+OLDEST_FP8 = (8, 9)  # the first that converts and multiplies fp8
 
 INTERPRETED = not isinstance(tl.sum, JITFunction)
 if INTERPRETED:
@@ -47,6 +50,9 @@ KERNELS = Kernels(
     paged_attention=paged_attention,
     sample=sample,
     matmul=matmul,
+    int4_matmul=int4_matmul,
+    fp8_matmul=fp8_matmul,
+    keeps=(Int4Weight, Float8Weight),
 )
 
 
@@ -67,4 +73,6 @@ def kernels(device: str) -> Kernels:
         raise ValueError(
             f"the triton kernels need a compute capability of at least {OLDEST}, not {capability} as {device} has"
         )
-    return KERNELS if capability >= OLDEST_FP8 else replace(KERNELS, quantised=(torch.int8,))
+    if capability >= OLDEST_FP8:
+        return KERNELS
+    return replace(KERNELS, quantised=(torch.int8,), keeps=(Int4Weight,))

@@ -29,6 +29,12 @@ def test_a_step_of_one_token() -> None:
     assert num_flops == 2 * PRODUCTS + 2 * HEAD + 4 * 2 * 2 * 4 * 10
 
 
+def test_layers_that_are_quantised_are_counted_as_they_are() -> None:
+    plain, kept = (Roofline(config(), 1.0, 1.0, layer_bytes=n).cost([Row(1, 9, True)]) for n in (None, 77))
+    assert plain.num_bytes - kept.num_bytes == 2 * (PRODUCTS + NORMS) - 77
+    assert plain.num_flops == kept.num_flops
+
+
 def test_a_step_of_a_chunk_and_a_token() -> None:
     # a chunk of 3 tokens behind 5 that draws nothing: its queries see 6, 7 and 8 tokens
     num_bytes, num_flops = Roofline(config(), 1.0, 1.0).cost([Row(3, 5, False), Row(1, 9, True)])

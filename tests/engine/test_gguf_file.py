@@ -46,7 +46,7 @@ def read_back(path: Path) -> dict[str, Tensor]:
     load_weights(decoder, checkpoint)
     return {
         name: decoder.parameters[target.name][target.start : target.end]
-        for name, target in weight_targets(decoder).items()
+        for name, target in weight_targets(decoder.config).items()
     }
 
 

@@ -12,11 +12,12 @@ import torch
 
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
+from engine.determinism import PADDED_ROWS
 from engine.engine import Engine
 from engine.linear import Linear
 from engine.memory import bytes_per_page
 from engine.request import Completion, Request, RequestId
-from engine.runner import PADDED_ROWS, ModelRunner, resolve_kv_cache_dtype
+from engine.runner import ModelRunner, resolve_kv_cache_dtype
 from engine.sampling_params import SamplingParams
 from kernels import KernelSet, kernels_for
 from tests.support.pressure import poison_free_pages

@@ -30,6 +30,9 @@ from triton.runtime.jit import JITFunction
 
 from kernels import Attention, Filters, HeadNorms, PagedKV, SharedPrefixes
 from kernels.gpu import KERNELS, launch
+from kernels.gpu.fp8_matmul import fp8_matmul
+from kernels.gpu.int4_matmul import int4_matmul, int4_plain
+from kernels.weights import Float8Weight, Int4Weight
 
 PRODUCTS = importlib.import_module("kernels.gpu.matmul")  # there the package has its function under that name
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -190,6 +193,37 @@ def products(dtype: torch.dtype) -> Callable[[], object]:
     return calls
 
 
+def quantised(dtype: torch.dtype) -> Callable[[], object]:
+    """Every tile of products with weights of 4 bits, groups of parts of a block and of several, and the way to a
+    plain weight."""
+
+    def calls() -> None:
+        for outputs, inputs, group in ((1024, 2048, 128), (24576, 256, 256), (100, 4096, 32)):
+            weight = Int4Weight.empty(outputs, inputs, group, scale=torch.float16, device="cpu")
+            bias = torch.empty(outputs, dtype=dtype)
+            for tokens in (1, 32, 100):
+                int4_matmul(torch.empty(tokens, inputs, dtype=dtype), weight, bias)
+            int4_matmul(torch.empty(300, inputs, dtype=dtype), weight, None, invariant=True)
+            int4_plain(weight, dtype)
+
+    return calls
+
+
+def quantised_to_8(dtype: torch.dtype) -> Callable[[], object]:
+    """Products with weights of 8 bits: scales of outputs and of blocks, both tiles, segments together and apart."""
+
+    def calls() -> None:
+        for outputs, inputs in ((1024, 2048), (24576, 256), (100, 208)):
+            for blocks in (False, True):
+                weight = Float8Weight.empty(outputs, inputs, blocks=blocks, device="cpu")
+                for tokens in (1, 100):
+                    fp8_matmul(
+                        torch.empty(tokens, inputs, dtype=dtype), weight, torch.empty(outputs, dtype=dtype)
+                    )
+
+    return calls
+
+
 def cases(chosen: argparse.Namespace, fp8: bool) -> Iterator[tuple[dict[str, Any], Callable[[], object]]]:
     for name in chosen.dtypes:
         if "rowwise" in chosen.parts:
@@ -198,6 +232,10 @@ def cases(chosen: argparse.Namespace, fp8: bool) -> Iterator[tuple[dict[str, Any
             yield {"dtype": name}, sampling(DTYPES[name])
         if "products" in chosen.parts:
             yield {"dtype": name}, products(DTYPES[name])
+        if "quantised" in chosen.parts:
+            yield {"dtype": name}, quantised(DTYPES[name])
+            if fp8:
+                yield {"dtype": name}, quantised_to_8(DTYPES[name])
         for storage in chosen.storages:
             if "attention" not in chosen.parts or (storage == "fp8" and not fp8):
                 continue
@@ -218,7 +256,9 @@ def cases(chosen: argparse.Namespace, fp8: bool) -> Iterator[tuple[dict[str, Any
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("target", choices=["sm_80", "sm_90", "sm_100"])
-    parser.add_argument("--parts", nargs="+", default=["rowwise", "products", "attention", "sampling"])
+    parser.add_argument(
+        "--parts", nargs="+", default=["rowwise", "products", "quantised", "attention", "sampling"]
+    )
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES))
     parser.add_argument("--storages", nargs="+", default=list(STORAGES))
     parser.add_argument("--dims", nargs="+", type=int, default=[64, 80, 128, 256])

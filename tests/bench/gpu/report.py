@@ -51,6 +51,8 @@ def short(result: dict[str, Any]) -> dict[str, Any]:
                 part: _only(found[part], kept) for part in ("cached", "uncached") if part in found
             }
             figures[name] |= _only(found, ("ratio", "error", "cut"))
+        elif name == "quantised":
+            figures[name] = _only(found, ("bf16", "int4", "fp8", "fp8_blocks", "error", "cut"))
         elif name == "peer":
             figures[name] = _only(found, ("ours", "theirs", "ratio", "error", "cut"))
         else:
@@ -128,6 +130,16 @@ def _invariant(name: str, found: dict[str, Any]) -> list[str]:
     return [f"{name:<9} cost {_share(found.get('cost'))}, seconds {found.get('seconds')}"]
 
 
+def _quantised(name: str, found: dict[str, Any]) -> list[str]:
+    return [
+        f"{name:<9} {form:<10} {rows}: {one['output_tok_s']:>9.1f} output tok/s with {one['rows']} rows, "
+        f"{_share(one['roofline_share'])} of the roofline, {found[form]['weight_bytes'] / 1e9:.2f} GB in layers"
+        for form in ("bf16", "int4", "fp8", "fp8_blocks")
+        for rows, one in found.get(form, {}).items()
+        if rows != "weight_bytes"
+    ]
+
+
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}" if abs(value) < 1 else f"{value:.1f}"
 
@@ -142,5 +154,6 @@ _LINES = {
     "attention": _attention,
     "shared": _shared,
     "invariant": _invariant,
+    "quantised": _quantised,
     "peer": _peer,
 }

@@ -42,13 +42,15 @@ class Cost(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Roofline:
     """Of a model in `itemsize` bytes per number, weights and cache alike, on a device that moves `copy_rate` bytes
-    and computes `product_rate` operations per second. Raises `ValueError` for models whose steps do not say what they
+    and computes `product_rate` operations per second. `layer_bytes`: of all weights but the embedding and the head,
+    where they are quantised. Raises `ValueError` for models whose steps do not say what they
     read: experts and windows."""
 
     config: ModelConfig
     copy_rate: float
     product_rate: float
     itemsize: int = 2
+    layer_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.config.moe is not None or any(window is not None for window in self.config.windows):
@@ -66,8 +68,8 @@ class Roofline:
         head = config.vocab_size * config.hidden_size
         weights, products = _sizes(config)
         gathered = tokens * config.hidden_size * (2 if config.positions == "learned" else 1)
-        numbers = weights + gathered + (head if draws else 0)
-        num_bytes = self.itemsize * numbers
+        num_bytes = self.itemsize * (gathered + (head if draws else 0))
+        num_bytes += self.itemsize * weights if self.layer_bytes is None else self.layer_bytes
         num_bytes += config.kv_bytes_per_token(self.itemsize) * (context + tokens)
         num_flops = 2 * products * tokens + 2 * head * draws
         num_flops += 4 * config.num_layers * config.num_heads * config.head_dim * pairs

@@ -39,6 +39,7 @@ SECTIONS = {
     "eight": Section(f"{_HERE}.engines:eight", 100),
     "shared": Section(f"{_HERE}.engines:shared", 60),
     "invariant": Section(f"{_HERE}.engines:invariant", 60),
+    "quantised": Section(f"{_HERE}.quantised:quantised", 72),
     "peer": Section(f"{_HERE}.peer:peer", 140),
 }
 DEFAULT = (

@@ -14,9 +14,11 @@ import torch
 from engine.config import EngineConfig, ModelConfig
 from engine.engine import Engine
 from engine.families import model_config
+from engine.kept_weights import WeightFormat
 from engine.model import Decoder
 from engine.runner import ModelRunner
 from kernels import kernels_for
+from kernels.weights import Int4Weight, QuantisedWeight
 from tests.bench.gpu.setting import Setting
 
 SPREAD = 0.02
@@ -51,8 +53,8 @@ QWEN3_8B: Mapping[str, Any] = {
 }
 _TINY: Mapping[str, Any] = {
     "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 96,
+    "hidden_size": 128,
+    "intermediate_size": 256,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -65,18 +67,35 @@ def shape(published: Mapping[str, Any], *, tiny: bool) -> dict[str, Any]:
     return {**published, **(_TINY if tiny else {})}
 
 
-def random_decoder(config: ModelConfig, setting: Setting) -> Decoder:
-    """Matrices of normal numbers, norms of ones; not yet prepared."""
+def random_decoder(
+    config: ModelConfig, setting: Setting, kept: Mapping[str, WeightFormat] | None = None
+) -> Decoder:
+    """Matrices of normal numbers, quantised ones of numbers as large, norms of ones; not yet prepared."""
     kernels = kernels_for(setting.device, setting.kernels)
     with torch.inference_mode():
-        decoder = Decoder(config, kernels, dtype=torch.bfloat16, device=setting.device)
+        decoder = Decoder(config, kernels, dtype=torch.bfloat16, device=setting.device, kept=kept)
         generator = torch.Generator(setting.device).manual_seed(0)
+        for weight in decoder.quantised.values():
+            fill(weight, generator)
         for parameter in decoder.parameters.values():
+            if parameter.is_meta:
+                continue
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
             else:
                 parameter.normal_(0.0, SPREAD, generator=generator)
     return decoder
+
+
+def fill(weight: QuantisedWeight, generator: torch.Generator) -> None:
+    if isinstance(weight, Int4Weight):
+        weight.words.random_(generator=generator)
+        zeros = torch.full(weight.groups.shape, 8, device=weight.groups.device)
+        weight.put_groups(zeros, torch.full_like(zeros, SPREAD / 4.6, dtype=torch.float16))
+    else:
+        for rows in weight.floats.split(4096):
+            rows.copy_(torch.randn(rows.shape, generator=generator, device=rows.device) * 64)
+        weight.scales.fill_(SPREAD / 64)
 
 
 def random_engine(
@@ -85,6 +104,7 @@ def random_engine(
     *,
     max_model_len: int,
     max_num_batched_tokens: int,
+    kept: Mapping[str, WeightFormat] | None = None,
     **more: Any,
 ) -> Engine:
     """An engine over such a model, without a tokenizer. `more`: of `EngineConfig`."""
@@ -99,4 +119,4 @@ def random_engine(
         **more,
     )
     model = model_config(shape(published, tiny=setting.tiny))
-    return Engine(ModelRunner.over(random_decoder(model, setting), config), None, config)
+    return Engine(ModelRunner.over(random_decoder(model, setting, kept), config), None, config)

@@ -1,0 +1,110 @@
+"""Kept weights: which parameters of a decoder stay quantised as the checkpoint stores them.
+
+Owns the choice, by what the kernel set multiplies with and what the checkpoint's modules are. All parts of a merged
+parameter must be stored alike. What is not chosen is made plain when it is loaded. Knows no bits and no bytes
+(`quantised_source`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+
+from engine.config import ModelConfig
+from engine.quantised_source import QuantisedSource
+from engine.weight_source import WeightSource
+from engine.weights import canonical_name, weight_targets
+from kernels.weights import BLOCK, Float8Weight, Int4Weight, QuantisedWeight
+
+
+@dataclass(frozen=True, slots=True)
+class Int4Format:
+    """How an `Int4Weight` is made, but for its size."""
+
+    group_size: int
+    scale: torch.dtype
+    ordered: bool
+
+    def empty(self, shape: tuple[int, ...], device: str) -> Int4Weight:
+        """Uninitialised memory. `shape`: (outputs, inputs)."""
+        outputs, inputs = shape
+        return Int4Weight.empty(
+            outputs, inputs, self.group_size, scale=self.scale, device=device, ordered=self.ordered
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Float8Format:
+    """How a `Float8Weight` is made, but for its size."""
+
+    blocks: bool
+
+    def empty(self, shape: tuple[int, ...], device: str) -> Float8Weight:
+        """Uninitialised memory. `shape`: (outputs, inputs)."""
+        outputs, inputs = shape
+        return Float8Weight.empty(outputs, inputs, blocks=self.blocks, device=device)
+
+
+WeightFormat = Int4Format | Float8Format
+
+
+def kept_formats(
+    source: WeightSource, config: ModelConfig, keeps: tuple[type[QuantisedWeight], ...]
+) -> dict[str, WeightFormat]:
+    """Name of a parameter → how it is kept. `keeps`: of the kernel set. Enters the source, to read in which order
+    inputs lie. Raises `UnsupportedCheckpoint` where that is none."""
+    if not keeps or not isinstance(source, QuantisedSource) or config.storage.transposed:
+        return {}
+    stored = {canonical_name(name, config): name for name in source.tensors}
+    parts: dict[str, list[str | None]] = defaultdict(list)
+    for name, target in weight_targets(config).items():
+        if target.name.endswith(".weight") and not target.name.startswith("model.embed_"):
+            parts[target.name].append(None if target.grouped else stored.get(name))
+    formats: dict[str, WeightFormat] = {}
+    with source:
+        for name, names in parts.items():
+            found: WeightFormat | None = _int4(source, names) if Int4Weight in keeps else None
+            if found is None and Float8Weight in keeps:
+                found = _float8(source, names)
+            if found is not None:
+                formats[name] = found
+    return formats
+
+
+def _int4(source: QuantisedSource, names: list[str | None]) -> Int4Format | None:
+    """Of all parts together."""
+    modules = [source.packed_module(name) if name is not None else None for name in names]
+    first = modules[0]
+    if first is None or not Int4Weight.fits(first.shape[1], first.group_size):
+        return None
+    scale, order = source.scale_dtype(first), source.order(first)
+    if scale == torch.float32:
+        return None
+    for module in modules[1:]:
+        if module is None or module.group_size != first.group_size or source.scale_dtype(module) != scale:
+            return None
+        other = source.order(module)
+        if (order is None) != (other is None) or (
+            order is not None and other is not None and not torch.equal(order, other)
+        ):
+            return None
+    return Int4Format(first.group_size, scale, order is not None)
+
+
+def _float8(source: QuantisedSource, names: list[str | None]) -> Float8Format | None:
+    """Of all parts together: a scale for each output, which one for a whole part is too, or blocks of 128 by 128, all
+    parts but the last of whole blocks. Rows are of whole vectors of 16 bytes."""
+    modules = [source.float8_module(name) if name is not None else None for name in names]
+    found = [module for module in modules if module is not None]
+    if len(found) < len(modules) or found[0].shape[1] % 16:
+        return None
+    if all(
+        module.block[1] == module.shape[1] and module.block[0] in (1, module.shape[0]) for module in found
+    ):
+        return Float8Format(blocks=False)
+    whole = all(module.shape[0] % BLOCK == 0 for module in found[:-1])
+    if whole and all(module.block == (BLOCK, BLOCK) for module in found):
+        return Float8Format(blocks=True)
+    return None
