@@ -6,7 +6,6 @@ Owns the decoder, the KV memory and the sampler. Whether a token depends on its 
 
 from __future__ import annotations
 
-import logging
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -43,7 +42,6 @@ from kernels import Kernels, kernels_for
 if TYPE_CHECKING:
     from engine.fallback import Fallback
 
-logger = logging.getLogger(__name__)
 
 STEPS_TOGETHER = {"cpu": 1, "cuda": 16}  # unless the settings say otherwise
 
