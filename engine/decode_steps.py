@@ -251,6 +251,7 @@ class DecodeSteps:
             logits = self._compute(shape)
             for filtered in (False, True):
                 self._advance(shape, logits, filtered)  # compiles and allocates what a capture must not
+                self._count.zero_()
             forward, draws = torch.cuda.CUDAGraph(), (torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph())
             forward.capture_begin(pool=self._memory, capture_error_mode="thread_local")
             logits = self._compute(shape)
