@@ -22,6 +22,7 @@ class Forecast:
         self._tokens: NDArray[np.int64] = np.array(tokens, dtype=np.int64)[order]
         self._shared = shared
         self._page_size = page_size
+        self._numbers = np.arange(1, len(tokens) + 1)
 
     def peak_with(self, tokens: int, remaining: int) -> float:
         """The peak in pages if one more sequence joined."""
@@ -32,10 +33,21 @@ class Forecast:
 
     def _joined(self, tokens: int, remaining: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         at = int(np.searchsorted(-self._remaining, -remaining))
-        return np.insert(self._tokens, at, tokens), np.insert(self._remaining, at, remaining)
+        return _inserted(self._tokens, at, tokens), _inserted(self._remaining, at, remaining)
 
     def _peak(self, tokens: NDArray[np.int64], remaining: NDArray[np.int64]) -> float:
         # a last page is on average half empty
         each = remaining - 1 + (self._page_size - 1) / 2
-        owned = np.cumsum(tokens) + np.arange(1, len(tokens) + 1) * each
+        if len(self._numbers) < len(tokens):
+            self._numbers = np.arange(1, 2 * len(tokens) + 1)
+        owned = np.cumsum(tokens) + self._numbers[: len(tokens)] * each
         return float(self._shared + owned.max(initial=0) / self._page_size)
+
+
+def _inserted(numbers: NDArray[np.int64], at: int, number: int) -> NDArray[np.int64]:
+    """As `np.insert`, which takes ten times as long."""
+    longer = np.empty(len(numbers) + 1, dtype=np.int64)
+    longer[:at] = numbers[:at]
+    longer[at] = number
+    longer[at + 1 :] = numbers[at:]
+    return longer

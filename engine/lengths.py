@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Sequence
+from itertools import accumulate
 
 MIN_SAMPLES = 4  # fewer say nothing
 MAX_SAMPLES = 64  # per prefix; the oldest go first
@@ -19,20 +20,26 @@ ENDLESS = 2**31  # in place of the length of an answer that `max_tokens` cut
 
 
 class _Samples:
-    __slots__ = ("latest", "ordered")
+    __slots__ = ("latest", "ordered", "sums")
 
     def __init__(self) -> None:
         self.latest: deque[int] = deque(maxlen=MAX_SAMPLES)
         self.ordered: list[int] | None = None  # made when asked for
+        self.sums: list[int] = []  # of the first k of `ordered`
 
     def add(self, length: int) -> None:
         self.latest.append(length)
         self.ordered = None
 
-    def longer_than(self, length: int) -> list[int]:
+    def longer_than(self, length: int, most: int) -> tuple[int, int]:
+        """How many are, and their sum, none counted above `most`."""
         if self.ordered is None:
             self.ordered = sorted(self.latest)
-        return self.ordered[bisect_right(self.ordered, length) :]
+            self.sums = [0, *accumulate(self.ordered)]
+        first = bisect_right(self.ordered, length)
+        cut = bisect_right(self.ordered, most, first)
+        number = len(self.ordered)
+        return number - first, self.sums[cut] - self.sums[first] + (number - cut) * most
 
 
 class OutputLengths:
@@ -61,10 +68,10 @@ class OutputLengths:
         samples = self._of(keys)
         if samples is None:
             return max_tokens
-        longer = samples.longer_than(num_generated)
-        if not longer:
+        number, total = samples.longer_than(num_generated, max_tokens)
+        if not number:
             return min(max_tokens, num_generated + num_generated // 2 + 16)
-        return -(-sum(min(length, max_tokens) for length in longer) // len(longer))
+        return -(-total // number)
 
     def _of(self, keys: Sequence[bytes]) -> _Samples | None:
         for key in reversed(list(_depths(keys))):
