@@ -83,12 +83,12 @@ def counters(press: Press) -> tuple[float, float]:
     return float(stats.get("busy_seconds", 0.0)), float(stats.get("num_steps", 0))
 
 
-def measure(url: str, folder: Path, count: int) -> dict[str, Any]:
+def measure(url: str, folder: Path, count: int, dtype: str) -> dict[str, Any]:
     upgrade(url)
     valkey = ValkeyServer()
     press = Press(folder, database_url=url, redis_url=valkey.url, model=Path(smollm2()))
     press.environment |= {
-        "NIGHTPRESS_ENGINE__DTYPE": "auto",
+        "NIGHTPRESS_ENGINE__DTYPE": dtype,
         "NIGHTPRESS_ENGINE__THREADS": str(psutil.cpu_count()),
         "NIGHTPRESS_ENGINE__MAX_NUM_SEQS": str(NUM_SEQS),
         "NIGHTPRESS_ENGINE__KV_CACHE_MEMORY_BYTES": str(2**30),
@@ -135,7 +135,7 @@ def measure(url: str, folder: Path, count: int) -> dict[str, Any]:
 
 def measured(options: argparse.Namespace, start: Start) -> dict[str, Any]:
     with started(start) as (url, folder):
-        return measure(url, folder, options.jobs) | {"num_seqs": NUM_SEQS}
+        return measure(url, folder, options.jobs, options.dtype) | {"num_seqs": NUM_SEQS}
 
 
 def passes(one: dict[str, Any]) -> bool:
@@ -145,6 +145,7 @@ def passes(one: dict[str, Any]) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=100_000, help="of tenant A")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     targets = f"ratio {TARGET_RATIO:g}, chat {TARGET_MS:g} ms beyond two steps"
     return run(parser, measured, passes, targets)
 

@@ -1,6 +1,6 @@
 """Requests of many templates in a pool that holds few of them: planned order beside first come first served.
 
-`python -m tests.bench.bench_prefix [--requests N] [--templates N] [--length N] [--model PATH]`
+`python -m tests.bench.bench_prefix [--requests N] [--templates N] [--length N] [--dtype D] [--model PATH]`
 
 400 requests on 20 shuffled templates of 256 tokens, 16 tokens of their own and 32 new ones each, greedy, end of
 sequence ignored. The pool holds 4 templates and what 16 sequences own beside them. Both engines share nothing
@@ -38,11 +38,14 @@ def work(num_requests: int, num_templates: int, length: int) -> list[dict[str, l
     return prompts
 
 
-def measure(model: str, policy: Any, prompts: list[dict[str, list[int]]], num_pages: int) -> dict[str, float]:
-    page_bytes = 16 * Checkpoint.open(model).config.kv_bytes_per_token(2)
+def measure(
+    model: str, dtype: Any, policy: Any, prompts: list[dict[str, list[int]]], num_pages: int
+) -> dict[str, float]:
+    item_bytes = getattr(torch, dtype).itemsize
+    page_bytes = 16 * Checkpoint.open(model).config.kv_bytes_per_token(item_bytes)
     llm = LLM(
         model,
-        dtype="bfloat16",
+        dtype=dtype,
         device="cpu",
         kv_cache_memory_bytes=num_pages * page_bytes,
         scheduling_policy=policy,
@@ -70,14 +73,16 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=400)
     parser.add_argument("--templates", type=int, default=20)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--model", type=Path, default=None)
     args = parser.parse_args()
     model = str(args.model or bundled_model())
     prompts = work(args.requests, args.templates, args.length)
     num_pages = 4 * args.length // 16 + RUNNING * (OWN + NEW) // 16
     result: dict[str, Any] = {"requests": args.requests, "templates": args.templates, "pages": num_pages}
+    result["dtype"] = args.dtype
     for policy in ("planned", "fcfs"):
-        result[policy] = measure(model, policy, prompts, num_pages)
+        result[policy] = measure(model, args.dtype, policy, prompts, num_pages)
         print(f"{policy}: {result[policy]}", flush=True)
     result["ratio"] = round(result["fcfs"]["seconds"] / result["planned"]["seconds"], 2)
     result |= {"torch": torch.__version__, "python": platform.python_version()}
