@@ -15,6 +15,7 @@ from engine.engine import Engine
 from engine.growth import Growth, join
 from engine.request import Completion, Rejected, Request, RequestId
 from engine.sampling_params import SamplingParams
+from engine.step_times import PARTS
 from tests.support.tiny import EOS_TOKEN_ID, VOCAB_SIZE, write_tiny_llama
 
 PAGE_SIZE = 16
@@ -286,6 +287,7 @@ def test_stats_count(folder: Path) -> None:
     stats = engine.stats()
     busy = stats.pop("busy_seconds")
     assert busy > 0
+    assert sum(stats.pop(f"{part}_seconds") for part in PARTS) == pytest.approx(busy)
     assert stats == {
         "num_requests": 0,
         "num_running": 0,

@@ -31,7 +31,7 @@ def reference(
     return folder, reference_cases(folder, *request.param)
 
 
-@pytest.mark.parametrize("chunk", [7, 64])
+@pytest.mark.parametrize("chunk", [7, pytest.param(64, marks=pytest.mark.long)])
 def test_tokens_and_logprobs_equal_transformers(reference: tuple[Path, list[Case]], chunk: int) -> None:
     folder, cases = reference
     assert_equal(cases, generated(folder, [case.prompt for case in cases], chunk))
