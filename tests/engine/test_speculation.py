@@ -191,7 +191,7 @@ def comparable(done: dict[RequestId, Completion]) -> dict[RequestId, Completion]
     return {key: replace(completion, num_cached_tokens=0) for key, completion in done.items()}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
 def test_the_tokens_of_one_at_a_time(models: tuple[Path, Path], dtype: str) -> None:
     """All at once without guesses; alone, and a few at a time, with them."""
     requests = jobs(KINDS)

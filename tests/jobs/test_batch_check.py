@@ -151,6 +151,7 @@ def test_blank_lines_keep_the_claim_alive_too() -> None:
     assert len(ticks) == 51
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     """The bound is per line: what the long test measures with a million of them."""
     settings = SETTINGS.model_copy(update={"max_batch_jobs": 10**6})

@@ -92,7 +92,11 @@ def test_all_products_of_a_dtype_are_made_by_one_instruction(target: str, instru
 
 
 @pytest.mark.parametrize(
-    "target", ["sm_90", *(pytest.param(one, marks=pytest.mark.interpreted) for one in ("sm_80", "sm_100"))]
+    "target",
+    [
+        pytest.param("sm_90", marks=pytest.mark.long),
+        *(pytest.param(one, marks=pytest.mark.interpreted) for one in ("sm_80", "sm_100")),
+    ],
 )
 def test_integers_are_unpacked_in_registers(target: str) -> None:
     """Into the operands of instructions that take them there, on every architecture, and nothing spills."""
