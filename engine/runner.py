@@ -252,7 +252,7 @@ def load_decoder(
     source = open_source(checkpoint, weight_targets(config))
     kept = kept_formats(source, config, kernels.keeps)
     decoder = Decoder(config, kernels, dtype=dtype, device=device, kept=kept)
-    load_weights(decoder, checkpoint, bar=bar)
+    load_weights(decoder, checkpoint, source=source, bar=bar)
     if kept and torch.device(device).type == "cuda":
         torch.cuda.empty_cache()  # what repacking took is free, and is to be counted so
     return decoder

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Items
 
 from engine.config import EngineConfig
+from engine.multi_step import decodes_freely
 from engine.ngram_proposer import NgramProposer
 from engine.plan import Draws, Row
 from engine.sequence import Sequence
@@ -30,17 +31,6 @@ def num_speculative_tokens(config: EngineConfig, *, num_scheduler_steps: int, pa
     if config.num_speculative_tokens is not None:
         return config.num_speculative_tokens
     return ON_CPU if padded and num_scheduler_steps == 1 else 0
-
-
-def may_speculate(sequence: Sequence) -> bool:
-    """Whether all that its next draws need is known before the first of them is read."""
-    sampling = sequence.request.sampling
-    return (
-        sequence.rules is None
-        and sequence.matcher is None
-        and sampling.logprobs is None
-        and sequence.num_generated >= sampling.min_tokens
-    )
 
 
 def accept(rows: Items[Row], drawn: Draws) -> Draws:
@@ -88,7 +78,7 @@ class Speculation:
 
     def _guess(self, sequence: Sequence, most: int) -> tuple[int, ...]:
         most = min(most, self._most, sequence.num_wanted - 1)  # the last token it may draw is never computed
-        if most < 1 or not may_speculate(sequence):
+        if most < 1 or not decodes_freely(sequence):
             return ()
         if sequence.proposer is None:
             sequence.proposer = NgramProposer()

@@ -66,14 +66,17 @@ class Piece(NamedTuple):
     num_bytes: int  # in the file
 
 
-def load_weights(decoder: Decoder, checkpoint: Checkpoint, *, bar: bool = False) -> None:
-    """Copy every tensor, converted to the decoder's dtype. `bar`: show one where a terminal is.
+def load_weights(
+    decoder: Decoder, checkpoint: Checkpoint, *, source: WeightSource | None = None, bar: bool = False
+) -> None:
+    """Copy every tensor, converted to the decoder's dtype. `source`: the checkpoint's, if somebody has made it.
+    `bar`: show one where a terminal is.
 
     Raises `UnsupportedCheckpoint` naming the tensor that is unknown, double, of a wrong shape or dtype by its own
     name, one that is missing by Llama's name for it; then nothing has been read yet.
     """
     targets = weight_targets(decoder.config)
-    source = open_source(checkpoint, targets)
+    source = source or open_source(checkpoint, targets)
     places = _places(source, targets, decoder, checkpoint)
     for parameter in decoder.parameters.values():
         _advise_huge_pages(parameter)

@@ -19,8 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu.int4_matmul import segments_for
-from kernels.gpu.matmul import BLOCK as SUM_BLOCK
-from kernels.gpu.matmul import sum_kernel
+from kernels.gpu.matmul import add_segments
 from kernels.weights import BLOCK, Float8Weight
 
 LIMIT = 448.0  # largest number in E4M3
@@ -121,9 +120,7 @@ def fp8_matmul(x: Tensor, weight: Float8Weight, bias: Tensor | None, *, invarian
         SEGMENTS=segments, BLOCKS=weight.blocks, ROWS=rows, COLUMNS=columns, num_warps=4, num_stages=stages,
     )  # fmt: skip
     if segments > 1:
-        sum_kernel[(x.shape[0], triton.cdiv(outputs, SUM_BLOCK))](
-            made, bias, out, x.shape[0], outputs, SEGMENTS=segments, BLOCK=SUM_BLOCK
-        )
+        add_segments(made, bias, out)
     return out
 
 

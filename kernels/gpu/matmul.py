@@ -127,7 +127,13 @@ def tiled(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile, *, apart: 
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if apart:
-        sum_kernel[(tokens, triton.cdiv(outputs, BLOCK))](
-            made, bias, out, tokens, outputs, SEGMENTS=segments, BLOCK=BLOCK
-        )
+        add_segments(made, bias, out)
     return out
+
+
+def add_segments(made: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out [tokens, outputs] of made [segments, tokens, outputs] fp32, and bias."""
+    segments, tokens, outputs = made.shape
+    sum_kernel[(tokens, triton.cdiv(outputs, BLOCK))](
+        made, bias, out, tokens, outputs, SEGMENTS=segments, BLOCK=BLOCK
+    )

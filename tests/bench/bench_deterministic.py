@@ -11,12 +11,13 @@ import argparse
 import json
 import platform
 import statistics
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from engine.llm import LLM
-from tests.bench.bench_engine import Run, bundled_model, measured, mixed, run_ours
+from tests.bench.bench_engine import Run, bundled_model, in_pairs, mixed, run_ours
 
 
 def main() -> None:
@@ -40,12 +41,11 @@ def main() -> None:
         run_ours(llm, mixed(8, args.seed + 1, vocab_size))
 
     pairs: list[tuple[Run, Run]] = []
-    for number in range(args.pairs):
-        order = (0, 1) if number % 2 == 0 else (1, 0)
-        runs = {which: measured(lambda which=which: run_ours(llms[which], jobs)) for which in order}  # type: ignore[misc]
-        pairs.append((runs[0], runs[1]))
-        said = (f"{run.cpu_seconds:.1f} CPU s, {run.tokens_per_second:.1f} tok/s" for run in pairs[-1])
-        print(f"pair {number + 1}: deterministic {next(said)}; free {next(said)}", flush=True)
+    runs = partial(run_ours, llms[0], jobs), partial(run_ours, llms[1], jobs)
+    for number, pair in enumerate(in_pairs(runs, args.pairs), start=1):
+        pairs.append(pair)
+        said = (f"{run.cpu_seconds:.1f} CPU s, {run.tokens_per_second:.1f} tok/s" for run in pair)
+        print(f"pair {number}: deterministic {next(said)}; free {next(said)}", flush=True)
     result = {
         "workload": "mixed",
         "dtype": args.dtype,

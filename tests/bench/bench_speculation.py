@@ -14,6 +14,7 @@ import argparse
 import json
 import platform
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 
 from engine.llm import LLM
 from engine.sampling_params import SamplingParams
-from tests.bench.bench_engine import Run, bundled_model, measured
+from tests.bench.bench_engine import Run, bundled_model, in_pairs
 
 RECORDS = "\n".join(
     f"order {1000 + 7 * number}: {name}, {3 + number} boxes of {what}, to be sent on day {number + 11}"
@@ -74,10 +75,9 @@ def compared(sides: tuple[Side, Side], prompts: list[str], num_new: int, num_pai
     """`sides`: without guesses, with them."""
     pairs: list[tuple[Run, Run]] = []
     before = sides[1].guesses()
-    for number in range(num_pairs):
-        order = (0, 1) if number % 2 == 0 else (1, 0)
-        runs = {which: measured(lambda which=which: sides[which].run(prompts, num_new)) for which in order}  # type: ignore[misc]
-        pairs.append((runs[0], runs[1]))
+    runs = partial(sides[0].run, prompts, num_new), partial(sides[1].run, prompts, num_new)
+    for pair in in_pairs(runs, num_pairs):
+        pairs.append(pair)
         if sides[0].llm.engine.runner.deterministic:
             assert sides[0].said == sides[1].said, "a guess has changed a token"
     made, accepted = (after - start for after, start in zip(sides[1].guesses(), before, strict=True))

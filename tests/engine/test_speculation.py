@@ -13,12 +13,13 @@ from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.memory import bytes_per_page
+from engine.multi_step import decodes_freely
 from engine.plan import Draws, Row
 from engine.request import Completion, Request, RequestId
 from engine.runner import ModelRunner
 from engine.sampling_params import InvalidParameter, RepetitionDetectionParams, SamplingParams
 from engine.sequence import Sequence
-from engine.speculation import ON_CPU, STEP_TOKENS, Speculation, accept, may_speculate, num_speculative_tokens
+from engine.speculation import ON_CPU, STEP_TOKENS, Speculation, accept, num_speculative_tokens
 from engine.tokenizer import Tokenizer
 from tests.support.checked import checked_engine, expected
 from tests.support.pressure import run, run_arriving
@@ -57,7 +58,7 @@ def decoding(name: str, max_tokens: int = 50, **sampling: Any) -> Sequence:
 )
 def test_who_may(sampling: dict[str, Any], may: bool) -> None:
     one = decoding("abc", **sampling)
-    assert may_speculate(one) is may
+    assert decodes_freely(one) is may
     assert bool(Speculation(4, lambda *_: True).propose({one: 1}, 100)) is may
 
 
