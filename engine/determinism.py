@@ -2,9 +2,9 @@
 
 Attention and the small operations sum in an order that only the token's own context decides (`kernels`), but matrix
 products may choose another order for another number of rows. So products of this model's own shapes are compared
-bitwise between row counts; if they differ, or always in fp32, steps are padded to a multiple of 16 rows, and compared
-again. Where determinism is asked for and the kernels have products of their own, as on a GPU, those are used, and
-checked like the library's. Knows no requests, no steps and no memory.
+bitwise between row counts; if they differ, or always in the library's fp32, steps are padded to a multiple of 16
+rows, and compared again. Where determinism is asked for, the kernels' own products are used, and checked alike: those
+of `triton` at once, others if the library's differ. Knows no requests, no steps and no memory.
 """
 
 from __future__ import annotations
@@ -41,8 +41,11 @@ def resolve_deterministic(wanted: bool | None, decoder: Decoder | Fallback) -> t
         row_multiple, deterministic = 1, False
         reason = f"{decoder.crowded_by} cannot be checked, so tokens may depend on the crowd"
     else:
-        own_products = wanted is True and decoder.invariant_products()
-        row_multiple, deterministic = row_invariance(decoder, own_products=own_products)
+        if wanted and decoder.kernels.name == "triton":
+            decoder.invariant_products()
+        row_multiple, deterministic = row_invariance(decoder)
+        if wanted and not deterministic and decoder.invariant_products():
+            row_multiple, deterministic = row_invariance(decoder)
         reason = "products on this machine depend on their row count, so tokens may depend on the crowd"
     if not deterministic:
         if wanted:
@@ -51,10 +54,9 @@ def resolve_deterministic(wanted: bool | None, decoder: Decoder | Fallback) -> t
     return row_multiple, deterministic
 
 
-def row_invariance(decoder: Decoder | Fallback, *, own_products: bool = False) -> tuple[int, bool]:
-    """(row multiple to pad steps to, whether products are then bit-equal for any number of rows). `own_products`:
-    they are the kernels', not the library's."""
-    padded = decoder.dtype == torch.float32 and not own_products
+def row_invariance(decoder: Decoder | Fallback) -> tuple[int, bool]:
+    """(row multiple to pad steps to, whether products are then bit-equal for any number of rows)."""
+    padded = decoder.dtype == torch.float32 and not decoder.own_products
     multiples = (PADDED_ROWS,) if padded else (1, PADDED_ROWS)
     for multiple in multiples:
         if _products_invariant(decoder, multiple):

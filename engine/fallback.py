@@ -71,6 +71,7 @@ class Elementwise(nn.Module):
 class Fallback:
     """Made by `load`; then `prepare` once. Attributes are read-only."""
 
+    own_products = False
     capturable = False  # what foreign code asks of the host in a step, nobody knows
 
     def __init__(

@@ -7,46 +7,52 @@ costs more than the small operations of a decode step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Matmul = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # `Kernels.matmul`
+from kernels import Kernels, Matmul
+from kernels.weights import PackedWeight
 
 
 class Linear:
     """A product: x `[T, in]` → x · weightᵀ + bias `[T, out]`; weight `[out, in]`, bias `[out]`.
 
-    On a CPU in bf16 the weight is kept in oneDNN's blocked order instead of the plain one, where torch can do
-    that: the results are bit-equal and a product of one row takes half the time. After `compute_by` the kernels' own
-    product is used instead of the library's.
+    By the library, unless the kernels say that their own product is the better one for the dtype, or `compute_by` has
+    asked for it. On a CPU in bf16 the library's weight is kept in oneDNN's blocked order instead of the plain one,
+    where torch can do that: the results are bit-equal and a product of one row takes half the time.
     """
 
-    __slots__ = ("_bias", "_matmul", "_packed", "_weight", "num_inputs", "num_outputs")
+    __slots__ = ("_bias", "_blocked", "_matmul", "_weight", "num_inputs", "num_outputs")
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, kernels: Kernels | None = None) -> None:
         self.num_outputs, self.num_inputs = weight.shape
         self._bias = bias
-        self._packed = _packed(weight)
-        self._weight = weight if self._packed is None else None
+        self._weight: Tensor | PackedWeight = weight
+        self._blocked: Tensor | None = None  # the weight in oneDNN's order
         self._matmul: Matmul | None = None
+        if kernels is not None and weight.dtype in kernels.multiplies:
+            self.compute_by(kernels)
+        else:
+            self._blocked = _blocked(weight)
+            if self._blocked is not None:
+                self._weight = weight[:0]
 
-    def compute_by(self, matmul: Matmul) -> None:
-        """From now on by that product, from a weight in the plain order."""
-        if self._packed is not None:
-            self._weight, self._packed = self._packed.to_dense(), None
-        self._matmul = matmul
+    def compute_by(self, kernels: Kernels) -> None:
+        """From now on by the product of those kernels, which have one."""
+        if self._blocked is not None:
+            self._weight, self._blocked = self._blocked.to_dense(), None
+        if kernels.pack is not None and isinstance(self._weight, Tensor):
+            self._weight = kernels.pack(self._weight)
+        self._matmul = kernels.matmul
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._matmul is not None:
-            assert self._weight is not None
             return self._matmul(x, self._weight, self._bias)
-        if self._packed is not None:
-            product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        if self._blocked is not None:
+            product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._blocked, self._bias, "none", [], "")
             return product
-        assert self._weight is not None
+        assert isinstance(self._weight, Tensor)
         return F.linear(x, self._weight, self._bias)
 
     @property
@@ -55,12 +61,14 @@ class Linear:
         return self.num_outputs, self.num_inputs, self._bias is not None
 
 
-def _packed(weight: Tensor) -> Tensor | None:
+def _blocked(weight: Tensor) -> Tensor | None:
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
         return None
     try:
-        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
-        torch.ops.mkldnn._linear_pointwise(weight.new_zeros(1, weight.shape[1]), packed, None, "none", [], "")
+        blocked: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
+        torch.ops.mkldnn._linear_pointwise(
+            weight.new_zeros(1, weight.shape[1]), blocked, None, "none", [], ""
+        )
     except (AttributeError, RuntimeError, NotImplementedError):  # a torch or a processor without it
         return None
-    return packed
+    return blocked

@@ -24,7 +24,7 @@ from engine.linear import Linear
 from engine.mlp import MLP, GatedMLP, PlainMLP
 from engine.norm import LayerNorm, Norm, RMSNorm
 from engine.parameters import NORM_NAMES, parameter_shapes
-from engine.quantised_linear import QuantisedLinear
+from engine.quantised_linear import Int8Linear, QuantisedLinear
 from engine.rope import rope_tables
 from engine.step_input import StepInput
 from kernels import Attention, Kernels
@@ -44,7 +44,8 @@ class Hidden(NamedTuple):
 class Decoder:
     """`parameters` and `quantised` are uninitialised memory until `weights.load_weights` has filled them; then
     `prepare` once. `kept`: how parameters that stay quantised are kept, by name; of them `parameters` has only the
-    shapes."""
+    shapes. `int8`: products are of 8-bit integers (W8A8), which the kernels must have; but for those that
+    choose experts."""
 
     crowded_by: str | None = None  # what may make a row depend on the others, beside products: nothing
 
@@ -56,6 +57,7 @@ class Decoder:
         dtype: torch.dtype,
         device: str,
         kept: Mapping[str, WeightFormat] | None = None,
+        int8: bool = False,
     ) -> None:
         self.config = config
         self.kernels = kernels
@@ -73,6 +75,9 @@ class Decoder:
         }
         # what a step takes to make the largest of them plain, if it has many tokens
         self.scratch_bytes = dtype.itemsize * max((prod(shapes[name]) for name in kept), default=0)
+        self._int8 = int8
+        # whether products are the kernels', not the library's
+        self.own_products = int8 or dtype in kernels.multiplies
         self._blocks: list[Block | ParallelBlock] = []
 
     def prepare(self, max_len: int) -> None:
@@ -83,7 +88,8 @@ class Decoder:
         self._embedding = self.parameters.pop("model.embed_tokens.weight")
         self._positions = self.parameters.pop("model.embed_positions.weight", None)
         self._last_norm = self._norm("model.norm")
-        self._head = Linear(self._embedding, None) if config.tied_embeddings else self._product("lm_head")
+        tied = config.tied_embeddings
+        self._head = self._linear(self._embedding, None) if tied else self._product("lm_head")
         self._multiplier = config.embedding_multiplier
         if config.rounds_embedding_multiplier:
             self._multiplier = float(torch.tensor(self._multiplier).to(self.dtype))
@@ -101,11 +107,12 @@ class Decoder:
         return list({(type(product), product.shape): product for product in products}.values())
 
     def invariant_products(self) -> bool:
-        """From now on compute all products by the kernels' own, if there is one: whether there is."""
-        if self.kernels.matmul is None:
+        """From now on compute all products by the kernels' own, if there is one: whether that is new."""
+        if self.kernels.matmul is None or self.own_products:
             return False
+        self.own_products = True
         for product in self._products():
-            product.compute_by(self.kernels.matmul)
+            product.compute_by(self.kernels)
         return True
 
     def _products(self) -> list[Linear]:
@@ -203,7 +210,13 @@ class Decoder:
         # taken out of `parameters`, so that a packed weight frees its plain copy at once
         weight, bias = self.parameters.pop(f"{name}.weight"), self.parameters.pop(f"{name}.bias", None)
         kept = self.quantised.pop(f"{name}.weight", None)
-        return Linear(weight, bias) if kept is None else QuantisedLinear(kept, bias, self.kernels)
+        if kept is not None:
+            return QuantisedLinear(kept, bias, self.kernels)
+        return self._linear(weight, bias, plain=name.endswith(".mlp.gate"))
+
+    def _linear(self, weight: Tensor, bias: Tensor | None, *, plain: bool = False) -> Linear:
+        kind = Int8Linear if self._int8 and not plain else Linear
+        return kind(weight, bias, self.kernels)
 
     def _mlp(self, index: int) -> MLP | Experts:
         part, moe = f"model.layers.{index}.mlp", self.config.moe

@@ -102,8 +102,11 @@ class ModelRunner:
         except ValueError as error:
             raise InvalidParameter("kernels", str(error)) from None
         resolve_kv_cache_dtype(config.kv_cache_dtype, dtype, kernels)
+        refuse_quantization(config.quantization, model, kernels)
         with torch.inference_mode():
-            decoder = load_decoder(checkpoint, kernels, dtype=dtype, device=device, bar=bar)
+            decoder = load_decoder(
+                checkpoint, kernels, dtype=dtype, device=device, int8=config.quantization == "int8", bar=bar
+            )
         return cls.over(decoder, config)
 
     @classmethod
@@ -241,7 +244,13 @@ def _decodes(plan: Plan) -> bool:
 
 
 def load_decoder(
-    checkpoint: Checkpoint, kernels: Kernels, *, dtype: torch.dtype, device: str, bar: bool = False
+    checkpoint: Checkpoint,
+    kernels: Kernels,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    int8: bool = False,
+    bar: bool = False,
 ) -> Decoder | Fallback:
     """With its weights, not yet prepared. Raises `UnsupportedCheckpoint`."""
     if checkpoint.config.definition == "transformers":
@@ -251,7 +260,7 @@ def load_decoder(
     config = checkpoint.config
     source = open_source(checkpoint, weight_targets(config))
     kept = kept_formats(source, config, kernels.keeps)
-    decoder = Decoder(config, kernels, dtype=dtype, device=device, kept=kept)
+    decoder = Decoder(config, kernels, dtype=dtype, device=device, kept=kept, int8=int8)
     load_weights(decoder, checkpoint, source=source, bar=bar)
     if kept and torch.device(device).type == "cuda":
         torch.cuda.empty_cache()  # what repacking took is free, and is to be counted so
@@ -295,6 +304,18 @@ def resolve_kv_cache_dtype(name: str, dtype: torch.dtype, kernels: Kernels) -> t
             f"the {kernels.name} kernels have no {name} cache; allowed here: {', '.join(allowed)}",
         )
     return storage
+
+
+def refuse_quantization(name: str | None, model: ModelConfig, kernels: Kernels) -> None:
+    """Raises `InvalidParameter` where products cannot be rounded so."""
+    if name is None:
+        return
+    if kernels.int8_matmul is None:
+        raise InvalidParameter(
+            "quantization", f"the {kernels.name} kernels have no int8 products; leave it out"
+        )
+    if model.definition == "transformers":
+        raise InvalidParameter("quantization", "transformers' own code computes this model; leave it out")
 
 
 def allocate_cache(

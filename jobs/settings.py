@@ -41,6 +41,9 @@ class EngineSettings(BaseModel):
         "auto",
         description="what the KV pages store; 8 bits hold nearly twice the tokens, a little less exactly",
     )
+    quantization: Literal["int8"] | None = Field(
+        None, description="int8: weights and activations are rounded to 8 bits for products; cpu only"
+    )
     preemption_mode: Literal["auto", "recompute", "swap"] = Field(
         "auto", description="how a sequence whose pages were needed comes back; auto: what is faster"
     )

@@ -36,7 +36,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from kernels.weights import Float8Weight, Int4Weight, QuantisedWeight
+from kernels.weights import Float8Weight, Int4Weight, Int8Weight, PackedWeight, QuantisedWeight
 
 logger = logging.getLogger(__name__)
 
@@ -184,6 +184,9 @@ class PagedAttention(Protocol):
     ) -> Tensor: ...
 
 
+Matmul = Callable[[Tensor, Tensor | PackedWeight, Tensor | None], Tensor]
+
+
 @dataclass(frozen=True, slots=True)
 class Kernels:
     """One kernel set.
@@ -225,17 +228,26 @@ class Kernels:
       (which any NaN of the row is) or infinite. Logits bf16, fp16 or fp32; u and the sums over a row fp32 or better.
       `filters` (may be left out) say which tokens may be drawn: the others have weight 0 and order and total are of
       those that are left. A row whose filters are all off draws as if there were none, bit for bit.
-    - `matmul(x [T, in], weight [out, in], bias [out] or None) -> [T, out]`: x · weightᵀ + bias. None: this set has no
-      product of its own; whether the library's products keep the second rule above must then be checked.
+    - `pack(weight [out, in]) -> PackedWeight`: the weight in the order in which `matmul` reads it best. None: the
+      plain one is.
+    - `matmul(x [T, in], weight [out, in] or what `pack` made of it, bias [out] or None) -> [T, out]`: x · weightᵀ +
+      bias. None: this set has no product of its own; whether the library's products keep the second rule above must
+      then be checked.
     - `int4_matmul(x [T, in], weight, bias [out] or None, invariant=False) -> [T, out]`: x · weightᵀ + bias, as
       `Int4Weight` defines it; a set may round the weight to x's dtype. The second rule above holds where `invariant`.
     - `fp8_matmul(x [T, in], weight, bias [out] or None, invariant=False) -> [T, out]`: x₈ · weightᵀ + bias, as
       `Float8Weight` defines it, where x₈ is x rounded to E4M3 · scale: the scale is the largest |x| of the row, or,
       where the weight's scales are of blocks, of the row's inputs of the block, divided by 448, in fp32. A row
       or block with NaN or infinity becomes NaN. The second rule as above.
+    - `quantise_int8(weight [out, in]) -> Int8Weight`: as `weights.rounded_to_int8` rounds it. None: the set has no
+      products of 8-bit integers.
+    - `int8_matmul(x [T, in], weight: Int8Weight, bias [out] or None) -> [T, out]`: x is rounded to integers, row by
+      row as a weight is output by output; the integers' products are summed exactly, then multiplied by (the scale
+      of the output · that of the row) in fp32, then comes the bias. A row with NaN or infinity becomes NaN.
 
     `quantised` names the dtypes of 8-bit caches that the set serves; `keeps` the weights that are better left
-    quantised for it than made plain beforehand.
+    quantised for it than made plain beforehand; `multiplies` the dtypes whose products are better left to `matmul`
+    than to the library.
     """
 
     name: str
@@ -255,7 +267,11 @@ class Kernels:
     fp8_matmul: Fp8Matmul
     keeps: tuple[type[QuantisedWeight], ...] = ()
     norm_rope_store: NormRopeStore | None = None
-    matmul: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
+    matmul: Matmul | None = None
+    pack: Callable[[Tensor], PackedWeight] | None = None
+    multiplies: tuple[torch.dtype, ...] = ()
+    quantise_int8: Callable[[Tensor], Int8Weight] | None = None
+    int8_matmul: Callable[[Tensor, Int8Weight, Tensor | None], Tensor] | None = None
 
 
 Attend = Callable[[Tensor, PagedKV, Tensor, Tensor, Tensor, Attention], Tensor]

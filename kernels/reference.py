@@ -24,7 +24,7 @@ from kernels import (
 )
 from kernels.noise import uniforms
 from kernels.running_sums import running_sums
-from kernels.weights import BLOCK, Float8Weight, Int4Weight
+from kernels.weights import BLOCK, Float8Weight, Int4Weight, Int8Weight, rounded_to_int8
 
 LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # largest magnitude that an 8-bit cache can store
 MAX_SCORES = 2**25  # attention scores held at once, so that long contexts need no memory of their own
@@ -244,6 +244,20 @@ def _through_fp8(x: Tensor) -> Tensor:
     return (x * reach).nan_to_num(0.0).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scales
 
 
+def quantise_int8(weight: Tensor) -> Int8Weight:
+    outputs, inputs = weight.shape
+    integers, scales = rounded_to_int8(weight)
+    return Int8Weight((outputs, inputs), integers.flatten(), scales)
+
+
+def int8_matmul(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
+    integers, scales = rounded_to_int8(x)
+    sums = integers.double() @ weight.words.view(weight.shape).double().T  # exact: below 2^53
+    made = sums.float() * (weight.scales * scales[:, None])
+    made.masked_fill_(~x.isfinite().all(dim=1, keepdim=True), float("nan"))
+    return (made if bias is None else made + bias.float()).to(x.dtype)
+
+
 def _multiplied(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """In fp32, row by row: how the library sums may depend on the number of rows."""
     products = [row @ weight.t() for row in x.unbind()]
@@ -269,4 +283,6 @@ KERNELS = Kernels(
     sample=sample,
     int4_matmul=int4_matmul,
     fp8_matmul=fp8_matmul,
+    quantise_int8=quantise_int8,
+    int8_matmul=int8_matmul,
 )

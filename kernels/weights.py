@@ -1,7 +1,7 @@
-"""Weights that stay quantised on their device: their layouts, and what they mean.
+"""Weights that are not plain tensors on their device: their layouts, and what they mean.
 
 Owns how 4-bit integers lie in words, the shapes of scales and zeros, and the fp32 weight that each stands for. Knows
-no checkpoint's format and no product (`kernels.reference` and `kernels.gpu` multiply with them).
+no checkpoint's format and no product (the kernel sets multiply with them).
 """
 
 from __future__ import annotations
@@ -14,6 +14,32 @@ from torch import Tensor
 BLOCK = 128  # inputs of a row of words
 _PIECES = 8  # integers in a word
 _PIECE = BLOCK // _PIECES  # inputs that lie in the same bits of neighbouring words
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedWeight:
+    """A plain weight in an order that only the set that made it knows (`Kernels.pack`)."""
+
+    shape: tuple[int, int]  # out, in
+    words: Tensor  # [some] of the weight's dtype
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Int8Weight:
+    """`[out, in]`: each weight is its integer, of -127 to 127, times the scale of its output, in fp32."""
+
+    shape: tuple[int, int]  # out, in
+    words: Tensor  # [some] int8: the integers, in an order that only the set that made it knows
+    scales: Tensor  # [out] fp32
+
+
+def rounded_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers int8 and scales `[out]` fp32 of a weight `[out, in]`: a scale is the largest |weight| of an output /
+    127, an integer is weight / scale, rounded to nearest even; 0 where the scale is."""
+    wide = weight.float()
+    scales = wide.abs().amax(dim=1) / 127.0
+    steps = torch.where(scales > 0, scales, 1.0)
+    return (wide / steps[:, None]).round_().clamp_(-127, 127).to(torch.int8), scales
 
 
 @dataclass(frozen=True, slots=True, eq=False)

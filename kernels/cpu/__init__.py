@@ -1,8 +1,9 @@
 """The `cpu` set: `ops.c`, compiled on first use, behind the contract of `kernels`.
 
 Owns the passing of tensors to C: shapes, strides and types are checked here because C cannot. bf16 and fp32,
-with caches of the same dtype or of int8. Sampling (`sampling`) is torch's: it is quick there, and exact. Products
-with quantised weights are the reference set's, and nobody needs them: weights are made plain when they are loaded.
+with caches of the same dtype or of int8. Sampling (`sampling`) is torch's: it is quick there, and exact. Products are
+the set's own (`matmul`) where the library's are slow; those with quantised weights are the reference set's, and
+nobody needs them: weights are made plain when they are loaded.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from kernels import Activation, Attention, Kernels, PagedKV, SharedPrefixes, attend_with_single_queries
 from kernels.cpu.build import BuildError, load_library
+from kernels.cpu.int8_matmul import IntegerProducts
+from kernels.cpu.matmul import Products, preferred
 from kernels.cpu.sampling import sample
 from kernels.reference import fp8_matmul, int4_matmul
 
@@ -52,7 +55,7 @@ def kernels() -> Kernels:
     tables = {name: _functions(library, name, types, _SUFFIXES) for name, types in _ARGUMENTS.items()}
     for name, types in _PAGED_ARGUMENTS.items():
         tables[name] = _functions(library, name, types, _PAGED_SUFFIXES)
-    ops = _Ops(**tables)
+    ops, products, integers = _Ops(**tables), Products(library), IntegerProducts(library)
     return Kernels(
         name="cpu",
         quantised=(torch.int8,),
@@ -69,6 +72,11 @@ def kernels() -> Kernels:
         sample=sample,
         int4_matmul=int4_matmul,
         fp8_matmul=fp8_matmul,
+        matmul=products.matmul,
+        pack=products.pack,
+        multiplies=preferred(),
+        quantise_int8=integers.quantise,
+        int8_matmul=integers.matmul,
     )
 
 

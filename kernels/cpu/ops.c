@@ -1,9 +1,10 @@
-/* The operations on a CPU, for bf16 and fp32 storage, computed in fp32; `paged.h` and `attention.h` hold the two on pages.
+/* The operations on a CPU, for bf16 and fp32 storage, computed in fp32; `paged.h` and `attention.h` hold the two on
+ * pages, `matmul.h` and `matmul_i8.h` products with weights.
  *
  * Owns arithmetic on plain arrays. Knows no tensors: `kernels/cpu/__init__.py` checks shapes and passes pointers
  * and strides (counted in elements). Generic vectors of 16 floats (GCC vector extensions) become AVX-512, AVX2
- * or NEON by the compiler; there are no intrinsics. This file includes itself once per dtype of the activations,
- * `attention.h` once per dtype of a cache, and `paged.h` once per pair that goes together.
+ * or NEON by the compiler; the only intrinsics are in `matmul_i8.h`. This file includes itself once per dtype of the
+ * activations, `attention.h` once per dtype of a cache, and `paged.h` once per pair that goes together.
  *
  * Order of summation: every result is summed in an order fixed by its own token alone (16 lanes by index), so
  * neither other rows nor threads change a bit of it.
@@ -15,6 +16,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #define LANES 16
 #define PARALLEL_WORK 16384 /* elements below which waking a second thread costs more than it saves */
@@ -122,14 +126,15 @@ INLINE vf load_some_i8(const int8_t *p, long n) {
     return load_i8(padded);
 }
 
-#define SCALAR uint16_t
-#define FN(name) name##_bf16
-#include "ops.c"
-#undef SCALAR
-#undef FN
 #define SCALAR float
 #define FN(name) name##_f32
 #define WIDE 1
+#include "ops.c"
+#undef SCALAR
+#undef FN
+#undef WIDE
+#define SCALAR uint16_t
+#define FN(name) name##_bf16
 #include "ops.c"
 #undef SCALAR
 #undef FN
@@ -175,6 +180,9 @@ INLINE vf load_some_i8(const int8_t *p, long n) {
 #define KV(name) name##_f32_i8
 #define SCALED 1
 #include "paged.h"
+
+/* How many outputs a panel of a packed weight has. */
+long panel_outputs(void) { return PANEL; }
 
 #else /* once per dtype of the activations */
 
@@ -331,11 +339,11 @@ void FN(softcap)(long tokens, long width, const SCALAR *x, long stride, float ca
         }
 }
 
-/* A query as column of `to`: to[d * columns] = from[d] * scale, in powers of two. */
-INLINE void FN(spread)(const SCALAR *from, long dim, float scale, int columns, float *to) {
+/* A row as column of `to`: to[d * columns] = from[d] * by. */
+INLINE void FN(spread)(const SCALAR *from, long dim, float by, int columns, float *to) {
     float row[LANES];
     for (long d = 0; d < dim; d += LANES) {
-        vf v = FN(load_some)(from + d, dim - d) * (scale * LOG2E);
+        vf v = FN(load_some)(from + d, dim - d) * by;
         memcpy(row, &v, sizeof v);
         for (long j = 0; j < LANES && d + j < dim; j++) to[(d + j) * columns] = row[j];
     }
@@ -348,5 +356,8 @@ INLINE void FN(divide)(const float *from, long dim, float by, SCALAR *to) {
         FN(store_some)(to + d, v / by, dim - d);
     }
 }
+
+#include "matmul.h"
+#include "matmul_i8.h"
 
 #endif

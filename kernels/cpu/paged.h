@@ -106,7 +106,7 @@ int KV(paged_attention)(long rows, long kv_heads, long group, long dim, long pag
             float queries[dim * nq], mixed[nq * dim], denominators[nq];
             for (int i = 0; i < nq; i++) {
                 long token = (at.first + i) / group, vector = head * group + (at.first + i) % group;
-                FN(spread)(row_q + token * q_stride + vector * dim, dim, scale, nq, queries + i);
+                FN(spread)(row_q + token * q_stride + vector * dim, dim, scale * LOG2E, nq, queries + i);
             }
             ST(attend_any)(nq, &at, queries, mixed, denominators);
             for (int i = 0; i < nq; i++) {

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kernels.gpu.matmul_tiles import Tile, segments_for, tile_for, tiles_for
 from kernels.gpu.tiles import capability
+from kernels.weights import PackedWeight
 
 TOGETHER = 8  # tiles of rows whose programs follow each other, so that they find the weight in the L2 cache
 BLOCK = 1024  # elements of a program of `sum_kernel`
@@ -98,7 +99,8 @@ def sum_kernel(parts, bias, out, tokens, outputs, SEGMENTS: tl.constexpr, BLOCK:
     tl.store(out + token * outputs + column, total.to(out.dtype.element_ty), mask=inside)
 
 
-def matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def matmul(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None) -> Tensor:
+    assert isinstance(weight, Tensor)  # this set packs none
     tokens, (outputs, inputs) = x.shape[0], weight.shape
     tile = tile_for(tiles_for(capability(x.device), x.dtype), tokens, inputs, outputs)
     programs = triton.cdiv(tokens, tile.rows) * triton.cdiv(outputs, tile.columns)

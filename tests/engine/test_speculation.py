@@ -255,7 +255,8 @@ def test_where_it_is_on(models: tuple[Path, Path]) -> None:
         runner = load(models, "float32", num_speculative_tokens, **settings).runner
         return runner.num_speculative_tokens, runner.num_scheduler_steps
 
-    assert number(None) == (ON_CPU, 1)
+    padded = load(models, "float32", None).runner._row_multiple > 1
+    assert number(None) == (ON_CPU if padded else 0, 1)
     assert number(0) == (0, 1)
     assert number(3) == (3, 1)
     assert number(None, num_scheduler_steps=4) == (0, 4)

@@ -104,11 +104,12 @@ def test_an_engine_under_pressure_gives_the_tokens_of_the_reference(
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_product_computed_by_the_kernels_has_its_weight_back_in_the_plain_order(bias: bool) -> None:
-    matmul = kernels_for("cpu", "triton").matmul
+    kernels = kernels_for("cpu", "triton")
+    matmul = kernels.matmul
     assert matmul is not None
     x, weight = torch.randn(5, 64).bfloat16(), torch.randn(48, 64).bfloat16()
     gain = torch.randn(48).bfloat16() if bias else None
     product = Linear(weight, gain)
-    product.compute_by(matmul)
+    product.compute_by(kernels)
     assert torch.equal(product(x), matmul(x, weight, gain))
     assert product.shape == (48, 64, bias)

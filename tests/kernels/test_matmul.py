@@ -19,15 +19,18 @@ EVERY_DTYPE = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(params=["triton"])
+@pytest.fixture(params=["cpu", "triton"])
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     """Of the sets that have products of their own."""
-    return triton_kernels()
+    return triton_kernels() if request.param == "triton" else kernels_for("cpu", "cpu")
 
 
 def product(kernels: Kernels, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """By a packed weight, if the set packs any."""
     assert kernels.matmul is not None
-    return kernels.matmul(x, weight, bias)
+    if kernels.name == "cpu" and x.dtype == torch.float16:
+        pytest.skip("the cpu set has no fp16")
+    return kernels.matmul(x, weight if kernels.pack is None else kernels.pack(weight), bias)
 
 
 def operands(tokens: int, inputs: int, outputs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,9 +41,8 @@ def operands(tokens: int, inputs: int, outputs: int, dtype: torch.dtype) -> tupl
     return x.to(dtype)[:, :inputs], weight.to(dtype), torch.randn(outputs, generator=generator).to(dtype)
 
 
-def test_the_sets_of_a_cpu_have_none() -> None:
+def test_the_reference_has_none() -> None:
     assert kernels_for("cpu", "reference").matmul is None
-    assert kernels_for("cpu", "cpu").matmul is None
 
 
 @EVERY_SHAPE
@@ -60,7 +62,7 @@ def test_a_row_does_not_depend_on_how_many_there_are(
 ) -> None:
     x, weight, bias = operands(257, inputs, outputs, dtype)
     whole = product(kernels, x, weight, bias)
-    for count in (1, 2, 3, 17, 64, 65, 128, 200):
+    for count in (1, 2, 3, 4, 5, 17, 64, 65, 128, 200):
         assert torch.equal(product(kernels, x[:count], weight, bias), whole[:count]), count
         assert torch.equal(product(kernels, x[-count:], weight, bias), whole[-count:]), count
 
@@ -83,6 +85,35 @@ def test_what_is_not_finite_stays_in_its_row(
 
 def test_no_tokens_are_no_work(kernels: Kernels) -> None:
     assert product(kernels, torch.ones(0, 32), torch.ones(48, 32)).shape == (0, 48)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("tokens", [1, 3, 29, 211])
+def test_the_cpu_takes_wide_inputs_in_parts(dtype: torch.dtype, tokens: int) -> None:
+    """5,000 inputs are several parts of a panel, and 211 tokens several blocks."""
+    kernels = kernels_for("cpu", "cpu")
+    x, weight, bias = operands(tokens, 5_000, 83, dtype)
+    found = product(kernels, x, weight, bias)
+    assert_close(found, x.double() @ weight.double().T + bias.double(), dtype)
+    alone = torch.cat([product(kernels, row[None], weight, bias) for row in x])
+    assert torch.equal(alone, found)
+
+
+def test_a_plain_weight_is_as_good_as_a_packed_one() -> None:
+    kernels = kernels_for("cpu", "cpu")
+    x, weight, bias = operands(9, 100, 50, torch.bfloat16)
+    assert kernels.matmul is not None
+    assert torch.equal(kernels.matmul(x, weight, bias), product(kernels, x, weight, bias))
+
+
+def test_an_operand_that_does_not_fit_is_refused() -> None:
+    kernels = kernels_for("cpu", "cpu")
+    x, weight, bias = operands(9, 100, 50, torch.float32)
+    for wrong in ((x[:, :99], weight, bias), (x, weight, bias[:49]), (x.bfloat16(), weight, bias)):
+        with pytest.raises(ValueError, match="contract broken, matmul"):
+            product(kernels, *wrong)
+    with pytest.raises(ValueError, match="contract broken, pack"):
+        product(kernels, x, weight.half(), bias)
 
 
 @EVERY_DTYPE

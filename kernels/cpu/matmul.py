@@ -1,0 +1,70 @@
+"""Products with a weight on a CPU, by `matmul.h`: where the library has none that is fast, or none that keeps bits.
+
+Owns when they are the better choice, and the passing of tensors to C. Knows no layer. oneDNN multiplies bf16 well
+only with AVX-512, and MKL's fp32 products of few rows depend on how many they are; with AVX-512 and AMX the library's
+are the faster ones, as far as they were measured.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_int, c_long, c_void_p
+
+import torch
+from torch import Tensor
+
+from kernels.weights import PackedWeight
+
+_SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
+
+
+class Products:
+    """The two operations of the contract, `pack` and `matmul`."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        longs, pointers = [c_long] * 3, [c_void_p] * 3
+        self._pack, self._matmul = {}, {}
+        for dtype, suffix in _SUFFIXES.items():
+            self._pack[dtype] = pack = getattr(library, f"pack_{suffix}")
+            pack.argtypes, pack.restype = (c_long, c_long, c_void_p, c_long, c_void_p, c_int), None
+            self._matmul[dtype] = matmul = getattr(library, f"matmul_{suffix}")
+            matmul.argtypes = (*longs, c_void_p, c_long, *pointers, c_int)
+            matmul.restype = c_int
+        self._panel = int(library.panel_outputs())
+
+    def pack(self, weight: Tensor) -> PackedWeight:
+        outputs, inputs = weight.shape
+        if weight.stride(1) != 1 or weight.dtype not in self._pack:
+            raise ValueError("contract broken, pack: weight [out, in] bf16 or fp32, in contiguous")
+        words = torch.empty(-(-outputs // self._panel) * self._panel * inputs, dtype=weight.dtype)
+        self._pack[weight.dtype](
+            outputs, inputs, weight.data_ptr(), weight.stride(0), words.data_ptr(), torch.get_num_threads()
+        )
+        return PackedWeight((outputs, inputs), words)
+
+    def matmul(self, x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None) -> Tensor:
+        if isinstance(weight, Tensor):
+            weight = self.pack(weight)
+        (tokens, width), (outputs, inputs), words = x.shape, weight.shape, weight.words
+        if not (
+            width == inputs
+            and x.stride(1) == 1
+            and x.dtype == words.dtype
+            and (
+                bias is None or (bias.shape == (outputs,) and bias.dtype == x.dtype and bias.is_contiguous())
+            )
+        ):
+            raise ValueError("contract broken, matmul: x [T, in], weight [out, in], bias [out], of one dtype")
+        out = torch.empty((tokens, outputs), dtype=x.dtype)
+        failed = self._matmul[x.dtype](
+            tokens, outputs, inputs, x.data_ptr(), x.stride(0), words.data_ptr(),
+            None if bias is None else bias.data_ptr(), out.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        if failed:
+            raise MemoryError("matmul: no memory for the x of a block of tokens")
+        return out
+
+
+def preferred() -> tuple[torch.dtype, ...]:
+    """The dtypes whose products are faster by `Products` than by the library on this processor."""
+    return tuple(_SUFFIXES) if torch.backends.cpu.get_cpu_capability() == "AVX2" else ()
