@@ -196,7 +196,9 @@ class ModelRunner:
             scores: dict[int, PromptScores] = {}
             if step.scored_rows.shape[0]:
                 at_once = slice_rows(self.model_config.vocab_size, self._row_multiple)
-                scores = score_prompts(plan, step.scored_rows, partial(self._decoder.logits, hidden), at_once)
+                logits_of = partial(self._decoder.logits, hidden)
+                normalisers = self._decoder.kernels.normalisers
+                scores = score_prompts(plan, step.scored_rows, logits_of, at_once, normalisers)
             if not sampling_rows:
                 return Draws([], {}, scores)
             logits = self._decoder.logits(hidden, step.logit_rows)

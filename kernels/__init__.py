@@ -31,7 +31,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -123,6 +123,14 @@ class Filters:
     top_k: Tensor  # [S] int64, at least 0
     top_p: Tensor  # [S] fp64, above 0 and at most 1
     min_p: Tensor  # [S] fp64, from 0 to 1
+
+
+class Normalisers(NamedTuple):
+    """What makes logits of a row to logprobs, the logs of its softmax: (logit - largest) - log_sum, in fp32. Two
+    numbers, because their sum would round away the logprob of a token that is nearly certain."""
+
+    largest: Tensor  # [S] fp32, of the row's logits
+    log_sums: Tensor  # [S] fp32, the log of the sum of exp(logit - largest)
 
 
 class Sample(Protocol):
@@ -225,6 +233,9 @@ class Kernels:
       (which any NaN of the row is) or infinite. Logits bf16, fp16 or fp32; u and the sums over a row fp32 or better.
       `filters` (may be left out) say which tokens may be drawn: the others have weight 0 and order and total are of
       those that are left. A row whose filters are all off draws as if there were none, bit for bit.
+    - `normalisers(logits [S, vocab]) -> Normalisers`: of each row, whose bits depend on that row alone; logits as
+      for `sample`. Where the largest logit is NaN or infinite the row's logprobs are not finite. Apart from `sample`,
+      because a token is drawn from logits after masks and penalties, and its logprob is of those before them.
     - `matmul(x [T, in], weight [out, in], bias [out] or None) -> [T, out]`: x · weightᵀ + bias. None: this set has no
       product of its own; whether the library's products keep the second rule above must then be checked.
     - `int4_matmul(x [T, in], weight, bias [out] or None, invariant=False) -> [T, out]`: x · weightᵀ + bias, as
@@ -251,6 +262,7 @@ class Kernels:
     softcap: Callable[[Tensor, float], Tensor]
     paged_attention: PagedAttention
     sample: Sample
+    normalisers: Callable[[Tensor], Normalisers]
     int4_matmul: Int4Matmul
     fp8_matmul: Fp8Matmul
     keeps: tuple[type[QuantisedWeight], ...] = ()

@@ -18,6 +18,7 @@ from kernels import (
     Attention,
     Filters,
     Kernels,
+    Normalisers,
     PagedKV,
     SharedPrefixes,
     attend_with_single_queries,
@@ -226,6 +227,16 @@ def kept(logits: Tensor, heat: Tensor, filters: Filters) -> Tensor:
     return torch.zeros_like(stays).scatter_(1, order, stays)
 
 
+def normalisers(logits: Tensor) -> Normalisers:
+    # torch reduces each row by itself, in an order given by its length; on CUDA by its alignment too, which the
+    # padding makes the same for all rows. `logsumexp` would split single long rows over threads.
+    wide, vocab = logits.float(), logits.shape[1]
+    if vocab % 4:  # floats in 16 bytes
+        wide = F.pad(wide, (0, -vocab % 4), value=float("-inf"))
+    largest, at = wide.max(dim=1, keepdim=True)
+    return Normalisers(largest[:, 0], -torch.log_softmax(wide, dim=1).gather(1, at)[:, 0])
+
+
 def int4_matmul(x: Tensor, weight: Int4Weight, bias: Tensor | None, *, invariant: bool = False) -> Tensor:
     return _multiplied(x.float(), weight.dequantised(), bias, x.dtype)
 
@@ -267,6 +278,7 @@ KERNELS = Kernels(
     softcap=softcap,
     paged_attention=paged_attention,
     sample=sample,
+    normalisers=normalisers,
     int4_matmul=int4_matmul,
     fp8_matmul=fp8_matmul,
 )

@@ -18,7 +18,7 @@ from torch import Tensor
 from kernels import Activation, Attention, Kernels, PagedKV, SharedPrefixes, attend_with_single_queries
 from kernels.cpu.build import BuildError, load_library
 from kernels.cpu.sampling import sample
-from kernels.reference import fp8_matmul, int4_matmul
+from kernels.reference import fp8_matmul, int4_matmul, normalisers
 
 __all__ = ["BuildError", "kernels"]
 
@@ -67,6 +67,7 @@ def kernels() -> Kernels:
         softcap=ops.softcap,
         paged_attention=ops.paged_attention,
         sample=sample,
+        normalisers=normalisers,
         int4_matmul=int4_matmul,
         fp8_matmul=fp8_matmul,
     )

@@ -44,6 +44,7 @@ NAMES = {
     "block_kernel",
     "draw_kernel",
     "filter_kernel",
+    "normaliser_kernel",
     "matmul_kernel",
     "sum_kernel",
     "int4_kernel",

@@ -168,7 +168,7 @@ def rowwise(dtype: torch.dtype) -> Callable[[], object]:
 
 def sampling(dtype: torch.dtype) -> Callable[[], object]:
     """Vocabularies of one block and of many, whose rows are aligned and are not; sampling as the engine asks for it,
-    with filters and without, and with temperatures of fp32."""
+    with filters and without, and with temperatures of fp32; and what logprobs are made with."""
     seeds, heat = torch.empty(16, dtype=torch.int64), torch.empty(16, dtype=torch.float64)
     filters = Filters(seeds, heat, heat)
 
@@ -176,6 +176,7 @@ def sampling(dtype: torch.dtype) -> Callable[[], object]:
         for vocab in (1000, 49152, 151936, 262145):
             KERNELS.sample(torch.empty(16, vocab, dtype=dtype), heat, seeds, seeds)
             KERNELS.sample(torch.empty(16, vocab, dtype=dtype), heat, seeds, seeds, filters)
+            KERNELS.normalisers(torch.empty(16, vocab, dtype=dtype))
         KERNELS.sample(torch.empty(16, 49152, dtype=dtype), heat.float(), seeds, seeds, filters)
 
     return calls
