@@ -22,10 +22,10 @@ FEWEST_ALIVE = 1 / 2  # of a plan's rows: with fewer a smaller plan is made
 
 def decodes_freely(sequence: Sequence) -> bool:
     """Whether its next tokens are drawn from the logits as they are, by numbers that the device has, and nothing is
-    asked about them: so several can be drawn before the first of them is read, in a row or on guesses."""
+    asked about them but how likely each was: so several can be drawn before the first of them is read."""
     sampling = sequence.request.sampling
     return (
-        sampling.logprobs is None
+        not sampling.logprobs
         and sequence.rules is None
         and sequence.matcher is None
         and sequence.num_generated >= sampling.min_tokens

@@ -224,11 +224,7 @@ class ModelRunner:
         self.times.begin("forward")
         drawn = self._steps.launch(plan.rows, plan.num_steps, behind=plan.behind)
 
-        def landed() -> Draws:
-            tokens = drawn.tokens()
-            return Draws([row[0] for row in tokens], {}, further=tuple(row[1:] for row in tokens))
-
-        return landed
+        return lambda: Draws.of_steps(plan.rows, drawn.tokens(), drawn.logprobs())
 
     def logits(self, plan: Plan) -> Tensor:
         """As `run`, but the logits `[draws, vocab]` before any sampling."""

@@ -78,7 +78,8 @@ class Speculation:
 
     def _guess(self, sequence: Sequence, most: int) -> tuple[int, ...]:
         most = min(most, self._most, sequence.num_wanted - 1)  # the last token it may draw is never computed
-        if most < 1 or not decodes_freely(sequence):
+        # of a token behind a guess nobody says how likely it was
+        if most < 1 or not decodes_freely(sequence) or sequence.request.sampling.logprobs is not None:
             return ()
         if sequence.proposer is None:
             sequence.proposer = NgramProposer()

@@ -237,7 +237,7 @@ def test_one_bad_row_fails_its_own_request_even_if_nothing_follows_from_it() -> 
     scores = score_prompts(plan, torch.arange(6), lambda at: logits[at].clone(), 4, normalisers)
     assert scores == {0: None, 1: None, 3: clean[3]}
     # the first would have drawn a token, the second is in the middle of its prompt
-    assert Draws([3, 4, 5], {}).with_scores(plan, scores) == ([FAILED, 4, 5], {}, scores, ())
+    assert Draws([3, 4, 5], {}).with_scores(plan, scores) == ([FAILED, 4, 5], {}, scores, (), {})
 
 
 @pytest.mark.parametrize("chunk", [3, 512])
