@@ -24,6 +24,7 @@ from torch import Tensor
 from engine.cache import KVCache
 from engine.logprobs import logprobs_of
 from engine.model import Decoder
+from engine.penalties import KeptPenalties
 from engine.plan import Row
 from engine.sequence import Sequence
 from engine.shared_prefixes import MOST_GROUPS, Group, shared_prefixes
@@ -44,9 +45,19 @@ class Draw(NamedTuple):
 
     filtered: bool = False  # top-k, top-p or min-p
     scored: bool = False  # the logprob of what was drawn
+    penalised: bool = False  # by what the row has said before
+
+    @classmethod
+    def of(cls, rows: tuple[Row, ...]) -> Draw:
+        params = [row.sequence.request.sampling for row in rows]
+        return cls(
+            filtered=any(one.narrows for one in params),
+            scored=any(one.logprobs is not None for one in params),
+            penalised=any(row.sequence.rules is not None for row in rows),  # of rows that decode freely
+        )
 
 
-DRAWS = tuple(starmap(Draw, product((False, True), repeat=2)))  # every kind
+DRAWS = tuple(starmap(Draw, product((False, True), repeat=3)))  # every kind
 
 
 class Graphs(NamedTuple):
@@ -121,6 +132,12 @@ class DecodeSteps:
             self._shared = self._zeros(STARTS + 2 * rows, dtype=torch.int32)  # starts, tokens, members
             self._made = self._zeros(most_steps, rows)
             self._logprobs = self._zeros(most_steps, rows, dtype=torch.float32)
+            self._penalties = KeptPenalties(
+                rows,
+                most_new=2 * most_steps,  # of a launch and one behind it
+                most_distinct=min(most_pages * page_size, decoder.config.vocab_size),
+                device=self._device,
+            )
             self._count = self._zeros(1)  # steps since the inputs were written
 
     def capture(self) -> None:
@@ -141,11 +158,9 @@ class DecodeSteps:
         sequence may; its pages cover that. `behind`: steps of a launch of the same rows whose draws nobody has read:
         rows go on where it stops, but for those that have no pages any more."""
         shape = self._write(rows, behind + num_steps, on=behind > 0)
-        params = [row.sequence.request.sampling for row in rows]
-        draw = Draw(
-            filtered=any(one.narrows for one in params),
-            scored=any(one.logprobs is not None for one in params),
-        )
+        draw = Draw.of(rows)
+        if draw.penalised and not behind:
+            self._penalties.write([row.sequence for row in rows], shape[0], self._put)
         for _ in range(num_steps):
             self._draw(shape, self._forward(shape), draw)
         made = self._made[:num_steps, : len(rows)]
@@ -247,7 +262,14 @@ class DecodeSteps:
         temperatures, top_p, min_p = self._heats[:, : shape[0]]
         positions += 1  # tokens there are, which is what the noise of a draw is made of
         filters = Filters(top_k, top_p, min_p) if draw.filtered else None
-        drawn = kernels.sample(logits, temperatures, seeds, positions, filters)
+        penalties = self._penalties.of(shape[0]) if draw.penalised else None
+        adjusted = logits
+        if penalties is not None:
+            adjusted = logits.to(torch.float32, copy=True)
+            kernels.penalise(adjusted, penalties)
+        drawn = kernels.sample(adjusted, temperatures, seeds, positions, filters)
+        if penalties is not None:
+            kernels.count_tokens(penalties, drawn)
         self._made[:, : shape[0]].index_copy_(0, self._count, drawn[None])
         if draw.scored:
             likely = logprobs_of(logits, drawn, kernels.normalisers(logits))
@@ -274,6 +296,7 @@ class DecodeSteps:
             return
         numbers = self._numbers.clone()  # of a launch that may still run
         self._numbers.zero_()  # limits of 0: nothing is seen and nothing is stored
+        lengths = self._penalties.clear()
         self._shared.zero_()  # it may name rows that this shape lacks, and is written anew for every launch
         self._count.zero_()
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
@@ -293,6 +316,7 @@ class DecodeSteps:
                 graph.capture_end()
         torch.cuda.current_stream(self._device).wait_stream(stream)
         self._numbers.copy_(numbers)
+        self._penalties.restore(lengths)
         self._graphs[shape] = Graphs(forward, draws, logits)
 
     # --- shapes ---------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ class Sampler:
     def __init__(self, config: ModelConfig, kernels: Kernels = REFERENCE) -> None:
         self._sample = kernels.sample
         self._normalisers = kernels.normalisers
+        self._penalise = kernels.penalise
         self._vocab_size = config.vocab_size
         self._eos = config.eos_token_ids
         self._masks = TokenMasks()
@@ -50,7 +51,7 @@ class Sampler:
         self._mask_early_ends(logits, rows)
         if any(row.sequence.rules is not None for row in rows):
             logits = logits.float()
-            adjust(logits, rows)
+            adjust(logits, rows, self._penalise)
         tokens = self._draw(logits, rows, ahead)
         logprobs = {} if raw is None else self._logprobs(raw, tokens, rows, asked)
         draws = Draws(tokens.tolist(), logprobs)

@@ -125,6 +125,25 @@ class Filters:
     min_p: Tensor  # [S] fp64, from 0 to 1
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Penalties:
+    """Which tokens each row of logits has seen, and what that does to their logits x: x / repetition where x is above
+    0 and x · repetition elsewhere (Keskar et al. 2019), then less frequency · times, then less presence where times
+    is above 0 (OpenAI), in fp32, each operation rounded by itself: all sets agree in every bit.
+
+    A row lists its distinct tokens: a step then touches those, a few hundred, while a count for every token of the
+    vocabulary would be as much to read as the logits are (256 rows of 152k tokens: 156 MB in int32). The first
+    `lengths` entries of a row count; a row without any has no penalties. Rows may be strided.
+    """
+
+    token_ids: Tensor  # [S, N] int32, N at least 1
+    times: Tensor  # [S, N] int32, how often each was generated; 0: it is in the prompt alone
+    lengths: Tensor  # [S] int32
+    repetition: Tensor  # [S] fp32, above 0
+    frequency: Tensor  # [S] fp32
+    presence: Tensor  # [S] fp32
+
+
 class Normalisers(NamedTuple):
     """What makes logits of a row to logprobs, the logs of its softmax: (logit - largest) - log_sum, in fp32. Two
     numbers, because their sum would round away the logprob of a token that is nearly certain."""
@@ -236,6 +255,10 @@ class Kernels:
     - `normalisers(logits [S, vocab]) -> Normalisers`: of each row, whose bits depend on that row alone; logits as
       for `sample`. Where the largest logit is NaN or infinite the row's logprobs are not finite. Apart from `sample`,
       because a token is drawn from logits after masks and penalties, and its logprob is of those before them.
+    - `penalise(logits [S, vocab] fp32, penalties)`: in place.
+    - `count_tokens(penalties, tokens [S] int64)`: notes the tokens that rows have drawn, in place: one more time for
+      a token that the row lists, else an entry at its end, if N leaves room. Not of a row without entries, and not
+      of a negative token.
     - `matmul(x [T, in], weight [out, in], bias [out] or None) -> [T, out]`: x · weightᵀ + bias. None: this set has no
       product of its own; whether the library's products keep the second rule above must then be checked.
     - `int4_matmul(x [T, in], weight, bias [out] or None, invariant=False) -> [T, out]`: x · weightᵀ + bias, as
@@ -263,6 +286,8 @@ class Kernels:
     paged_attention: PagedAttention
     sample: Sample
     normalisers: Callable[[Tensor], Normalisers]
+    penalise: Callable[[Tensor, Penalties], None]
+    count_tokens: Callable[[Penalties, Tensor], None]
     int4_matmul: Int4Matmul
     fp8_matmul: Fp8Matmul
     keeps: tuple[type[QuantisedWeight], ...] = ()

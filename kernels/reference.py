@@ -20,6 +20,7 @@ from kernels import (
     Kernels,
     Normalisers,
     PagedKV,
+    Penalties,
     SharedPrefixes,
     attend_with_single_queries,
 )
@@ -237,6 +238,35 @@ def normalisers(logits: Tensor) -> Normalisers:
     return Normalisers(largest[:, 0], -torch.log_softmax(wide, dim=1).gather(1, at)[:, 0])
 
 
+def penalise(logits: Tensor, penalties: Penalties) -> None:
+    rows, at = _listed(penalties).nonzero(as_tuple=True)  # [n], entries of all rows
+    ids, times = penalties.token_ids[rows, at].long(), penalties.times[rows, at].float()
+    x, repetition = logits[rows, ids], penalties.repetition[rows]
+    x = torch.where(x > 0, x / repetition, x * repetition)
+    x -= penalties.frequency[rows] * times
+    x -= penalties.presence[rows] * (times > 0)
+    logits[rows, ids] = x
+
+
+def count_tokens(penalties: Penalties, tokens: Tensor) -> None:
+    token_ids, times, lengths = penalties.token_ids, penalties.times, penalties.lengths
+    same = _listed(penalties) & (token_ids == tokens[:, None])
+    known = same.any(dim=1)
+    place = torch.where(known, same.int().argmax(dim=1), lengths)
+    noted = (lengths > 0) & (tokens >= 0) & (place < token_ids.shape[1])
+    rows = noted.nonzero()[:, 0]
+    at, known = place[rows], known[rows]
+    token_ids[rows, at] = tokens[rows].int()
+    times[rows, at] = torch.where(known, times[rows, at], 0) + 1
+    lengths[rows] += (~known).int()
+
+
+def _listed(penalties: Penalties) -> Tensor:
+    """[S, N] bool: the entries that count."""
+    places = torch.arange(penalties.token_ids.shape[1], device=penalties.lengths.device)
+    return places < penalties.lengths[:, None]
+
+
 def int4_matmul(x: Tensor, weight: Int4Weight, bias: Tensor | None, *, invariant: bool = False) -> Tensor:
     return _multiplied(x.float(), weight.dequantised(), bias, x.dtype)
 
@@ -279,6 +309,8 @@ KERNELS = Kernels(
     paged_attention=paged_attention,
     sample=sample,
     normalisers=normalisers,
+    penalise=penalise,
+    count_tokens=count_tokens,
     int4_matmul=int4_matmul,
     fp8_matmul=fp8_matmul,
 )

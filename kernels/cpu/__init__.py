@@ -18,7 +18,7 @@ from torch import Tensor
 from kernels import Activation, Attention, Kernels, PagedKV, SharedPrefixes, attend_with_single_queries
 from kernels.cpu.build import BuildError, load_library
 from kernels.cpu.sampling import sample
-from kernels.reference import fp8_matmul, int4_matmul, normalisers
+from kernels.reference import count_tokens, fp8_matmul, int4_matmul, normalisers, penalise
 
 __all__ = ["BuildError", "kernels"]
 
@@ -68,6 +68,8 @@ def kernels() -> Kernels:
         paged_attention=ops.paged_attention,
         sample=sample,
         normalisers=normalisers,
+        penalise=penalise,
+        count_tokens=count_tokens,
         int4_matmul=int4_matmul,
         fp8_matmul=fp8_matmul,
     )

@@ -42,7 +42,10 @@ def decoding(max_tokens: int, **sampling: Any) -> Sequence:
         ({"temperature": 1.0, "top_k": 5, "top_p": 0.9, "min_p": 0.1}, True),
         ({"logprobs": 0}, True),
         ({"logprobs": 1}, False),
-        ({"presence_penalty": 0.1}, False),
+        ({"presence_penalty": 0.1}, True),
+        ({"repetition_penalty": 1.1, "frequency_penalty": 0.1, "logprobs": 0}, True),
+        ({"presence_penalty": 0.1, "allowed_token_ids": (4, 5)}, False),
+        ({"presence_penalty": 0.1, "logit_bias": {4: 1.0}}, False),
         ({"logit_bias": {4: 1.0}}, False),
     ],
 )
@@ -131,6 +134,9 @@ KINDS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.9, "top_k": 20, "min_p": 0.02},
     {"temperature": 0.0, "top_k": 3, "logprobs": 0},
     {"temperature": 1.2, "logprobs": 0, "n": 2, "stop": ("r",)},
+    {"temperature": 0.0, "repetition_penalty": 1.4},
+    {"temperature": 0.9, "presence_penalty": 1.5, "frequency_penalty": -0.7, "n": 2, "logprobs": 0},
+    {"temperature": 0.8, "frequency_penalty": 1.8, "top_p": 0.9, "repetition_penalty": 0.8},
     {"temperature": 1.5, "stop": ("a",), "include_stop_str_in_output": True, "min_tokens": 5},
     {
         "temperature": 1.2,
@@ -145,7 +151,7 @@ KINDS: tuple[dict[str, Any], ...] = (
 @pytest.mark.parametrize("mixed", [False, True])
 def test_the_tokens_of_one_step_at_a_time(model: Path, dtype: str, mixed: bool) -> None:
     """Alone among their kind, and beside rows that must be looked at after each token."""
-    kinds = (*KINDS, {"temperature": 1.0, "top_p": 0.9, "presence_penalty": 0.5}) if mixed else KINDS
+    kinds = (*KINDS, {"temperature": 1.0, "top_p": 0.9, "logit_bias": {300: 2.0}}) if mixed else KINDS
     requests = [
         request(f"a night {number}", 30 + number, **{"seed": number, **kinds[number % len(kinds)]})
         for number in range(16)

@@ -45,6 +45,8 @@ NAMES = {
     "draw_kernel",
     "filter_kernel",
     "normaliser_kernel",
+    "penalise_kernel",
+    "count_kernel",
     "matmul_kernel",
     "sum_kernel",
     "int4_kernel",
