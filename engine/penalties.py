@@ -65,7 +65,7 @@ class KeptPenalties:
 
     def __init__(self, most_rows: int, *, most_new: int, most_distinct: int, device: torch.device) -> None:
         room = min(MOST_COUNTED + most_new, most_distinct)
-        self._entries = torch.zeros((2, most_rows, room), dtype=torch.int32, device=device)
+        self._entries = torch.empty((2, most_rows, room), dtype=torch.int32, device=device)
         self._lengths = torch.zeros(most_rows, dtype=torch.int32, device=device)
         self._factors = torch.ones((3, most_rows), dtype=torch.float32, device=device)
 
