@@ -1,28 +1,31 @@
 """Adjust: the rules of many sequences applied to the logits of one step.
 
-Owns the arithmetic of allowed tokens, biases, penalties and bad words, in that order. It is vLLM's, except that bad
+Owns the order of allowed tokens, biases, penalties and bad words, and their arithmetic but for that of penalties: it
+is the kernel set's, so that steps without the host (`decode_steps`) give the same bits. The order is vLLM's, but bad
 words come last, so that it can be seen whether they leave anything. Every rule touches its own row and there only
-the token ids it names, elementwise, so neither crowd nor order changes a bit. Keeps nothing between steps: what
-must be remembered lies in the sequence (`logit_rules`).
+the token ids it names, elementwise, so neither crowd nor order changes a bit. Keeps nothing between steps: what must
+be remembered lies in the sequence (`logit_rules`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engine.logit_rules import TokenCounts
+from engine.penalties import SeenTokens
 from engine.plan import Row
+from kernels import Penalties
 
 _Ids = Items[int]
 
 
-def adjust(logits: Tensor, rows: list[Row]) -> None:
-    """logits `[S, vocab]` fp32, changed in place; `rows` has S entries, those without rules stay as they are.
+def adjust(logits: Tensor, rows: list[Row], penalise: Callable[[Tensor, Penalties], None]) -> None:
+    """logits `[S, vocab]` fp32, changed in place; `rows` has S entries, those without rules stay as they are;
+    `penalise` is the kernel set's.
 
     A row whose largest logit was not finite keeps a NaN, even where the rules hide it.
     """
@@ -41,9 +44,8 @@ def adjust(logits: Tensor, rows: list[Row]) -> None:
         logits[where] += torch.tensor(
             [bias for _, pairs in biased for _, bias in pairs], device=logits.device
         )
-    penalised = [(i, r.counts) for i, r in asked if r.counts is not None]
-    if penalised:
-        _penalise(logits, rows, penalised)
+    if any(r.counts is not None for _, r in asked):
+        penalise(logits, SeenTokens.of([row.sequence for row in rows]).on(logits.device))
     worded = [(i, r) for i, r in asked if r.bad_words]
     if worded:
         banned = ((i, r.banned(rows[i].sequence.token_ids, rows[i].sequence.num_prompt)) for i, r in worded)
@@ -64,26 +66,6 @@ def _keep_only(logits: Tensor, allowed: Items[tuple[int, _Ids]]) -> None:
     kept = logits[where]
     logits[torch.tensor([i for i, _ in allowed], device=logits.device)] = float("-inf")
     logits[where] = kept
-
-
-def _penalise(logits: Tensor, rows: list[Row], penalised: list[tuple[int, TokenCounts]]) -> None:
-    for i, counts in penalised:
-        counts.update(rows[i].sequence.token_ids, rows[i].sequence.num_prompt)
-    where = _pairs(logits, [(i, counts.token_ids) for i, counts in penalised])
-    lengths = [len(counts.token_ids) for _, counts in penalised]
-    params = [rows[i].sequence.request.sampling for i, _ in penalised]
-
-    def spread(values: list[float]) -> Tensor:
-        return torch.from_numpy(np.repeat(np.array(values, dtype=np.float32), lengths)).to(logits.device)
-
-    made = np.concatenate([np.array(counts.generated, dtype=np.float32) for _, counts in penalised])
-    times = torch.from_numpy(made).to(logits.device)
-    repetition = spread([p.repetition_penalty for p in params])
-    x = logits[where]
-    x = torch.where(x > 0, x / repetition, x * repetition)
-    x -= spread([p.frequency_penalty for p in params]) * times
-    x -= spread([p.presence_penalty for p in params]) * (times > 0)
-    logits[where] = x
 
 
 def _ban(logits: Tensor, banned: list[tuple[int, list[int]]]) -> None:

@@ -14,15 +14,17 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from itertools import chain, product, starmap
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.cache import KVCache
+from engine.logprobs import logprobs_of
 from engine.model import Decoder
+from engine.penalties import KeptPenalties
 from engine.plan import Row
 from engine.sequence import Sequence
 from engine.shared_prefixes import MOST_GROUPS, Group, shared_prefixes
@@ -38,21 +40,45 @@ STARTS = 16  # entries of `_shared` before those of rows: MOST_GROUPS + 1, round
 Shape: TypeAlias = tuple[int, int, bool]  # rows, pages, whether some rows share a prefix
 
 
+class Draw(NamedTuple):
+    """What a draw takes because some row asks for it."""
+
+    filtered: bool = False  # top-k, top-p or min-p
+    scored: bool = False  # the logprob of what was drawn
+    penalised: bool = False  # by what the row has said before
+
+    @classmethod
+    def of(cls, rows: tuple[Row, ...]) -> Draw:
+        params = [row.sequence.request.sampling for row in rows]
+        return cls(
+            filtered=any(one.narrows for one in params),
+            scored=any(one.logprobs is not None for one in params),
+            penalised=any(row.sequence.rules is not None for row in rows),  # of rows that decode freely
+        )
+
+
+DRAWS = tuple(starmap(Draw, product((False, True), repeat=3)))  # every kind
+
+
 class Graphs(NamedTuple):
     """Of one `Shape`."""
 
     forward: torch.cuda.CUDAGraph  # from the inputs to the logits
-    draws: tuple[torch.cuda.CUDAGraph, ...]  # from the logits to the next step's inputs; and so with filters
+    draws: dict[Draw, torch.cuda.CUDAGraph]  # from the logits to the next step's inputs
     logits: Tensor  # [rows, vocab]
 
 
 class Drawn:
-    """What a launch draws: made `[steps, rows]`, on its way to the host."""
+    """What a launch draws, on its way to the host: made `[steps, rows]` int64, and logprobs `[steps, rows]` fp32
+    where some row asks for them."""
 
-    def __init__(self, made: Tensor) -> None:
+    def __init__(self, made: Tensor, logprobs: Tensor | None) -> None:
         on_gpu = made.device.type == "cuda"
-        self._host = torch.empty(made.shape, dtype=made.dtype, pin_memory=on_gpu).copy_(
-            made, non_blocking=True
+        self._made, self._logprobs = (
+            None
+            if one is None
+            else torch.empty(one.shape, dtype=one.dtype, pin_memory=on_gpu).copy_(one, non_blocking=True)
+            for one in (made, logprobs)
         )
         self._there = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
         if self._there is not None:
@@ -60,10 +86,16 @@ class Drawn:
 
     def tokens(self) -> list[list[int]]:
         """Of each row, one per step, -1 where logits were not finite. Waits for them."""
+        return self._by_row(self._made)
+
+    def logprobs(self) -> list[list[float]]:
+        """Of each row, one per step; nothing where no row asks. Waits for them."""
+        return self._by_row(self._logprobs)
+
+    def _by_row(self, numbers: Tensor | None) -> list[list[Any]]:
         if self._there is not None:
             self._there.synchronize()
-        rows: list[list[int]] = self._host.t().tolist()
-        return rows
+        return [] if numbers is None else numbers.t().tolist()
 
 
 class DecodeSteps:
@@ -99,6 +131,13 @@ class DecodeSteps:
             self._tables = self._zeros(rows * pages, dtype=torch.int32)
             self._shared = self._zeros(STARTS + 2 * rows, dtype=torch.int32)  # starts, tokens, members
             self._made = self._zeros(most_steps, rows)
+            self._logprobs = self._zeros(most_steps, rows, dtype=torch.float32)
+            self._penalties = KeptPenalties(
+                rows,
+                most_new=2 * most_steps,  # of a launch and one behind it
+                most_distinct=min(most_pages * page_size, decoder.config.vocab_size),
+                device=self._device,
+            )
             self._count = self._zeros(1)  # steps since the inputs were written
 
     def capture(self) -> None:
@@ -119,10 +158,13 @@ class DecodeSteps:
         sequence may; its pages cover that. `behind`: steps of a launch of the same rows whose draws nobody has read:
         rows go on where it stops, but for those that have no pages any more."""
         shape = self._write(rows, behind + num_steps, on=behind > 0)
-        filtered = any(row.sequence.request.sampling.narrows for row in rows)
+        draw = Draw.of(rows)
+        if draw.penalised and not behind:
+            self._penalties.write([row.sequence for row in rows], shape[0], self._put)
         for _ in range(num_steps):
-            self._draw(shape, self._forward(shape), filtered)
-        return Drawn(self._made[:num_steps, : len(rows)])
+            self._draw(shape, self._forward(shape), draw)
+        made = self._made[:num_steps, : len(rows)]
+        return Drawn(made, self._logprobs[:num_steps, : len(rows)] if draw.scored else None)
 
     def logits(self, rows: tuple[Row, ...]) -> Tensor:
         """`[len(rows), vocab]` behind each row's last token, which is stored; valid until the next call."""
@@ -213,14 +255,25 @@ class DecodeSteps:
     def _compute(self, shape: Shape) -> Tensor:
         return self._decoder.forward(self._step(shape), self._cache)
 
-    def _advance(self, shape: Shape, logits: Tensor, filtered: bool) -> None:
+    def _advance(self, shape: Shape, logits: Tensor, draw: Draw) -> None:
         """Draw, keep what was drawn, and make it the next step's input."""
+        kernels = self._decoder.kernels
         token_ids, positions, _, seeds, top_k = self._numbers[:, : shape[0]]
         temperatures, top_p, min_p = self._heats[:, : shape[0]]
         positions += 1  # tokens there are, which is what the noise of a draw is made of
-        filters = Filters(top_k, top_p, min_p) if filtered else None
-        drawn = self._decoder.kernels.sample(logits, temperatures, seeds, positions, filters)
+        filters = Filters(top_k, top_p, min_p) if draw.filtered else None
+        penalties = self._penalties.of(shape[0]) if draw.penalised else None
+        adjusted = logits
+        if penalties is not None:
+            adjusted = logits.to(torch.float32, copy=True)
+            kernels.penalise(adjusted, penalties)
+        drawn = kernels.sample(adjusted, temperatures, seeds, positions, filters)
+        if penalties is not None:
+            kernels.count_tokens(penalties, drawn)
         self._made[:, : shape[0]].index_copy_(0, self._count, drawn[None])
+        if draw.scored:
+            likely = logprobs_of(logits, drawn, kernels.normalisers(logits))
+            self._logprobs[:, : shape[0]].index_copy_(0, self._count, likely[None])
         torch.clamp(drawn, min=0, out=token_ids)
         self._count += 1
 
@@ -231,11 +284,11 @@ class DecodeSteps:
         graphs.forward.replay()
         return graphs.logits
 
-    def _draw(self, shape: Shape, logits: Tensor, filtered: bool) -> None:
+    def _draw(self, shape: Shape, logits: Tensor, draw: Draw) -> None:
         if self._captures:
-            self._graphs[shape].draws[filtered].replay()
+            self._graphs[shape].draws[draw].replay()
         else:
-            self._advance(shape, logits, filtered)
+            self._advance(shape, logits, draw)
 
     def _prepare(self, shape: Shape) -> None:
         """Capture a step of this shape, unless that was done."""
@@ -243,25 +296,27 @@ class DecodeSteps:
             return
         numbers = self._numbers.clone()  # of a launch that may still run
         self._numbers.zero_()  # limits of 0: nothing is seen and nothing is stored
+        lengths = self._penalties.clear()
         self._shared.zero_()  # it may name rows that this shape lacks, and is written anew for every launch
         self._count.zero_()
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with _uncollected(), torch.cuda.stream(stream):
             logits = self._compute(shape)
-            for filtered in (False, True):
-                self._advance(shape, logits, filtered)  # compiles and allocates what a capture must not
+            for draw in DRAWS:
+                self._advance(shape, logits, draw)  # compiles and allocates what a capture must not
                 self._count.zero_()
-            forward, draws = torch.cuda.CUDAGraph(), (torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph())
+            forward, draws = torch.cuda.CUDAGraph(), {draw: torch.cuda.CUDAGraph() for draw in DRAWS}
             forward.capture_begin(pool=self._memory, capture_error_mode="thread_local")
             logits = self._compute(shape)
             forward.capture_end()
-            for draw, filtered in zip(draws, (False, True), strict=True):
-                draw.capture_begin(pool=self._memory, capture_error_mode="thread_local")
-                self._advance(shape, logits, filtered)
-                draw.capture_end()
+            for draw, graph in draws.items():
+                graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
+                self._advance(shape, logits, draw)
+                graph.capture_end()
         torch.cuda.current_stream(self._device).wait_stream(stream)
         self._numbers.copy_(numbers)
+        self._penalties.restore(lengths)
         self._graphs[shape] = Graphs(forward, draws, logits)
 
     # --- shapes ---------------------------------------------------------------------------------------------

@@ -84,7 +84,4 @@ def _without_the_gone(plan: Plan, draws: Draws, running: Collection[Sequence]) -
     here = set(running)
     kept = [i for i, row in enumerate(plan.rows) if row.sequence in here]
     rows = tuple(plan.rows[i] for i in kept)
-    further = tuple(draws.further[i] for i in kept)
-    return Plan(rows, num_steps=plan.num_steps), Draws(
-        [draws.token_ids[i] for i in kept], {}, further=further
-    )
+    return Plan(rows, num_steps=plan.num_steps), draws.only(kept)

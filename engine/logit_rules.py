@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 from engine.sampling_params import SamplingParams
 
+MOST_COUNTED = 2**14  # tokens of a sequence that a device counts by itself: 256 such rows take 34 MB there
+
 
 class TokenCounts:
     """Distinct tokens of a sequence, in order of appearance, and how often each was generated. `update` reads only
@@ -57,6 +59,12 @@ class LogitRules:
         rules = cls(sampling, bad_words)
         asks = rules.counts or bad_words or sampling.biases or sampling.allowed_token_ids is not None
         return rules if asks else None
+
+    @property
+    def only_penalise(self) -> bool:
+        """Whether nothing but penalties is asked for: then a device that has the counts can go on with them."""
+        sampling = self.sampling
+        return not (self.bad_words or sampling.biases or sampling.allowed_token_ids is not None)
 
     def banned(self, token_ids: list[int], num_prompt: int) -> list[int]:
         """Ids that would complete a bad word now. Only what was generated counts as its beginning."""

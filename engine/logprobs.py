@@ -1,7 +1,8 @@
 """Logprobs: how likely tokens were, from logits that nothing has been done to.
 
-Owns the softmax behind every logprob, of generated tokens (`sampler`) and of prompts alike, what is told of it, and
-how many rows of logits a prompt may take at a time. Knows neither how a token was chosen nor where logits come from.
+Owns how the kernel set's `normalisers` become every logprob, of generated tokens (`sampler`, `decode_steps`) and of
+prompts alike, what is told of it, and how many rows of logits a prompt may take at a time. Knows neither how a token
+was chosen nor where logits come from.
 All of it is exact in any crowd: a row's values are the same bits in any number of rows and in any slice.
 """
 
@@ -12,37 +13,35 @@ from itertools import islice
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from engine.plan import Plan, PromptScores
 from engine.request import TokenLogprobs
+from kernels import Normalisers
 from kernels.ranking import ranked
 
 SLICE_BYTES = 64 * 2**20  # fp32 logits of a prompt that exist at a time
 
 
-def log_softmax(logits: Tensor) -> Tensor:
-    """Natural log of softmax: logits `[N, vocab]`, any float dtype, to float32 `[N, vocab]`.
-
-    torch reduces each row by itself, in an order given by its length; on CUDA by its alignment too, which the
-    padding makes the same for all rows. `logsumexp` would not do: it splits single long rows over threads.
-    """
-    logits = logits.float()
-    vocab = logits.shape[1]
-    if vocab % 4:  # floats in 16 bytes
-        logits = pad(logits, (0, -vocab % 4), value=float("-inf"))
-    return torch.log_softmax(logits, dim=1)[:, :vocab]
+def logprobs_of(logits: Tensor, token_ids: Tensor, of: Normalisers) -> Tensor:
+    """`[N]` fp32: how likely one token of each row was. logits `[N, vocab]`, any float dtype; token_ids `[N]` int64,
+    where a negative one stands for any."""
+    found = logits.gather(1, token_ids.clamp(min=0)[:, None])[:, 0]
+    return (found.float() - of.largest) - of.log_sums
 
 
-def token_logprobs(raw: Tensor, token_ids: Tensor, counts: list[int]) -> list[TokenLogprobs | None]:
-    """raw `[N, vocab]` from `log_softmax`, token_ids `[N]` int64, counts: how many of the likeliest each row wants.
+def token_logprobs(
+    logits: Tensor, token_ids: Tensor, counts: list[int], of: Normalisers
+) -> list[TokenLogprobs | None]:
+    """logits `[N, vocab]`, any float dtype, token_ids `[N]` int64, counts: how many of the likeliest each row wants.
     None where the id is negative or its logprob not finite."""
-    values = raw.gather(1, token_ids.clamp(min=0)[:, None])[:, 0]
+    values = logprobs_of(logits, token_ids, of)
     sound = torch.isfinite(values) & (token_ids >= 0)
     wide = [i for i, count in enumerate(counts) if count]
     top: dict[int, tuple[tuple[int, float], ...]] = {}
     if wide:
-        best, order = ranked(raw[torch.tensor(wide, device=raw.device)], min(max(counts), raw.shape[1]))
+        index = torch.tensor(wide, device=logits.device)
+        all_of = logits[index].float() - of.largest[index, None] - of.log_sums[index, None]
+        best, order = ranked(all_of, min(max(counts), logits.shape[1]))
         for i, ids, likeliest in zip(wide, order.tolist(), best.tolist(), strict=True):
             top[i] = tuple(zip(ids, likeliest, strict=True))[: counts[i]]
     rows = zip(token_ids.tolist(), values.tolist(), sound.tolist(), strict=True)
@@ -58,12 +57,16 @@ def slice_rows(vocab_size: int, multiple: int) -> int:
 
 
 def score_prompts(
-    plan: Plan, scored_rows: Tensor, logits_of: Callable[[Tensor], Tensor], at_once: int
+    plan: Plan,
+    scored_rows: Tensor,
+    logits_of: Callable[[Tensor], Tensor],
+    at_once: int,
+    normalisers: Callable[[Tensor], Normalisers],
 ) -> dict[int, PromptScores]:
     """How likely the prompts' tokens were behind each position in `Row.scored`, by number of the row in the plan.
 
     scored_rows `[N]`: those positions as `StepInput` has them, padding included; `logits_of` gives the logits
-    `[n, vocab]` of n of them and is asked for `at_once` at a time.
+    `[n, vocab]` of n of them and is asked for `at_once` at a time; `normalisers` is the kernel set's.
     """
     token_ids: list[int] = []
     counts: list[int] = []
@@ -75,8 +78,8 @@ def score_prompts(
     for start in range(0, len(token_ids), at_once):
         part = slice(start, start + at_once)
         next_ids = torch.tensor(token_ids[part], device=scored_rows.device)
-        raw = log_softmax(logits_of(scored_rows[part])[: len(next_ids)])
-        made += token_logprobs(raw, next_ids, counts[part])
+        logits = logits_of(scored_rows[part])[: len(next_ids)]
+        made += token_logprobs(logits, next_ids, counts[part], normalisers(logits))
     rest = iter(made)
     scores: dict[int, PromptScores] = {}
     for place, row in enumerate(plan.rows):

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Items
 
+from engine.logit_rules import MOST_COUNTED, LogitRules
 from engine.pages import PagePool
 from engine.plan import Plan
 from engine.sequence import Sequence
@@ -21,15 +22,20 @@ FEWEST_ALIVE = 1 / 2  # of a plan's rows: with fewer a smaller plan is made
 
 
 def decodes_freely(sequence: Sequence) -> bool:
-    """Whether its next tokens are drawn from the logits as they are, by numbers that the device has, and nothing is
-    asked about them: so several can be drawn before the first of them is read, in a row or on guesses."""
+    """Whether its next tokens are drawn from the logits by numbers that the device has or can count, and nothing is
+    asked about them but how likely each was: so several can be drawn before the first of them is read."""
     sampling = sequence.request.sampling
     return (
-        sampling.logprobs is None
-        and sequence.rules is None
+        not sampling.logprobs
+        and (sequence.rules is None or _counted(sequence, sequence.rules))
         and sequence.matcher is None
         and sequence.num_generated >= sampling.min_tokens
     )
+
+
+def _counted(sequence: Sequence, rules: LogitRules) -> bool:
+    """Whether its tokens can be counted where they are drawn."""
+    return rules.only_penalise and len(sequence.token_ids) <= MOST_COUNTED
 
 
 def steps_together(rows: Mapping[Sequence, int], most: int) -> int:

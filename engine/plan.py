@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from types import MappingProxyType
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -98,12 +99,45 @@ class Draws(NamedTuple):
     number of the sampling row, for rows that ask for them and did not fail. `prompt_logprobs`: by number of the row
     in the plan, one per position in `Row.scored`; None for a row whose logits were not finite, which draws no token
     either. `further`: what each sampling row drew behind that, in the further steps of a plan of several, or behind
-    proposed tokens that were right; empty where no row could."""
+    proposed tokens that were right; empty where no row could. `further_logprobs`: of `further`, by number of the
+    sampling row, as far as the row's tokens are sound."""
 
     token_ids: list[int]
     logprobs: dict[int, TokenLogprobs]
     prompt_logprobs: Mapping[int, PromptScores] = MappingProxyType({})
     further: tuple[list[int], ...] = ()
+    further_logprobs: Mapping[int, list[TokenLogprobs]] = MappingProxyType({})
+
+    @classmethod
+    def of_steps(cls, rows: tuple[Row, ...], tokens: list[list[int]], values: list[list[float]]) -> Draws:
+        """What rows that decode drew in several steps. tokens and values `[rows][steps]`: each token's id and, where
+        some row asks for them, its logprob; one that is not finite fails its token."""
+        firsts, further = {}, {}
+        for number, (row, drawn, likely) in enumerate(zip(rows, tokens, values, strict=False)):
+            if row.sequence.request.sampling.logprobs is None:
+                continue
+            told = []
+            for step, (token_id, value) in enumerate(zip(drawn, likely, strict=True)):
+                if token_id < 0 or not isfinite(value):
+                    drawn[step] = FAILED
+                    break
+                told.append(TokenLogprobs(token_id=token_id, logprob=value))
+            if told:
+                firsts[number], *further[number] = told
+        behind = tuple(drawn[1:] for drawn in tokens)
+        return cls([drawn[0] for drawn in tokens], firsts, further=behind, further_logprobs=further)
+
+    def only(self, numbers: list[int]) -> Draws:
+        """Of these sampling rows, of a plan whose rows all sample and have no `prompt_logprobs`."""
+        places = {number: place for place, number in enumerate(numbers)}
+        return Draws(
+            [self.token_ids[number] for number in numbers],
+            {places[number]: told for number, told in self.logprobs.items() if number in places},
+            further=tuple(self.further[number] for number in numbers),
+            further_logprobs={
+                places[number]: told for number, told in self.further_logprobs.items() if number in places
+            },
+        )
 
     def with_scores(self, plan: Plan, scores: Mapping[int, PromptScores]) -> Draws:
         """These draws, and `scores` as their `prompt_logprobs`."""

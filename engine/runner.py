@@ -199,7 +199,9 @@ class ModelRunner:
             scores: dict[int, PromptScores] = {}
             if step.scored_rows.shape[0]:
                 at_once = slice_rows(self.model_config.vocab_size, self._row_multiple)
-                scores = score_prompts(plan, step.scored_rows, partial(self._decoder.logits, hidden), at_once)
+                logits_of = partial(self._decoder.logits, hidden)
+                normalisers = self._decoder.kernels.normalisers
+                scores = score_prompts(plan, step.scored_rows, logits_of, at_once, normalisers)
             if not sampling_rows:
                 return Draws([], {}, scores)
             logits = self._decoder.logits(hidden, step.logit_rows)
@@ -225,11 +227,7 @@ class ModelRunner:
         self.times.begin("forward")
         drawn = self._steps.launch(plan.rows, plan.num_steps, behind=plan.behind)
 
-        def landed() -> Draws:
-            tokens = drawn.tokens()
-            return Draws([row[0] for row in tokens], {}, further=tuple(row[1:] for row in tokens))
-
-        return landed
+        return lambda: Draws.of_steps(plan.rows, drawn.tokens(), drawn.logprobs())
 
     def logits(self, plan: Plan) -> Tensor:
         """As `run`, but the logits `[draws, vocab]` before any sampling."""

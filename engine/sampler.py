@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine.adjust import adjust
 from engine.config import ModelConfig
-from engine.logprobs import log_softmax, token_logprobs
+from engine.logprobs import token_logprobs
 from engine.plan import FAILED, Draws, Row
 from engine.request import TokenLogprobs
 from engine.sampling_params import SamplingParams
@@ -30,6 +30,8 @@ from kernels.reference import KERNELS as REFERENCE
 class Sampler:
     def __init__(self, config: ModelConfig, kernels: Kernels = REFERENCE) -> None:
         self._sample = kernels.sample
+        self._normalisers = kernels.normalisers
+        self._penalise = kernels.penalise
         self._vocab_size = config.vocab_size
         self._eos = config.eos_token_ids
         self._masks = TokenMasks()
@@ -44,14 +46,14 @@ class Sampler:
         if speculative:
             rows = [row for row in rows for _ in range(1 + len(row.proposed))]
         asked = [i for i, row in enumerate(rows) if row.sequence.request.sampling.logprobs is not None]
-        raw = log_softmax(logits[torch.tensor(asked, device=logits.device)]) if asked else None
+        raw = logits[torch.tensor(asked, device=logits.device)] if asked else None
         self._masks.apply(logits, rows)
         self._mask_early_ends(logits, rows)
         if any(row.sequence.rules is not None for row in rows):
             logits = logits.float()
-            adjust(logits, rows)
+            adjust(logits, rows, self._penalise)
         tokens = self._draw(logits, rows, ahead)
-        logprobs = {} if raw is None else _logprobs(raw, tokens, rows, asked)
+        logprobs = {} if raw is None else self._logprobs(raw, tokens, rows, asked)
         draws = Draws(tokens.tolist(), logprobs)
         return accept(sampling_rows, draws) if speculative else draws
 
@@ -78,6 +80,20 @@ class Sampler:
             _filters(params, device) if any(p.narrows for p in params) else None,
         )
 
+    def _logprobs(
+        self, raw: Tensor, tokens: Tensor, rows: list[Row], asked: list[int]
+    ) -> dict[int, TokenLogprobs]:
+        """raw `[len(asked), vocab]`, logits that nothing has been done to, tokens `[S]`. By row, for rows in `asked`
+        that did not fail; a row whose logprob is not finite (an infinite logit that min_tokens masked) becomes
+        `FAILED` in `tokens`."""
+        counts = [rows[i].sequence.request.sampling.logprobs or 0 for i in asked]
+        drawn = tokens[torch.tensor(asked, device=tokens.device)]
+        made = token_logprobs(raw, drawn, counts, self._normalisers(raw))
+        for i, one in zip(asked, made, strict=True):
+            if one is None:
+                tokens[i] = FAILED
+        return {i: one for i, one in zip(asked, made, strict=True) if one is not None}
+
 
 def _filters(params: list[SamplingParams], device: torch.device) -> Filters:
     return Filters(
@@ -85,14 +101,3 @@ def _filters(params: list[SamplingParams], device: torch.device) -> Filters:
         top_p=torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device),
         min_p=torch.tensor([p.min_p for p in params], dtype=torch.float64, device=device),
     )
-
-
-def _logprobs(raw: Tensor, tokens: Tensor, rows: list[Row], asked: list[int]) -> dict[int, TokenLogprobs]:
-    """raw `[len(asked), vocab]`, tokens `[S]`. By row, for rows in `asked` that did not fail; a row whose
-    logprob is not finite (an infinite logit that min_tokens masked) becomes `FAILED` in `tokens`."""
-    counts = [rows[i].sequence.request.sampling.logprobs or 0 for i in asked]
-    made = token_logprobs(raw, tokens[torch.tensor(asked, device=tokens.device)], counts)
-    for i, one in zip(asked, made, strict=True):
-        if one is None:
-            tokens[i] = FAILED
-    return {i: one for i, one in zip(asked, made, strict=True) if one is not None}

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from itertools import groupby
+from types import MappingProxyType
 
 from engine.endings import ending, goes_on
 from engine.forecast import Forecast
@@ -151,10 +152,11 @@ class Scheduler:
         logprobs: Mapping[int, TokenLogprobs] | None = None,
         prompt_logprobs: Mapping[int, PromptScores] | None = None,
         further: tuple[list[int], ...] = (),
+        further_logprobs: Mapping[int, list[TokenLogprobs]] = MappingProxyType({}),
     ) -> list[Sequence]:
         """Take in a step, as `Draws` has it: `tokens` has one id per sampling row, in order, `logprobs` those that
         were asked for, by number of the sampling row, `prompt_logprobs` by number of the row, `further` what came
-        behind `tokens`: what a sequence drew behind its end is dropped. Returns who left.
+        behind `tokens`, with `further_logprobs`: what a sequence drew behind its end is dropped. Returns who left.
 
         Those carry an `output`; one whose token is -1 or whose `prompt_logprobs` are None (logits that were not
         finite) leaves without.
@@ -173,7 +175,7 @@ class Scheduler:
                 continue
             number, token_id = next(drawn)
             if logprobs and number in logprobs:
-                sequence.logprobs.append(logprobs[number])
+                sequence.logprobs += (logprobs[number], *further_logprobs.get(number, ()))
             sound = self._take(sequence, (token_id, *further[number]) if further else (token_id,))
             if row.proposed:
                 self.speculation.settle(row, len(further[number]))

@@ -78,7 +78,7 @@ class Speculation:
 
     def _guess(self, sequence: Sequence, most: int) -> tuple[int, ...]:
         most = min(most, self._most, sequence.num_wanted - 1)  # the last token it may draw is never computed
-        if most < 1 or not decodes_freely(sequence):
+        if most < 1 or not _draws_alone(sequence):
             return ()
         if sequence.proposer is None:
             sequence.proposer = NgramProposer()
@@ -95,3 +95,10 @@ class Speculation:
     def counters(self) -> dict[str, int | float]:
         """By name, for `Engine.stats`."""
         return {"num_draft_tokens": self.num_proposed, "num_accepted_tokens": self.num_accepted}
+
+
+def _draws_alone(sequence: Sequence) -> bool:
+    """Whether a draw behind a guess takes that draw's logits and nothing else: no counts of the tokens before it, and
+    nobody asks how likely it was."""
+    asks = sequence.rules is not None or sequence.request.sampling.logprobs is not None
+    return not asks and decodes_freely(sequence)

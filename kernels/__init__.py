@@ -31,7 +31,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -123,6 +123,33 @@ class Filters:
     top_k: Tensor  # [S] int64, at least 0
     top_p: Tensor  # [S] fp64, above 0 and at most 1
     min_p: Tensor  # [S] fp64, from 0 to 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Penalties:
+    """Which tokens each row of logits has seen, and what that does to their logits x: x / repetition where x is above
+    0 and x · repetition elsewhere (Keskar et al. 2019), then less frequency · times, then less presence where times
+    is above 0 (OpenAI), in fp32, each operation rounded by itself: all sets agree in every bit.
+
+    A row lists its distinct tokens: a step then touches those, a few hundred, while a count for every token of the
+    vocabulary would be as much to read as the logits are (256 rows of 152k tokens: 156 MB in int32). The first
+    `lengths` entries of a row count; a row without any has no penalties. Rows may be strided.
+    """
+
+    token_ids: Tensor  # [S, N] int32, N at least 1
+    times: Tensor  # [S, N] int32, how often each was generated; 0: it is in the prompt alone
+    lengths: Tensor  # [S] int32
+    repetition: Tensor  # [S] fp32, above 0
+    frequency: Tensor  # [S] fp32
+    presence: Tensor  # [S] fp32
+
+
+class Normalisers(NamedTuple):
+    """What makes logits of a row to logprobs, the logs of its softmax: (logit - largest) - log_sum, in fp32. Two
+    numbers, because their sum would round away the logprob of a token that is nearly certain."""
+
+    largest: Tensor  # [S] fp32, of the row's logits
+    log_sums: Tensor  # [S] fp32, the log of the sum of exp(logit - largest)
 
 
 class Sample(Protocol):
@@ -228,6 +255,13 @@ class Kernels:
       (which any NaN of the row is) or infinite. Logits bf16, fp16 or fp32; u and the sums over a row fp32 or better.
       `filters` (may be left out) say which tokens may be drawn: the others have weight 0 and order and total are of
       those that are left. A row whose filters are all off draws as if there were none, bit for bit.
+    - `normalisers(logits [S, vocab]) -> Normalisers`: of each row, whose bits depend on that row alone; logits as
+      for `sample`. Where the largest logit is NaN or infinite the row's logprobs are not finite. Apart from `sample`,
+      because a token is drawn from logits after masks and penalties, and its logprob is of those before them.
+    - `penalise(logits [S, vocab] fp32, penalties)`: in place.
+    - `count_tokens(penalties, tokens [S] int64)`: notes the tokens that rows have drawn, in place: one more time for
+      a token that the row lists, else an entry at its end, if N leaves room. Not of a row without entries, and not
+      of a negative token.
     - `pack(weight [out, in]) -> PackedWeight`: the weight in the order in which `matmul` reads it best. None: the
       plain one is.
     - `matmul(x [T, in], weight [out, in] or what `pack` made of it, bias [out] or None) -> [T, out]`: x · weightᵀ +
@@ -263,6 +297,9 @@ class Kernels:
     softcap: Callable[[Tensor, float], Tensor]
     paged_attention: PagedAttention
     sample: Sample
+    normalisers: Callable[[Tensor], Normalisers]
+    penalise: Callable[[Tensor, Penalties], None]
+    count_tokens: Callable[[Penalties, Tensor], None]
     int4_matmul: Int4Matmul
     fp8_matmul: Fp8Matmul
     keeps: tuple[type[QuantisedWeight], ...] = ()

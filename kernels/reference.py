@@ -18,7 +18,9 @@ from kernels import (
     Attention,
     Filters,
     Kernels,
+    Normalisers,
     PagedKV,
+    Penalties,
     SharedPrefixes,
     attend_with_single_queries,
 )
@@ -226,6 +228,45 @@ def kept(logits: Tensor, heat: Tensor, filters: Filters) -> Tensor:
     return torch.zeros_like(stays).scatter_(1, order, stays)
 
 
+def normalisers(logits: Tensor) -> Normalisers:
+    # torch reduces each row by itself, in an order given by its length; on CUDA by its alignment too, which the
+    # padding makes the same for all rows. `logsumexp` would split single long rows over threads.
+    wide, vocab = logits.float(), logits.shape[1]
+    if vocab % 4:  # floats in 16 bytes
+        wide = F.pad(wide, (0, -vocab % 4), value=float("-inf"))
+    largest, at = wide.max(dim=1, keepdim=True)
+    return Normalisers(largest[:, 0], -torch.log_softmax(wide, dim=1).gather(1, at)[:, 0])
+
+
+def penalise(logits: Tensor, penalties: Penalties) -> None:
+    rows, at = _listed(penalties).nonzero(as_tuple=True)  # [n], entries of all rows
+    ids, times = penalties.token_ids[rows, at].long(), penalties.times[rows, at].float()
+    x, repetition = logits[rows, ids], penalties.repetition[rows]
+    x = torch.where(x > 0, x / repetition, x * repetition)
+    x -= penalties.frequency[rows] * times
+    x -= penalties.presence[rows] * (times > 0)
+    logits[rows, ids] = x
+
+
+def count_tokens(penalties: Penalties, tokens: Tensor) -> None:
+    token_ids, times, lengths = penalties.token_ids, penalties.times, penalties.lengths
+    same = _listed(penalties) & (token_ids == tokens[:, None])
+    known = same.any(dim=1)
+    place = torch.where(known, same.int().argmax(dim=1), lengths)
+    noted = (lengths > 0) & (tokens >= 0) & (place < token_ids.shape[1])
+    rows = noted.nonzero()[:, 0]
+    at, known = place[rows], known[rows]
+    token_ids[rows, at] = tokens[rows].int()
+    times[rows, at] = torch.where(known, times[rows, at], 0) + 1
+    lengths[rows] += (~known).int()
+
+
+def _listed(penalties: Penalties) -> Tensor:
+    """[S, N] bool: the entries that count."""
+    places = torch.arange(penalties.token_ids.shape[1], device=penalties.lengths.device)
+    return places < penalties.lengths[:, None]
+
+
 def int4_matmul(x: Tensor, weight: Int4Weight, bias: Tensor | None, *, invariant: bool = False) -> Tensor:
     return _multiplied(x.float(), weight.dequantised(), bias, x.dtype)
 
@@ -281,6 +322,9 @@ KERNELS = Kernels(
     softcap=softcap,
     paged_attention=paged_attention,
     sample=sample,
+    normalisers=normalisers,
+    penalise=penalise,
+    count_tokens=count_tokens,
     int4_matmul=int4_matmul,
     fp8_matmul=fp8_matmul,
     quantise_int8=quantise_int8,

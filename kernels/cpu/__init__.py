@@ -21,7 +21,7 @@ from kernels.cpu.build import BuildError, load_library
 from kernels.cpu.int8_matmul import IntegerProducts
 from kernels.cpu.matmul import Products, preferred
 from kernels.cpu.sampling import sample
-from kernels.reference import fp8_matmul, int4_matmul
+from kernels.reference import count_tokens, fp8_matmul, int4_matmul, normalisers, penalise
 
 __all__ = ["BuildError", "kernels"]
 
@@ -70,6 +70,9 @@ def kernels() -> Kernels:
         softcap=ops.softcap,
         paged_attention=ops.paged_attention,
         sample=sample,
+        normalisers=normalisers,
+        penalise=penalise,
+        count_tokens=count_tokens,
         int4_matmul=int4_matmul,
         fp8_matmul=fp8_matmul,
         matmul=products.matmul,

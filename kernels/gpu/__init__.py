@@ -21,6 +21,8 @@ from kernels.gpu.launch import paged_attention
 from kernels.gpu.matmul import matmul
 from kernels.gpu.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from kernels.gpu.norm_rope_store import norm_rope_store
+from kernels.gpu.normalisers import normalisers
+from kernels.gpu.penalties import count_tokens, penalise
 from kernels.gpu.rope import rope
 from kernels.gpu.sampling import sample
 from kernels.weights import Float8Weight, Int4Weight
@@ -49,6 +51,9 @@ KERNELS = Kernels(
     softcap=softcap,
     paged_attention=paged_attention,
     sample=sample,
+    normalisers=normalisers,
+    penalise=penalise,
+    count_tokens=count_tokens,
     matmul=matmul,
     int4_matmul=int4_matmul,
     fp8_matmul=fp8_matmul,

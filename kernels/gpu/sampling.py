@@ -32,17 +32,20 @@ def block_kernel(
 ):  # fmt: skip
     """Of each block of each row: the largest logit, NaN if there is any, its first token id, and the sum of weights;
     maxima fp32, firsts int32 and sums int64, all [S, blocks]. group_maxima [S, blocks, BLOCK / GROUP] fp32: the
-    largest of each group of tokens in the block; or None."""
+    largest of each group of tokens in the block; or None. So may temperatures be, which are 1 then, and firsts."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = block * BLOCK + tl.arange(0, BLOCK)
     values = tl.load(logits + row * stride + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
     largest = tl.max(values, axis=0)
-    first = tl.min(tl.where(values == largest, token, vocab), axis=0)
-    held = weights(values, largest, tl.load(temperatures + row).to(tl.float32))
+    temperature = tl.full((), 1.0, tl.float32)
+    if temperatures is not None:
+        temperature = tl.load(temperatures + row).to(tl.float32)
+    held = weights(values, largest, temperature)
     broken = tl.max((values != values).to(tl.int32), axis=0) > 0
     place = row * blocks + block
     tl.store(maxima + place, tl.where(broken, float("nan"), largest))
-    tl.store(firsts + place, first)
+    if firsts is not None:
+        tl.store(firsts + place, tl.min(tl.where(values == largest, token, vocab), axis=0))
     tl.store(sums + place, tl.sum(held, axis=0))
     if group_maxima is not None:
         group = tl.arange(0, BLOCK // GROUP)

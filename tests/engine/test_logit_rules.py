@@ -15,6 +15,7 @@ from engine.request import Request, RequestId
 from engine.sampler import FAILED, Sampler
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
+from kernels.reference import penalise
 from tests.support.shapes import shape
 
 VOCAB = 61
@@ -32,7 +33,7 @@ def row(prompt: list[int], generated: list[int], bad_words: Words = (), **params
 
 def adjusted(logits: Tensor, *rows: Row) -> Tensor:
     changed = logits.clone()
-    adjust(changed, list(rows))
+    adjust(changed, list(rows), penalise)
     return changed
 
 

@@ -11,12 +11,15 @@ import pytest
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.multi_step import decodes_freely, steps_together
-from engine.request import Completion, Request, RequestId
+from engine.plan import FAILED, Draws, Row
+from engine.request import Completion, Request, RequestId, TokenLogprobs
 from engine.sampling_params import InvalidParameter, RepetitionDetectionParams, SamplingParams
 from engine.sequence import Sequence
 from tests.support.checked import EOS, checked_engine, draw, expected, fingerprints
 from tests.support.pressure import run
 from tests.support.tiny import write_tiny_llama
+
+INF = float("inf")
 
 
 def decoding(max_tokens: int, **sampling: Any) -> Sequence:
@@ -37,8 +40,12 @@ def decoding(max_tokens: int, **sampling: Any) -> Sequence:
         ({"min_tokens": 1}, True),
         ({"min_tokens": 2}, False),
         ({"temperature": 1.0, "top_k": 5, "top_p": 0.9, "min_p": 0.1}, True),
-        ({"logprobs": 0}, False),
-        ({"presence_penalty": 0.1}, False),
+        ({"logprobs": 0}, True),
+        ({"logprobs": 1}, False),
+        ({"presence_penalty": 0.1}, True),
+        ({"repetition_penalty": 1.1, "frequency_penalty": 0.1, "logprobs": 0}, True),
+        ({"presence_penalty": 0.1, "allowed_token_ids": (4, 5)}, False),
+        ({"presence_penalty": 0.1, "logit_bias": {4: 1.0}}, False),
         ({"logit_bias": {4: 1.0}}, False),
     ],
 )
@@ -125,7 +132,11 @@ KINDS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.6, "stop": ("e", "st")},
     {"temperature": 1.3, "top_p": 0.9, "n": 2},
     {"temperature": 0.9, "top_k": 20, "min_p": 0.02},
-    {"temperature": 0.0, "top_k": 3},
+    {"temperature": 0.0, "top_k": 3, "logprobs": 0},
+    {"temperature": 1.2, "logprobs": 0, "n": 2, "stop": ("r",)},
+    {"temperature": 0.0, "repetition_penalty": 1.4},
+    {"temperature": 0.9, "presence_penalty": 1.5, "frequency_penalty": -0.7, "n": 2, "logprobs": 0},
+    {"temperature": 0.8, "frequency_penalty": 1.8, "top_p": 0.9, "repetition_penalty": 0.8},
     {"temperature": 1.5, "stop": ("a",), "include_stop_str_in_output": True, "min_tokens": 5},
     {
         "temperature": 1.2,
@@ -140,7 +151,7 @@ KINDS: tuple[dict[str, Any], ...] = (
 @pytest.mark.parametrize("mixed", [False, True])
 def test_the_tokens_of_one_step_at_a_time(model: Path, dtype: str, mixed: bool) -> None:
     """Alone among their kind, and beside rows that must be looked at after each token."""
-    kinds = (*KINDS, {"temperature": 1.0, "top_p": 0.9, "presence_penalty": 0.5}) if mixed else KINDS
+    kinds = (*KINDS, {"temperature": 1.0, "top_p": 0.9, "logit_bias": {300: 2.0}}) if mixed else KINDS
     requests = [
         request(f"a night {number}", 30 + number, **{"seed": number, **kinds[number % len(kinds)]})
         for number in range(16)
@@ -169,3 +180,24 @@ def test_the_tokens_of_one_step_at_a_time(model: Path, dtype: str, mixed: bool) 
 def test_no_steps_at_all_are_refused() -> None:
     with pytest.raises(InvalidParameter, match="num_scheduler_steps"):
         EngineConfig(model="x", num_scheduler_steps=0)
+
+
+def test_what_several_steps_say_of_their_tokens() -> None:
+    """By row: a token whose logprob is not finite fails, and what was drawn behind it is nobody's."""
+    rows = tuple(
+        Row(decoding(9, **asked), 1) for asked in ({"logprobs": 0}, {}, {"logprobs": 0}, {"logprobs": 0})
+    )
+    tokens = [[4, 5, 6], [7, 8, 9], [1, 2, 3], [-1, 2, 3]]
+    values = [[-0.5, -1.0, -1.5], [-INF] * 3, [-2.0, -INF, -1.0], [float("nan")] * 3]
+    found = Draws.of_steps(rows, tokens, values)
+    assert found.token_ids == [4, 7, 1, FAILED]
+    assert found.further == ([5, 6], [8, 9], [FAILED, 3], [2, 3])
+    assert found.logprobs == {0: told(4, -0.5), 2: told(1, -2.0)}
+    assert found.further_logprobs == {0: [told(5, -1.0), told(6, -1.5)], 2: []}
+    fewer = found.only([1, 2])
+    assert fewer == ([7, 1], {1: told(1, -2.0)}, {}, ([8, 9], [FAILED, 3]), {1: []})
+    assert Draws.of_steps(rows[1:2], [[7, 8]], []) == ([7], {}, {}, ([8],), {})
+
+
+def told(token_id: int, logprob: float) -> TokenLogprobs:
+    return TokenLogprobs(token_id=token_id, logprob=logprob)

@@ -116,17 +116,19 @@ def test_alone_in_crowds_and_preempted_the_bits_are_the_same(
     assert tight.stats()["num_preemptions"] > 0
 
 
-FILTERED: tuple[dict[str, Any], ...] = (
+FREE: tuple[dict[str, Any], ...] = (
     {"temperature": 1.0, "top_p": 0.95, "top_k": 20},
     {"temperature": 1.5, "top_p": 0.9},
     {"temperature": 1.0, "min_p": 0.02, "n": 2},
     {"temperature": 0.8, "top_k": 500, "top_p": 0.999},
     {"temperature": 1.0},
     {"temperature": 0.0, "top_k": 4},
+    {"temperature": 0.7, "presence_penalty": 1.0, "frequency_penalty": 0.5, "logprobs": 0},
+    {"temperature": 0.0, "repetition_penalty": 1.3},
 )
 
 
-def test_filtered_rows_draw_the_same_in_several_steps(device: str, tmp_path: Path) -> None:
+def test_filtered_and_penalised_rows_draw_the_same_in_several_steps(device: str, tmp_path: Path) -> None:
     """Whose draws are replayed from graphs, where there is a GPU."""
     folder = write_model(tmp_path)
     requests = [
@@ -134,7 +136,7 @@ def test_filtered_rows_draw_the_same_in_several_steps(device: str, tmp_path: Pat
             id=RequestId(f"job-{number}", 1),
             prompt_token_ids=tuple(range(3, 20 + number)),
             sampling=SamplingParams(
-                seed=number, max_tokens=40 + number % 5, ignore_eos=True, **FILTERED[number % len(FILTERED)]
+                seed=number, max_tokens=40 + number % 5, ignore_eos=True, **FREE[number % len(FREE)]
             ),
         )
         for number in range(24)

@@ -21,11 +21,12 @@ from engine import LLM
 from engine import logprobs as logprobs_module
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.logprobs import log_softmax, score_prompts, slice_rows
+from engine.logprobs import score_prompts, slice_rows
 from engine.model import Decoder, Hidden
 from engine.plan import FAILED, Draws, Plan, Row
 from engine.request import Completion, Generated, Rejected, Request, RequestId, TokenLogprobs
 from engine.sampling_params import SamplingParams
+from kernels.reference import normalisers
 from tests.support.checked import CheckedRunner, checked_engine, expected_scores
 from tests.support.pressure import run
 from tests.support.rollout import sequence
@@ -223,9 +224,9 @@ def test_one_bad_row_fails_its_own_request_even_if_nothing_follows_from_it() -> 
     )
     plan = Plan(rows)
     logits = torch.randn(6, 12, generator=torch.Generator().manual_seed(1))
-    clean = score_prompts(plan, torch.arange(6), lambda at: logits[at].clone(), 4)
+    clean = score_prompts(plan, torch.arange(6), lambda at: logits[at].clone(), 4, normalisers)
     assert list(clean) == [0, 1, 3]
-    plain = log_softmax(logits)
+    plain = logits.log_softmax(dim=1)
     for place, first in ((0, 0), (1, 2), (3, 5)):
         made, tokens = clean[place], rows[place].sequence.token_ids
         assert made is not None
@@ -233,10 +234,10 @@ def test_one_bad_row_fails_its_own_request_even_if_nothing_follows_from_it() -> 
         values = [plain[first + i, token_id].item() for i, token_id in enumerate(tokens[1:])]
         assert [one.logprob for one in made] == values
     logits[0, 11], logits[3, 2] = float("inf"), float("nan")
-    scores = score_prompts(plan, torch.arange(6), lambda at: logits[at].clone(), 4)
+    scores = score_prompts(plan, torch.arange(6), lambda at: logits[at].clone(), 4, normalisers)
     assert scores == {0: None, 1: None, 3: clean[3]}
     # the first would have drawn a token, the second is in the middle of its prompt
-    assert Draws([3, 4, 5], {}).with_scores(plan, scores) == ([FAILED, 4, 5], {}, scores, ())
+    assert Draws([3, 4, 5], {}).with_scores(plan, scores) == ([FAILED, 4, 5], {}, scores, (), {})
 
 
 @pytest.mark.parametrize("chunk", [3, 512])

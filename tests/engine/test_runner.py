@@ -65,7 +65,7 @@ def test_a_nan_token_fails_its_own_request_only(tmp_path: Path, kv_cache_dtype: 
 
 
 def test_an_empty_plan_is_no_work(tmp_path: Path) -> None:
-    assert load(write_tiny_llama(tmp_path)).run(Plan(())) == ([], {}, {}, ())
+    assert load(write_tiny_llama(tmp_path)).run(Plan(())) == ([], {}, {}, (), {})
 
 
 def test_attributes_tell_what_was_loaded(tmp_path: Path) -> None:

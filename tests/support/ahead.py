@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from kernels import Attention, Filters, HeadNorms, PagedKV, SharedPrefixes
+from kernels import Attention, Filters, HeadNorms, PagedKV, Penalties, SharedPrefixes
 from kernels.gpu import KERNELS, launch
 from kernels.gpu.fp8_matmul import fp8_matmul
 from kernels.gpu.int4_matmul import int4_matmul, int4_plain
@@ -168,14 +168,20 @@ def rowwise(dtype: torch.dtype) -> Callable[[], object]:
 
 def sampling(dtype: torch.dtype) -> Callable[[], object]:
     """Vocabularies of one block and of many, whose rows are aligned and are not; sampling as the engine asks for it,
-    with filters and without, and with temperatures of fp32."""
+    with filters and without, and with temperatures of fp32; what logprobs are made with,
+    and penalties."""
     seeds, heat = torch.empty(16, dtype=torch.int64), torch.empty(16, dtype=torch.float64)
     filters = Filters(seeds, heat, heat)
+    ids, factors = torch.empty(16, 4096, dtype=torch.int32), heat.float()
+    penalties = Penalties(ids, ids, ids[:, 0].contiguous(), factors, factors, factors)
 
     def calls() -> None:
         for vocab in (1000, 49152, 151936, 262145):
             KERNELS.sample(torch.empty(16, vocab, dtype=dtype), heat, seeds, seeds)
             KERNELS.sample(torch.empty(16, vocab, dtype=dtype), heat, seeds, seeds, filters)
+            KERNELS.normalisers(torch.empty(16, vocab, dtype=dtype))
+        KERNELS.penalise(torch.empty(16, 49152), penalties)
+        KERNELS.count_tokens(penalties, seeds)
         KERNELS.sample(torch.empty(16, 49152, dtype=dtype), heat.float(), seeds, seeds, filters)
 
     return calls
