@@ -1,4 +1,4 @@
-/* Attention over the pages of one row. Included by `ops.c` once per dtype of a cache: STORED, ST (its functions)
+/* Attention over the pages of a row, or of rows that share them. Included by `ops.c` once per dtype of a cache: STORED, ST (its functions)
  * and SCALED (whether it has bfloat16 scales).
  *
  * Owns the layout of a page as it is read, and the order of attention's sums. Queries come and results go in fp32,
@@ -8,46 +8,52 @@
  * and by token for the values. It is fixed by the query token alone, so neither chunking nor other rows nor threads
  * change a bit of it. Masked scores are -inf, whose weight is exactly 0; their values are never multiplied. Tiles of
  * 16 tokens that lie before the windows of all queries are not read, nor are the page numbers of whole pages there.
+ * Between two blocks all that is known of a query is its `softmax_state`, so where it is walked on changes no bit.
  */
 #ifndef BLOCK
 #define BLOCK 256 /* context tokens per round of the online softmax (Milakov and Gimelshein 2018) */
 #define MAX_QUERIES 6 /* query vectors that share one pass over K and V: 6 x 4 accumulators fit 32 registers */
 
-/* One kv head of one row: where its pages lie and which query vectors ask. */
+/* One kv head: where its pages lie, and the query vectors that ask, at most MAX_QUERIES. */
 typedef struct {
     const void *keys, *values;
     const uint16_t *key_scales, *value_scales;
     const int32_t *pages;
     long head, kv_heads, dim, page_size;
-    long first, group, start_position; /* vector i belongs to token (first + i) / group of the row's queries */
+    long positions[MAX_QUERIES]; /* of the query vectors: ascending where not all of them see all that is walked */
     long window; /* how many tokens a query sees at most */
     float softcap; /* in powers of two; 0: none */
-    const float *slopes; /* of the heads that read this kv head, or NULL */
+    float slopes[MAX_QUERIES]; /* of the query vectors' heads; 0: none */
 } head_context;
 
-INLINE long query_position(const head_context *at, int i) { return at->start_position + (at->first + i) / at->group; }
+/* What query vectors know of the blocks behind them: arrays of one entry (of mixed: dim) per vector. */
+typedef struct {
+    float *largest; /* score; at first -infinity */
+    vf *total; /* of weights, per lane; at first 0 */
+    float *mixed; /* sums of weight * value; at first 0 */
+} softmax_state;
 
 INLINE long within(long token, long tokens) { return token < 0 ? 0 : token < tokens ? token : tokens; }
 
 /* Of the `tokens` tokens of a block that begins at token `from`, query vector i sees those from first_visible on,
  * before last_visible. */
 INLINE long first_visible(const head_context *at, int i, long from, long tokens) {
-    return within(query_position(at, i) - at->window + 1 - from, tokens);
+    return within(at->positions[i] - at->window + 1 - from, tokens);
 }
 
 INLINE long last_visible(const head_context *at, int i, long from, long tokens) {
-    return within(query_position(at, i) + 1 - from, tokens);
+    return within(at->positions[i] + 1 - from, tokens);
 }
 
 /* What query vector i adds to the scores of a block's tokens first..last beyond the product: cap, then slope. */
 static __attribute__((noinline)) void bend_scores(const head_context *at, int i, long from, long first, long last,
                                                   float *scores) {
-    float slope = at->slopes ? at->slopes[(at->first + i) % at->group] * LOG2E : 0;
+    float slope = at->slopes[i] * LOG2E;
     vf s;
     for (long t = first - first % LANES; t < last; t += LANES) {
         memcpy(&s, scores + t, sizeof s);
         if (at->softcap) s = at->softcap * vtanh(s / at->softcap);
-        if (slope) s += slope * __builtin_convertvector(LANE + (int32_t)(from + t - query_position(at, i)), vf);
+        if (slope) s += slope * __builtin_convertvector(LANE + (int32_t)(from + t - at->positions[i]), vf);
         memcpy(scores + t, &s, sizeof s);
     }
 }
@@ -149,16 +155,15 @@ static __attribute__((noinline)) void ST(mix_rest)(float (*weights)[BLOCK], long
     ST(mix_values)(1, weights, first, last, values, dim, &rescale, mixed);
 }
 
-/* nq query vectors against one kv head's context. queries: [dim][nq], already scaled. Leaves the sums of
- * weight * value in mixed [nq][dim] and those of the weights in denominators [nq]. */
-INLINE void ST(attend)(const int nq, const head_context *at, const float *queries, float *mixed, float *denominators) {
+/* nq query vectors against one kv head's tokens from..end, whole blocks but for the last one, which all of them see in
+ * part at least. queries: [dim][nq], already scaled. Moves their state on. */
+INLINE void ST(attend)(const int nq, const head_context *at, const float *queries, long from, long end,
+                       softmax_state state) {
     const long dim = at->dim, page_size = at->page_size;
-    float scores[nq][BLOCK], largest[nq], rescale[nq];
-    vf total[MAX_QUERIES] = {};
-    for (int i = 0; i < nq; i++) largest[i] = -INFINITY;
-    memset(mixed, 0, nq * dim * sizeof(float));
-    const long begin = first_visible(at, 0, 0, LONG_MAX), end = last_visible(at, nq - 1, 0, LONG_MAX);
-    for (long from = begin / BLOCK * BLOCK; from < end; from += BLOCK) {
+    float scores[nq][BLOCK], rescale[nq], *mixed = state.mixed;
+    const long begin = first_visible(at, 0, 0, LONG_MAX);
+    if (from < begin) from = begin / BLOCK * BLOCK;
+    for (; from < end; from += BLOCK) {
         const long tokens = end - from < BLOCK ? end - from : BLOCK;
         const int tiles = (tokens + LANES - 1) / LANES;
         int t = begin > from ? (begin - from) / LANES : 0; /* the first tile that any of them sees */
@@ -185,8 +190,9 @@ INLINE void ST(attend)(const int nq, const head_context *at, const float *querie
             first[i] = first_visible(at, i, from, tokens), last[i] = last_visible(at, i, from, tokens);
             rescale[i] = 1.0f;
             if (first[i] >= last[i]) continue;
-            if (at->softcap || at->slopes) bend_scores(at, i, from, first[i], last[i], scores[i]);
-            rescale[i] = weigh_block(scores[i], first[i], last[i], SCALED ? value_scales : NULL, largest + i, total + i);
+            if (at->softcap || at->slopes[i]) bend_scores(at, i, from, first[i], last[i], scores[i]);
+            rescale[i] = weigh_block(scores[i], first[i], last[i], SCALED ? value_scales : NULL, state.largest + i,
+                                     state.total + i);
         }
         /* What not every query may see could be NaN, and 0 * NaN is NaN: the queries share the tokens that all of them
          * see, and each goes alone through its rest before and behind. That is the same sum in the same order. */
@@ -202,17 +208,17 @@ INLINE void ST(attend)(const int nq, const head_context *at, const float *querie
             if (shared_end < last[i])
                 ST(mix_rest)(scores + i, shared_end, last[i], values, dim, 1.0f, mixed + i * dim);
     }
-    for (int i = 0; i < nq; i++) denominators[i] = lane_sum(total[i]);
 }
 
-static void ST(attend_any)(int nq, const head_context *at, const float *queries, float *mixed, float *denominators) {
+static void ST(attend_any)(int nq, const head_context *at, const float *queries, long from, long end,
+                           softmax_state state) {
     switch (nq) {
-    case 1: ST(attend)(1, at, queries, mixed, denominators); break;
-    case 2: ST(attend)(2, at, queries, mixed, denominators); break;
-    case 3: ST(attend)(3, at, queries, mixed, denominators); break;
-    case 4: ST(attend)(4, at, queries, mixed, denominators); break;
-    case 5: ST(attend)(5, at, queries, mixed, denominators); break;
-    case MAX_QUERIES: ST(attend)(MAX_QUERIES, at, queries, mixed, denominators); break;
+    case 1: ST(attend)(1, at, queries, from, end, state); break;
+    case 2: ST(attend)(2, at, queries, from, end, state); break;
+    case 3: ST(attend)(3, at, queries, from, end, state); break;
+    case 4: ST(attend)(4, at, queries, from, end, state); break;
+    case 5: ST(attend)(5, at, queries, from, end, state); break;
+    case MAX_QUERIES: ST(attend)(MAX_QUERIES, at, queries, from, end, state); break;
     }
 }
 

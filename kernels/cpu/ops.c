@@ -1,4 +1,4 @@
-/* The operations on a CPU, for bf16 and fp32 storage, computed in fp32; `paged.h` and `attention.h` hold the two on pages.
+/* The operations on a CPU, for bf16 and fp32 storage, computed in fp32; `paged.h`, `shared.h` and `attention.h` hold the two on pages.
  *
  * Owns arithmetic on plain arrays. Knows no tensors: `kernels/cpu/__init__.py` checks shapes and passes pointers
  * and strides (counted in elements). Generic vectors of 16 floats (GCC vector extensions) become AVX-512, AVX2
@@ -146,6 +146,8 @@ INLINE vf load_some_i8(const int8_t *p, long n) {
 #define ST(name) name##_i8
 #define SCALED 1
 #include "attention.h"
+
+#include "shared.h"
 
 #define SCALAR uint16_t
 #define FN(name) name##_bf16
