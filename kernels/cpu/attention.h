@@ -12,7 +12,19 @@
  */
 #ifndef BLOCK
 #define BLOCK 256 /* context tokens per round of the online softmax (Milakov and Gimelshein 2018) */
-#define MAX_QUERIES 6 /* query vectors that share one pass over K and V: 6 x 4 accumulators fit 32 registers */
+#define MAX_QUERIES 6 /* query vectors that share one pass over K and V */
+
+/* Sums of one pass of the two products, in registers: as many as leave some for what is added. */
+#if NATIVE == 16
+#define SCORE_SUMS 12
+#define MIX_SUMS 24
+#elif NATIVE == 8
+#define SCORE_SUMS 12
+#define MIX_SUMS 12
+#else
+#define SCORE_SUMS 24
+#define MIX_SUMS 24
+#endif
 
 /* One kv head: where its pages lie, and the query vectors that ask, at most MAX_QUERIES. */
 typedef struct {
@@ -64,26 +76,28 @@ static __attribute__((noinline)) void bend_scores(const head_context *at, int i,
 static __attribute__((noinline)) float weigh_block(float *scores, long first, long last, const uint16_t *const *scales,
                                                    float *largest, vf *total) {
     const int begin = first / LANES, end = (last + LANES - 1) / LANES; /* the tiles that hold them */
-    vf most = splat(-INFINITY), s;
     for (long t = begin * LANES; t < first; t++) scores[t] = -INFINITY;
     for (long t = last; t < end * LANES; t++) scores[t] = -INFINITY;
-    for (int t = begin; t < end; t++) {
-        memcpy(&s, scores + t * LANES, sizeof s);
-        most = vmax(most, s);
-    }
-    float before = *largest, now = lane_max(most);
+    vn most[PARTS], sum[PARTS], s;
+    UNROLL for (int p = 0; p < PARTS; p++) most[p] = nsplat(-INFINITY);
+    for (int t = begin; t < end; t++) UNROLL for (int p = 0; p < PARTS; p++)
+        most[p] = nmax(most[p], native_f32(scores + t * LANES + p * NATIVE));
+    vf each;
+    memcpy(&each, most, sizeof each);
+    float before = *largest, now = lane_max(each);
     now = now > before ? now : before;
     *largest = now;
-    float rescale = vexp2(splat(before - now))[0];
-    vf sum = *total * rescale;
-    for (int t = begin; t < end; t++) {
-        memcpy(&s, scores + t * LANES, sizeof s);
-        s = vexp2(s - now);
-        sum += s;
-        if (scales) s *= load_bf16(scales[t]);
-        memcpy(scores + t * LANES, &s, sizeof s);
+    float rescale = nexp2(nsplat(before - now))[0];
+    memcpy(sum, total, sizeof sum);
+    UNROLL for (int p = 0; p < PARTS; p++) sum[p] *= rescale;
+    for (int t = begin; t < end; t++) UNROLL for (int p = 0; p < PARTS; p++) {
+        float *at = scores + t * LANES + p * NATIVE;
+        s = nexp2(native_f32(at) - now);
+        sum[p] += s;
+        if (scales) s *= native_bf16(scales[t] + p * NATIVE);
+        memcpy(at, &s, sizeof s);
     }
-    *total = sum;
+    memcpy(total, sum, sizeof sum);
     return rescale;
 }
 #endif
@@ -92,57 +106,63 @@ static __attribute__((noinline)) float weigh_block(float *scores, long first, lo
  * queries: [dim][nq]. */
 INLINE void ST(score_tiles)(const int nq, const int tiles, const float *queries, long dim, const STORED *const *keys,
                             const uint16_t *const *scales, long page_size, float (*scores)[BLOCK], long at) {
-    vf sum[MAX_QUERIES][4] = {};
+    vn sum[MAX_QUERIES][4 * PARTS] = {};
     for (long d = 0; d < dim; d++) {
-        vf key[4];
-        UNROLL for (int t = 0; t < tiles; t++) key[t] = ST(load)(keys[t] + d * page_size);
+        vn key[4 * PARTS];
+        UNROLL for (int t = 0; t < tiles; t++) ST(tile)(keys[t] + d * page_size, key + t * PARTS);
         UNROLL for (int q = 0; q < nq; q++) {
-            vf x = splat(queries[d * nq + q]);
-            UNROLL for (int t = 0; t < tiles; t++) sum[q][t] += x * key[t];
+            float x = queries[d * nq + q];
+            UNROLL for (int i = 0; i < tiles * PARTS; i++) sum[q][i] += x * key[i];
         }
     }
-    UNROLL for (int t = 0; t < tiles; t++) {
-        vf by = SCALED ? load_bf16(scales[t]) : (vf){};
-        UNROLL for (int q = 0; q < nq; q++) {
-            if (SCALED) sum[q][t] *= by;
-            memcpy(scores[q] + at + t * LANES, &sum[q][t], sizeof(vf));
-        }
+    UNROLL for (int t = 0; t < tiles; t++) UNROLL for (int q = 0; q < nq; q++) {
+        vn *tile = sum[q] + t * PARTS;
+        ST(merge)(tile);
+        if (SCALED)
+            UNROLL for (int p = 0; p < PARTS; p++) tile[p] *= native_bf16(scales[t] + p * NATIVE);
+        memcpy(scores[q] + at + t * LANES, tile, LANES * sizeof(float));
     }
 }
 
-/* mixed[q][c..] = mixed[q][c..] * rescale[q] + sum over tokens first..last of weight * value, for `parts` vectors of
- * channels from c on, the last of which may be short (n channels in all). */
-INLINE void ST(mix_channels)(const int nq, const int parts, float (*weights)[BLOCK], long first, long last,
+/* mixed[q][c..] = mixed[q][c..] * rescale[q] + sum over tokens first..last of weight * value, for `tiles` times 16
+ * channels from c on, the last of which may be fewer (n channels in all). */
+INLINE void ST(mix_channels)(const int nq, const int tiles, float (*weights)[BLOCK], long first, long last,
                              const STORED *const *values, long dim, long c, long n, const float *rescale,
                              float *mixed) {
-    vf sum[MAX_QUERIES][4];
-    const int whole = n >= parts * LANES;
+    vn sum[MAX_QUERIES][4 * PARTS] = {};
+    const int whole = n >= tiles * LANES;
     mixed += c;
-    UNROLL for (int q = 0; q < nq; q++) UNROLL for (int p = 0; p < parts; p++) {
-        vf v = {};
-        memcpy(&v, mixed + q * dim + p * LANES, whole ? sizeof v : n * sizeof(float));
-        sum[q][p] = v * rescale[q];
+    UNROLL for (int q = 0; q < nq; q++) UNROLL for (int t = 0; t < tiles; t++) {
+        vn *tile = sum[q] + t * PARTS;
+        memcpy(tile, mixed + q * dim + t * LANES, whole ? LANES * sizeof(float) : n * sizeof(float));
+        UNROLL for (int p = 0; p < PARTS; p++) tile[p] *= rescale[q];
+        ST(split)(tile);
     }
-    for (long t = first; t < last; t++) {
-        const STORED *row = values[t / LANES] + (t % LANES) * dim + c;
-        vf value[4];
-        UNROLL for (int p = 0; p < parts; p++)
-            value[p] = whole ? ST(load)(row + p * LANES) : ST(load_some)(row + p * LANES, n);
+    for (long i = first; i < last; i++) {
+        const STORED *row = values[i / LANES] + (i % LANES) * dim + c;
+        STORED padded[LANES] = {0};
+        if (!whole) memcpy(padded, row, n * sizeof *row);
+        vn value[4 * PARTS];
+        UNROLL for (int t = 0; t < tiles; t++) ST(tile)(whole ? row + t * LANES : padded, value + t * PARTS);
         UNROLL for (int q = 0; q < nq; q++) {
-            vf w = splat(weights[q][t]);
-            UNROLL for (int p = 0; p < parts; p++) sum[q][p] += w * value[p];
+            float w = weights[q][i];
+            UNROLL for (int p = 0; p < tiles * PARTS; p++) sum[q][p] += w * value[p];
         }
     }
-    UNROLL for (int q = 0; q < nq; q++) UNROLL for (int p = 0; p < parts; p++)
-        memcpy(mixed + q * dim + p * LANES, &sum[q][p], whole ? sizeof(vf) : n * sizeof(float));
+    UNROLL for (int q = 0; q < nq; q++) UNROLL for (int t = 0; t < tiles; t++) {
+        vn *tile = sum[q] + t * PARTS;
+        ST(merge)(tile);
+        memcpy(mixed + q * dim + t * LANES, tile, whole ? LANES * sizeof(float) : n * sizeof(float));
+    }
 }
 
 /* The same for all channels. */
 INLINE void ST(mix_values)(const int nq, float (*weights)[BLOCK], long first, long last, const STORED *const *values,
                            long dim, const float *rescale, float *mixed) {
+    const int most = 4 * nq * PARTS <= MIX_SUMS ? 4 : 2 * nq * PARTS <= MIX_SUMS ? 2 : 1;
     long c = 0;
-    for (; dim - c >= 4 * LANES; c += 4 * LANES)
-        ST(mix_channels)(nq, 4, weights, first, last, values, dim, c, 4 * LANES, rescale, mixed);
+    for (; dim - c >= most * LANES; c += most * LANES)
+        ST(mix_channels)(nq, most, weights, first, last, values, dim, c, most * LANES, rescale, mixed);
     for (; dim - c >= LANES; c += LANES)
         ST(mix_channels)(nq, 1, weights, first, last, values, dim, c, LANES, rescale, mixed);
     if (c < dim) ST(mix_channels)(nq, 1, weights, first, last, values, dim, c, dim - c, rescale, mixed);
@@ -179,9 +199,9 @@ INLINE void ST(attend)(const int nq, const head_context *at, const float *querie
                 value_scales[i] = at->value_scales + page * page_size + offset;
             }
         }
-        for (; nq <= 3 && t + 4 <= tiles; t += 4)
+        for (; nq * 4 * PARTS <= SCORE_SUMS && t + 4 <= tiles; t += 4)
             ST(score_tiles)(nq, 4, queries, dim, keys + t, key_scales + t, page_size, scores, t * LANES);
-        for (; t + 2 <= tiles; t += 2)
+        for (; nq * 2 * PARTS <= SCORE_SUMS && t + 2 <= tiles; t += 2)
             ST(score_tiles)(nq, 2, queries, dim, keys + t, key_scales + t, page_size, scores, t * LANES);
         for (; t < tiles; t++)
             ST(score_tiles)(nq, 1, queries, dim, keys + t, key_scales + t, page_size, scores, t * LANES);
