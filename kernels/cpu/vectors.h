@@ -167,16 +167,3 @@ INLINE void tile_bf16(const uint16_t *p, vn *to) {
 INLINE void merge_bf16(vn *tile) { (void)tile; }
 INLINE void split_bf16(vn *tile) { (void)tile; }
 #endif
-
-INLINE vf load_i8(const int8_t *p) {
-    vb b;
-    memcpy(&b, p, sizeof b);
-    return __builtin_convertvector(__builtin_convertvector(b, vi), vf);
-}
-
-INLINE vf load_some_i8(const int8_t *p, long n) {
-    if (n >= LANES) return load_i8(p);
-    int8_t padded[LANES] = {0};
-    memcpy(padded, p, n);
-    return load_i8(padded);
-}
