@@ -27,14 +27,15 @@ from engine.model import Decoder
 from engine.penalties import KeptPenalties
 from engine.plan import Row
 from engine.sequence import Sequence
-from engine.shared_prefixes import MOST_GROUPS, Group, shared_prefixes
+from engine.shared_prefixes import Group, shared_prefixes
 from engine.step_input import StepInput
-from kernels import Filters, SharedPrefixes
+from kernels import Filters, SharedPrefixes, Sharing
 
 if TYPE_CHECKING:
     from engine.fallback import Fallback
 
 LEAST_PAGES = 32  # in a page table: fewer kinds of graphs
+MOST_GROUPS = 8  # that attention is told of
 STARTS = 16  # entries of `_shared` before those of rows: MOST_GROUPS + 1, rounded up to an aligned place
 
 Shape: TypeAlias = tuple[int, int, bool]  # rows, pages, whether some rows share a prefix
@@ -99,8 +100,8 @@ class Drawn:
 
 
 class DecodeSteps:
-    """`most_rows` and `most_pages`: of a plan, and of a row. `most_steps`: that are run together. `shares`: prefixes
-    that rows share are read once for all of them, so that the rounding of a row depends on the others."""
+    """`most_rows` and `most_pages`: of a plan, and of a row. `most_steps`: that are run together. `sharing`: how the
+    kernels read prefixes that rows share once for all of them; None: they are not told who does."""
 
     def __init__(
         self,
@@ -112,7 +113,7 @@ class DecodeSteps:
         most_pages: int,
         most_steps: int,
         row_multiple: int,
-        shares: bool = False,
+        sharing: Sharing | None = None,
     ) -> None:
         self._decoder = decoder
         self._cache = cache
@@ -121,7 +122,7 @@ class DecodeSteps:
         self._most_rows = most_rows
         self._device = torch.device(decoder.device)
         self._captures = self._device.type == "cuda" and decoder.capturable
-        self._shares = shares
+        self._sharing = sharing
         self._graphs: dict[Shape, Graphs] = {}
         self._memory = torch.cuda.graph_pool_handle() if self._captures else None
         rows, pages = self._bucket(most_rows), _power_of_two(most_pages)
@@ -199,7 +200,10 @@ class DecodeSteps:
     def _limits(self, sequences: list[Sequence], num_steps: int) -> tuple[list[int], list[Group], Shape]:
         """Up to which token each may be computed, 0 for one without pages; and who shares a prefix."""
         limits = [one.num_computed + min(num_steps, one.num_wanted) if one.pages else 0 for one in sequences]
-        groups = shared_prefixes([one.pages for one in sequences], self._page_size) if self._shares else []
+        groups: list[Group] = []
+        if self._sharing is not None:
+            tables = [one.pages for one in sequences]
+            groups = shared_prefixes(tables, self._page_size, self._sharing, most_groups=MOST_GROUPS)
         pages = _power_of_two(-(-max(limits) // self._page_size))
         return limits, groups, (self._bucket(len(limits)), pages, bool(groups))
 

@@ -159,7 +159,7 @@ class Fallback:
             self.kernels.store_kv(k, v, pages, step.slots)
             how = Attention(call.scale, window=call.window, softcap=call.softcap)
             mixed = self.kernels.paged_attention(
-                q, pages, step.page_table, step.query_start, step.context_lens, how
+                q, pages, step.page_table, step.query_start, step.context_lens, how, step.shared
             )
             return mixed[None]
 

@@ -83,6 +83,8 @@ class ModelRunner:
         self._row_multiple = row_multiple
         self._steps = steps
         self._decoder = decoder
+        sharing = decoder.kernels.sharing  # told in steps of all kinds of rows: others would not use it there
+        self._sharing = sharing if sharing is not None and sharing.exact else None
         self._sampler = Sampler(decoder.config, decoder.kernels)
 
     @classmethod
@@ -137,6 +139,7 @@ class ModelRunner:
             decoder.pad_groups(row_multiple)
         together = 1 if config.num_speculative_tokens else STEPS_TOGETHER[kind]
         num_scheduler_steps = config.num_scheduler_steps or together
+        sharing = decoder.kernels.sharing  # must keep every bit where tokens may not depend on the crowd
         steps = DecodeSteps(
             decoder,
             cache,
@@ -145,7 +148,7 @@ class ModelRunner:
             most_pages=-(-max_model_len // page_size),
             most_steps=num_scheduler_steps,
             row_multiple=row_multiple,
-            shares=kind == "cuda" and not deterministic,
+            sharing=None if deterministic and not (sharing and sharing.exact) else sharing,
         )
         steps.capture()
         return cls(
@@ -193,7 +196,7 @@ class ModelRunner:
             return Draws([], {})
         sampling_rows = plan.sampling_rows
         try:
-            step = StepInput.build(plan, self.page_size, row_multiple=self._row_multiple, device=self.device)
+            step = self._input(plan)
             self.times.begin("forward")
             hidden = self._decoder.hidden(step, self.cache)
             scores: dict[int, PromptScores] = {}
@@ -214,6 +217,15 @@ class ModelRunner:
         torch.cuda.empty_cache()  # here, where the tensors of the step are gone
         raise OutOfDeviceMemory(reason)
 
+    def _input(self, plan: Plan) -> StepInput:
+        return StepInput.build(
+            plan,
+            self.page_size,
+            row_multiple=self._row_multiple,
+            device=self.device,
+            sharing=self._sharing,
+        )
+
     def _decode(self, plan: Plan) -> Draws:
         """Of a plan of one step whose rows all compute their last token."""
         if all(decodes_freely(row.sequence) for row in plan.rows):
@@ -233,7 +245,7 @@ class ModelRunner:
         """As `run`, but the logits `[draws, vocab]` before any sampling."""
         with torch.inference_mode():
             self.cache.move(plan.moves)
-            step = StepInput.build(plan, self.page_size, row_multiple=self._row_multiple, device=self.device)
+            step = self._input(plan)
             return self._decoder.forward(step, self.cache)[: plan.num_draws]
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from engine.plan import Plan
-from kernels import SharedPrefixes
+from engine.shared_prefixes import shared_prefixes
+from kernels import SharedPrefixes, Sharing
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +30,20 @@ class StepInput:
     # [S] int64: tokens whose logits draw the next, proposed ones behind a row's last; padding repeats token 0
     logit_rows: Tensor
     scored_rows: Tensor  # [N] int64: the same for logits that score a prompt's next token (`Row.scored`)
-    shared: SharedPrefixes | None = (
-        None  # where rows of one token each share pages and rounding may depend on that
-    )
+    shared: SharedPrefixes | None = None  # where rows of one token share pages, if attention is to be told
 
     @classmethod
-    def build(cls, plan: Plan, page_size: int, *, row_multiple: int = 1, device: str = "cpu") -> StepInput:
-        """`row_multiple`: T, S and N are padded up to it (see `runner` on determinism)."""
+    def build(
+        cls,
+        plan: Plan,
+        page_size: int,
+        *,
+        row_multiple: int = 1,
+        device: str = "cpu",
+        sharing: Sharing | None = None,
+    ) -> StepInput:
+        """`row_multiple`: T, S and N are padded up to it (see `runner` on determinism). `sharing`: the kernels', if
+        they are to be told which rows share a prefix."""
         rows = plan.rows
         counts = np.array([row.num_queries for row in rows], dtype=np.int64)
         query_start = np.zeros(len(rows) + 1, dtype=np.int64)
@@ -84,7 +92,22 @@ class StepInput:
             context_lens=tensor((computed + counts).astype(np.int32)),
             logit_rows=chosen(sampled),
             scored_rows=chosen(scored),
+            shared=_shared(plan, page_size, sharing, device) if sharing is not None else None,
         )
+
+
+def _shared(plan: Plan, page_size: int, sharing: Sharing, device: str) -> SharedPrefixes | None:
+    """Which rows of one token share a prefix; None: no rows do."""
+    tables = [row.sequence.pages if row.num_queries == 1 else () for row in plan.rows]
+    groups = shared_prefixes(tables, page_size, sharing)
+    if not groups:
+        return None
+    tokens = np.zeros(len(plan.rows), dtype=np.int32)
+    for group in groups:
+        tokens[group.rows] = group.tokens
+    members = np.array([row for group in groups for row in group.rows], dtype=np.int32)
+    starts = np.cumsum([0, *(len(group.rows) for group in groups)], dtype=np.int32)
+    return SharedPrefixes(*(torch.from_numpy(array).to(device) for array in (tokens, members, starts)))
 
 
 def _round_up(count: int, multiple: int) -> int:

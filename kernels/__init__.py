@@ -10,7 +10,7 @@ P pages per row in the table. All tensors on one device; x, weights, q, k and v 
 - Sums, exponentials and divisions are in fp32; each result is rounded to the dtype once. A set may also round the
   weights of a softmax to the dtype before they meet V, as tensor cores take them.
 - Every token's result depends on that token's inputs alone, never on T, R or the other rows (but for
-  the rounding of attention with a `SharedPrefixes`).
+  the rounding of attention with a `SharedPrefixes`, where a set's `Sharing` is not exact).
 - The last dimension is contiguous; token rows may be strided (views of a wider matrix).
 - T = 0 and R = 0 are allowed and do nothing.
 
@@ -105,6 +105,16 @@ class SharedPrefixes:
     tokens: Tensor  # [R] leading tokens that a row shares with its group; 0: it is in none
     members: Tensor  # [N] row numbers, one group after the other
     starts: Tensor  # [G + 1], G at least 1: group g is members[starts[g] : starts[g + 1]]
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """What a set makes of a `SharedPrefixes`: from how many tokens and rows of a group on it reads them once for all,
+    and whether that leaves every bit of every result as it is without."""
+
+    least_tokens: int
+    least_rows: int
+    exact: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -244,8 +254,9 @@ class Kernels:
       the last ones and are already stored. Query head h reads kv head `h // (hq / hk)`. Rows of one token
       and of many mix freely. Tokens from `query_start[R]` on are padding: their result is zero. None: every row
       has one query, T = R, and rows with a context of 0 are padding. `shared` (may be left out) changes no result
-      but by rounding, which may then depend on the group. It is used, if at all, where `query_start` is None and no
-      window hides a token.
+      but by rounding, which may then depend on the group, and where `sharing` is exact not a bit. It is used, if at
+      all, for rows of which no window hides a token. Where `query_start` is given only a set whose `sharing` is
+      exact uses it, for the rows that have one query; others may be members, and gain nothing.
     - `sample(logits [S, vocab], temperatures [S] fp32 or fp64, seeds [S] int64, positions [S] int64, filters or
       None) -> [S] int64`:
       one token of each row, whose bits depend on that row alone. Temperature 0: the largest logit's, the lowest id
@@ -281,7 +292,7 @@ class Kernels:
 
     `quantised` names the dtypes of 8-bit caches that the set serves; `keeps` the weights that are better left
     quantised for it than made plain beforehand; `multiplies` the dtypes whose products are better left to `matmul`
-    than to the library.
+    than to the library; `sharing` what it makes of a `SharedPrefixes`, None: nothing.
     """
 
     name: str
@@ -309,6 +320,7 @@ class Kernels:
     multiplies: tuple[torch.dtype, ...] = ()
     quantise_int8: Callable[[Tensor], Int8Weight] | None = None
     int8_matmul: Callable[[Tensor, Int8Weight, Tensor | None], Tensor] | None = None
+    sharing: Sharing | None = None
 
 
 Attend = Callable[[Tensor, PagedKV, Tensor, Tensor, Tensor, Attention], Tensor]

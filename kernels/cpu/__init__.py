@@ -11,12 +11,21 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Mapping
 from ctypes import c_float, c_int, c_long, c_void_p
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels import Activation, Attention, Kernels, PagedKV, SharedPrefixes, attend_with_single_queries
+from kernels import (
+    Activation,
+    Attention,
+    Kernels,
+    PagedKV,
+    SharedPrefixes,
+    Sharing,
+    attend_with_single_queries,
+)
 from kernels.cpu.build import BuildError, load_library
 from kernels.cpu.int8_matmul import IntegerProducts
 from kernels.cpu.matmul import Products, preferred
@@ -35,7 +44,10 @@ _ARGUMENTS = {
 }
 _PAGED_ARGUMENTS = {
     "store_kv": (_L, _L, _L, _L, _P, _L, _P, _L, _P, _P, _P, _P, _P, _I),
-    "paged_attention": (_L, _L, _L, _L, _L, _P, _L, _P, _P, _P, _P, _P, _L, _P, _P, _F, _L, _F, _P, _P, _I),
+    "paged_attention": (
+        *(_L, _L, _L, _L, _L, _P, _L, _P, _P, _P, _P, _P, _L, _P, _P, _F, _L, _F, _P),
+        *(_P, _P, _P, _L, _P, _I),
+    ),
 }
 _ACTIVATIONS: Mapping[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}  # as in ops.c
 _SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
@@ -80,6 +92,7 @@ def kernels() -> Kernels:
         multiplies=preferred(),
         quantise_int8=integers.quantise,
         int8_matmul=integers.matmul,
+        sharing=Sharing(least_tokens=256, least_rows=2, exact=True),  # a block of attention.h
     )
 
 
@@ -231,10 +244,11 @@ class _Ops:
         query_start: Tensor | None,
         context_lens: Tensor,
         how: Attention,
-        shared: SharedPrefixes | None = None,  # not used yet
+        shared: SharedPrefixes | None = None,
     ) -> Tensor:
         if query_start is None:
-            return attend_with_single_queries(self.paged_attention, q, cache, page_table, context_lens, how)
+            attend = partial(self.paged_attention, shared=shared)
+            return attend_with_single_queries(attend, q, cache, page_table, context_lens, how)
         tokens, heads, dim = q.shape
         rows, kv_heads = page_table.shape[0], cache.keys.shape[1]
         page_size = _page_size(cache, kv_heads, dim)
@@ -260,7 +274,8 @@ class _Ops:
             rows, kv_heads, heads // kv_heads, dim, page_size, q.data_ptr(), q.stride(0),
             *_pointers(cache), page_table.data_ptr(), page_table.shape[1],
             query_start.data_ptr(), context_lens.data_ptr(), how.scale, how.window or 0, how.softcap or 0.0,
-            None if slopes is None else slopes.data_ptr(), out.data_ptr(), torch.get_num_threads(),
+            None if slopes is None else slopes.data_ptr(), *_groups(shared, rows),
+            out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         if failed:
             raise MemoryError("paged_attention: no memory for its list of work items")
@@ -311,6 +326,20 @@ def _pointers(cache: PagedKV) -> tuple[int | None, ...]:
     """K, V and their scales, as both paged operations take them."""
     parts = (cache.keys, cache.values, cache.key_scales, cache.value_scales)
     return tuple(None if part is None else part.data_ptr() for part in parts)
+
+
+def _groups(shared: SharedPrefixes | None, rows: int) -> tuple[int | None, int | None, int | None, int]:
+    """A hint as `paged_attention` takes it, of `rows` rows: tokens, members, starts, number of groups."""
+    if shared is None:
+        return None, None, None, 0
+    parts = (shared.tokens, shared.members, shared.starts)
+    _require(
+        all(part.dtype == torch.int32 and part.ndim == 1 and part.is_contiguous() for part in parts)
+        and shared.tokens.shape == (rows,)
+        and len(shared.starts) > 1,
+        "shared: tokens [R], members [N], starts [G+1], all int32",
+    )
+    return *(part.data_ptr() for part in parts), len(shared.starts) - 1  # type: ignore[return-value]
 
 
 def _same_dtype(*tensors: Tensor) -> None:

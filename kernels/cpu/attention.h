@@ -1,4 +1,4 @@
-/* Attention over the pages of one row. Included by `ops.c` once per dtype of a cache: STORED, ST (its functions)
+/* Attention over the pages of a row, or of rows that share them. Included by `ops.c` once per dtype of a cache: STORED, ST (its functions)
  * and SCALED (whether it has bfloat16 scales).
  *
  * Owns the layout of a page as it is read, and the order of attention's sums. Queries come and results go in fp32,
@@ -8,46 +8,64 @@
  * and by token for the values. It is fixed by the query token alone, so neither chunking nor other rows nor threads
  * change a bit of it. Masked scores are -inf, whose weight is exactly 0; their values are never multiplied. Tiles of
  * 16 tokens that lie before the windows of all queries are not read, nor are the page numbers of whole pages there.
+ * Between two blocks all that is known of a query is its `softmax_state`, so where it is walked on changes no bit.
  */
 #ifndef BLOCK
 #define BLOCK 256 /* context tokens per round of the online softmax (Milakov and Gimelshein 2018) */
-#define MAX_QUERIES 6 /* query vectors that share one pass over K and V: 6 x 4 accumulators fit 32 registers */
+#define MAX_QUERIES 6 /* query vectors that share one pass over K and V */
 
-/* One kv head of one row: where its pages lie and which query vectors ask. */
+/* Sums of one pass of the two products, in registers: as many as leave some for what is added. */
+#if NATIVE == 16
+#define SCORE_SUMS 12
+#define MIX_SUMS 24
+#elif NATIVE == 8
+#define SCORE_SUMS 12
+#define MIX_SUMS 12
+#else
+#define SCORE_SUMS 24
+#define MIX_SUMS 24
+#endif
+
+/* One kv head: where its pages lie, and the query vectors that ask, at most MAX_QUERIES. */
 typedef struct {
     const void *keys, *values;
     const uint16_t *key_scales, *value_scales;
     const int32_t *pages;
     long head, kv_heads, dim, page_size;
-    long first, group, start_position; /* vector i belongs to token (first + i) / group of the row's queries */
+    long positions[MAX_QUERIES]; /* of the query vectors: ascending where not all of them see all that is walked */
     long window; /* how many tokens a query sees at most */
     float softcap; /* in powers of two; 0: none */
-    const float *slopes; /* of the heads that read this kv head, or NULL */
+    float slopes[MAX_QUERIES]; /* of the query vectors' heads; 0: none */
 } head_context;
 
-INLINE long query_position(const head_context *at, int i) { return at->start_position + (at->first + i) / at->group; }
+/* What query vectors know of the blocks behind them: arrays of one entry (of mixed: dim) per vector. */
+typedef struct {
+    float *largest; /* score; at first -infinity */
+    vf *total; /* of weights, per lane; at first 0 */
+    float *mixed; /* sums of weight * value; at first 0 */
+} softmax_state;
 
 INLINE long within(long token, long tokens) { return token < 0 ? 0 : token < tokens ? token : tokens; }
 
 /* Of the `tokens` tokens of a block that begins at token `from`, query vector i sees those from first_visible on,
  * before last_visible. */
 INLINE long first_visible(const head_context *at, int i, long from, long tokens) {
-    return within(query_position(at, i) - at->window + 1 - from, tokens);
+    return within(at->positions[i] - at->window + 1 - from, tokens);
 }
 
 INLINE long last_visible(const head_context *at, int i, long from, long tokens) {
-    return within(query_position(at, i) + 1 - from, tokens);
+    return within(at->positions[i] + 1 - from, tokens);
 }
 
 /* What query vector i adds to the scores of a block's tokens first..last beyond the product: cap, then slope. */
 static __attribute__((noinline)) void bend_scores(const head_context *at, int i, long from, long first, long last,
                                                   float *scores) {
-    float slope = at->slopes ? at->slopes[(at->first + i) % at->group] * LOG2E : 0;
+    float slope = at->slopes[i] * LOG2E;
     vf s;
     for (long t = first - first % LANES; t < last; t += LANES) {
         memcpy(&s, scores + t, sizeof s);
         if (at->softcap) s = at->softcap * vtanh(s / at->softcap);
-        if (slope) s += slope * __builtin_convertvector(LANE + (int32_t)(from + t - query_position(at, i)), vf);
+        if (slope) s += slope * __builtin_convertvector(LANE + (int32_t)(from + t - at->positions[i]), vf);
         memcpy(scores + t, &s, sizeof s);
     }
 }
@@ -58,26 +76,28 @@ static __attribute__((noinline)) void bend_scores(const head_context *at, int i,
 static __attribute__((noinline)) float weigh_block(float *scores, long first, long last, const uint16_t *const *scales,
                                                    float *largest, vf *total) {
     const int begin = first / LANES, end = (last + LANES - 1) / LANES; /* the tiles that hold them */
-    vf most = splat(-INFINITY), s;
     for (long t = begin * LANES; t < first; t++) scores[t] = -INFINITY;
     for (long t = last; t < end * LANES; t++) scores[t] = -INFINITY;
-    for (int t = begin; t < end; t++) {
-        memcpy(&s, scores + t * LANES, sizeof s);
-        most = vmax(most, s);
-    }
-    float before = *largest, now = lane_max(most);
+    vn most[PARTS], sum[PARTS], s;
+    UNROLL for (int p = 0; p < PARTS; p++) most[p] = nsplat(-INFINITY);
+    for (int t = begin; t < end; t++) UNROLL for (int p = 0; p < PARTS; p++)
+        most[p] = nmax(most[p], native_f32(scores + t * LANES + p * NATIVE));
+    vf each;
+    memcpy(&each, most, sizeof each);
+    float before = *largest, now = lane_max(each);
     now = now > before ? now : before;
     *largest = now;
-    float rescale = vexp2(splat(before - now))[0];
-    vf sum = *total * rescale;
-    for (int t = begin; t < end; t++) {
-        memcpy(&s, scores + t * LANES, sizeof s);
-        s = vexp2(s - now);
-        sum += s;
-        if (scales) s *= load_bf16(scales[t]);
-        memcpy(scores + t * LANES, &s, sizeof s);
+    float rescale = nexp2(nsplat(before - now))[0];
+    memcpy(sum, total, sizeof sum);
+    UNROLL for (int p = 0; p < PARTS; p++) sum[p] *= rescale;
+    for (int t = begin; t < end; t++) UNROLL for (int p = 0; p < PARTS; p++) {
+        float *at = scores + t * LANES + p * NATIVE;
+        s = nexp2(native_f32(at) - now);
+        sum[p] += s;
+        if (scales) s *= native_bf16(scales[t] + p * NATIVE);
+        memcpy(at, &s, sizeof s);
     }
-    *total = sum;
+    memcpy(total, sum, sizeof sum);
     return rescale;
 }
 #endif
@@ -86,57 +106,63 @@ static __attribute__((noinline)) float weigh_block(float *scores, long first, lo
  * queries: [dim][nq]. */
 INLINE void ST(score_tiles)(const int nq, const int tiles, const float *queries, long dim, const STORED *const *keys,
                             const uint16_t *const *scales, long page_size, float (*scores)[BLOCK], long at) {
-    vf sum[MAX_QUERIES][4] = {};
+    vn sum[MAX_QUERIES][4 * PARTS] = {};
     for (long d = 0; d < dim; d++) {
-        vf key[4];
-        UNROLL for (int t = 0; t < tiles; t++) key[t] = ST(load)(keys[t] + d * page_size);
+        vn key[4 * PARTS];
+        UNROLL for (int t = 0; t < tiles; t++) ST(tile)(keys[t] + d * page_size, key + t * PARTS);
         UNROLL for (int q = 0; q < nq; q++) {
-            vf x = splat(queries[d * nq + q]);
-            UNROLL for (int t = 0; t < tiles; t++) sum[q][t] += x * key[t];
+            float x = queries[d * nq + q];
+            UNROLL for (int i = 0; i < tiles * PARTS; i++) sum[q][i] += x * key[i];
         }
     }
-    UNROLL for (int t = 0; t < tiles; t++) {
-        vf by = SCALED ? load_bf16(scales[t]) : (vf){};
-        UNROLL for (int q = 0; q < nq; q++) {
-            if (SCALED) sum[q][t] *= by;
-            memcpy(scores[q] + at + t * LANES, &sum[q][t], sizeof(vf));
-        }
+    UNROLL for (int t = 0; t < tiles; t++) UNROLL for (int q = 0; q < nq; q++) {
+        vn *tile = sum[q] + t * PARTS;
+        ST(merge)(tile);
+        if (SCALED)
+            UNROLL for (int p = 0; p < PARTS; p++) tile[p] *= native_bf16(scales[t] + p * NATIVE);
+        memcpy(scores[q] + at + t * LANES, tile, LANES * sizeof(float));
     }
 }
 
-/* mixed[q][c..] = mixed[q][c..] * rescale[q] + sum over tokens first..last of weight * value, for `parts` vectors of
- * channels from c on, the last of which may be short (n channels in all). */
-INLINE void ST(mix_channels)(const int nq, const int parts, float (*weights)[BLOCK], long first, long last,
+/* mixed[q][c..] = mixed[q][c..] * rescale[q] + sum over tokens first..last of weight * value, for `tiles` times 16
+ * channels from c on, the last of which may be fewer (n channels in all). */
+INLINE void ST(mix_channels)(const int nq, const int tiles, float (*weights)[BLOCK], long first, long last,
                              const STORED *const *values, long dim, long c, long n, const float *rescale,
                              float *mixed) {
-    vf sum[MAX_QUERIES][4];
-    const int whole = n >= parts * LANES;
+    vn sum[MAX_QUERIES][4 * PARTS] = {};
+    const int whole = n >= tiles * LANES;
     mixed += c;
-    UNROLL for (int q = 0; q < nq; q++) UNROLL for (int p = 0; p < parts; p++) {
-        vf v = {};
-        memcpy(&v, mixed + q * dim + p * LANES, whole ? sizeof v : n * sizeof(float));
-        sum[q][p] = v * rescale[q];
+    UNROLL for (int q = 0; q < nq; q++) UNROLL for (int t = 0; t < tiles; t++) {
+        vn *tile = sum[q] + t * PARTS;
+        memcpy(tile, mixed + q * dim + t * LANES, whole ? LANES * sizeof(float) : n * sizeof(float));
+        UNROLL for (int p = 0; p < PARTS; p++) tile[p] *= rescale[q];
+        ST(split)(tile);
     }
-    for (long t = first; t < last; t++) {
-        const STORED *row = values[t / LANES] + (t % LANES) * dim + c;
-        vf value[4];
-        UNROLL for (int p = 0; p < parts; p++)
-            value[p] = whole ? ST(load)(row + p * LANES) : ST(load_some)(row + p * LANES, n);
+    for (long i = first; i < last; i++) {
+        const STORED *row = values[i / LANES] + (i % LANES) * dim + c;
+        STORED padded[LANES] = {0};
+        if (!whole) memcpy(padded, row, n * sizeof *row);
+        vn value[4 * PARTS];
+        UNROLL for (int t = 0; t < tiles; t++) ST(tile)(whole ? row + t * LANES : padded, value + t * PARTS);
         UNROLL for (int q = 0; q < nq; q++) {
-            vf w = splat(weights[q][t]);
-            UNROLL for (int p = 0; p < parts; p++) sum[q][p] += w * value[p];
+            float w = weights[q][i];
+            UNROLL for (int p = 0; p < tiles * PARTS; p++) sum[q][p] += w * value[p];
         }
     }
-    UNROLL for (int q = 0; q < nq; q++) UNROLL for (int p = 0; p < parts; p++)
-        memcpy(mixed + q * dim + p * LANES, &sum[q][p], whole ? sizeof(vf) : n * sizeof(float));
+    UNROLL for (int q = 0; q < nq; q++) UNROLL for (int t = 0; t < tiles; t++) {
+        vn *tile = sum[q] + t * PARTS;
+        ST(merge)(tile);
+        memcpy(mixed + q * dim + t * LANES, tile, whole ? LANES * sizeof(float) : n * sizeof(float));
+    }
 }
 
 /* The same for all channels. */
 INLINE void ST(mix_values)(const int nq, float (*weights)[BLOCK], long first, long last, const STORED *const *values,
                            long dim, const float *rescale, float *mixed) {
+    const int most = 4 * nq * PARTS <= MIX_SUMS ? 4 : 2 * nq * PARTS <= MIX_SUMS ? 2 : 1;
     long c = 0;
-    for (; dim - c >= 4 * LANES; c += 4 * LANES)
-        ST(mix_channels)(nq, 4, weights, first, last, values, dim, c, 4 * LANES, rescale, mixed);
+    for (; dim - c >= most * LANES; c += most * LANES)
+        ST(mix_channels)(nq, most, weights, first, last, values, dim, c, most * LANES, rescale, mixed);
     for (; dim - c >= LANES; c += LANES)
         ST(mix_channels)(nq, 1, weights, first, last, values, dim, c, LANES, rescale, mixed);
     if (c < dim) ST(mix_channels)(nq, 1, weights, first, last, values, dim, c, dim - c, rescale, mixed);
@@ -149,16 +175,15 @@ static __attribute__((noinline)) void ST(mix_rest)(float (*weights)[BLOCK], long
     ST(mix_values)(1, weights, first, last, values, dim, &rescale, mixed);
 }
 
-/* nq query vectors against one kv head's context. queries: [dim][nq], already scaled. Leaves the sums of
- * weight * value in mixed [nq][dim] and those of the weights in denominators [nq]. */
-INLINE void ST(attend)(const int nq, const head_context *at, const float *queries, float *mixed, float *denominators) {
+/* nq query vectors against one kv head's tokens from..end, whole blocks but for the last one, which all of them see in
+ * part at least. queries: [dim][nq], already scaled. Moves their state on. */
+INLINE void ST(attend)(const int nq, const head_context *at, const float *queries, long from, long end,
+                       softmax_state state) {
     const long dim = at->dim, page_size = at->page_size;
-    float scores[nq][BLOCK], largest[nq], rescale[nq];
-    vf total[MAX_QUERIES] = {};
-    for (int i = 0; i < nq; i++) largest[i] = -INFINITY;
-    memset(mixed, 0, nq * dim * sizeof(float));
-    const long begin = first_visible(at, 0, 0, LONG_MAX), end = last_visible(at, nq - 1, 0, LONG_MAX);
-    for (long from = begin / BLOCK * BLOCK; from < end; from += BLOCK) {
+    float scores[nq][BLOCK], rescale[nq], *mixed = state.mixed;
+    const long begin = first_visible(at, 0, 0, LONG_MAX);
+    if (from < begin) from = begin / BLOCK * BLOCK;
+    for (; from < end; from += BLOCK) {
         const long tokens = end - from < BLOCK ? end - from : BLOCK;
         const int tiles = (tokens + LANES - 1) / LANES;
         int t = begin > from ? (begin - from) / LANES : 0; /* the first tile that any of them sees */
@@ -174,9 +199,9 @@ INLINE void ST(attend)(const int nq, const head_context *at, const float *querie
                 value_scales[i] = at->value_scales + page * page_size + offset;
             }
         }
-        for (; nq <= 3 && t + 4 <= tiles; t += 4)
+        for (; nq * 4 * PARTS <= SCORE_SUMS && t + 4 <= tiles; t += 4)
             ST(score_tiles)(nq, 4, queries, dim, keys + t, key_scales + t, page_size, scores, t * LANES);
-        for (; t + 2 <= tiles; t += 2)
+        for (; nq * 2 * PARTS <= SCORE_SUMS && t + 2 <= tiles; t += 2)
             ST(score_tiles)(nq, 2, queries, dim, keys + t, key_scales + t, page_size, scores, t * LANES);
         for (; t < tiles; t++)
             ST(score_tiles)(nq, 1, queries, dim, keys + t, key_scales + t, page_size, scores, t * LANES);
@@ -185,8 +210,9 @@ INLINE void ST(attend)(const int nq, const head_context *at, const float *querie
             first[i] = first_visible(at, i, from, tokens), last[i] = last_visible(at, i, from, tokens);
             rescale[i] = 1.0f;
             if (first[i] >= last[i]) continue;
-            if (at->softcap || at->slopes) bend_scores(at, i, from, first[i], last[i], scores[i]);
-            rescale[i] = weigh_block(scores[i], first[i], last[i], SCALED ? value_scales : NULL, largest + i, total + i);
+            if (at->softcap || at->slopes[i]) bend_scores(at, i, from, first[i], last[i], scores[i]);
+            rescale[i] = weigh_block(scores[i], first[i], last[i], SCALED ? value_scales : NULL, state.largest + i,
+                                     state.total + i);
         }
         /* What not every query may see could be NaN, and 0 * NaN is NaN: the queries share the tokens that all of them
          * see, and each goes alone through its rest before and behind. That is the same sum in the same order. */
@@ -202,17 +228,17 @@ INLINE void ST(attend)(const int nq, const head_context *at, const float *querie
             if (shared_end < last[i])
                 ST(mix_rest)(scores + i, shared_end, last[i], values, dim, 1.0f, mixed + i * dim);
     }
-    for (int i = 0; i < nq; i++) denominators[i] = lane_sum(total[i]);
 }
 
-static void ST(attend_any)(int nq, const head_context *at, const float *queries, float *mixed, float *denominators) {
+static void ST(attend_any)(int nq, const head_context *at, const float *queries, long from, long end,
+                           softmax_state state) {
     switch (nq) {
-    case 1: ST(attend)(1, at, queries, mixed, denominators); break;
-    case 2: ST(attend)(2, at, queries, mixed, denominators); break;
-    case 3: ST(attend)(3, at, queries, mixed, denominators); break;
-    case 4: ST(attend)(4, at, queries, mixed, denominators); break;
-    case 5: ST(attend)(5, at, queries, mixed, denominators); break;
-    case MAX_QUERIES: ST(attend)(MAX_QUERIES, at, queries, mixed, denominators); break;
+    case 1: ST(attend)(1, at, queries, from, end, state); break;
+    case 2: ST(attend)(2, at, queries, from, end, state); break;
+    case 3: ST(attend)(3, at, queries, from, end, state); break;
+    case 4: ST(attend)(4, at, queries, from, end, state); break;
+    case 5: ST(attend)(5, at, queries, from, end, state); break;
+    case MAX_QUERIES: ST(attend)(MAX_QUERIES, at, queries, from, end, state); break;
     }
 }
 

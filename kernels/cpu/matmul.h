@@ -14,15 +14,10 @@
  * tile, so neither other rows nor threads change a bit of it.
  */
 #ifndef PANEL
-#if defined(__AVX512F__)
-#define NATIVE 16 /* floats in a register */
+#if NATIVE == 16
 #define TILE 12 /* tokens: 12 x 2 sums, 2 weights and an x fit 32 registers */
-#elif defined(__AVX__)
-#define NATIVE 8
-#define TILE 6 /* 6 x 2 sums, 2 weights and an x fit 16 registers */
 #else
-#define NATIVE 4
-#define TILE 6
+#define TILE 6 /* 6 x 2 sums, 2 weights and an x fit 16 registers */
 #endif
 #if TILE == 12
 #define ALL_TILES                                                                                             \
@@ -37,9 +32,6 @@
 #define PANEL_BYTES (16 * 1024) /* of a panel, so that they lie in the first one while the block's tokens pass by */
 #define PARALLEL_PRODUCTS (1 << 18) /* below which a second thread costs more than it saves */
 #define SUMS (MOST_ROWS * PANEL) /* of a block and its panels: more than those of few tokens by several panels */
-
-typedef float nf __attribute__((vector_size(4 * NATIVE)));
-typedef uint32_t nu __attribute__((vector_size(4 * NATIVE)));
 
 /* How many panels a tile of so many tokens has: sums enough to wait for none, and no more than there are registers. */
 INLINE int panels_for(int tokens) {
@@ -70,16 +62,16 @@ static float *matmul_scratch(long floats) {
 
 /* Of `panel`, the two vectors of weights of one input. */
 #ifdef WIDE
-INLINE void FN(load_panel)(const SCALAR *panel, nf *low, nf *high) {
+INLINE void FN(load_panel)(const SCALAR *panel, vn *low, vn *high) {
     memcpy(low, panel, sizeof *low);
     memcpy(high, panel + NATIVE, sizeof *high);
 }
 #else
-INLINE void FN(load_panel)(const SCALAR *panel, nf *low, nf *high) {
-    nu words;
+INLINE void FN(load_panel)(const SCALAR *panel, vn *low, vn *high) {
+    vnu words;
     memcpy(&words, panel, sizeof words);
-    *low = (nf)(words << 16);
-    *high = (nf)(words & 0xffff0000u);
+    *low = (vn)(words << 16);
+    *high = (vn)(words & 0xffff0000u);
 }
 #endif
 
@@ -102,20 +94,20 @@ void FN(pack)(long outputs, long inputs, const SCALAR *weight, long stride, SCAL
 INLINE void FN(multiply)(const int tokens, const int panels, long inputs, const float *x, const SCALAR *packed,
                          long stride, float *sums) {
     const long width = panels * PANEL;
-    nf sum[TILE][2 * MOST_PANELS];
+    vn sum[TILE][2 * MOST_PANELS];
     UNROLL for (int t = 0; t < tokens; t++) UNROLL for (int j = 0; j < 2 * panels; j++)
-        memcpy(&sum[t][j], sums + t * width + j * NATIVE, sizeof(nf));
+        memcpy(&sum[t][j], sums + t * width + j * NATIVE, sizeof(vn));
     for (long i = 0; i < inputs; i++) {
-        nf weight[2 * MOST_PANELS];
+        vn weight[2 * MOST_PANELS];
         UNROLL for (int p = 0; p < panels; p++)
             FN(load_panel)(packed + p * stride + i * PANEL, weight + 2 * p, weight + 2 * p + 1);
         UNROLL for (int t = 0; t < tokens; t++) {
-            nf by = x[i * tokens + t] - (nf){};
+            vn by = x[i * tokens + t] - (vn){};
             UNROLL for (int j = 0; j < 2 * panels; j++) sum[t][j] += by * weight[j];
         }
     }
     UNROLL for (int t = 0; t < tokens; t++) UNROLL for (int j = 0; j < 2 * panels; j++)
-        memcpy(sums + t * width + j * NATIVE, &sum[t][j], sizeof(nf));
+        memcpy(sums + t * width + j * NATIVE, &sum[t][j], sizeof(vn));
 }
 
 /* `panels`: 1 or `panels_for(tokens)`. */

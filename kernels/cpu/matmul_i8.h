@@ -9,17 +9,16 @@
 #define PAIR 2 /* inputs */
 
 typedef int16_t ns __attribute__((vector_size(4 * NATIVE)));
-typedef int32_t ni __attribute__((vector_size(4 * NATIVE)));
 typedef int8_t nb __attribute__((vector_size(2 * NATIVE)));
 
 /* Of each pair of 16-bit numbers the sum of the two products. */
-INLINE ni madd(ns a, ns b) {
+INLINE vni madd(ns a, ns b) {
 #if NATIVE == 16 && defined(__AVX512BW__)
-    return (ni)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+    return (vni)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #elif NATIVE == 8 && defined(__AVX2__)
-    return (ni)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+    return (vni)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #else
-    ni x = (ni)a, y = (ni)b;
+    vni x = (vni)a, y = (vni)b;
     return (x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16);
 #endif
 }
@@ -53,20 +52,20 @@ void pack_i8(long outputs, long inputs, const int8_t *weight, int8_t *packed, in
 INLINE void multiply_i8(const int tokens, const int panels, long pairs, const int32_t *x, const int8_t *packed,
                         long stride, int32_t *sums) {
     const long width = panels * PANEL;
-    ni sum[TILE][2 * MOST_PANELS];
+    vni sum[TILE][2 * MOST_PANELS];
     UNROLL for (int t = 0; t < tokens; t++) UNROLL for (int j = 0; j < 2 * panels; j++)
-        memcpy(&sum[t][j], sums + t * width + j * NATIVE, sizeof(ni));
+        memcpy(&sum[t][j], sums + t * width + j * NATIVE, sizeof(vni));
     for (long i = 0; i < pairs; i++) {
         ns weight[2 * MOST_PANELS];
         UNROLL for (int j = 0; j < 2 * panels; j++)
             weight[j] = load_pairs(packed + j / 2 * stride + (i * PANEL + j % 2 * NATIVE) * PAIR);
         UNROLL for (int t = 0; t < tokens; t++) {
-            ns by = (ns)(x[i * tokens + t] - (ni){});
+            ns by = (ns)(x[i * tokens + t] - (vni){});
             UNROLL for (int j = 0; j < 2 * panels; j++) sum[t][j] += madd(weight[j], by);
         }
     }
     UNROLL for (int t = 0; t < tokens; t++) UNROLL for (int j = 0; j < 2 * panels; j++)
-        memcpy(sums + t * width + j * NATIVE, &sum[t][j], sizeof(ni));
+        memcpy(sums + t * width + j * NATIVE, &sum[t][j], sizeof(vni));
 }
 
 static void multiply_any_i8(int tokens, int panels, long pairs, const int32_t *x, const int8_t *packed, long stride,

@@ -1,5 +1,5 @@
-/* The operations on a CPU, for bf16 and fp32 storage, computed in fp32; `paged.h` and `attention.h` hold the two on
- * pages, `matmul.h` and `matmul_i8.h` products with weights.
+/* The operations on a CPU, for bf16 and fp32 storage, computed in fp32; `paged.h`, `shared.h` and `attention.h`
+ * hold the two on pages, `matmul.h` and `matmul_i8.h` products with weights, `vectors.h` what all are written in.
  *
  * Owns arithmetic on plain arrays. Knows no tensors: `kernels/cpu/__init__.py` checks shapes and passes pointers
  * and strides (counted in elements). Generic vectors of 16 floats (GCC vector extensions) become AVX-512, AVX2
@@ -20,71 +20,9 @@
 #include <immintrin.h>
 #endif
 
-#define LANES 16
+#include "vectors.h"
+
 #define PARALLEL_WORK 16384 /* elements below which waking a second thread costs more than it saves */
-#define LOG2E 1.44269504f /* scores count in powers of two */
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
-
-typedef float vf __attribute__((vector_size(64)));
-typedef int32_t vi __attribute__((vector_size(64)));
-typedef uint32_t vu __attribute__((vector_size(64)));
-typedef uint16_t vh __attribute__((vector_size(32)));
-typedef int8_t vb __attribute__((vector_size(16)));
-
-static const vi LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-
-INLINE vf splat(float x) { return x - (vf){}; }
-
-INLINE vf choose(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
-
-INLINE vf vmax(vf a, vf b) { return choose(a > b, a, b); }
-
-INLINE float lane_sum(vf v) {
-    float s = 0;
-    for (int i = 0; i < LANES; i++) s += v[i];
-    return s;
-}
-
-INLINE float lane_max(vf v) {
-    float m = v[0];
-    for (int i = 1; i < LANES; i++) m = v[i] > m ? v[i] : m;
-    return m;
-}
-
-/* p of 2^y = 2^n * (1 + p), -1/3 < p < 1/2, and the bits of 2^n, for y in [-126, 127]. */
-INLINE vf part_of_exp2(vf y, vi *power) {
-    const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer held in the low bits */
-    vf n = y + shift;
-    *power = ((vi)n << 23) + (127 << 23);
-    vf f = y - (n - shift); /* in [-1/2, 1/2] */
-    vf p = splat(1.5252734e-5f);
-    p = p * f + 1.5403530e-4f;
-    p = p * f + 1.3333558e-3f;
-    p = p * f + 9.6181291e-3f;
-    p = p * f + 5.5504109e-2f;
-    p = p * f + 2.4022651e-1f;
-    p = p * f + 6.9314718e-1f;
-    return p * f;
-}
-
-/* 2^x, relative error below 2e-7; exactly 1 at 0, exactly 0 below -126 (so at -inf too); NaN stays NaN. */
-INLINE vf vexp2(vf x) {
-    vf low = splat(-126.0f), high = splat(127.0f);
-    vi power;
-    vf p = part_of_exp2(choose(x < low, low, choose(x > high, high, x)), &power) + 1.0f;
-    return choose(x < low, (vf){}, p * (vf)power);
-}
-
-/* Hyperbolic tangent, relative error below 5e-7: (e^2x - 1) / (e^2x + 1), where e^2x - 1 loses nothing near 0. */
-INLINE vf vtanh(vf x) {
-    vf low = splat(-40.0f), high = splat(40.0f), y = x * 2.88539008f; /* 2 / ln 2: counts in powers of two */
-    y = choose(y < low, low, choose(y > high, high, y));
-    vi exponent;
-    vf p = part_of_exp2(y, &exponent), power = (vf)exponent;
-    vf less = (power - 1.0f) + power * p;
-    return less / (less + 2.0f);
-}
 
 /* The activations of the contract, by the numbers that kernels/cpu/__init__.py passes. */
 enum { SILU, GELU, GELU_TANH, RELU };
@@ -113,19 +51,6 @@ INLINE vf activated(int how, vf x) {
     return x * choose(x < (vf){}, tail, 1.0f - tail);
 }
 
-INLINE vf load_i8(const int8_t *p) {
-    vb b;
-    memcpy(&b, p, sizeof b);
-    return __builtin_convertvector(__builtin_convertvector(b, vi), vf);
-}
-
-INLINE vf load_some_i8(const int8_t *p, long n) {
-    if (n >= LANES) return load_i8(p);
-    int8_t padded[LANES] = {0};
-    memcpy(padded, p, n);
-    return load_i8(padded);
-}
-
 #define SCALAR float
 #define FN(name) name##_f32
 #define WIDE 1
@@ -151,6 +76,8 @@ INLINE vf load_some_i8(const int8_t *p, long n) {
 #define ST(name) name##_i8
 #define SCALED 1
 #include "attention.h"
+
+#include "shared.h"
 
 #define SCALAR uint16_t
 #define FN(name) name##_bf16

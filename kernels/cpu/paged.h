@@ -1,8 +1,9 @@
-/* Storing K and V into pages, and the division of attention's work. Included by `ops.c` once for every pair of
+/* Storing K and V into pages, and the work items of attention. Included by `ops.c` once for every pair of
  * SCALAR, FN: the dtype of the activations and its functions, and
  * STORED, ST, KV, SCALED: the dtype of the cache, its functions, the pair's functions, and whether it has scales.
  *
- * Owns the layout of a page as it is written. Knows no owners of pages. Scales are bfloat16.
+ * Owns the layout of a page as it is written. Knows no owners of pages, and of shared prefixes only what `shared.h`
+ * has made of them. Scales are bfloat16.
  */
 #define ITEM_TOKENS 16 /* query tokens of one row in one work item */
 
@@ -62,13 +63,81 @@ void KV(store_kv)(long tokens, long kv_heads, long dim, long page_size, const SC
     }
 }
 
+/* Vector `vector` of row r's queries for a kv head, as the i-th of nq that walk together: vector v is of query token
+ * v / group and of the head's query head v % group. */
+INLINE void KV(place_query)(const attention_call *call, const SCALAR *q, long r, long head, long vector, int i, int nq,
+                            head_context *at, float *queries) {
+    long token = vector / call->group, which = head * call->group + vector % call->group;
+    long start = call->query_start[r], count = call->query_start[r + 1] - start;
+    at->positions[i] = call->context_lens[r] - count + token;
+    at->slopes[i] = call->slopes ? call->slopes[which] : 0;
+    FN(spread)(q + (start + token) * call->q_stride + which * call->dim, call->dim, call->scale * LOG2E, nq, queries + i);
+}
+
+/* One item: some query vectors of a group of rows and one kv head, through the blocks that the group shares. Each block
+ * serves all of them before the next one is read. */
+static void KV(attend_shared)(const attention_call *call, const SCALAR *q, const shared_walk *walk, long item) {
+    const shared_part part = part_of_item(walk, item);
+    const long dim = call->dim, chunks = (part.vectors + MAX_QUERIES - 1) / MAX_QUERIES;
+    float queries[part.vectors * dim];
+    head_context at[chunks];
+    begin_walk(state_at(walk, part.state), part.vectors, dim);
+    for (long v = 0; v < part.vectors; v++) {
+        long c = v / MAX_QUERIES, first = c * MAX_QUERIES, left = part.vectors - first;
+        long which = part.first + v, r = part.rows[which / call->group];
+        if (v == first) at[c] = head_of_row(call, part.leader, part.head);
+        KV(place_query)(call, q, r, part.head, which % call->group, v - first, left < MAX_QUERIES ? left : MAX_QUERIES,
+                        at + c, queries + first * dim);
+    }
+    for (long from = 0; from < part.tokens; from += BLOCK)
+        for (long c = 0; c < chunks; c++) {
+            long first = c * MAX_QUERIES, left = part.vectors - first;
+            ST(attend_any)(left < MAX_QUERIES ? left : MAX_QUERIES, at + c, queries + first * dim, from, from + BLOCK,
+                           state_at(walk, part.state + first));
+        }
+}
+
+/* One item: the query tokens of row r from `token` on, and one kv head, behind what the row has walked with others. */
+static void KV(attend_alone)(const attention_call *call, const SCALAR *q, const shared_walk *walk, long r, long head,
+                             long token, SCALAR *out) {
+    const long group = call->group, dim = call->dim;
+    const long count = call->query_start[r + 1] - call->query_start[r];
+    const long last = (token + ITEM_TOKENS < count ? token + ITEM_TOKENS : count) * group;
+    const long from = walk ? walk->until[r] : 0;
+    head_context at = head_of_row(call, r, head);
+    for (long first = token * group; first < last; first += MAX_QUERIES) {
+        int nq = last - first < MAX_QUERIES ? last - first : MAX_QUERIES;
+        float queries[dim * nq], mixed[nq * dim], largest[nq];
+        vf total[MAX_QUERIES];
+        softmax_state state = {.largest = largest, .total = total, .mixed = mixed};
+        for (int i = 0; i < nq; i++) KV(place_query)(call, q, r, head, first + i, i, nq, &at, queries);
+        if (from) state = state_at(walk, state_of_row(walk, r, head) + first);
+        else begin_walk(state, nq, dim);
+        ST(attend_any)(nq, &at, queries, from, at.positions[nq - 1] + 1, state);
+        for (int i = 0; i < nq; i++) {
+            long to = call->query_start[r] + (first + i) / group, which = head * group + (first + i) % group;
+            FN(divide)(state.mixed + i * dim, dim, lane_sum(state.total[i]),
+                       out + (to * call->kv_heads * group + which) * dim);
+        }
+    }
+}
+
 int KV(paged_attention)(long rows, long kv_heads, long group, long dim, long page_size, const SCALAR *q, long q_stride,
                         const STORED *k_cache, const STORED *v_cache, const uint16_t *k_scales,
                         const uint16_t *v_scales, const int32_t *page_table, long table_stride,
                         const int32_t *query_start, const int32_t *context_lens, float scale, long window,
-                        float softcap, const float *slopes, SCALAR *out, int threads) {
-    /* window 0, softcap 0, slopes NULL: none. One item: ITEM_TOKENS query tokens of one row and one kv head;
-     * item_start[r] counts those before row r */
+                        float softcap, const float *slopes, const int32_t *tokens, const int32_t *members,
+                        const int32_t *starts, long groups, SCALAR *out, int threads) {
+    const attention_call call = {
+        .rows = rows, .kv_heads = kv_heads, .group = group, .dim = dim, .q_stride = q_stride,
+        .table_stride = table_stride, .window = window, .page_table = page_table, .query_start = query_start,
+        .context_lens = context_lens, .slopes = slopes, .scale = scale,
+        .cache = {
+            .keys = k_cache, .values = v_cache, .key_scales = k_scales, .value_scales = v_scales,
+            .kv_heads = kv_heads, .dim = dim, .page_size = page_size, .softcap = softcap * LOG2E,
+        },
+    };
+    /* One item: ITEM_TOKENS query tokens of one row and one kv head; item_start[r] counts those before row r */
     long *item_start = malloc((rows + 1) * sizeof(long));
     if (!item_start) return -1;
     item_start[0] = 0;
@@ -79,42 +148,28 @@ int KV(paged_attention)(long rows, long kv_heads, long group, long dim, long pag
         long context = context_lens[r], seen = window && window < context ? window : context;
         work += count * seen * kv_heads * group * dim;
     }
-    long out_stride = kv_heads * group * dim;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (work > 4 * PARALLEL_WORK)
-    for (long item = 0; item < item_start[rows]; item++) {
-        long r = 0, above = rows;
-        while (above - r > 1) { /* the row whose items include this one */
-            long middle = (r + above) / 2;
-            if (item_start[middle] <= item) r = middle;
-            else above = middle;
+    shared_walk *walk = groups ? plan_shared_walk(&call, tokens, members, starts, groups, threads) : NULL;
+    const long shared_items = walk ? walk->items : 0;
+#pragma omp parallel num_threads(threads) if (work > 4 * PARALLEL_WORK)
+    {
+        if (shared_items) {
+#pragma omp for schedule(dynamic, 1)
+            for (long item = 0; item < shared_items; item++) KV(attend_shared)(&call, q, walk, item);
         }
-        while (item_start[r + 1] <= item) r++; /* rows without tokens own no item */
-        long head = (item - item_start[r]) % kv_heads, token = (item - item_start[r]) / kv_heads * ITEM_TOKENS;
-        long count = query_start[r + 1] - query_start[r];
-        long last = (token + ITEM_TOKENS < count ? token + ITEM_TOKENS : count) * group;
-        const SCALAR *row_q = q + query_start[r] * q_stride;
-        SCALAR *row_out = out + query_start[r] * out_stride;
-        head_context at = {
-            .keys = k_cache, .values = v_cache, .key_scales = k_scales, .value_scales = v_scales,
-            .pages = page_table + r * table_stride, .head = head, .kv_heads = kv_heads, .dim = dim,
-            .page_size = page_size, .group = group, .start_position = context_lens[r] - count,
-            .window = window ? window : context_lens[r], .softcap = softcap * LOG2E,
-            .slopes = slopes ? slopes + head * group : NULL,
-        };
-        for (at.first = token * group; at.first < last; at.first += MAX_QUERIES) {
-            int nq = last - at.first < MAX_QUERIES ? last - at.first : MAX_QUERIES;
-            float queries[dim * nq], mixed[nq * dim], denominators[nq];
-            for (int i = 0; i < nq; i++) {
-                long token = (at.first + i) / group, vector = head * group + (at.first + i) % group;
-                FN(spread)(row_q + token * q_stride + vector * dim, dim, scale * LOG2E, nq, queries + i);
+#pragma omp for schedule(dynamic, 1)
+        for (long item = 0; item < item_start[rows]; item++) {
+            long r = 0, above = rows;
+            while (above - r > 1) { /* the row whose items include this one */
+                long middle = (r + above) / 2;
+                if (item_start[middle] <= item) r = middle;
+                else above = middle;
             }
-            ST(attend_any)(nq, &at, queries, mixed, denominators);
-            for (int i = 0; i < nq; i++) {
-                long token = (at.first + i) / group, vector = head * group + (at.first + i) % group;
-                FN(divide)(mixed + i * dim, dim, denominators[i], row_out + token * out_stride + vector * dim);
-            }
+            while (item_start[r + 1] <= item) r++; /* rows without tokens own no item */
+            long head = (item - item_start[r]) % kv_heads, token = (item - item_start[r]) / kv_heads * ITEM_TOKENS;
+            KV(attend_alone)(&call, q, walk, r, head, token, out);
         }
     }
+    free(walk);
     free(item_start);
     return 0;
 }

@@ -12,7 +12,7 @@ import torch
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
-from kernels import Kernels
+from kernels import Kernels, Sharing
 from kernels.gpu.activation import act, act_mul, softcap
 from kernels.gpu.cache import LIMITS, store_kv
 from kernels.gpu.fp8_matmul import fp8_matmul
@@ -58,6 +58,7 @@ KERNELS = Kernels(
     int4_matmul=int4_matmul,
     fp8_matmul=fp8_matmul,
     keeps=(Int4Weight, Float8Weight),
+    sharing=Sharing(least_tokens=512, least_rows=4, exact=False),  # the first splits are so long
 )
 
 

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from itertools import count
 
-from engine.shared_prefixes import LEAST_ROWS, MOST_GROUPS, Group, shared_prefixes
+from engine.shared_prefixes import Group
+from engine.shared_prefixes import shared_prefixes as found_among
+from kernels import Sharing
 
 PAGE = 16
+LEAST_ROWS = 4
 WHOLE = 512 // PAGE  # pages of the least that is worth sharing
+MOST_GROUPS = 8
+shared_prefixes = partial(
+    found_among,
+    sharing=Sharing(least_tokens=512, least_rows=LEAST_ROWS, exact=False),
+    most_groups=MOST_GROUPS,
+)
 
 
 def rows_on(prefix: list[int], number: int, fresh: count[int], own: int = 3) -> list[list[int]]:
@@ -74,6 +84,16 @@ def test_those_that_save_most_come_first_and_the_others_are_left_out() -> None:
     found = shared_prefixes(tables, PAGE)
     assert found[0].tokens == 20 * 512
     assert [len(group.rows) for group in found[1:]] == [14, 13, 12, 11, 10, 9, 8]
+
+
+def test_the_kernels_say_what_is_enough() -> None:
+    fresh, two = count(1000), Sharing(least_tokens=256, least_rows=2, exact=True)
+    tables = [
+        table for first in range(0, 400, 20) for table in rows_on(list(range(first, first + 16)), 2, fresh)
+    ]
+    assert len(found_among(tables, PAGE, two)) == 20
+    assert found_among(rows_on(list(range(15)), 9, fresh), PAGE, two) == []
+    assert found_among([*rows_on(list(range(16)), 1, fresh), []], PAGE, two) == []
 
 
 def test_random_tables() -> None:

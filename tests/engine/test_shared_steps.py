@@ -14,7 +14,7 @@ from engine.model import Decoder
 from engine.plan import Row
 from engine.runner import load_decoder
 from engine.sampling_params import SamplingParams
-from kernels import KernelSet, kernels_for
+from kernels import KernelSet, Sharing, kernels_for
 from tests.support.rollout import sequence
 from tests.support.tiny import write_tiny_llama
 
@@ -66,7 +66,7 @@ def steps_of(decoder: Decoder, cache: KVCache, *, shares: bool) -> DecodeSteps:
         most_pages=64,
         most_steps=4,
         row_multiple=1,
-        shares=shares,
+        sharing=Sharing(least_tokens=512, least_rows=4, exact=False) if shares else None,
     )
 
 

@@ -99,7 +99,7 @@ def test_options(kernels: Kernels, how: str) -> None:
     assert_close(attend(kernels, case, hint), naive_attention(case), torch.float32)
 
 
-def test_the_hint_is_ignored_where_rows_have_starts(kernels: Kernels, dtype: torch.dtype) -> None:
+def test_the_hint_changes_no_bit_where_rows_have_starts(kernels: Kernels, dtype: torch.dtype) -> None:
     case = paged([(2, 520), (1, 520)], heads=2, kv_heads=1, dim=16, page_size=16, dtype=dtype)
     case, hint = sharing(case, [([0, 1], 512)], 2)
     found = kernels.paged_attention(
@@ -120,41 +120,44 @@ def test_nan_meets_the_rows_that_see_it_and_no_others(kernels: Kernels, keys: bo
         assert not torch.isfinite(found[seeing]).any(), token
 
 
-def test_a_context_that_ends_in_the_shared_split() -> None:
+def test_a_context_that_ends_in_the_shared_split(kernels: Kernels) -> None:
     """Its row is a member, and meets nothing of what the others see behind its end."""
     case, hint = hinted("a whole split")
-    clean = attend(TRITON, case, hint)
-    found = attend(TRITON, case.spoil(2, [300, 400], keys=True, values=True), hint)
+    clean = attend(kernels, case, hint)
+    found = attend(kernels, case.spoil(2, [300, 400], keys=True, values=True), hint)
     assert torch.equal(found[[0, 3, 5]], clean[[0, 3, 5]])
     assert not torch.isfinite(found[[1, 2, 4]]).any()
 
 
-def test_shared_pages_are_read_through_one_row() -> None:
+@pytest.mark.parametrize("kernels", ["cpu", "triton"], indirect=True)
+def test_shared_pages_are_read_through_one_row(kernels: Kernels) -> None:
     """Where the tables of the others say nothing, no bit changes: so K and V are not read for each row."""
     case, hint = hinted("two groups and none")
     table = case.page_table.clone()
     table[[0, 2, 5], :32] = 2**30
     table[[3, 4, 6], :64] = 2**30
-    assert torch.equal(attend(TRITON, case, hint), attend(TRITON, replace(case, page_table=table), hint))
+    assert torch.equal(attend(kernels, case, hint), attend(kernels, replace(case, page_table=table), hint))
 
 
-@pytest.mark.interpreted
-def test_more_heads_of_one_kv_head_than_a_block_holds() -> None:
+@pytest.mark.parametrize(
+    "kernels", ["reference", "cpu", pytest.param("triton", marks=pytest.mark.interpreted)], indirect=True
+)
+def test_more_heads_of_one_kv_head_than_a_block_holds(kernels: Kernels) -> None:
     case, hint = hinted("part of a split", heads=71, dtype=torch.float32)
-    assert_close(attend(TRITON, case, hint), naive_attention(case), torch.float32)
+    assert_close(attend(kernels, case, hint), naive_attention(case), torch.float32)
 
 
-def test_every_element_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_element_is_written(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh memory is NaN: results, and what the kernels leave for each other."""
     case, hint = hinted("two groups and none")
-    clean, empty = attend(TRITON, case, hint), torch.empty
+    clean, empty = attend(kernels, case, hint), torch.empty
 
     def poisoned(*size: Any, **kind: Any) -> Tensor:
         found = empty(*size, **kind)
         return found.fill_(float("nan")) if found.is_floating_point() else found
 
     monkeypatch.setattr(torch, "empty", poisoned)
-    assert torch.equal(attend(TRITON, case, hint), clean)
+    assert torch.equal(attend(kernels, case, hint), clean)
     assert torch.equal(clean[-PADDING:], torch.zeros_like(clean[-PADDING:]))
 
 
