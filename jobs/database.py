@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psycopg
 from sqlalchemy import (
     JSON,
     Connection,
@@ -32,7 +33,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DBAPIError, DisconnectionError, OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase
 from sqlalchemy.sql.functions import FunctionElement
@@ -44,6 +45,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PORTION = 500  # ids that one statement names
+IDLE_SECONDS = 0.2  # after which a connection is asked whether it still lives
 BUSY_SECONDS = 30.0  # how long SQLite waits for another writer
 # A peer that froze or vanished must not hold anybody for longer than a lease or two.
 POSTGRES_ARGUMENTS: dict[str, Any] = {
@@ -135,11 +137,13 @@ class Database:
                 url,
                 pool_size=pool_size,
                 max_overflow=pool_size,
-                pool_pre_ping=True,
                 hide_parameters=True,  # prompts do not belong in a log
                 json_serializer=written,
                 connect_args=POSTGRES_ARGUMENTS,
             )
+            event.listen(self.engine, "connect", _note_use)
+            event.listen(self.engine, "checkin", _note_use)
+            event.listen(self.engine, "checkout", _ping_if_idle)
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -218,6 +222,21 @@ def is_transient(error: DBAPIError) -> bool:
         return True
     # A PostgreSQL that cannot be reached raises before there is a connection to invalidate.
     return isinstance(error, OperationalError) and type(error.orig).__module__.startswith("psycopg")
+
+
+def _note_use(connection: Any, record: Any) -> None:
+    record.info["used"] = time.monotonic()
+
+
+def _ping_if_idle(connection: Any, record: Any, proxy: Any) -> None:
+    """One that was in use just now lives: to ask it each time would cost as much as a short transaction."""
+    if time.monotonic() - record.info["used"] < IDLE_SECONDS:
+        return
+    try:
+        connection.execute("SELECT 1")
+        connection.rollback()
+    except psycopg.Error as error:
+        raise DisconnectionError from error  # the pool takes another
 
 
 def _configure_sqlite(connection: Any, record: Any) -> None:

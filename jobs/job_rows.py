@@ -10,6 +10,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, cast
 
@@ -25,6 +26,7 @@ from jobs.database import clock, in_words_of
 from jobs.fair_tags import tags
 from jobs.models import Job
 from jobs.quotas import Load, estimate_tokens
+from jobs.reads import JobView
 from jobs.settings import Settings
 from jobs.states import TERMINAL, JobState
 from jobs.tenants import Owner
@@ -34,6 +36,12 @@ PREFIX_CHARS = 256
 _ROWS_PER_STATEMENT = 1000
 _QUEUED = str(JobState.QUEUED)
 _TABLE = cast(Table, Job.__table__)
+# fmt: off
+_SHOWN = (
+    "id", "model", "batch_id", "position", "custom_id", "metadata", "estimated_tokens", "priority", "not_before",
+    "deadline",
+)
+# fmt: on
 
 JobRow = dict[str, Any]  # by column of `models.Job`
 
@@ -146,10 +154,34 @@ def load_of(rows: Sequence[JobRow]) -> Load:
     )
 
 
-def insert_all(connection: Connection, rows: Sequence[JobRow]) -> None:
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """What only the database knew of rows that went in: when, in unix seconds, and each one's `fair_tag` by id."""
+
+    created_at: float
+    fair_tags: dict[str, float]
+
+    def view(self, row: JobRow) -> JobView:
+        """The job of one of these rows, as `jobs.reads` would show it now."""
+        return JobView(
+            state=JobState.QUEUED,
+            tier=tier_of(row["tier"]),
+            created_at=self.created_at,
+            started_at=None,
+            finished_at=None,
+            fair_tag=self.fair_tags[row["id"]],
+            attempts=0,
+            error=None,
+            outputs=None,
+            usage=None,
+            **{name: row[name] for name in _SHOWN},
+        )
+
+
+def insert_all(connection: Connection, rows: Sequence[JobRow]) -> Stamp:
     """Queued rows, all with the same columns, whose ids are new."""
     if not rows:
-        return
+        return Stamp(0.0, {})
     ordered, common = _ordered(rows), _common(connection)
     turns = tags(connection, ordered)
     for start in range(0, len(ordered), _ROWS_PER_STATEMENT):
@@ -158,6 +190,7 @@ def insert_all(connection: Connection, rows: Sequence[JobRow]) -> None:
         columns |= {name: [value] * len(some) for name, value in common.items()}
         columns["fair_tag"] = turns[start : start + _ROWS_PER_STATEMENT]
         bulk_insert(connection, _TABLE, columns)
+    return Stamp(common["created_at"], dict(zip((row["id"] for row in ordered), turns, strict=True)))
 
 
 def insert_new(connection: Connection, rows: Sequence[JobRow]) -> list[str]:
