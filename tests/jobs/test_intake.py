@@ -8,8 +8,9 @@ from sqlalchemy import select
 from engine.request import derive_seed
 from jobs.body import BadField, JobBody, parse_job
 from jobs.database import Database
+from jobs.drafts import prefix_group
 from jobs.intake import Intake, Message, check_task_id
-from jobs.job_rows import new_id, prefix_group
+from jobs.job_rows import new_id
 from jobs.leases import register
 from jobs.models import Batch, Job
 from jobs.settings import Settings
