@@ -18,7 +18,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psycopg
 from sqlalchemy import (
     JSON,
     Connection,
@@ -143,7 +142,7 @@ class Database:
             )
             event.listen(self.engine, "connect", _note_use)
             event.listen(self.engine, "checkin", _note_use)
-            event.listen(self.engine, "checkout", _ping_if_idle)
+            event.listen(self.engine, "checkout", self._ping_if_idle)
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -178,6 +177,15 @@ class Database:
 
     def close(self) -> None:
         self.engine.dispose()
+
+    def _ping_if_idle(self, connection: Any, record: Any, proxy: Any) -> None:
+        """One that was in use just now lives: to ask it each time would cost as much as a short transaction."""
+        if time.monotonic() - record.info["used"] < IDLE_SECONDS:
+            return
+        try:
+            self.engine.dialect.do_ping(connection)
+        except self.engine.dialect.loaded_dbapi.Error as error:
+            raise DisconnectionError from error  # the pool takes another
 
 
 def portions(items: Sequence[T], size: int = PORTION) -> Iterator[Sequence[T]]:
@@ -226,17 +234,6 @@ def is_transient(error: DBAPIError) -> bool:
 
 def _note_use(connection: Any, record: Any) -> None:
     record.info["used"] = time.monotonic()
-
-
-def _ping_if_idle(connection: Any, record: Any, proxy: Any) -> None:
-    """One that was in use just now lives: to ask it each time would cost as much as a short transaction."""
-    if time.monotonic() - record.info["used"] < IDLE_SECONDS:
-        return
-    try:
-        connection.execute("SELECT 1")
-        connection.rollback()
-    except psycopg.Error as error:
-        raise DisconnectionError from error  # the pool takes another
 
 
 def _configure_sqlite(connection: Any, record: Any) -> None:

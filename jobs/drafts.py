@@ -9,13 +9,13 @@ lines themselves. Refuses to know ids, owners and doors (`jobs.job_rows`).
 from __future__ import annotations
 
 import logging
+import struct
 from collections.abc import Iterator
 from tempfile import SpooledTemporaryFile
 from types import TracebackType
 from typing import IO, Any, Final, NamedTuple
 
-import msgpack
-
+from engine import codec
 from engine.request import derive_seed
 from jobs.body import JobBody
 from jobs.json_text import JsonText
@@ -25,7 +25,8 @@ from jobs.settings import Settings
 log = logging.getLogger(__name__)
 
 PREFIX_CHARS: Final = 256
-IN_MEMORY_BYTES: Final = 1 << 20  # of a DraftFile; more go to disk
+FRAME_BYTES: Final = 1 << 18  # of bodies that go to disk together; fewer never do
+_HEAD: Final = struct.Struct("<Q")  # of a frame: its bytes
 
 
 class Draft(NamedTuple):
@@ -65,35 +66,43 @@ class DraftFile:
     `finish`, then they come out, in any thread but one at a time."""
 
     def __init__(self, folder: str) -> None:
-        """`folder`: where it may lie. Nothing is opened yet."""
-        self._file: IO[bytes] = SpooledTemporaryFile(IN_MEMORY_BYTES, dir=folder)  # noqa: SIM115 - close
-        self._pack = msgpack.Packer().pack
+        """`folder`: where it may lie, once it is too long for memory."""
+        self._file: IO[bytes] = SpooledTemporaryFile(FRAME_BYTES, dir=folder)  # noqa: SIM115 - close
+        self._frame: list[tuple[Any, ...]] = []  # not in the file yet
+        self._frame_bytes = 0
         self._lost = False
         self.whole = False
 
     def add(self, end: int, draft: Draft) -> None:
+        self._frame.append((end, *draft))
+        self._frame_bytes += len(draft.body)
+        if self._frame_bytes >= FRAME_BYTES:
+            self._write()
+
+    def finish(self) -> None:
+        """No more are to come; `whole` says whether all are there."""
+        self._write()
+        self.whole = not self._lost
+
+    def __iter__(self) -> Iterator[tuple[int, Draft]]:
+        """Raises `OSError`."""
+        self._file.seek(0)
+        while head := self._file.read(_HEAD.size):
+            for end, custom_id, model, body, *others in codec.unpack(self._file.read(*_HEAD.unpack(head))):
+                yield end, Draft(custom_id, model, JsonText(body), *others)
+
+    def _write(self) -> None:
         """A disk that has no room for it makes the rest slower, and harms nothing."""
-        if self._lost:
+        frame, self._frame, self._frame_bytes = self._frame, [], 0
+        if self._lost or not frame:
             return
+        packed = codec.pack(frame)
         try:
-            self._file.write(self._pack((end, *draft)))
+            self._file.write(_HEAD.pack(len(packed)) + packed)
         except OSError as error:
             log.warning("drafts.lost error=%s", type(error).__name__)
             self._lost = True
             self.close()
-
-    def finish(self) -> None:
-        """No more are to come; `whole` says whether all are there."""
-        if not self._lost:
-            self._file.seek(0)
-            self.whole = True
-
-    def __iter__(self) -> Iterator[tuple[int, Draft]]:
-        """Once. Raises `OSError`."""
-        columns: Any
-        for end, *columns in msgpack.Unpacker(self._file):
-            columns[2] = JsonText(columns[2])
-            yield end, Draft(*columns)
 
     def close(self) -> None:
         try:
