@@ -99,6 +99,7 @@ class DraftFile:
         packed = codec.pack(frame)
         try:
             self._file.write(_HEAD.pack(len(packed)) + packed)
+            self._file.flush()  # here, where it may fail
         except OSError as error:
             log.warning("drafts.lost error=%s", type(error).__name__)
             self._lost = True
