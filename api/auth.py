@@ -54,8 +54,9 @@ class Caller:
         return self.owner.tenant
 
 
-def caller_of(request: Request) -> Caller:
-    """The caller whom the gate let in. Without a gate there is none, and this raises."""
+async def caller_of(request: Request) -> Caller:
+    """The caller whom the gate let in. Without a gate there is none, and this raises. Like every dependency that
+    waits for nothing it is `async`, because FastAPI gives each of the others a thread."""
     caller = request.scope["state"]["caller"]
     assert isinstance(caller, Caller)
     return caller

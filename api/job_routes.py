@@ -101,12 +101,16 @@ def routes(services: Services) -> APIRouter:
 def _submit_job(services: Services, owner: Owner, data: object, submit: Submit | None) -> JSONResponse:
     terms, data = split_terms(data, time_now=time.time()) if isinstance(data, dict) else (ORDINARY, data)
     (body,) = services.intake.name_models([parse_job(data, services.settings)])
-    job_id = services.intake.accept_one(body, owner, submit, terms=terms)
+    if submit is None:
+        job = services.intake.accept_new(body, owner, terms=terms)
+        made = job_object(job, services.forecasts.of_job(job))
+    else:
+        made = _job(services, owner.tenant, services.intake.accept_one(body, owner, submit, terms=terms))
     return JSONResponse(
-        _job(services, owner.tenant, job_id).model_dump(mode="json"),
+        made.model_dump(mode="json"),
         202,
-        {"Location": f"/v1/jobs/{job_id}"},
-        background=BackgroundTask(services.wake_workers, Counter([str(body.model)])),
+        {"Location": f"/v1/jobs/{made.id}"},
+        background=BackgroundTask(services.wake_workers_later, Counter([str(body.model)])),
     )
 
 
@@ -130,7 +134,7 @@ def _submit_batch(
         batch_object(batch, services.forecasts.of_batch(batch)).model_dump(mode="json"),
         202,
         {"Location": f"/v1/batches/{batch_id}"},
-        background=BackgroundTask(services.wake_workers, Counter(str(body.model) for body in bodies)),
+        background=BackgroundTask(services.wake_workers_later, Counter(str(body.model) for body in bodies)),
     )
 
 

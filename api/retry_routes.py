@@ -91,5 +91,5 @@ def _accepted(
         answer.model_dump(mode="json"),
         202,
         {"Location": location},
-        background=BackgroundTask(services.wake_workers, models),
+        background=BackgroundTask(services.wake_workers_later, models),
     )

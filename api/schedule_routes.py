@@ -161,7 +161,7 @@ def _run(services: Services, owner: Owner, schedule_id: str, submit: Submit | No
         run_object(started.run).model_dump(mode="json"),
         202,
         {"Location": f"/v1/batches/{started.run.batch_id}"},
-        background=BackgroundTask(services.wake_workers, models),
+        background=BackgroundTask(services.wake_workers_later, models),
     )
 
 

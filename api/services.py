@@ -57,22 +57,26 @@ class Services:
 
     def wake_workers(self, models: Counter[str]) -> None:
         """Tell Redis that there is work. The jobs are safe in SQL, so a Redis that is down costs time only:
-        the sweeper says it again."""
+        the sweeper says it again. `wake` does not block, so neither does this."""
         for model, num_jobs in models.items():
             try:
                 self.wake(model, num_jobs)
             except Exception as error:
                 log.warning("api.wake_failed model=%s error=%s", model, type(error).__name__)
 
+    async def wake_workers_later(self, models: Counter[str]) -> None:
+        """The same as a background task; for a plain function each would take a thread."""
+        self.wake_workers(models)
 
-def refuse_query(request: Request) -> None:
+
+async def refuse_query(request: Request) -> None:
     """A route dependency: query parameters that nobody reads are mistakes."""
     for name in request.query_params:
         shown = _shown(name)
         raise ApiError(400, f"{shown}: unknown query parameter", code="unknown_parameter", param=shown)
 
 
-def refuse_repeats(request: Request) -> None:
+async def refuse_repeats(request: Request) -> None:
     """A route dependency: of a query parameter that is given twice, only one would count."""
     for name, times in Counter(name for name, _ in request.query_params.multi_items()).items():
         if times > 1:

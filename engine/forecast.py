@@ -23,17 +23,24 @@ class Forecast:
         self._shared = shared
         self._page_size = page_size
         self._numbers = np.arange(1, len(tokens) + 1)
+        self._asked: tuple[int, int] | None = None  # whom `_with` has
+        self._with = self._tokens, self._remaining
 
     def peak_with(self, tokens: int, remaining: int) -> float:
         """The peak in pages if one more sequence joined."""
         return self._peak(*self._joined(tokens, remaining))
 
     def add(self, tokens: int, remaining: int) -> None:
+        """Mostly the one that was asked about last."""
         self._tokens, self._remaining = self._joined(tokens, remaining)
+        self._asked = None
 
     def _joined(self, tokens: int, remaining: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        at = int(np.searchsorted(-self._remaining, -remaining))
-        return _inserted(self._tokens, at, tokens), _inserted(self._remaining, at, remaining)
+        if self._asked != (tokens, remaining):
+            at = int((-self._remaining).searchsorted(-remaining))
+            self._with = _inserted(self._tokens, at, tokens), _inserted(self._remaining, at, remaining)
+            self._asked = tokens, remaining
+        return self._with
 
     def _peak(self, tokens: NDArray[np.int64], remaining: NDArray[np.int64]) -> float:
         # a last page is on average half empty

@@ -135,6 +135,16 @@ class SamplingParams:
             if getattr(self, name):
                 raise InvalidParameter(name, "cannot be combined with structured_outputs")
 
+    def seeded(self, seed: int) -> SamplingParams:
+        """The same with this seed. All else has been checked, which takes longer than to copy it. Raises
+        `InvalidParameter`."""
+        _integer("seed", seed, -MAX_SEED - 1, MAX_SEED)
+        made = object.__new__(SamplingParams)
+        for name in self.__slots__:
+            object.__setattr__(made, name, getattr(self, name))
+        object.__setattr__(made, "seed", seed)
+        return made
+
     @property
     def biases(self) -> tuple[tuple[int, float], ...]:
         """`logit_bias` as it is kept."""

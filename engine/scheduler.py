@@ -282,7 +282,6 @@ class Scheduler:
     def _enter(self, sequence: Sequence, draft: _Draft, match: Match) -> None:
         self.waiting.remove(sequence)
         self.running.append(sequence)
-        sequence.expected_tokens = self._expected(sequence)
         if sequence.high_water == 0:
             sequence.num_cached = min(sequence.num_computed, sequence.num_prompt)
         keys = self._prompt_keys(sequence)
@@ -312,7 +311,8 @@ class Scheduler:
         """(tokens whose pages nobody else owns already, tokens it will probably still make)."""
         shared = sum(entry.page is not None and not self.pool.is_cached(entry.page) for entry in match.whole)
         sequence.num_shared_pages = shared
-        remaining = self._expected(sequence) - sequence.num_generated
+        sequence.expected_tokens = self._expected(sequence)
+        remaining = sequence.expected_tokens - sequence.num_generated
         return len(sequence.token_ids) - shared * self.pool.page_size, max(1, remaining)
 
     def _forecast(self) -> Forecast:

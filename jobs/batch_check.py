@@ -1,9 +1,9 @@
 """BatchCheck: the first pass over a batch's input file: every line looked at, nothing made.
 
 Owns the validation: what counts as a line, which codes a wrong one gets, and that no custom_id comes twice. The file
-is streamed; what stays in memory is eight bytes per line. custom_ids are compared by hash, and only those whose hash
-comes twice are read again and compared as they are. Refuses to know what becomes of the findings
-(`jobs.batch_intake`).
+is streamed; what stays in memory is eight bytes per line, and what was found out goes to `jobs.drafts`.
+custom_ids are compared by hash, and only those whose hash comes twice are read again and compared as they are.
+Refuses to know what becomes of the findings (`jobs.batch_intake`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from itertools import pairwise
 from typing import Any, BinaryIO, Final
 
 from jobs.batch_file import BadLine, BatchLine, bounded_lines, parse_line
-from jobs.body import BadField, JobBody
-from jobs.quotas import Load, estimate_tokens
+from jobs.body import BadField
+from jobs.drafts import DraftFile, draft_of
+from jobs.quotas import Load
 from jobs.settings import Settings
 
 MAX_ERRORS: Final = 100  # told; the check stops there
@@ -87,12 +88,14 @@ def check_file(
     *,
     known_models: frozenset[str],
     tick: Callable[[], None],
+    drafts: DraftFile | None = None,
 ) -> Findings:
-    """Read the whole of `file`. `tick` is called once per line, and ends the check by raising."""
+    """Read the whole of `file`. `tick` is called once per line, and ends the check by raising. `drafts`: takes what
+    the lines' jobs will be, and is finished when nothing was wrong."""
     errors: list[dict[str, Any]] = []
     ids, models = CustomIds(), _Models(known_models)
     jobs = tokens = stored = 0
-    for number, raw in _lines(file, settings, tick):
+    for number, end, raw in _lines(file, settings, tick):
         jobs += 1
         if jobs > settings.max_batch_jobs:
             errors.append(
@@ -111,8 +114,11 @@ def check_file(
         except BadField as error:
             errors.append(_field_error(error, number))
         else:
-            tokens += estimate_tokens(body, settings)
-            stored += stored_size(body)
+            draft = draft_of(body, settings)
+            tokens += draft.estimated_tokens
+            stored += len(draft.body)
+            if drafts is not None:
+                drafts.add(end, draft)
         if len(errors) >= MAX_ERRORS:
             return Findings(errors, Load(0, 0, 0), None)
     if not jobs:
@@ -121,12 +127,9 @@ def check_file(
         file.seek(0)
         errors += _repeats(_lines(file, settings, tick), repeated, endpoint, MAX_ERRORS - len(errors))
         errors.sort(key=lambda one: one["line"])
+    if drafts is not None and not errors:
+        drafts.finish()
     return Findings(errors, Load(jobs, tokens, stored), models.seen.pop() if len(models.seen) == 1 else None)
-
-
-def stored_size(body: JobBody) -> int:
-    """Bytes of the job's body in SQL."""
-    return len(body.written())
 
 
 def max_line_bytes(settings: Settings) -> int:
@@ -135,11 +138,14 @@ def max_line_bytes(settings: Settings) -> int:
 
 def _lines(
     file: BinaryIO, settings: Settings, tick: Callable[[], None]
-) -> Iterator[tuple[int, bytes | None]]:
+) -> Iterator[tuple[int, int, bytes | None]]:
+    """Number, where it ends (unless one before was too long), and bytes of every line that is not blank."""
+    end = 0
     for number, raw in enumerate(bounded_lines(file, max_line_bytes(settings)), 1):
         tick()
+        end += len(raw or b"")
         if raw is None or raw.strip():
-            yield number, raw
+            yield number, end, raw
 
 
 def _parse(number: int, raw: bytes | None, endpoint: str, settings: Settings) -> BatchLine:
@@ -157,11 +163,11 @@ def _field_error(error: BadField, number: int) -> dict[str, Any]:
 
 
 def _repeats(
-    lines: Iterator[tuple[int, bytes | None]], hashes: set[int], endpoint: str, limit: int
+    lines: Iterator[tuple[int, int, bytes | None]], hashes: set[int], endpoint: str, limit: int
 ) -> Iterator[dict[str, Any]]:
     """An error for each line whose custom_id an earlier line has, at most `limit`."""
     first: dict[str, int] = {}
-    for number, raw in lines:
+    for number, _, raw in lines:
         if limit <= 0:
             return
         try:

@@ -28,8 +28,9 @@ from jobs.body import BadField
 from jobs.completion_window import terms_of_window
 from jobs.database import Database
 from jobs.desk import Claim
+from jobs.drafts import Draft, DraftFile, draft_of
 from jobs.file_store import FileStore
-from jobs.job_rows import JobRow, insert_all, job_row, load_of
+from jobs.job_rows import JobRow, insert_all, load_of, row_of, shared_columns
 from jobs.models import Batch
 from jobs.settings import Settings
 from jobs.states import BatchState
@@ -84,8 +85,9 @@ class BatchIntake:
         self._store = store
         self._announce = announce
 
-    def insert(self, claimed: Claim) -> None:
-        """Go on until every line has its job, or the batch was cancelled or has expired. Raises `ClaimLost`."""
+    def insert(self, claimed: Claim, drafts: DraftFile | None = None) -> None:
+        """Go on until every line has its job, or the batch was cancelled or has expired. `drafts`: what the check has
+        just made of all lines, if it was in this process. Raises `ClaimLost`."""
         with self._database.read() as connection:
             batch = connection.execute(
                 select(*Batch.__table__.columns).where(Batch.id == claimed.batch_id)
@@ -95,7 +97,7 @@ class BatchIntake:
         try:
             with (
                 self._store.open(batch.input_file_id) as file,
-                closing(_one_ahead(self._chunks(file, batch))) as chunks,
+                closing(_one_ahead(_chunks(batch, self._drafts(file, batch, drafts)))) as chunks,
             ):
                 for chunk in chunks:
                     claimed.check()
@@ -110,41 +112,42 @@ class BatchIntake:
         # The file has passed the check and is not what it was: what has become jobs goes on, the rest cannot.
         self._database.transact(partial(_give_up, claimed=claimed))
 
-    def _chunks(self, file: BinaryIO, batch: Any) -> Iterator[_Chunk]:
-        owner = Owner(batch.tenant, batch.key_id)
-        terms = terms_of_window(batch.completion_window, submitted_at=batch.created_at)
-        file.seek(batch.next_offset)
-        chunk = _Chunk(batch.num_inserted, [], batch.next_offset)
-        size = 0
+    def _drafts(self, file: BinaryIO, batch: Any, drafts: DraftFile | None) -> Iterator[tuple[int, Draft]]:
+        """What is left to insert, each with the byte of the file at which its line ends."""
+        if drafts is not None and drafts.whole and batch.next_offset == 0:
+            yield from drafts
+            return
+        end: int = batch.next_offset
+        file.seek(end)
         for raw in bounded_lines(file, max_line_bytes(self._settings)):
             if raw is None:
                 return
-            is_first = chunk.end == 0
-            chunk.end += len(raw)
-            if not raw.strip():
-                continue
-            position = chunk.start + len(chunk.rows)
-            line = parse_line(1 if is_first else 2, raw, batch.endpoint)
-            chunk.rows.append(
-                job_row(
-                    job_id_of(batch.id, position),
-                    line.named_job(self._settings, checked=True),
-                    owner,
-                    self._settings,
-                    source="http",
-                    terms=terms,
-                    batch_id=batch.id,
-                    position=position,
-                )
-            )
-            size += len(raw)
-            if position + 1 == batch.total:
-                chunk.last = True
-                yield chunk
-                return
-            if len(chunk.rows) == CHUNK or size >= CHUNK_BYTES:
-                yield chunk
-                chunk, size = _Chunk(position + 1, [], chunk.end), 0
+            number = 1 if end == 0 else 2
+            end += len(raw)
+            if raw.strip():
+                line = parse_line(number, raw, batch.endpoint)
+                yield end, draft_of(line.named_job(self._settings, checked=True), self._settings)
+
+
+def _chunks(batch: Any, drafts: Iterator[tuple[int, Draft]]) -> Iterator[_Chunk]:
+    shared = shared_columns(
+        Owner(batch.tenant, batch.key_id),
+        source="http",
+        terms=terms_of_window(batch.completion_window, submitted_at=batch.created_at),
+        batch_id=batch.id,
+    )
+    chunk = _Chunk(batch.num_inserted, [], batch.next_offset)
+    begin = chunk.end
+    for position, (end, draft) in enumerate(drafts, chunk.start):
+        chunk.rows.append(row_of(job_id_of(batch.id, position), draft, position, shared))
+        chunk.end = end
+        if position + 1 == batch.total:
+            chunk.last = True
+            yield chunk
+            return
+        if len(chunk.rows) == CHUNK or end - begin >= CHUNK_BYTES:
+            yield chunk
+            chunk, begin = _Chunk(position + 1, [], end), end
 
 
 def _one_ahead(chunks: Iterator[_Chunk]) -> Generator[_Chunk, None, None]:

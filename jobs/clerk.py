@@ -21,6 +21,7 @@ from jobs.batch_intake import BatchIntake
 from jobs.batch_output import BatchOutput
 from jobs.database import Database
 from jobs.desk import Claim, ClaimLost, take
+from jobs.drafts import DraftFile
 from jobs.file_batches import FileBatches
 from jobs.file_store import FileStore
 from jobs.files import Files
@@ -46,7 +47,7 @@ class Clerk:
         announce: Callable[[str, int], None],
         stopping: threading.Event | None = None,
     ) -> None:
-        store = FileStore(settings.files)
+        self._store = store = FileStore(settings.files)
         self._database = database
         self._seconds = settings.lease_seconds
         self._stopping = stopping or threading.Event()
@@ -73,9 +74,10 @@ class Clerk:
         if batch.finalizing_at is not None:
             self._output.finish(claimed)
             return
-        if batch.state == BatchState.VALIDATING:
-            self._batches.validate(claimed)
-        self._intake.insert(claimed)
+        with DraftFile(self._store.scratch()) as drafts:
+            if batch.state == BatchState.VALIDATING:
+                self._batches.validate(claimed, drafts)
+            self._intake.insert(claimed, drafts)
 
 
 class Clerks:

@@ -32,7 +32,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DBAPIError, DisconnectionError, OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase
 from sqlalchemy.sql.functions import FunctionElement
@@ -44,6 +44,10 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PORTION = 500  # ids that one statement names
+IDLE_SECONDS = 0.2  # after which a connection is asked whether it still lives
+# Of SQLite's log, 32 MB. Whoever commits when it is full copies it back first; at SQLite's own 1,000 pages every
+# sixth claim of 64 jobs did, and what is written to often was copied each time.
+CHECKPOINT_PAGES = 8_000
 BUSY_SECONDS = 30.0  # how long SQLite waits for another writer
 # A peer that froze or vanished must not hold anybody for longer than a lease or two.
 POSTGRES_ARGUMENTS: dict[str, Any] = {
@@ -135,11 +139,13 @@ class Database:
                 url,
                 pool_size=pool_size,
                 max_overflow=pool_size,
-                pool_pre_ping=True,
                 hide_parameters=True,  # prompts do not belong in a log
                 json_serializer=written,
                 connect_args=POSTGRES_ARGUMENTS,
             )
+            event.listen(self.engine, "connect", _note_use)
+            event.listen(self.engine, "checkin", _note_use)
+            event.listen(self.engine, "checkout", self._ping_if_idle)
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -174,6 +180,15 @@ class Database:
 
     def close(self) -> None:
         self.engine.dispose()
+
+    def _ping_if_idle(self, connection: Any, record: Any, proxy: Any) -> None:
+        """One that was in use just now lives: to ask it each time would cost as much as a short transaction."""
+        if time.monotonic() - record.info["used"] < IDLE_SECONDS:
+            return
+        try:
+            self.engine.dialect.do_ping(connection)
+        except self.engine.dialect.loaded_dbapi.Error as error:
+            raise DisconnectionError from error  # the pool takes another
 
 
 def portions(items: Sequence[T], size: int = PORTION) -> Iterator[Sequence[T]]:
@@ -220,11 +235,16 @@ def is_transient(error: DBAPIError) -> bool:
     return isinstance(error, OperationalError) and type(error.orig).__module__.startswith("psycopg")
 
 
+def _note_use(connection: Any, record: Any) -> None:
+    record.info["used"] = time.monotonic()
+
+
 def _configure_sqlite(connection: Any, record: Any) -> None:
     connection.isolation_level = None  # we say BEGIN ourselves
     cursor = connection.cursor()
     cursor.execute("PRAGMA journal_mode=WAL")
     cursor.execute("PRAGMA synchronous=FULL")  # an accepted job survives a power cut
+    cursor.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
     cursor.execute("PRAGMA foreign_keys=ON")
     cursor.execute(f"PRAGMA busy_timeout={int(BUSY_SECONDS * 1000)}")
     cursor.close()

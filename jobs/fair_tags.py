@@ -18,12 +18,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, Final
 
-from sqlalchemy import Connection, Float, bindparam, case, func, select
+from sqlalchemy import Connection, Float, Integer, bindparam, case, func, select
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import aliased
 
 from jobs.claims import QUEUED
 from jobs.database import in_words_of
-from jobs.models import FairClock, Job, Tenant
+from jobs.models import ID, FairClock, Job, Tenant
 from jobs.terms import tier_of
 
 BUCKET_TOKENS: Final = 16_384.0  # of virtual time; some ten to hundred jobs of one tenant
@@ -39,61 +40,51 @@ def tags(connection: Connection, rows: Sequence[Row]) -> list[float]:
         flow = (row["tenant"], row["model"], int(tier_of(row["tier"])), row["priority"])
         flows[flow].append(place)
     given = [0.0] * len(rows)
-    weights = _weights(connection, sorted({flow[0] for flow in flows}))
     for flow in sorted(flows):
-        share = weights.get(flow[0], 1.0) * 2.0 ** flow[3]
-        costs = [max(1, int(rows[place]["estimated_tokens"])) / share for place in flows[flow]]
-        turn = _turn(connection, flow, sum(costs))
-        for place, cost in zip(flows[flow], costs, strict=True):
+        tokens = [max(1, int(rows[place]["estimated_tokens"])) for place in flows[flow]]
+        turn, share = _turn(connection, flow, sum(tokens))
+        for place, cost in zip(flows[flow], tokens, strict=True):
             given[place] = turn // BUCKET_TOKENS * BUCKET_TOKENS
-            turn += cost
+            turn += cost / share
     return given
 
 
-def _weights(connection: Connection, tenants: list[str]) -> dict[str, float]:
-    return {row.id: row.weight for row in connection.execute(_WEIGHTS, {"tenants": tenants})}
-
-
-def _turn(connection: Connection, flow: Flow, cost: float) -> float:
-    """When the flow's turn is; it ends `cost` later."""
+def _turn(connection: Connection, flow: Flow, tokens: int) -> tuple[float, float]:
+    """When the flow's turn is, and its share; the turn ends `tokens` over the share later."""
     tenant, model, tier, priority = flow
-    virtual = _virtual_time(connection, model, tier)
-    values = {"tenant": tenant, "model": model, "tier": tier, "priority": priority}
-    moved = {"turn_ends": virtual + cost, "virtual": virtual, "cost": cost}
-    ends: float = connection.scalars(_move_clock(connection.dialect.name), values | moved).one()
-    return ends - cost
+    given = {"tenant": tenant, "model": model, "tier": tier, "priority": priority, "tokens": float(tokens)}
+    moved = connection.execute(_move_clock(connection.dialect.name), given | {"steps": 2.0**priority}).one()
+    return moved.turn_ends - tokens / moved.share, moved.share
 
 
 @in_words_of
 def _move_clock(insert: type[sqlite.Insert | postgresql.Insert]) -> Any:
-    virtual, cost = bindparam("virtual", type_=Float), bindparam("cost", type_=Float)
-    later = case((FairClock.turn_ends > virtual, FairClock.turn_ends), else_=virtual)
-    columns = ("tenant", "model", "tier", "priority", "turn_ends")
-    return (
-        insert(FairClock)
-        .values({name: bindparam(name) for name in columns})
-        .on_conflict_do_update(
-            index_elements=["model", "tier", "tenant", "priority"], set_={"turn_ends": later + cost}
-        )
-        .returning(FairClock.turn_ends)
+    """One statement for all that a turn depends on: each of its own would cost a way to the database and back."""
+    tenant, model, tier = (
+        bindparam("tenant", type_=ID),
+        bindparam("model", type_=ID),
+        bindparam("tier", type_=Integer),
     )
-
-
-def _virtual_time(connection: Connection, model: str, tier: int) -> float:
-    """The tag at the head of the queue; of an empty queue, where its last flow ended."""
-    queue = {"model": model, "tier": tier}
-    head = connection.scalars(_HEAD, queue).first()
-    return float(connection.scalar(_ENDS, queue) or 0.0) if head is None else float(head)
-
-
-# made once: to build a statement takes as long as to run it
-_WEIGHTS = select(Tenant.id, Tenant.weight).where(Tenant.id.in_(bindparam("tenants", expanding=True)))
-_HEAD = (
-    select(Job.fair_tag)
-    .where(Job.model == bindparam("model"), Job.tier == bindparam("tier"), QUEUED)
-    .order_by(Job.fair_tag)
-    .limit(1)
-)
-_ENDS = select(func.max(FairClock.turn_ends)).where(
-    FairClock.model == bindparam("model"), FairClock.tier == bindparam("tier")
-)
+    weight = select(Tenant.weight).where(Tenant.id == tenant).scalar_subquery()
+    share = func.coalesce(weight, 1.0) * bindparam("steps", type_=Float)
+    head = (
+        select(Job.fair_tag)
+        .where(Job.model == model, Job.tier == tier, QUEUED)
+        .order_by(Job.fair_tag)
+        .limit(1)
+        .scalar_subquery()
+    )
+    other = aliased(FairClock)
+    ends = select(func.max(other.turn_ends)).where(other.model == model, other.tier == tier).scalar_subquery()
+    # The tag at the head of the queue; of an empty queue, where its last flow ended.
+    virtual = func.coalesce(head, ends, 0.0)
+    cost = bindparam("tokens", type_=Float) / share
+    started = insert(FairClock).values(
+        tenant=tenant, model=model, tier=tier, priority=bindparam("priority"), turn_ends=virtual + cost
+    )
+    # What was to be inserted ends where this flow's turn would end if it began now.
+    now_ends, then_ends = started.excluded.turn_ends, FairClock.turn_ends + cost
+    return started.on_conflict_do_update(
+        index_elements=["model", "tier", "tenant", "priority"],
+        set_={"turn_ends": case((then_ends > now_ends, then_ends), else_=now_ends)},
+    ).returning(FairClock.turn_ends, share.label("share"))

@@ -18,6 +18,7 @@ from jobs.body import BadField, parse_metadata
 from jobs.completion_window import window_seconds
 from jobs.database import Database, clock, now
 from jobs.desk import Claim
+from jobs.drafts import DraftFile
 from jobs.file_store import FileStore
 from jobs.files import Purpose, check_life, find_file
 from jobs.idempotency import Submit, claim
@@ -140,8 +141,9 @@ class FileBatches:
 
         return self._database.transact(work)
 
-    def validate(self, claimed: Claim) -> None:
-        """Check the whole file, then let the batch begin or fail. Raises `ClaimLost`."""
+    def validate(self, claimed: Claim, drafts: DraftFile | None = None) -> None:
+        """Check the whole file, then let the batch begin or fail. `drafts`: as `check_file` takes them. Raises
+        `ClaimLost`."""
         with self._database.read() as connection:
             batch = connection.execute(
                 select(Batch.input_file_id, Batch.endpoint).where(Batch.id == claimed.batch_id)
@@ -152,7 +154,12 @@ class FileBatches:
         try:
             with self._store.open(batch.input_file_id) as file:
                 findings = check_file(
-                    file, batch.endpoint, self._settings, known_models=known, tick=claimed.tick
+                    file,
+                    batch.endpoint,
+                    self._settings,
+                    known_models=known,
+                    tick=claimed.tick,
+                    drafts=drafts,
                 )
         except FileNotFoundError:
             self._database.transact(lambda connection: self._fail(connection, claimed, [FILE_LOST]))

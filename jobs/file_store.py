@@ -79,6 +79,11 @@ class FileStore:
         """Raises `FileNotFoundError` when there is none, whatever `file_id` is."""
         return self._path(file_id).open("rb")
 
+    def scratch(self) -> str:
+        """A folder for files without a name, which nobody else sees."""
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return str(self._folder)
+
     def remove(self, file_id: str) -> None:
         """Whoever reads it reads on."""
         self._path(file_id).unlink(missing_ok=True)

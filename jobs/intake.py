@@ -10,7 +10,7 @@ makes one job and counts once. Single jobs that come at the same time share a tr
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from types import MappingProxyType
@@ -25,9 +25,10 @@ from jobs.database import Database, Texts, clock, is_among, now
 from jobs.forecasts import Forecasts, WindowTooTight
 from jobs.group_commit import GroupCommit
 from jobs.idempotency import Submit, claim
-from jobs.job_rows import insert_all, insert_new, job_row, load_of, new_id, refused_row
+from jobs.job_rows import JobRow, insert_all, insert_new, job_row, load_of, new_id, refused_row
 from jobs.models import Batch, Job, Worker
 from jobs.quotas import QuotaExceeded, Room, open_room
+from jobs.reads import JobView, job_views
 from jobs.settings import Settings
 from jobs.states import LIVE_WORKER, BatchState
 from jobs.tenants import Owner
@@ -94,7 +95,7 @@ class Intake:
         self._database = database
         self._settings = settings
         self._forecasts = forecasts or Forecasts(database, settings)
-        self._singles: GroupCommit[Single, str] = GroupCommit(self._accept_singles)
+        self._singles: GroupCommit[Single, JobView] = GroupCommit(self._accept_singles)
 
     # --- model ----------------------------------------------------------------------------------------------
 
@@ -145,13 +146,9 @@ class Intake:
     ) -> str:
         """One job over HTTP; returns its id, or that of the job which the same `submit` made before. Raises
         `BadField` for a model that cannot be guessed, `QuotaExceeded`, `WindowTooTight` and `KeyReusedError`."""
-        (body,) = self.name_models([body])
-        row = job_row(
-            new_id("job"), body, owner, self._settings, source="http", terms=terms, audience=audience
-        )
-        self._forecasts.prepare(terms)
         if submit is None:
-            return self._singles.add(Single(row, terms))
+            return self.accept_new(body, owner, terms=terms, audience=audience).id
+        row = self._single_row(body, owner, terms, audience)
 
         def work(connection: Connection) -> str:
             job_id = str(row["id"])
@@ -164,6 +161,24 @@ class Intake:
         accepted = self._database.transact(work)
         self._forecasts.accepted(_tokens_by_model([row]))
         return accepted
+
+    def accept_new(
+        self,
+        body: JobBody,
+        owner: Owner,
+        *,
+        terms: Terms = ORDINARY,
+        audience: Audience = Audience.NOBODY,
+    ) -> JobView:
+        """One job over HTTP that nobody has named; returns it as it is queued. Raises as `accept_one` does."""
+        return self._singles.add(Single(self._single_row(body, owner, terms, audience), terms))
+
+    def _single_row(self, body: JobBody, owner: Owner, terms: Terms, audience: Audience) -> JobRow:
+        (body,) = self.name_models([body])
+        self._forecasts.prepare(terms)
+        return job_row(
+            new_id("job"), body, owner, self._settings, source="http", terms=terms, audience=audience
+        )
 
     def accept_many(
         self,
@@ -249,7 +264,14 @@ class Intake:
             owner = Owner(message.tenant, None)
             row = job_row(task_id, body, owner, self._settings, source="redis", terms=message.terms)
             rows.setdefault(task_id, row)
-        return self._database.transact(lambda connection: self._insert_fitting(connection, rows))
+
+        def work(connection: Connection) -> dict[str, Refusal]:
+            refused, fitting = self._judge(connection, rows)
+            # Another worker may have received the same message: only what really went in counts.
+            _count(connection, [rows[key] for key in insert_new(connection, fitting)])
+            return refused
+
+        return self._database.transact(work)
 
     def accept_invalid(self, task_id: str, error: dict[str, Any], tenant: str) -> None:
         """A Redis message that is refused: nobody waits for a 400, so it becomes a failed job with `error`."""
@@ -261,19 +283,24 @@ class Intake:
 
         self._database.transact(work)
 
-    def _accept_singles(self, singles: Sequence[Single]) -> list[str | Exception]:
-        """The id of each, or why it is refused."""
+    def _accept_singles(self, singles: Sequence[Single]) -> list[JobView | Exception]:
+        """Each as it is queued, or why it is refused."""
         rows = {one.id: one.row for one in singles}
         terms = {one.id: one.terms for one in singles}
         attempts = count()
 
-        def work(connection: Connection) -> dict[str, Refusal]:
+        def work(connection: Connection) -> dict[str, JobView | Refusal]:
             # Their ids are new: until an attempt may have committed, nobody knows them.
-            return self._insert_fitting(connection, rows, terms, new=next(attempts) == 0)
+            known = {} if next(attempts) == 0 else job_views(connection, sorted(rows))
+            refused, fitting = self._judge(connection, rows, terms, known=known)
+            stamp = insert_all(connection, fitting)
+            _count(connection, fitting)
+            return {**known, **refused, **{row["id"]: stamp.view(row) for row in fitting}}
 
-        refused = self._database.transact(work)
-        self._forecasts.accepted(_tokens_by_model([row for key, row in rows.items() if key not in refused]))
-        return [refused.get(key, key) for key in rows]
+        found = self._database.transact(work)
+        accepted = [row for key, row in rows.items() if isinstance(found[key], JobView)]
+        self._forecasts.accepted(_tokens_by_model(accepted))
+        return [found[key] for key in rows]
 
     # --- transactions -----------------------------------------------------------------------------------------
 
@@ -304,19 +331,20 @@ class Intake:
                 rooms[tenant] = error
         return rooms
 
-    def _insert_fitting(
+    def _judge(
         self,
         connection: Connection,
-        rows: dict[str, dict[str, Any]],
+        rows: dict[str, JobRow],
         terms: Mapping[str, Terms] = MappingProxyType({}),
         *,
-        new: bool = False,
-    ) -> dict[str, Refusal]:
-        """Those that are refused, by id. `terms`: of those whose window must be met. `new`: none can be there yet."""
+        known: Collection[str] | None = None,
+    ) -> tuple[dict[str, Refusal], list[JobRow]]:
+        """Those that are refused, by id, and those that may go in; what is there already is neither. `terms`: of
+        those whose window must be met. `known`: ids that are there; None: not looked for yet."""
         refused: dict[str, Refusal] = {}
         rooms = self._rooms(connection, {str(row["tenant"]) for row in rows.values()})
-        known = set() if new else _known_ids(connection, sorted(rows))
-        fitting: list[dict[str, Any]] = []
+        known = _known_ids(connection, sorted(rows)) if known is None else known
+        fitting: list[JobRow] = []
         for job_id, row in rows.items():
             if job_id in known:
                 continue
@@ -333,10 +361,11 @@ class Intake:
             else:
                 room.take(load)
                 fitting.append(row)
-        # Another worker may have received the same message: only what really went in counts.
-        inserted = insert_new(connection, fitting)
-        tallies.add(connection, [load_of([rows[key]]).change(rows[key]["tenant"]) for key in inserted])
-        return refused
+        return refused, fitting
+
+
+def _count(connection: Connection, inserted: Sequence[JobRow]) -> None:
+    tallies.add(connection, [load_of([row]).change(row["tenant"]) for row in inserted])
 
 
 def _known_ids(connection: Connection, ids: Sequence[str]) -> set[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, cast
 
@@ -22,18 +23,25 @@ from jobs.audience import Audience
 from jobs.body import JobBody
 from jobs.bulk_insert import bulk_insert
 from jobs.database import clock, in_words_of
+from jobs.drafts import Draft, draft_of
 from jobs.fair_tags import tags
 from jobs.models import Job
-from jobs.quotas import Load, estimate_tokens
+from jobs.quotas import Load
+from jobs.reads import JobView
 from jobs.settings import Settings
 from jobs.states import TERMINAL, JobState
 from jobs.tenants import Owner
 from jobs.terms import ORDINARY, Retry, Terms, Tier, tier_of
 
-PREFIX_CHARS = 256
 _ROWS_PER_STATEMENT = 1000
 _QUEUED = str(JobState.QUEUED)
 _TABLE = cast(Table, Job.__table__)
+# fmt: off
+_SHOWN = (
+    "id", "model", "batch_id", "position", "custom_id", "metadata", "estimated_tokens", "priority", "not_before",
+    "deadline",
+)
+# fmt: on
 
 JobRow = dict[str, Any]  # by column of `models.Job`
 
@@ -41,11 +49,6 @@ JobRow = dict[str, Any]  # by column of `models.Job`
 def new_id(kind: str, position: int = 0) -> str:
     """`job_` and 32 hex digits that sort by time, then by position: 48 bits ms, 32 position, 48 random."""
     return f"{kind}_{time.time_ns() // 1_000_000:012x}{position:08x}{secrets.token_hex(6)}"
-
-
-def prefix_group(model: str, opening: str) -> int:
-    """The same 63-bit number for jobs that start with the same text, on every machine and in every run."""
-    return derive_seed("prefix", model, opening[:PREFIX_CHARS])
 
 
 def job_row(
@@ -61,25 +64,43 @@ def job_row(
     position: int = 0,
 ) -> JobRow:
     """A queued job. Raises ValueError when `body` names no model yet."""
-    if body.model is None:
-        raise ValueError("a job needs a model before it can be stored")
+    shared = shared_columns(owner, source=source, terms=terms, audience=audience, batch_id=batch_id)
+    return row_of(job_id, draft_of(body, settings), position, shared)
+
+
+def shared_columns(
+    owner: Owner,
+    *,
+    source: str,
+    terms: Terms = ORDINARY,
+    audience: Audience = Audience.NOBODY,
+    batch_id: str | None = None,
+) -> JobRow:
+    """Those that all jobs of a submit have in common."""
     return {
-        "id": job_id,
         "tenant": owner.tenant,
         "key_id": owner.key_id,
         "batch_id": batch_id,
-        "position": position,
-        "custom_id": body.custom_id,
-        "model": body.model,
         "source": source,
-        "body": body.written(),
-        "metadata": body.metadata or {},
-        "seed": derive_seed("job", job_id) if body.seed is None else body.seed,
-        "estimated_tokens": estimate_tokens(body, settings),
         "state": _QUEUED,
-        "prefix_group": prefix_group(body.model, body.opening),
         "audience": int(audience),
         **terms.columns(),
+    }
+
+
+def row_of(job_id: str, draft: Draft, position: int, shared: JobRow) -> JobRow:
+    """A queued job. `shared`: as `shared_columns` made it."""
+    return {
+        "id": job_id,
+        "position": position,
+        "custom_id": draft.custom_id,
+        "model": draft.model,
+        "body": draft.body,
+        "metadata": draft.metadata,
+        "seed": derive_seed("job", job_id) if draft.seed is None else draft.seed,
+        "estimated_tokens": draft.estimated_tokens,
+        "prefix_group": draft.prefix_group,
+        **shared,
     }
 
 
@@ -146,10 +167,34 @@ def load_of(rows: Sequence[JobRow]) -> Load:
     )
 
 
-def insert_all(connection: Connection, rows: Sequence[JobRow]) -> None:
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """What only the database knew of rows that went in: when, in unix seconds, and each one's `fair_tag` by id."""
+
+    created_at: float
+    fair_tags: dict[str, float]
+
+    def view(self, row: JobRow) -> JobView:
+        """The job of one of these rows, as `jobs.reads` would show it now."""
+        return JobView(
+            state=JobState.QUEUED,
+            tier=tier_of(row["tier"]),
+            created_at=self.created_at,
+            started_at=None,
+            finished_at=None,
+            fair_tag=self.fair_tags[row["id"]],
+            attempts=0,
+            error=None,
+            outputs=None,
+            usage=None,
+            **{name: row[name] for name in _SHOWN},
+        )
+
+
+def insert_all(connection: Connection, rows: Sequence[JobRow]) -> Stamp:
     """Queued rows, all with the same columns, whose ids are new."""
     if not rows:
-        return
+        return Stamp(0.0, {})
     ordered, common = _ordered(rows), _common(connection)
     turns = tags(connection, ordered)
     for start in range(0, len(ordered), _ROWS_PER_STATEMENT):
@@ -158,6 +203,7 @@ def insert_all(connection: Connection, rows: Sequence[JobRow]) -> None:
         columns |= {name: [value] * len(some) for name, value in common.items()}
         columns["fair_tag"] = turns[start : start + _ROWS_PER_STATEMENT]
         bulk_insert(connection, _TABLE, columns)
+    return Stamp(common["created_at"], dict(zip((row["id"] for row in ordered), turns, strict=True)))
 
 
 def insert_new(connection: Connection, rows: Sequence[JobRow]) -> list[str]:

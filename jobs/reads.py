@@ -315,6 +315,11 @@ def batch_views(connection: Connection, rows: Sequence[Row[Any]]) -> list[BatchV
     ]
 
 
+def job_views(connection: Connection, job_ids: Sequence[str]) -> dict[str, JobView]:
+    """Those of these jobs that exist, by id, whosever they are."""
+    return {row.id: _job_view(row) for row in connection.execute(_jobs().where(Job.id.in_(job_ids)))}
+
+
 @cache
 def _one_job() -> Select[Any]:
     return _jobs().where(Job.id == bindparam("id"), Job.tenant == bindparam("tenant"))

@@ -6,8 +6,6 @@ SQL nor pipes.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from engine.request import Generated, Request, RequestId
 from engine.tokenizer import Tokenizer
 from jobs.body import JobBody
@@ -40,7 +38,7 @@ def request_of(
     return Request(
         id=request_id,
         prompt_token_ids=tuple(ids),
-        sampling=replace(sampling, seed=seed),
+        sampling=sampling.seeded(seed),
         cache_salt=tenant,
         priority=priority,
         turn=turn,

@@ -1,8 +1,8 @@
 """WakeUps: tells workers through Redis that a model has queued jobs.
 
 Owns one small thread, so that a slow or dead Redis never holds up a submit. Coalesced twice: a model that is
-already waiting to be announced is not queued again, and a queue that holds a handful of wake-ups gets no more.
-A lost wake-up costs one sweep, nothing else.
+already waiting to be announced, if only because it was a moment ago, is not queued again, and a queue that holds a
+handful of wake-ups gets no more. A lost wake-up costs one sweep, nothing else.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from jobs.broker import SOCKET_SECONDS, WORK, NightpressCelery, work_queue
 log = logging.getLogger(__name__)
 
 ENOUGH_IN_REDIS = 4
+# Between two announcements of one model: each costs this process and a worker about as much as a submit. One that has
+# to wait goes out when this time is over.
+APART_SECONDS = 0.02
 REPEAT_SECONDS = 0.2  # between two announcements by somebody who has more to announce all the time
 
 
@@ -32,7 +35,8 @@ class WakeUps:
         self._turn = threading.Condition()
         self._models: set[str] = set()
         self._repeats: set[str] = set()
-        self._quiet_until: dict[str, float] = {}  # of models whose repeats wait
+        self._quiet_until: dict[str, float] = {}  # of models that were announced just now
+        self._no_repeat_until: dict[str, float] = {}
         self._stopping = False
         self._failing = False
         self._thread: threading.Thread | None = None
@@ -60,18 +64,21 @@ class WakeUps:
         with self._turn:
             while True:
                 moment = time.monotonic()
-                waits = {one: self._quiet_until.get(one, 0.0) - moment for one in self._repeats}
-                due = {one for one, seconds in waits.items() if seconds <= 0 or self._stopping}
-                if ready := sorted(self._models | due):
+                due_at = {one: self._no_repeat_until.get(one, 0.0) for one in self._repeats}
+                due_at |= {one: self._quiet_until.get(one, 0.0) for one in self._models}
+                if ready := sorted(one for one, at in due_at.items() if at <= moment or self._stopping):
                     model = ready[0]
-                    if model in due:
-                        self._quiet_until[model] = moment + REPEAT_SECONDS
+                    # Clients choose names: those whose time is over must not stay.
+                    self._quiet_until = {one: at for one, at in self._quiet_until.items() if at > moment}
+                    self._quiet_until[model] = moment + APART_SECONDS
+                    if model in self._repeats:
+                        self._no_repeat_until[model] = moment + REPEAT_SECONDS
                     self._models.discard(model)
                     self._repeats.discard(model)
                     return model
                 if self._stopping:
                     return None
-                self._turn.wait(min(waits.values(), default=None))
+                self._turn.wait(min(due_at.values()) - moment if due_at else None)
 
     def _run(self) -> None:
         while (model := self._next()) is not None:

@@ -390,4 +390,4 @@ def test_a_database_that_is_gone_is_said_at_the_gate() -> None:
 
 def test_a_handler_without_a_gate_has_no_caller() -> None:
     with pytest.raises(KeyError):
-        caller_of(Request({"type": "http", "state": {}}))
+        asyncio.run(caller_of(Request({"type": "http", "state": {}})))

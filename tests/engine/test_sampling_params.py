@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -213,3 +214,19 @@ def test_ten_thousand_accepted_sets_run(engine: Engine) -> None:
 
     many_sets()
     assert accepted >= 10_000
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingParams(),
+        SamplingParams(n=3, stop="a", logit_bias={3: 1.0}, allowed_token_ids=[5, 2], seed=1, logprobs=2),
+        SamplingParams(structured_outputs=StructuredOutputsParams(json={"type": "object"})),
+    ],
+)
+def test_with_another_seed_all_else_stays(sampling: SamplingParams) -> None:
+    before = replace(sampling)
+    assert sampling.seeded(-7) == replace(sampling, seed=-7)
+    assert sampling == before
+    with pytest.raises(InvalidParameter, match=r"^seed"):
+        sampling.seeded(2**63)

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
-from sqlalchemy import select
+from sqlalchemy import Connection, select
+from sqlalchemy.exc import DBAPIError
 
 from engine.request import derive_seed
 from jobs.body import BadField, JobBody, parse_job
 from jobs.database import Database
+from jobs.drafts import prefix_group
 from jobs.intake import Intake, Message, check_task_id
-from jobs.job_rows import new_id, prefix_group
+from jobs.job_rows import new_id
 from jobs.leases import register
 from jobs.models import Batch, Job
+from jobs.reads import Reads
 from jobs.settings import Settings
 from jobs.states import BatchState, JobState
 from jobs.tenants import OPERATOR
+from jobs.terms import Terms, Tier
 from tests.support import rows
 
 
@@ -80,6 +88,37 @@ def test_a_batch_keeps_its_order_and_comes_whole(database: Database, intake: Int
         batch.created_at + 1
     )
     assert len({job.seed for job in jobs}) == 1_203
+
+
+def test_a_new_job_is_shown_as_it_is_read(database: Database, intake: Intake) -> None:
+    later = Terms(tier=Tier.BACKGROUND, priority=2, not_before=time.time() + 900)
+    body = JobBody(prompt="a", custom_id="c", metadata={"k": "v"})
+    for terms in (Terms(), Terms(deadline=time.time() + 9e6), later):
+        shown = intake.accept_new(body, OPERATOR, terms=terms)
+        assert shown == Reads(database).job(shown.id, tenant=OPERATOR.tenant)
+
+
+class LostOnce(Database):
+    """Its first write transaction is committed, and then nobody hears of it."""
+
+    lost = False
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        with super().write() as connection:
+            yield connection
+        if not self.lost:
+            self.lost = True
+            raise DBAPIError("COMMIT", None, Exception("gone"), connection_invalidated=True)
+
+
+def test_a_job_whose_commit_got_lost_is_there_once(database: Database, settings: Settings) -> None:
+    forgetful = LostOnce(database.url)
+    shown = Intake(forgetful, settings).accept_new(JobBody(prompt="a"), OPERATOR)
+    forgetful.close()
+    assert forgetful.lost
+    assert rows.jobs_by_state(database) == {"queued": [shown.id]}
+    assert shown == Reads(database).job(shown.id, tenant=OPERATOR.tenant)
 
 
 def test_an_empty_batch_is_refused(intake: Intake) -> None:

@@ -9,7 +9,7 @@ import redis
 
 from jobs.broker import make_app, work_queue
 from jobs.settings import Settings
-from jobs.wakeups import ENOUGH_IN_REDIS, REPEAT_SECONDS, WakeUps
+from jobs.wakeups import APART_SECONDS, ENOUGH_IN_REDIS, REPEAT_SECONDS, WakeUps
 from tests.support.waiting import wait_until
 
 
@@ -53,6 +53,33 @@ def test_who_says_it_again_and_again_is_heard_at_once_and_then_now_and_then(
         wake_ups.wake("tiny")  # others do not wait
         wake_ups.close()
         assert client.llen(work_queue("tiny")) in (1, 2)
+        client.flushdb()
+    app.close()
+
+
+def test_what_is_said_right_after_another_is_heard_a_moment_later(redis_url: str, tmp_path: Path) -> None:
+    app = make_app(Settings(data_dir=tmp_path, model="tiny", redis_url=redis_url))
+    wake_ups = WakeUps(app)
+    with redis.Redis.from_url(redis_url) as client:
+        heard: list[float] = []
+
+        def hear(model: str) -> bool:
+            if client.lpop(work_queue(model)):
+                heard.append(time.monotonic())
+                return True
+            return False
+
+        for number in range(5):
+            wake_ups.wake("tiny")
+            wait_until(lambda: hear("tiny"), "it is said", interval=0.001)
+            wake_ups.wake(f"other-{number}")  # waits for nobody
+            wait_until(lambda name=f"other-{number}": hear(name), "another is said", interval=0.001)
+        assert heard[-2] - heard[0] >= 3 * APART_SECONDS
+        wait_until(lambda: time.monotonic() > heard[-1] + APART_SECONDS, "all of it is long ago")
+        wake_ups.wake("tiny")
+        wait_until(lambda: hear("tiny"), "the last is said")
+        assert set(wake_ups._quiet_until) == {"tiny"}, "names that clients made up do not stay"
+        wake_ups.close()
         client.flushdb()
     app.close()
 

@@ -1,0 +1,120 @@
+"""Drafts: what of a job's row follows from its body alone, and a place on disk for those of a whole file.
+
+Owns the estimate, the opening's number and the wording of the body, once per job: the check of a batch's file needs
+them for the tenant's room, and the insertion, which comes next in the same process, would have to parse every line
+again to get them. A `DraftFile` has no name, so it goes with its process; whoever takes the batch over reads the
+lines themselves. Refuses to know ids, owners and doors (`jobs.job_rows`).
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+from collections.abc import Iterator
+from tempfile import SpooledTemporaryFile
+from types import TracebackType
+from typing import IO, Any, Final, NamedTuple
+
+from engine import codec
+from engine.request import derive_seed
+from jobs.body import JobBody
+from jobs.json_text import JsonText
+from jobs.quotas import estimate_tokens
+from jobs.settings import Settings
+
+log = logging.getLogger(__name__)
+
+PREFIX_CHARS: Final = 256
+FRAME_BYTES: Final = 1 << 18  # of bodies that go to disk together; fewer never do
+_HEAD: Final = struct.Struct("<Q")  # of a frame: its bytes
+
+
+class Draft(NamedTuple):
+    """Columns of `models.Job`. `seed`: None when the job's id is to give it."""
+
+    custom_id: str | None
+    model: str
+    body: JsonText
+    metadata: dict[str, str]
+    seed: int | None
+    estimated_tokens: int
+    prefix_group: int
+
+
+def prefix_group(model: str, opening: str) -> int:
+    """The same 63-bit number for jobs that start with the same text, on every machine and in every run."""
+    return derive_seed("prefix", model, opening[:PREFIX_CHARS])
+
+
+def draft_of(body: JobBody, settings: Settings) -> Draft:
+    """Raises ValueError when `body` names no model yet."""
+    if body.model is None:
+        raise ValueError("a job needs a model before it can be stored")
+    return Draft(
+        body.custom_id,
+        body.model,
+        body.written(),
+        body.metadata or {},
+        body.seed,
+        estimate_tokens(body, settings),
+        prefix_group(body.model, body.opening),
+    )
+
+
+class DraftFile:
+    """Drafts in their order, each with the byte of the batch's file at which its line ends. First all go in, then
+    `finish`, then they come out, in any thread but one at a time."""
+
+    def __init__(self, folder: str) -> None:
+        """`folder`: where it may lie, once it is too long for memory."""
+        self._file: IO[bytes] = SpooledTemporaryFile(FRAME_BYTES, dir=folder)  # noqa: SIM115 - close
+        self._frame: list[tuple[Any, ...]] = []  # not in the file yet
+        self._frame_bytes = 0
+        self._lost = False
+        self.whole = False
+
+    def add(self, end: int, draft: Draft) -> None:
+        self._frame.append((end, *draft))
+        self._frame_bytes += len(draft.body)
+        if self._frame_bytes >= FRAME_BYTES:
+            self._write()
+
+    def finish(self) -> None:
+        """No more are to come; `whole` says whether all are there."""
+        self._write()
+        self.whole = not self._lost
+
+    def __iter__(self) -> Iterator[tuple[int, Draft]]:
+        """Raises `OSError`."""
+        self._file.seek(0)
+        while head := self._file.read(_HEAD.size):
+            for end, custom_id, model, body, *others in codec.unpack(self._file.read(*_HEAD.unpack(head))):
+                yield end, Draft(custom_id, model, JsonText(body), *others)
+
+    def _write(self) -> None:
+        """A disk that has no room for it makes the rest slower, and harms nothing."""
+        frame, self._frame, self._frame_bytes = self._frame, [], 0
+        if self._lost or not frame:
+            return
+        packed = codec.pack(frame)
+        try:
+            self._file.write(_HEAD.pack(len(packed)) + packed)
+            self._file.flush()  # here, where it may fail
+        except OSError as error:
+            log.warning("drafts.lost error=%s", type(error).__name__)
+            self._lost = True
+            self.close()
+
+    def close(self) -> None:
+        try:
+            self._file.close()
+        except OSError:  # a full disk may refuse the last bytes once more
+            pass
+
+    def __enter__(self) -> DraftFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,69 @@
+"""What the check of a file found out comes back as it was, or not at all, and jobs made of it are the same jobs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jobs import batch_intake
+from jobs.body import JobBody, parse_job
+from jobs.database import Database
+from jobs.drafts import FRAME_BYTES, DraftFile, draft_of
+from jobs.json_text import JsonText
+from jobs.settings import Settings
+from tests.support.batch_lines import CHAT, Bench, chat_line, insert_one_chunk, jsonl
+
+BODIES = [
+    {"prompt": "a", "seed": 2**63 - 1, "metadata": {"k": "é 😀 \x00"}, "custom_id": "ä"},
+    {"prompt": "b", "seed": -(2**63)},
+    {"messages": [{"role": "user", "content": "NUL \x00"}], "logit_bias": {"7": 0.5}, "stop": ["\n"]},
+]
+# columns that a job's place in the queue and the time of its insert decide
+MOMENTARY = {"id", "batch_id", "created_at", "fair_tag", "deadline"}
+
+
+def test_what_goes_in_comes_out(tmp_path: Path, settings: Settings) -> None:
+    drafts = [draft_of(parse_job(body | {"model": "tiny"}, settings), settings) for body in BODIES]
+    drafts.append(draft_of(JobBody(model="tiny", prompt="x" * 2 * FRAME_BYTES), settings))
+    with DraftFile(str(tmp_path)) as file:
+        for end, draft in enumerate(drafts):
+            file.add(end, draft)
+        assert not file.whole
+        file.finish()
+        assert file.whole
+        found = list(file)
+    assert found == list(enumerate(drafts))
+    assert all(type(draft.body) is JsonText for _, draft in found)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_costs_time_and_nothing_else(settings: Settings) -> None:
+    draft = draft_of(JobBody(model="tiny", prompt="x" * 2 * FRAME_BYTES), settings)
+    with DraftFile("/nowhere/at/all") as file:  # what does not fit in memory finds no place
+        for end in range(3):
+            file.add(end, draft)
+        file.finish()
+        assert not file.whole
+
+
+def test_jobs_are_the_same_whether_their_lines_are_read_once_or_twice(
+    database: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_intake, "CHUNK", 3)
+    bench = Bench(database, settings)
+    lines = [chat_line(i, metadata={"n": str(i)}) for i in range(7)]
+    lines[3]["body"].pop("seed")
+    content = b"\n" + jsonl(lines[:4]) + b"\r\n \n" + jsonl(lines[4:]).removesuffix(b"\n")
+    once = bench.create(content)
+    bench.work()
+    twice = bench.create(content)
+    insert_one_chunk(bench, twice)
+    bench.work()
+    jobs, others = bench.jobs(once), bench.jobs(twice)
+    assert [job.custom_id for job in jobs] == [line["custom_id"] for line in lines]
+    for number, (job, other) in enumerate(zip(jobs, others, strict=True)):
+        differing = {name for name, value in job._mapping.items() if value != other._mapping[name]}
+        assert differing <= MOMENTARY | ({"seed"} if number == 3 else set())
+    assert bench.batch(once).endpoint == CHAT
+    assert bench.batch(once).next_offset is None
