@@ -5,7 +5,7 @@
  * A packed weight is a row of panels: PANEL outputs, and for each input, one after the other, their PANEL weights. In
  * bf16 two outputs lie in one word, NATIVE outputs apart, so that a shift and a mask make two vectors of one load.
  * A tile of the product, up to TILE tokens by a panel, or fewer tokens by several panels, stays in registers over
- * all inputs; a panel stays in the first cache while the tokens of a block, whose x was spread into fp32 once,
+ * all inputs; a panel stays in a cache while the tokens of a block, whose x was widened to fp32 once,
  * pass by it. So few rows read a weight as fast as memory gives it, and many rows do little beside multiplying.
  * Measured on two cores of an EPYC with AVX2: 145-173 GFLOP/s from 16 rows on in bf16, where torch 2.13 has 16, as no
  * library of its own multiplies bf16 without AVX-512; and 20-35 GB/s of weights for one row, where it has 14.
@@ -29,7 +29,7 @@
 #define MOST_PANELS 4 /* in one tile */
 #define MOST_ROWS 192 /* tokens in a block */
 #define BLOCK_BYTES (384 * 1024) /* of its x, so that it lies in the second cache */
-#define PANEL_BYTES (16 * 1024) /* of a panel, so that they lie in the first one while the block's tokens pass by */
+#define PANEL_BYTES (128 * 1024) /* of a panel at a time, so that they lie in a cache while the block's tokens pass by */
 #define PARALLEL_PRODUCTS (1 << 18) /* below which a second thread costs more than it saves */
 #define SUMS (MOST_ROWS * PANEL) /* of a block and its panels: more than those of few tokens by several panels */
 
@@ -60,13 +60,22 @@ static float *matmul_scratch(long floats) {
 }
 #endif
 
-/* Of `panel`, the two vectors of weights of one input. */
+/* A token's x as column of `to`, in fp32; and of `panel`, the two vectors of weights of one input. */
 #ifdef WIDE
+INLINE void FN(widen)(const SCALAR *x, long inputs, long columns, float *to) {
+    for (long i = 0; i < inputs; i++) to[i * columns] = x[i];
+}
 INLINE void FN(load_panel)(const SCALAR *panel, vn *low, vn *high) {
     memcpy(low, panel, sizeof *low);
     memcpy(high, panel + NATIVE, sizeof *high);
 }
 #else
+INLINE void FN(widen)(const SCALAR *x, long inputs, long columns, float *to) {
+    for (long i = 0; i < inputs; i++) {
+        uint32_t bits = (uint32_t)x[i] << 16;
+        memcpy(to + i * columns, &bits, sizeof bits);
+    }
+}
 INLINE void FN(load_panel)(const SCALAR *panel, vn *low, vn *high) {
     vnu words;
     memcpy(&words, panel, sizeof words);
@@ -148,8 +157,8 @@ INLINE void FN(multiply_block)(long rows, long tiles, int panels, long inputs, c
 int FN(matmul)(long tokens, long outputs, long inputs, const SCALAR *x, long x_stride, const SCALAR *packed,
                const SCALAR *bias, SCALAR *out, int threads) {
     const long block = block_rows(tokens, inputs), panels = (outputs + PANEL - 1) / PANEL;
-    float *spread = matmul_scratch(block * inputs);
-    if (!spread) return -1;
+    float *wide = matmul_scratch(block * inputs);
+    if (!wide) return -1;
     for (long from = 0; from < tokens; from += block) {
         const long rows = tokens - from < block ? tokens - from : block, tiles = (rows + TILE - 1) / TILE;
         const long together = tiles == 1 ? panels_for(rows) : 1, groups = (panels + together - 1) / together;
@@ -157,14 +166,14 @@ int FN(matmul)(long tokens, long outputs, long inputs, const SCALAR *x, long x_s
         for (long tile = 0; tile < tiles; tile++) {
             const long first = tile * rows / tiles, count = (tile + 1) * rows / tiles - first;
             for (long t = 0; t < count; t++)
-                FN(spread)(x + (from + first + t) * x_stride, inputs, 1.0f, count, spread + first * inputs + t);
+                FN(widen)(x + (from + first + t) * x_stride, inputs, count, wide + first * inputs + t);
         }
 #pragma omp parallel for num_threads(threads) schedule(static) if (rows * outputs * inputs > PARALLEL_PRODUCTS)
         for (long group = 0; group < groups; group++)
             for (long p = group * together, some; p < panels && p < (group + 1) * together; p += some) {
                 some = p + together <= panels ? together : 1;
                 const long begin = p * PANEL, left = outputs - begin;
-                FN(multiply_block)(rows, tiles, some, inputs, spread, packed + begin * inputs,
+                FN(multiply_block)(rows, tiles, some, inputs, wide, packed + begin * inputs,
                                    bias ? bias + begin : NULL, left < some * PANEL ? left : some * PANEL,
                                    out + (from * outputs) + begin, outputs);
             }

@@ -8,11 +8,12 @@
 #ifndef PAIR
 #define PAIR 2 /* inputs */
 
-typedef int16_t ns __attribute__((vector_size(4 * NATIVE)));
-typedef int8_t nb __attribute__((vector_size(2 * NATIVE)));
+typedef int16_t vns __attribute__((vector_size(4 * NATIVE)));
+typedef uint64_t vnd __attribute__((vector_size(4 * NATIVE)));
+typedef int8_t vnc __attribute__((vector_size(2 * NATIVE)));
 
 /* Of each pair of 16-bit numbers the sum of the two products. */
-INLINE vni madd(ns a, ns b) {
+INLINE vni madd(vns a, vns b) {
 #if NATIVE == 16 && defined(__AVX512BW__)
     return (vni)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #elif NATIVE == 8 && defined(__AVX2__)
@@ -23,15 +24,15 @@ INLINE vni madd(ns a, ns b) {
 #endif
 }
 
-INLINE ns load_pairs(const int8_t *p) {
+INLINE vns load_pairs(const int8_t *p) {
 #if NATIVE == 16 && defined(__AVX512BW__)
-    return (ns)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p));
+    return (vns)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p));
 #elif NATIVE == 8 && defined(__AVX2__)
-    return (ns)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p)); /* the line below takes GCC 12 four of them */
+    return (vns)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p)); /* the line below takes GCC 12 four of them */
 #else
-    nb b;
+    vnc b;
     memcpy(&b, p, sizeof b);
-    return __builtin_convertvector(b, ns);
+    return __builtin_convertvector(b, vns);
 #endif
 }
 
@@ -56,11 +57,11 @@ INLINE void multiply_i8(const int tokens, const int panels, long pairs, const in
     UNROLL for (int t = 0; t < tokens; t++) UNROLL for (int j = 0; j < 2 * panels; j++)
         memcpy(&sum[t][j], sums + t * width + j * NATIVE, sizeof(vni));
     for (long i = 0; i < pairs; i++) {
-        ns weight[2 * MOST_PANELS];
+        vns weight[2 * MOST_PANELS];
         UNROLL for (int j = 0; j < 2 * panels; j++)
             weight[j] = load_pairs(packed + j / 2 * stride + (i * PANEL + j % 2 * NATIVE) * PAIR);
         UNROLL for (int t = 0; t < tokens; t++) {
-            ns by = (ns)(x[i * tokens + t] - (vni){});
+            vns by = (vns)(x[i * tokens + t] - (vni){});
             UNROLL for (int j = 0; j < 2 * panels; j++) sum[t][j] += madd(weight[j], by);
         }
     }
@@ -81,25 +82,36 @@ static void multiply_any_i8(int tokens, int panels, long pairs, const int32_t *x
 #endif
 
 /* A row as column of `to`: words of two integers each, to[i * columns], which times the returned scale are the row;
- * rounded to nearest even. The scale is the largest |x| / 127; NaN for a row that is not finite. */
+ * rounded to nearest even. The scale is the largest |x| / 127; NaN for a row that is not finite, whose integers are 0. */
 static float FN(quantise_row)(const SCALAR *from, long inputs, long columns, int32_t *to) {
-    vf most = {};
-    vi bad = {};
+    vn most = {}, x[PARTS];
+    vni bad = {};
     for (long i = 0; i < inputs; i += LANES) {
-        vf x = FN(load_some)(from + i, inputs - i);
-        most = vmax(vmax(x, -x), most);
-        bad |= x - x != (vf){}; /* NaN and infinity */
+        vf row = FN(load_some)(from + i, inputs - i);
+        memcpy(x, &row, sizeof row);
+        UNROLL for (int p = 0; p < PARTS; p++) {
+            most = nmax(nchoose(x[p] < (vn){}, -x[p], x[p]), most);
+            bad |= x[p] - x[p] != (vn){}; /* NaN and infinity */
+        }
     }
-    float scale = lane_max(most) / 127.0f;
-    for (int i = 0; i < LANES; i++) if (bad[i]) scale = NAN;
-    const float by = scale > 0 ? scale : INFINITY; /* also where it is NaN: all integers are 0 */
+    float scale = 0;
+    for (int i = 0; i < NATIVE; i++) scale = most[i] > scale ? most[i] : scale;
+    scale /= 127.0f;
+    for (int i = 0; i < NATIVE; i++) if (bad[i]) scale = NAN;
+    const float by = scale > 0 ? scale : 1.0f;
     for (long i = 0; i < inputs; i += LANES) {
-        vf x = FN(load_some)(from + i, inputs - i) / by;
-        if (scale != scale) x = (vf){};
-        x = (x + 12582912.0f) - 12582912.0f; /* 1.5 * 2^23: to the nearest even integer */
-        vi whole = __builtin_convertvector(x, vi);
-        for (long j = 0; j < LANES && i + j < inputs; j += PAIR) /* a last one without a neighbour has 0 */
-            to[(i + j) / PAIR * columns] = (int32_t)((uint32_t)whole[j] & 0xffff) | (int32_t)((uint32_t)whole[j + 1] << 16);
+        vf row = FN(load_some)(from + i, inputs - i);
+        memcpy(x, &row, sizeof row);
+        uint64_t words[LANES / PAIR];
+        UNROLL for (int p = 0; p < PARTS; p++) {
+            x[p] = (x[p] / by + 12582912.0f) - 12582912.0f; /* 1.5 * 2^23: to the nearest even integer */
+            if (scale != scale) x[p] = (vn){};
+            vnd pairs = (vnd)__builtin_convertvector(x[p], vni);
+            pairs = (pairs & 0xffff) | (pairs >> 16 & 0xffff0000u); /* in the low half of each */
+            memcpy(words + p * (NATIVE / PAIR), &pairs, sizeof pairs);
+        }
+        const long some = inputs - i < LANES ? (inputs - i + 1) / PAIR : LANES / PAIR;
+        for (long j = 0; j < some; j++) to[(i / PAIR + j) * columns] = (int32_t)words[j];
     }
     return scale;
 }
@@ -132,9 +144,9 @@ INLINE void FN(multiply_block_i8)(long rows, long tiles, int panels, long pairs,
 int FN(matmul_i8)(long tokens, long outputs, long inputs, const SCALAR *x, long x_stride, const int8_t *packed,
                   const float *scales, const SCALAR *bias, SCALAR *out, int threads) {
     const long pairs = (inputs + 1) / PAIR, block = block_rows(tokens, pairs), panels = (outputs + PANEL - 1) / PANEL;
-    int32_t *spread = (int32_t *)matmul_scratch(block * (pairs + 1));
-    if (!spread) return -1;
-    float *x_scales = (float *)(spread + block * pairs);
+    int32_t *whole = (int32_t *)matmul_scratch(block * (pairs + 1));
+    if (!whole) return -1;
+    float *x_scales = (float *)(whole + block * pairs);
     for (long from = 0; from < tokens; from += block) {
         const long rows = tokens - from < block ? tokens - from : block, tiles = (rows + TILE - 1) / TILE;
         const long together = tiles == 1 ? panels_for(rows) : 1, groups = (panels + together - 1) / together;
@@ -143,14 +155,14 @@ int FN(matmul_i8)(long tokens, long outputs, long inputs, const SCALAR *x, long 
             const long first = tile * rows / tiles, count = (tile + 1) * rows / tiles - first;
             for (long t = first; t < first + count; t++)
                 x_scales[t] = FN(quantise_row)(x + (from + t) * x_stride, inputs, count,
-                                               spread + first * pairs + t - first);
+                                               whole + first * pairs + t - first);
         }
 #pragma omp parallel for num_threads(threads) schedule(static) if (rows * outputs * inputs > PARALLEL_PRODUCTS)
         for (long group = 0; group < groups; group++)
             for (long p = group * together, some; p < panels && p < (group + 1) * together; p += some) {
                 some = p + together <= panels ? together : 1;
                 const long begin = p * PANEL, left = outputs - begin;
-                FN(multiply_block_i8)(rows, tiles, some, pairs, spread, x_scales, packed + begin * pairs * PAIR,
+                FN(multiply_block_i8)(rows, tiles, some, pairs, whole, x_scales, packed + begin * pairs * PAIR,
                                       scales + begin, bias ? bias + begin : NULL,
                                       left < some * PANEL ? left : some * PANEL, out + from * outputs + begin, outputs);
             }
