@@ -28,14 +28,14 @@
 #define PANEL (2 * NATIVE) /* outputs */
 #define MOST_PANELS 4 /* in one tile */
 #define MOST_ROWS 192 /* tokens in a block */
-#define BLOCK_BYTES (384 * 1024) /* of its x, so that it lies in the second cache */
+#define BLOCK_BYTES (3072 * 1024) /* of its x: more rows read a weight less often, and any cache feeds a tile */
 #define PANEL_BYTES (128 * 1024) /* of a panel at a time, so that they lie in a cache while the block's tokens pass by */
 #define PARALLEL_PRODUCTS (1 << 18) /* below which a second thread costs more than it saves */
 #define SUMS (MOST_ROWS * PANEL) /* of a block and its panels: more than those of few tokens by several panels */
 
 /* How many panels a tile of so many tokens has: sums enough to wait for none, and no more than there are registers. */
 INLINE int panels_for(int tokens) {
-    const int most = (TILE == 12 ? 32 : 16) / (2 * (tokens + 1));
+    const int most = (TILE == 12 ? 31 : 15) / (2 * (tokens + 1));
     return tokens == 1 ? MOST_PANELS : most < 1 ? 1 : most > MOST_PANELS ? MOST_PANELS : most;
 }
 
@@ -106,12 +106,12 @@ INLINE void FN(multiply)(const int tokens, const int panels, long inputs, const 
     vn sum[TILE][2 * MOST_PANELS];
     UNROLL for (int t = 0; t < tokens; t++) UNROLL for (int j = 0; j < 2 * panels; j++)
         memcpy(&sum[t][j], sums + t * width + j * NATIVE, sizeof(vn));
-    for (long i = 0; i < inputs; i++) {
+    for (const float *end = x + inputs * tokens; x < end; x += tokens, packed += PANEL) {
         vn weight[2 * MOST_PANELS];
         UNROLL for (int p = 0; p < panels; p++)
-            FN(load_panel)(packed + p * stride + i * PANEL, weight + 2 * p, weight + 2 * p + 1);
+            FN(load_panel)(packed + p * stride, weight + 2 * p, weight + 2 * p + 1);
         UNROLL for (int t = 0; t < tokens; t++) {
-            vn by = x[i * tokens + t] - (vn){};
+            vn by = x[t] - (vn){};
             UNROLL for (int j = 0; j < 2 * panels; j++) sum[t][j] += by * weight[j];
         }
     }
@@ -135,7 +135,7 @@ static void FN(multiply_any)(int tokens, int panels, long inputs, const float *x
 INLINE void FN(multiply_block)(long rows, long tiles, int panels, long inputs, const float *x, const SCALAR *packed,
                                const SCALAR *bias, long outputs, SCALAR *out, long out_stride) {
     const long width = panels * PANEL, depth = PANEL_BYTES / (PANEL * sizeof(SCALAR));
-    float sums[SUMS + LANES]; /* a last vector may reach beyond a narrow row */
+    float sums[SUMS + NATIVE]; /* a last vector may reach beyond a narrow row */
     memset(sums, 0, rows * width * sizeof *sums);
     for (long from = 0; from < inputs; from += depth)
         for (long tile = 0; tile < tiles; tile++) {
@@ -145,9 +145,8 @@ INLINE void FN(multiply_block)(long rows, long tiles, int panels, long inputs, c
                              sums + first * width);
         }
     for (long t = 0; t < rows; t++)
-        for (long j = 0; j < outputs; j += LANES) {
-            vf v;
-            memcpy(&v, sums + t * width + j, sizeof v);
+        for (long j = 0; j < outputs; j += NATIVE) {
+            vn v = native_f32(sums + t * width + j);
             if (bias) v += FN(load_some)(bias + j, outputs - j);
             FN(store_some)(out + t * out_stride + j, v, outputs - j);
         }

@@ -56,12 +56,12 @@ INLINE void multiply_i8(const int tokens, const int panels, long pairs, const in
     vni sum[TILE][2 * MOST_PANELS];
     UNROLL for (int t = 0; t < tokens; t++) UNROLL for (int j = 0; j < 2 * panels; j++)
         memcpy(&sum[t][j], sums + t * width + j * NATIVE, sizeof(vni));
-    for (long i = 0; i < pairs; i++) {
+    for (const int32_t *end = x + pairs * tokens; x < end; x += tokens, packed += PANEL * PAIR) {
         vns weight[2 * MOST_PANELS];
         UNROLL for (int j = 0; j < 2 * panels; j++)
-            weight[j] = load_pairs(packed + j / 2 * stride + (i * PANEL + j % 2 * NATIVE) * PAIR);
+            weight[j] = load_pairs(packed + j / 2 * stride + j % 2 * NATIVE * PAIR);
         UNROLL for (int t = 0; t < tokens; t++) {
-            vns by = (vns)(x[i * tokens + t] - (vni){});
+            vns by = (vns)(x[t] - (vni){});
             UNROLL for (int j = 0; j < 2 * panels; j++) sum[t][j] += madd(weight[j], by);
         }
     }
@@ -84,34 +84,26 @@ static void multiply_any_i8(int tokens, int panels, long pairs, const int32_t *x
 /* A row as column of `to`: words of two integers each, to[i * columns], which times the returned scale are the row;
  * rounded to nearest even. The scale is the largest |x| / 127; NaN for a row that is not finite, whose integers are 0. */
 static float FN(quantise_row)(const SCALAR *from, long inputs, long columns, int32_t *to) {
-    vn most = {}, x[PARTS];
+    vn most = {};
     vni bad = {};
-    for (long i = 0; i < inputs; i += LANES) {
-        vf row = FN(load_some)(from + i, inputs - i);
-        memcpy(x, &row, sizeof row);
-        UNROLL for (int p = 0; p < PARTS; p++) {
-            most = nmax(nchoose(x[p] < (vn){}, -x[p], x[p]), most);
-            bad |= x[p] - x[p] != (vn){}; /* NaN and infinity */
-        }
+    for (long i = 0; i < inputs; i += NATIVE) {
+        vn x = FN(load_some)(from + i, inputs - i);
+        most = nmax(nmax(x, -x), most);
+        bad |= x - x != (vn){}; /* NaN and infinity */
     }
     float scale = 0;
     for (int i = 0; i < NATIVE; i++) scale = most[i] > scale ? most[i] : scale;
     scale /= 127.0f;
     for (int i = 0; i < NATIVE; i++) if (bad[i]) scale = NAN;
     const float by = scale > 0 ? scale : 1.0f;
-    for (long i = 0; i < inputs; i += LANES) {
-        vf row = FN(load_some)(from + i, inputs - i);
-        memcpy(x, &row, sizeof row);
-        uint64_t words[LANES / PAIR];
-        UNROLL for (int p = 0; p < PARTS; p++) {
-            x[p] = (x[p] / by + 12582912.0f) - 12582912.0f; /* 1.5 * 2^23: to the nearest even integer */
-            if (scale != scale) x[p] = (vn){};
-            vnd pairs = (vnd)__builtin_convertvector(x[p], vni);
-            pairs = (pairs & 0xffff) | (pairs >> 16 & 0xffff0000u); /* in the low half of each */
-            memcpy(words + p * (NATIVE / PAIR), &pairs, sizeof pairs);
-        }
-        const long some = inputs - i < LANES ? (inputs - i + 1) / PAIR : LANES / PAIR;
-        for (long j = 0; j < some; j++) to[(i / PAIR + j) * columns] = (int32_t)words[j];
+    for (long i = 0; i < inputs; i += NATIVE) {
+        vn x = FN(load_some)(from + i, inputs - i) / by;
+        x = (x + 12582912.0f) - 12582912.0f; /* 1.5 * 2^23: to the nearest even integer */
+        if (scale != scale) x = (vn){};
+        vnd pairs = (vnd)__builtin_convertvector(x, vni);
+        pairs = (pairs & 0xffff) | (pairs >> 16 & 0xffff0000u); /* in the low half of each */
+        const long some = inputs - i < NATIVE ? (inputs - i + 1) / PAIR : NATIVE / PAIR;
+        for (long j = 0; j < some; j++) to[(i / PAIR + j) * columns] = (int32_t)pairs[j];
     }
     return scale;
 }
@@ -121,7 +113,7 @@ INLINE void FN(multiply_block_i8)(long rows, long tiles, int panels, long pairs,
                                   const float *x_scales, const int8_t *packed, const float *scales,
                                   const SCALAR *bias, long outputs, SCALAR *out, long out_stride) {
     const long width = panels * PANEL, depth = PANEL_BYTES / (PANEL * PAIR);
-    int32_t sums[SUMS + LANES]; /* a last vector may reach beyond a narrow row */
+    int32_t sums[SUMS + NATIVE]; /* a last vector may reach beyond a narrow row */
     memset(sums, 0, rows * width * sizeof *sums);
     for (long from = 0; from < pairs; from += depth)
         for (long tile = 0; tile < tiles; tile++) {
@@ -131,10 +123,10 @@ INLINE void FN(multiply_block_i8)(long rows, long tiles, int panels, long pairs,
                             sums + first * width);
         }
     for (long t = 0; t < rows; t++)
-        for (long j = 0; j < outputs; j += LANES) {
-            vi whole;
+        for (long j = 0; j < outputs; j += NATIVE) {
+            vni whole;
             memcpy(&whole, sums + t * width + j, sizeof whole);
-            vf v = __builtin_convertvector(whole, vf) * (load_some_f32(scales + j, outputs - j) * x_scales[t]);
+            vn v = __builtin_convertvector(whole, vn) * (some_f32(scales + j, outputs - j) * x_scales[t]);
             if (bias) v += FN(load_some)(bias + j, outputs - j);
             FN(store_some)(out + t * out_stride + j, v, outputs - j);
         }

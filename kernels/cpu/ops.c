@@ -27,18 +27,18 @@
 /* The activations of the contract, by the numbers that kernels/cpu/__init__.py passes. */
 enum { SILU, GELU, GELU_TANH, RELU };
 
-INLINE vf activated(int how, vf x) {
+INLINE vn activated(int how, vn x) {
     const float log2_e = 1.44269504f;
-    if (how == RELU) return choose(x < (vf){}, (vf){}, x); /* NaN stays NaN */
-    if (how == SILU) return x / (1.0f + vexp2(x * -log2_e));
+    if (how == RELU) return nchoose(x < (vn){}, (vn){}, x); /* NaN stays NaN */
+    if (how == SILU) return x / (1.0f + nexp2(x * -log2_e));
     if (how == GELU_TANH) { /* (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)) */
-        vf u = 0.797884561f * x * (1.0f + 0.044715f * x * x);
-        return x / (1.0f + vexp2(u * (-2.0f * log2_e)));
+        vn u = 0.797884561f * x * (1.0f + 0.044715f * x * x);
+        return x / (1.0f + nexp2(u * (-2.0f * log2_e)));
     }
     /* GELU: x * Phi(x), where Phi(-|x|) = exp(-x*x/2) * t * polynomial(t), t = 1 / (1 + 0.2687 |x|); the polynomial
      * is a minimax fit of our own, relative error 2e-8 up to |x| = 14, where Phi is nothing to an fp32 */
-    vf t = 1.0f / (1.0f + 0.268700577f * vmax(x, -x));
-    vf p = splat(2.94825796e-2f);
+    vn t = 1.0f / (1.0f + 0.268700577f * nmax(x, -x));
+    vn p = nsplat(2.94825796e-2f);
     p = p * t - 0.131135744f;
     p = p * t + 0.181919201f;
     p = p * t - 8.07142970e-2f;
@@ -47,8 +47,8 @@ INLINE vf activated(int how, vf x) {
     p = p * t + 0.101951585f;
     p = p * t + 0.106959930f;
     p = p * t + 0.107205466f;
-    vf tail = p * t * vexp2(x * x * (-0.5f * log2_e));
-    return x * choose(x < (vf){}, tail, 1.0f - tail);
+    vn tail = p * t * nexp2(x * x * (-0.5f * log2_e));
+    return x * nchoose(x < (vn){}, tail, 1.0f - tail);
 }
 
 #define SCALAR float
@@ -114,44 +114,69 @@ long panel_outputs(void) { return PANEL; }
 #else /* once per dtype of the activations */
 
 #ifdef WIDE
-INLINE vf FN(load)(const SCALAR *p) {
-    vf v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
-INLINE void FN(store)(SCALAR *p, vf v) { memcpy(p, &v, sizeof v); }
+INLINE vn FN(load)(const SCALAR *p) { return native_f32(p); }
+INLINE void FN(store)(SCALAR *p, vn v) { memcpy(p, &v, sizeof v); }
 #else
-INLINE vf FN(load)(const SCALAR *p) {
-    vh h;
-    memcpy(&h, p, sizeof h);
-    return (vf)(__builtin_convertvector(h, vu) << 16);
-}
-INLINE void FN(store)(SCALAR *p, vf v) { /* rounds to nearest even; NaN becomes the quiet NaN */
-    vu u = (vu)v;
+INLINE vn FN(load)(const SCALAR *p) { return native_bf16(p); }
+INLINE void FN(store)(SCALAR *p, vn v) { /* rounds to nearest even; NaN becomes the quiet NaN */
+    vnu u = (vnu)v;
     u = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-    vi nan = v != v;
-    u = (u & ~(vu)nan) | (0x7fc0 & (vu)nan);
-    vh h = __builtin_convertvector(u, vh);
+    vni nan = v != v;
+    u = (u & ~(vnu)nan) | (0x7fc0 & (vnu)nan);
+    vnh h = __builtin_convertvector(u, vnh);
     memcpy(p, &h, sizeof h);
 }
 #endif
 
-/* The last n < 16 elements of something: missing lanes are 0. */
-INLINE vf FN(load_some)(const SCALAR *p, long n) {
-    if (n >= LANES) return FN(load)(p);
-    SCALAR padded[LANES] = {0};
-    memcpy(padded, p, n * sizeof *p);
+/* A vector of which n elements exist, or all if n is more: missing lanes are 0. */
+INLINE vn FN(load_some)(const SCALAR *p, long n) {
+    if (n >= NATIVE) return FN(load)(p);
+    SCALAR padded[NATIVE] = {0};
+    if (n > 0) memcpy(padded, p, n * sizeof *p);
     return FN(load)(padded);
 }
 
-INLINE void FN(store_some)(SCALAR *p, vf v, long n) {
-    if (n >= LANES) {
+INLINE void FN(store_some)(SCALAR *p, vn v, long n) {
+    if (n >= NATIVE) {
         FN(store)(p, v);
         return;
     }
-    SCALAR padded[LANES];
+    SCALAR padded[NATIVE];
     FN(store)(padded, v);
-    memcpy(p, padded, n * sizeof *p);
+    if (n > 0) memcpy(p, padded, n * sizeof *p);
+}
+
+/* sum = the rounded sum of both, of `width` elements. */
+INLINE void FN(add_row)(const SCALAR *x, long width, SCALAR *sum) {
+    for (long i = 0; i < width; i += NATIVE) {
+        vn a = FN(load_some)(x + i, width - i) + FN(load_some)(sum + i, width - i);
+        FN(store_some)(sum + i, a, width - i);
+    }
+}
+
+/* The sum of a row, or of the squares of what its elements are away from `mean`, by 16 lanes. */
+INLINE float FN(row_sum)(const SCALAR *x, long width) {
+    vn part[PARTS] = {};
+    for (long i = 0; i < width; i += LANES)
+        UNROLL for (int p = 0; p < PARTS; p++) part[p] += FN(load_some)(x + i + p * NATIVE, width - i - p * NATIVE);
+    vf sum;
+    memcpy(&sum, part, sizeof sum);
+    return lane_sum(sum);
+}
+
+INLINE float FN(row_squares)(const SCALAR *x, long width, float mean) {
+    vn part[PARTS] = {};
+    for (long i = 0; i < width; i += LANES)
+        UNROLL for (int p = 0; p < PARTS; p++) {
+            const long n = width - i - p * NATIVE;
+            vn a = FN(load_some)(x + i + p * NATIVE, n) - mean;
+            if (n < NATIVE) /* lanes behind the row are not of it */
+                for (int lane = n > 0 ? n : 0; lane < NATIVE; lane++) a[lane] = 0;
+            part[p] += a * a;
+        }
+    vf sum;
+    memcpy(&sum, part, sizeof sum);
+    return lane_sum(sum);
 }
 
 /* out[t] = norm(x[t] (+ residual[t])) * (weight + offset); residual is overwritten by the rounded sum. residual may be NULL. */
@@ -160,22 +185,13 @@ void FN(rms_norm)(long tokens, long width, const SCALAR *x, long x_stride, SCALA
 #pragma omp parallel for num_threads(threads) if (tokens * width > PARALLEL_WORK)
     for (long t = 0; t < tokens; t++) {
         const SCALAR *row = x + t * x_stride;
-        vf squares = {};
         if (residual) {
-            SCALAR *sum = residual + t * r_stride;
-            for (long i = 0; i < width; i += LANES) {
-                vf a = FN(load_some)(row + i, width - i) + FN(load_some)(sum + i, width - i);
-                FN(store_some)(sum + i, a, width - i);
-            }
-            row = sum;
+            FN(add_row)(row, width, residual + t * r_stride);
+            row = residual + t * r_stride;
         }
-        for (long i = 0; i < width; i += LANES) {
-            vf a = FN(load_some)(row + i, width - i);
-            squares += a * a;
-        }
-        float scale = 1.0f / sqrtf(lane_sum(squares) / width + eps);
-        for (long i = 0; i < width; i += LANES) {
-            vf a = FN(load_some)(row + i, width - i) * scale;
+        float scale = 1.0f / sqrtf(FN(row_squares)(row, width, 0) / width + eps);
+        for (long i = 0; i < width; i += NATIVE) {
+            vn a = FN(load_some)(row + i, width - i) * scale;
             FN(store_some)(out + t * width + i, a * (FN(load_some)(weight + i, width - i) + offset), width - i);
         }
     }
@@ -187,25 +203,14 @@ void FN(layer_norm)(long tokens, long width, const SCALAR *x, long x_stride, SCA
 #pragma omp parallel for num_threads(threads) if (tokens * width > PARALLEL_WORK)
     for (long t = 0; t < tokens; t++) {
         const SCALAR *row = x + t * x_stride;
-        vf total = {}, squares = {};
         if (residual) {
-            SCALAR *sum = residual + t * r_stride;
-            for (long i = 0; i < width; i += LANES) {
-                vf a = FN(load_some)(row + i, width - i) + FN(load_some)(sum + i, width - i);
-                FN(store_some)(sum + i, a, width - i);
-            }
-            row = sum;
+            FN(add_row)(row, width, residual + t * r_stride);
+            row = residual + t * r_stride;
         }
-        for (long i = 0; i < width; i += LANES) total += FN(load_some)(row + i, width - i);
-        float mean = lane_sum(total) / width;
-        for (long i = 0; i < width; i += LANES) {
-            vf a = FN(load_some)(row + i, width - i) - mean;
-            a = choose(LANE < (int32_t)(width - i), a, (vf){}); /* lanes behind the row are not of it */
-            squares += a * a;
-        }
-        float scale = 1.0f / sqrtf(lane_sum(squares) / width + eps);
-        for (long i = 0; i < width; i += LANES) {
-            vf a = (FN(load_some)(row + i, width - i) - mean) * scale * FN(load_some)(weight + i, width - i);
+        float mean = FN(row_sum)(row, width) / width;
+        float scale = 1.0f / sqrtf(FN(row_squares)(row, width, mean) / width + eps);
+        for (long i = 0; i < width; i += NATIVE) {
+            vn a = (FN(load_some)(row + i, width - i) - mean) * scale * FN(load_some)(weight + i, width - i);
             if (bias) a += FN(load_some)(bias + i, width - i);
             FN(store_some)(out + t * width + i, a, width - i);
         }
@@ -213,12 +218,10 @@ void FN(layer_norm)(long tokens, long width, const SCALAR *x, long x_stride, SCA
 }
 
 INLINE void FN(rotate)(SCALAR *head, long half, const float *cos, const float *sin) {
-    for (long i = 0; i < half; i += LANES) {
-        long n = half - i < LANES ? half - i : LANES;
-        vf c = {}, s = {};
-        memcpy(&c, cos + i, n * sizeof(float));
-        memcpy(&s, sin + i, n * sizeof(float));
-        vf a = FN(load_some)(head + i, n), b = FN(load_some)(head + half + i, n);
+    for (long i = 0; i < half; i += NATIVE) {
+        const long n = half - i;
+        vn c = some_f32(cos + i, n), s = some_f32(sin + i, n);
+        vn a = FN(load_some)(head + i, n), b = FN(load_some)(head + half + i, n);
         FN(store_some)(head + i, a * c - b * s, n);
         FN(store_some)(head + half + i, b * c + a * s, n);
     }
@@ -236,8 +239,8 @@ void FN(rope)(long tokens, long heads, long kv_heads, long dim, SCALAR *q, long 
 }
 
 INLINE void FN(act_row)(int how, long width, const SCALAR *x, const SCALAR *up, SCALAR *out) {
-    for (long i = 0; i < width; i += LANES) {
-        vf a = activated(how, FN(load_some)(x + i, width - i));
+    for (long i = 0; i < width; i += NATIVE) {
+        vn a = activated(how, FN(load_some)(x + i, width - i));
         if (up) a *= FN(load_some)(up + i, width - i);
         FN(store_some)(out + i, a, width - i);
     }
@@ -260,28 +263,23 @@ void FN(act)(long tokens, long width, const SCALAR *x, const SCALAR *up, long st
 void FN(softcap)(long tokens, long width, const SCALAR *x, long stride, float cap, SCALAR *out, int threads) {
 #pragma omp parallel for num_threads(threads) if (tokens * width > PARALLEL_WORK)
     for (long t = 0; t < tokens; t++)
-        for (long i = 0; i < width; i += LANES) {
-            vf a = cap * vtanh(FN(load_some)(x + t * stride + i, width - i) / cap);
+        for (long i = 0; i < width; i += NATIVE) {
+            vn a = cap * ntanh(FN(load_some)(x + t * stride + i, width - i) / cap);
             FN(store_some)(out + t * width + i, a, width - i);
         }
 }
 
 /* A row as column of `to`: to[d * columns] = from[d] * by. */
 INLINE void FN(spread)(const SCALAR *from, long dim, float by, int columns, float *to) {
-    float row[LANES];
-    for (long d = 0; d < dim; d += LANES) {
-        vf v = FN(load_some)(from + d, dim - d) * by;
-        memcpy(row, &v, sizeof v);
-        for (long j = 0; j < LANES && d + j < dim; j++) to[(d + j) * columns] = row[j];
+    for (long d = 0; d < dim; d += NATIVE) {
+        vn v = FN(load_some)(from + d, dim - d) * by;
+        for (long j = 0; j < NATIVE && d + j < dim; j++) to[(d + j) * columns] = v[j];
     }
 }
 
 INLINE void FN(divide)(const float *from, long dim, float by, SCALAR *to) {
-    for (long d = 0; d < dim; d += LANES) {
-        vf v = {};
-        memcpy(&v, from + d, (dim - d < LANES ? dim - d : LANES) * sizeof(float));
-        FN(store_some)(to + d, v / by, dim - d);
-    }
+    for (long d = 0; d < dim; d += NATIVE)
+        FN(store_some)(to + d, some_f32(from + d, dim - d) / by, dim - d);
 }
 
 #include "matmul.h"

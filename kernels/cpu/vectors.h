@@ -112,6 +112,14 @@ INLINE vn native_f32(const float *p) {
     return v;
 }
 
+/* Of which n elements exist, or all if n is more: missing lanes are 0. */
+INLINE vn some_f32(const float *p, long n) {
+    vn v = {};
+    if (n >= NATIVE) memcpy(&v, p, sizeof v);
+    else if (n > 0) memcpy(&v, p, n * sizeof *p);
+    return v;
+}
+
 INLINE vn native_bf16(const uint16_t *p) {
     vnh h;
     memcpy(&h, p, sizeof h);
