@@ -41,7 +41,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     # of decoding in one go; None: 16 on cuda, 1 on cpu and where num_speculative_tokens are asked for
     num_scheduler_steps: int | None = None
-    # guessed for each of a few sequences and checked in one step; 0: none; None: 7 in float32 on cpu
+    # guessed for each of a few sequences and checked in one step; 0: none; None: 7 on cpu where it is cheap
     num_speculative_tokens: int | None = None
     scheduling_policy: Literal["planned", "fcfs"] = "planned"  # planned: by shared prefix and expected length
     preemption_mode: Literal["auto", "recompute", "swap"] = "auto"  # auto: what is faster

@@ -164,7 +164,7 @@ class ModelRunner:
             num_speculative_tokens=num_speculative_tokens(
                 config,
                 num_scheduler_steps=num_scheduler_steps,
-                padded=kind == "cpu" and row_multiple >= STEP_TOKENS,
+                cheap=kind == "cpu" and (row_multiple >= STEP_TOKENS or decoder.own_products),
             ),
             seconds_per_page_moved=cache.seconds_per_page_moved(),
         )

@@ -24,13 +24,13 @@ STEP_TOKENS = 16  # of a step, proposed ones included; with more than half as ma
 ON_CPU = 7  # tokens proposed for a sequence, at most, unless the settings say otherwise
 
 
-def num_speculative_tokens(config: EngineConfig, *, num_scheduler_steps: int, padded: bool) -> int:
+def num_speculative_tokens(config: EngineConfig, *, num_scheduler_steps: int, cheap: bool) -> int:
     """How many tokens may be proposed for a sequence; 0: none. Unless the settings say so, only where steps are
-    taken one by one, and `padded`: to `STEP_TOKENS` or more, so that proposed tokens cost no products. Elsewhere it
-    is a question of the processor: one without instructions for bfloat16 pays nearly in full for each token."""
+    taken one by one, and a few tokens are `cheap`: where steps are padded to `STEP_TOKENS` or more anyway, or products
+    of few rows take the time that reading their weights takes. Elsewhere nobody has measured it."""
     if config.num_speculative_tokens is not None:
         return config.num_speculative_tokens
-    return ON_CPU if padded and num_scheduler_steps == 1 else 0
+    return ON_CPU if cheap and num_scheduler_steps == 1 else 0
 
 
 def accept(rows: Items[Row], drawn: Draws) -> Draws:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Mapping
 from ctypes import c_float, c_int, c_long, c_void_p
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -247,8 +247,10 @@ class _Ops:
         shared: SharedPrefixes | None = None,
     ) -> Tensor:
         if query_start is None:
-            attend = partial(self.paged_attention, shared=shared)
-            return attend_with_single_queries(attend, q, cache, page_table, context_lens, how)
+            if not context_lens.numpy().all():  # some are padding
+                attend = partial(self.paged_attention, shared=shared)
+                return attend_with_single_queries(attend, q, cache, page_table, context_lens, how)
+            query_start = _single_queries(q.shape[0])
         tokens, heads, dim = q.shape
         rows, kv_heads = page_table.shape[0], cache.keys.shape[1]
         page_size = _page_size(cache, kv_heads, dim)
@@ -280,6 +282,11 @@ class _Ops:
         if failed:
             raise MemoryError("paged_attention: no memory for its list of work items")
         return out
+
+
+@lru_cache(maxsize=1024)
+def _single_queries(rows: int) -> Tensor:
+    return torch.arange(rows + 1, dtype=torch.int32)
 
 
 def _rows(x: Tensor) -> bool:
