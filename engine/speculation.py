@@ -26,8 +26,8 @@ ON_CPU = 7  # tokens proposed for a sequence, at most, unless the settings say o
 
 def num_speculative_tokens(config: EngineConfig, *, num_scheduler_steps: int, cheap: bool) -> int:
     """How many tokens may be proposed for a sequence; 0: none. Unless the settings say so, only where steps are
-    taken one by one, and a few tokens are `cheap`: where steps are padded to `STEP_TOKENS` or more anyway, or products
-    of few rows take the time that reading their weights takes. Elsewhere nobody has measured it."""
+    taken one by one, and a few tokens are `cheap`: where steps are padded to `STEP_TOKENS` or more anyway, or a
+    product of few rows takes as long as reading its weight. Elsewhere nobody has measured it."""
     if config.num_speculative_tokens is not None:
         return config.num_speculative_tokens
     return ON_CPU if cheap and num_scheduler_steps == 1 else 0
