@@ -45,7 +45,7 @@ bench: venv model
 	$(BIN)/python -m tests.bench.bench_prefix
 	$(BIN)/python -m tests.bench.bench_deterministic
 	$(BIN)/python -m tests.bench.bench_speculation
-	$(BIN)/python -m tests.bench.bench_kv8
+	$(BIN)/python -m tests.bench.bench_int8
 	$(BIN)/python -m tests.bench.bench_grammar
 	$(BIN)/python -m tests.bench.bench_loading
 	$(BIN)/python -m tests.bench.peers

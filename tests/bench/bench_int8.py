@@ -1,9 +1,9 @@
-"""What an int8 KV cache costs in exactness and brings in room, against a bf16 cache of the same model.
+"""What 8 bits cost in exactness: an int8 KV cache, which brings room, and products of int8, against bf16.
 
-`python -m tests.bench.bench_kv8 [--prompts N] [--tokens N] [--model PATH]`
+`python -m tests.bench.bench_int8 [--prompts N] [--tokens N] [--model PATH]`
 
 32 chat prompts of real text, up to 64 greedy tokens each, ended by the end of the turn; bf16 on the CPU. The
-run with the bf16 cache is the yardstick. Measured for each other run:
+run with all in bf16 is the yardstick. Measured for each other run:
 
 (a) teacher-forced agreement: the yardstick's tokens are forced on the run; share of all positions at which
     its own argmax is that token.
@@ -11,7 +11,7 @@ run with the bf16 cache is the yardstick. Measured for each other run:
 (c) common prefix: the run generates freely; mean number of tokens until it first differs from the yardstick.
 (d) capacity: tokens that 1 GiB of pages hold, scales included, and the ratio to bf16.
 
-Beside int8 stands the bf16 cache again, computed by the reference kernels: it differs by rounding alone, and
+Beside them stands bf16 again, computed by the reference kernels: it differs by rounding alone, and
 shows how much of (a) to (c) any change of rounding costs. The last line is JSON. Nothing here measures speed.
 """
 
@@ -156,15 +156,16 @@ def main() -> None:
     kernels = plain.kernels_name
     del plain
     columns = {
-        "int8": compared(load(path, kv_cache_dtype="int8"), prompts, args.tokens, yardstick),
+        "int8 cache": compared(load(path, kv_cache_dtype="int8"), prompts, args.tokens, yardstick),
+        "int8 products": compared(load(path, quantization="int8"), prompts, args.tokens, yardstick),
         "bf16, reference kernels": compared(load(path, kernels="reference"), prompts, args.tokens, yardstick),
     }
     lengths = [len(tokens) for tokens in yardstick.chosen]
     print(
         f"{len(prompts)} prompts, {sum(lengths)} positions, {sum(lengths) / len(lengths):.1f} tokens an answer"
     )
-    print(f"{'against the bf16 cache':24s}" + "".join(f"{name:>26s}" for name in columns))
-    for figure in columns["int8"]:
+    print(f"{'against bf16':24s}" + "".join(f"{name:>26s}" for name in columns))
+    for figure in columns["int8 cache"]:
         print(f"{figure:24s}" + "".join(f"{column[figure]:26}" for column in columns.values()))
     room = {name: capacity(path, storage) for name, storage in CACHES.items()}
     ratio = round(room["int8"] / room["bf16"], 3)
@@ -173,7 +174,8 @@ def main() -> None:
         "prompts": len(prompts),
         "positions": sum(lengths),
         "mean_answer_tokens": round(sum(lengths) / len(lengths), 1),
-        "int8": columns["int8"],
+        "int8_cache": columns["int8 cache"],
+        "int8_products": columns["int8 products"],
         "bf16_reference_kernels": columns["bf16, reference kernels"],
         "capacity_tokens_per_gib": room,
         "capacity_ratio": ratio,
