@@ -116,15 +116,28 @@ long panel_outputs(void) { return PANEL; }
 #ifdef WIDE
 INLINE vn FN(load)(const SCALAR *p) { return native_f32(p); }
 INLINE void FN(store)(SCALAR *p, vn v) { memcpy(p, &v, sizeof v); }
+INLINE void FN(untile)(SCALAR *p, const vn *tile) { memcpy(p, tile, LANES * sizeof *p); }
 #else
 INLINE vn FN(load)(const SCALAR *p) { return native_bf16(p); }
-INLINE void FN(store)(SCALAR *p, vn v) { /* rounds to nearest even; NaN becomes the quiet NaN */
+/* The bits of a bf16 in the high half of each lane: rounded to nearest even; NaN becomes the quiet NaN. */
+INLINE vnu FN(rounded)(vn v) {
     vnu u = (vnu)v;
-    u = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    u += 0x7fff + ((u >> 16) & 1);
     vni nan = v != v;
-    u = (u & ~(vnu)nan) | (0x7fc0 & (vnu)nan);
-    vnh h = __builtin_convertvector(u, vnh);
+    return (u & ~(vnu)nan) | (0x7fc00000 & (vnu)nan);
+}
+INLINE void FN(store)(SCALAR *p, vn v) {
+    vnh h = __builtin_convertvector(FN(rounded)(v) >> 16, vnh);
     memcpy(p, &h, sizeof h);
+}
+/* LANES elements in the order of `tile`. */
+INLINE void FN(untile)(SCALAR *p, const vn *tile) {
+#ifdef PAIRED
+    vnu pairs = (FN(rounded)(tile[0]) >> 16) | (FN(rounded)(tile[1]) & 0xffff0000u);
+    memcpy(p, &pairs, sizeof pairs);
+#else
+    UNROLL for (int i = 0; i < PARTS; i++) FN(store)(p + i * NATIVE, tile[i]);
+#endif
 }
 #endif
 
@@ -148,17 +161,29 @@ INLINE void FN(store_some)(SCALAR *p, vn v, long n) {
 
 /* sum = the rounded sum of both, of `width` elements. */
 INLINE void FN(add_row)(const SCALAR *x, long width, SCALAR *sum) {
-    for (long i = 0; i < width; i += NATIVE) {
+    long i = 0;
+    for (; i + LANES <= width; i += LANES) {
+        vn a[PARTS], b[PARTS];
+        FN(tile)(x + i, a), FN(tile)(sum + i, b);
+        UNROLL for (int p = 0; p < PARTS; p++) b[p] += a[p];
+        FN(untile)(sum + i, b);
+    }
+    for (; i < width; i += NATIVE) {
         vn a = FN(load_some)(x + i, width - i) + FN(load_some)(sum + i, width - i);
         FN(store_some)(sum + i, a, width - i);
     }
 }
 
-/* The sum of a row, or of the squares of what its elements are away from `mean`, by 16 lanes. */
+/* The sum of a row, or of the squares of what its elements are away from `mean`, by 16 lanes, as `tile` has them. */
 INLINE float FN(row_sum)(const SCALAR *x, long width) {
     vn part[PARTS] = {};
-    for (long i = 0; i < width; i += LANES)
-        UNROLL for (int p = 0; p < PARTS; p++) part[p] += FN(load_some)(x + i + p * NATIVE, width - i - p * NATIVE);
+    long i = 0;
+    for (; i + LANES <= width; i += LANES) {
+        vn a[PARTS];
+        FN(tile)(x + i, a);
+        UNROLL for (int p = 0; p < PARTS; p++) part[p] += a[p];
+    }
+    for (int p = 0; i < width; i += NATIVE, p++) part[p] += FN(load_some)(x + i, width - i);
     vf sum;
     memcpy(&sum, part, sizeof sum);
     return lane_sum(sum);
@@ -166,14 +191,17 @@ INLINE float FN(row_sum)(const SCALAR *x, long width) {
 
 INLINE float FN(row_squares)(const SCALAR *x, long width, float mean) {
     vn part[PARTS] = {};
-    for (long i = 0; i < width; i += LANES)
-        UNROLL for (int p = 0; p < PARTS; p++) {
-            const long n = width - i - p * NATIVE;
-            vn a = FN(load_some)(x + i + p * NATIVE, n) - mean;
-            if (n < NATIVE) /* lanes behind the row are not of it */
-                for (int lane = n > 0 ? n : 0; lane < NATIVE; lane++) a[lane] = 0;
-            part[p] += a * a;
-        }
+    long i = 0;
+    for (; i + LANES <= width; i += LANES) {
+        vn a[PARTS];
+        FN(tile)(x + i, a);
+        UNROLL for (int p = 0; p < PARTS; p++) a[p] -= mean, part[p] += a[p] * a[p];
+    }
+    for (int p = 0; i < width; i += NATIVE, p++) {
+        vn a = FN(load_some)(x + i, width - i) - mean;
+        for (long lane = width - i; lane < NATIVE; lane++) a[lane] = 0; /* lanes behind the row are not of it */
+        part[p] += a * a;
+    }
     vf sum;
     memcpy(&sum, part, sizeof sum);
     return lane_sum(sum);
@@ -190,9 +218,17 @@ void FN(rms_norm)(long tokens, long width, const SCALAR *x, long x_stride, SCALA
             row = residual + t * r_stride;
         }
         float scale = 1.0f / sqrtf(FN(row_squares)(row, width, 0) / width + eps);
-        for (long i = 0; i < width; i += NATIVE) {
+        SCALAR *to = out + t * width;
+        long i = 0;
+        for (; i + LANES <= width; i += LANES) {
+            vn a[PARTS], w[PARTS];
+            FN(tile)(row + i, a), FN(tile)(weight + i, w);
+            UNROLL for (int p = 0; p < PARTS; p++) a[p] = a[p] * scale * (w[p] + offset);
+            FN(untile)(to + i, a);
+        }
+        for (; i < width; i += NATIVE) {
             vn a = FN(load_some)(row + i, width - i) * scale;
-            FN(store_some)(out + t * width + i, a * (FN(load_some)(weight + i, width - i) + offset), width - i);
+            FN(store_some)(to + i, a * (FN(load_some)(weight + i, width - i) + offset), width - i);
         }
     }
 }
@@ -239,7 +275,18 @@ void FN(rope)(long tokens, long heads, long kv_heads, long dim, SCALAR *q, long 
 }
 
 INLINE void FN(act_row)(int how, long width, const SCALAR *x, const SCALAR *up, SCALAR *out) {
-    for (long i = 0; i < width; i += NATIVE) {
+    long i = 0;
+    for (; i + LANES <= width; i += LANES) {
+        vn a[PARTS], b[PARTS];
+        FN(tile)(x + i, a);
+        UNROLL for (int p = 0; p < PARTS; p++) a[p] = activated(how, a[p]);
+        if (up) {
+            FN(tile)(up + i, b);
+            UNROLL for (int p = 0; p < PARTS; p++) a[p] *= b[p];
+        }
+        FN(untile)(out + i, a);
+    }
+    for (; i < width; i += NATIVE) {
         vn a = activated(how, FN(load_some)(x + i, width - i));
         if (up) a *= FN(load_some)(up + i, width - i);
         FN(store_some)(out + i, a, width - i);

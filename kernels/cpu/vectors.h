@@ -148,6 +148,7 @@ INLINE void merge_i8(vn *tile) { (void)tile; }
 INLINE void split_i8(vn *tile) { (void)tile; }
 
 #if PARTS == 2 && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#define PAIRED 1
 #ifdef __clang__
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
