@@ -11,11 +11,12 @@ PROCESSES ?= 2
 demo: venv model
 	$(BIN)/python -m tests.support.demo
 
+# The processes share the cores: a second thread in each would stand in the other's way, and be waited for.
 test: venv model
-	$(BIN)/python -m pytest -n $(PROCESSES) --max-worker-restart 0 -m "not long and not interpreted"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --max-worker-restart 0 -m "not long and not interpreted"
 
 test-long: venv model
-	$(BIN)/python -m pytest -n $(PROCESSES) --max-worker-restart 0 -m "long and not interpreted"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --max-worker-restart 0 -m "long and not interpreted"
 
 # Every case of the triton kernels in triton's interpreter, and every kernel compiled ahead of time: hours.
 test-triton: venv

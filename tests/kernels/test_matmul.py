@@ -99,6 +99,25 @@ def test_the_cpu_takes_wide_inputs_in_parts(dtype: torch.dtype, tokens: int) -> 
     assert torch.equal(alone, found)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_threads_change_no_bit(dtype: torch.dtype) -> None:
+    kernels = kernels_for("cpu", "cpu")
+    assert kernels.quantise_int8 is not None
+    assert kernels.int8_matmul is not None
+    x, weight, bias = operands(257, 1031, 500, dtype)
+    integers = kernels.quantise_int8(weight)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append((product(kernels, x, weight, bias), kernels.int8_matmul(x, integers, bias)))
+    finally:
+        torch.set_num_threads(before)
+    for plain, rounded in found[1:]:
+        assert torch.equal(plain, found[0][0])
+        assert torch.equal(rounded, found[0][1])
+
+
 def test_a_plain_weight_is_as_good_as_a_packed_one() -> None:
     kernels = kernels_for("cpu", "cpu")
     x, weight, bias = operands(9, 100, 50, torch.bfloat16)
