@@ -82,6 +82,10 @@ def error_body(status: int, message: str, *, code: str, param: str | None = None
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def new_request_id() -> str:
+    return "req_" + secrets.token_hex(12)
+
+
 def install(app: FastAPI) -> None:
     """Make `app` answer in the envelope, whatever happens."""
     app.add_exception_handler(ApiError, _api_error)
@@ -172,7 +176,7 @@ class RequestIds:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = "req_" + secrets.token_hex(12)
+        request_id = new_request_id()
         scope.setdefault("state", {})["request_id"] = request_id
         started = False
 

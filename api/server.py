@@ -17,6 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.types import ASGIApp
 
 from api.app import create_app
+from api.http_protocol import HttpProtocol
 from api.loopback import is_loopback
 from jobs.broker import make_app
 from jobs.clerk import Clerks
@@ -87,6 +88,7 @@ class _Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http=HttpProtocol,
                 log_level=settings.log_level,
                 log_config=None,
                 access_log=False,  # addresses hold ids and filters, and there is a request id for errors

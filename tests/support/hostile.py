@@ -266,7 +266,7 @@ TABLE = [
     get("no UTF-8 as an id", "/v1/jobs/%ff%fe", 404, "not_found", "job_id"),
     get("a long id", "/v1/jobs/" + "a" * 5_000, 404, "not_found", "job_id"),
     Row("a method", 405, "method_not_allowed", method="PUT"),
-    Row("a method of nobody", 405, "method_not_allowed", method="BREW"),
+    Row("a method of nobody", 400, "invalid_http_request", method="BREW"),
 ]
 
 # Lines of a file: what a batch's `errors` says of each, by line.
