@@ -28,7 +28,7 @@ class Linear:
     def __init__(self, weight: Tensor, bias: Tensor | None, kernels: Kernels | None = None) -> None:
         self.num_outputs, self.num_inputs = weight.shape
         self._bias = bias
-        self._weight: Tensor | PackedWeight = weight
+        self._weight: Tensor | PackedWeight | None = weight
         self._blocked: Tensor | None = None  # the weight in oneDNN's order
         self._matmul: Matmul | None = None
         if kernels is not None and weight.dtype in kernels.multiplies:
@@ -36,7 +36,7 @@ class Linear:
         else:
             self._blocked = _blocked(weight)
             if self._blocked is not None:
-                self._weight = weight[:0]
+                self._weight = None  # a view, however small, would keep its memory
 
     def compute_by(self, kernels: Kernels) -> None:
         """From now on by the product of those kernels, which have one."""
@@ -48,6 +48,7 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._matmul is not None:
+            assert self._weight is not None
             return self._matmul(x, self._weight, self._bias)
         if self._blocked is not None:
             product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._blocked, self._bias, "none", [], "")
