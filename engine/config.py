@@ -35,9 +35,7 @@ class EngineConfig:
     max_num_requests: int | None = None  # that may be in the engine process at once; None: 4 × max_num_seqs
     kv_cache_memory_bytes: int | None = None  # None: from what is free
     kv_cache_dtype: Literal["auto", "int8", "fp8"] = "auto"  # auto: the model's
-    quantization: Literal["int8"] | None = (
-        None  # int8: weights and activations rounded to 8 bits for products
-    )
+    quantization: Literal["int8"] | None = None  # int8: what products multiply is rounded to 8 bits
     enable_prefix_caching: bool = True
     # of decoding in one go; None: 16 on cuda, 1 on cpu and where num_speculative_tokens are asked for
     num_scheduler_steps: int | None = None

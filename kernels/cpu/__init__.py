@@ -28,7 +28,7 @@ from kernels import (
 )
 from kernels.cpu.build import BuildError, load_library
 from kernels.cpu.int8_matmul import IntegerProducts
-from kernels.cpu.matmul import Products, preferred
+from kernels.cpu.matmul import SUFFIXES, Products, preferred
 from kernels.cpu.sampling import sample
 from kernels.reference import count_tokens, fp8_matmul, int4_matmul, normalisers, penalise
 
@@ -50,7 +50,6 @@ _PAGED_ARGUMENTS = {
     ),
 }
 _ACTIVATIONS: Mapping[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}  # as in ops.c
-_SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 _PAGED_SUFFIXES = {  # by the dtype of the activations and that of the cache
     (torch.bfloat16, torch.bfloat16): "bf16",
     (torch.float32, torch.float32): "f32",
@@ -64,7 +63,7 @@ Table = dict[Any, Callable[..., Any]]
 def kernels() -> Kernels:
     """Compile or load the library. Raises `BuildError` when there is no working C compiler."""
     library = load_library()
-    tables = {name: _functions(library, name, types, _SUFFIXES) for name, types in _ARGUMENTS.items()}
+    tables = {name: _functions(library, name, types, SUFFIXES) for name, types in _ARGUMENTS.items()}
     for name, types in _PAGED_ARGUMENTS.items():
         tables[name] = _functions(library, name, types, _PAGED_SUFFIXES)
     ops, products, integers = _Ops(**tables), Products(library), IntegerProducts(library)

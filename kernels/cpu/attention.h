@@ -1,5 +1,5 @@
-/* Attention over the pages of a row, or of rows that share them. Included by `ops.c` once per dtype of a cache: STORED, ST (its functions)
- * and SCALED (whether it has bfloat16 scales).
+/* Attention over the pages of a row, or of rows that share them. Included by `ops.c` once per dtype of a cache:
+ * STORED, ST (its functions) and SCALED (whether it has bfloat16 scales).
  *
  * Owns the layout of a page as it is read, and the order of attention's sums. Queries come and results go in fp32,
  * so the dtype of the activations is not known here.

@@ -11,9 +11,8 @@ from ctypes import c_int, c_long, c_void_p
 import torch
 from torch import Tensor
 
+from kernels.cpu.matmul import SUFFIXES, operands_fit
 from kernels.weights import Int8Weight, rounded_to_int8
-
-_SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
 
 class IntegerProducts:
@@ -23,7 +22,7 @@ class IntegerProducts:
         self._pack = library.pack_i8
         self._pack.argtypes, self._pack.restype = (c_long, c_long, c_void_p, c_void_p, c_int), None
         self._matmul = {}
-        for dtype, suffix in _SUFFIXES.items():
+        for dtype, suffix in SUFFIXES.items():
             self._matmul[dtype] = matmul = getattr(library, f"matmul_i8_{suffix}")
             matmul.argtypes = (*[c_long] * 3, c_void_p, c_long, *[c_void_p] * 4, c_int)
             matmul.restype = c_int
@@ -38,15 +37,8 @@ class IntegerProducts:
         return Int8Weight((outputs, inputs), words, scales)
 
     def matmul(self, x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
-        (tokens, width), (outputs, inputs) = x.shape, weight.shape
-        if not (
-            width == inputs
-            and x.stride(1) == 1
-            and x.dtype in self._matmul
-            and (
-                bias is None or (bias.shape == (outputs,) and bias.dtype == x.dtype and bias.is_contiguous())
-            )
-        ):
+        tokens, (outputs, inputs) = x.shape[0], weight.shape
+        if x.dtype not in self._matmul or not operands_fit(x, weight.shape, bias):
             raise ValueError("contract broken, int8_matmul: x [T, in] bf16 or fp32, bias [out] of its dtype")
         out = torch.empty((tokens, outputs), dtype=x.dtype)
         failed = self._matmul[x.dtype](

@@ -15,7 +15,20 @@ from torch import Tensor
 
 from kernels.weights import PackedWeight
 
-_SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
+SUFFIXES = {
+    torch.bfloat16: "bf16",
+    torch.float32: "f32",
+}  # of the functions in C, by the dtype of the activations
+
+
+def operands_fit(x: Tensor, shape: tuple[int, int], bias: Tensor | None) -> bool:
+    """Whether x is `[T, in]` with inputs side by side, and the bias `[out]` of its dtype; shape: (out, in)."""
+    outputs, inputs = shape
+    return (
+        x.shape[1] == inputs
+        and x.stride(1) == 1
+        and (bias is None or (bias.shape == (outputs,) and bias.dtype == x.dtype and bias.is_contiguous()))
+    )
 
 
 class Products:
@@ -24,7 +37,7 @@ class Products:
     def __init__(self, library: ctypes.CDLL) -> None:
         longs, pointers = [c_long] * 3, [c_void_p] * 3
         self._pack, self._matmul = {}, {}
-        for dtype, suffix in _SUFFIXES.items():
+        for dtype, suffix in SUFFIXES.items():
             self._pack[dtype] = pack = getattr(library, f"pack_{suffix}")
             pack.argtypes, pack.restype = (c_long, c_long, c_void_p, c_long, c_void_p, c_int), None
             self._matmul[dtype] = matmul = getattr(library, f"matmul_{suffix}")
@@ -45,15 +58,8 @@ class Products:
     def matmul(self, x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None) -> Tensor:
         if isinstance(weight, Tensor):
             weight = self.pack(weight)
-        (tokens, width), (outputs, inputs), words = x.shape, weight.shape, weight.words
-        if not (
-            width == inputs
-            and x.stride(1) == 1
-            and x.dtype == words.dtype
-            and (
-                bias is None or (bias.shape == (outputs,) and bias.dtype == x.dtype and bias.is_contiguous())
-            )
-        ):
+        tokens, (outputs, inputs), words = x.shape[0], weight.shape, weight.words
+        if x.dtype != words.dtype or not operands_fit(x, weight.shape, bias):
             raise ValueError("contract broken, matmul: x [T, in], weight [out, in], bias [out], of one dtype")
         out = torch.empty((tokens, outputs), dtype=x.dtype)
         failed = self._matmul[x.dtype](
@@ -67,4 +73,4 @@ class Products:
 
 def preferred() -> tuple[torch.dtype, ...]:
     """The dtypes whose products are faster by `Products` than by the library on this processor."""
-    return tuple(_SUFFIXES) if torch.backends.cpu.get_cpu_capability() == "AVX2" else ()
+    return tuple(SUFFIXES) if torch.backends.cpu.get_cpu_capability() == "AVX2" else ()

@@ -84,21 +84,10 @@ static void multiply_any_i8(int tokens, int panels, long pairs, const int32_t *x
 /* A row as column of `to`: words of two integers each, to[i * columns], which times the returned scale are the row;
  * rounded to nearest even. The scale is the largest |x| / 127; NaN for a row that is not finite, whose integers are 0. */
 static float FN(quantise_row)(const SCALAR *from, long inputs, long columns, int32_t *to) {
-    vn most = {};
-    vni bad = {};
-    for (long i = 0; i < inputs; i += NATIVE) {
-        vn x = FN(load_some)(from + i, inputs - i);
-        most = nmax(nmax(x, -x), most);
-        bad |= x - x != (vn){}; /* NaN and infinity */
-    }
-    float scale = 0;
-    for (int i = 0; i < NATIVE; i++) scale = most[i] > scale ? most[i] : scale;
-    scale /= 127.0f;
-    for (int i = 0; i < NATIVE; i++) if (bad[i]) scale = NAN;
+    const float scale = FN(largest)(from, inputs) / 127.0f;
     const float by = scale > 0 ? scale : 1.0f;
     for (long i = 0; i < inputs; i += NATIVE) {
-        vn x = FN(load_some)(from + i, inputs - i) / by;
-        x = (x + 12582912.0f) - 12582912.0f; /* 1.5 * 2^23: to the nearest even integer */
+        vn x = nround(FN(load_some)(from + i, inputs - i) / by);
         if (scale != scale) x = (vn){};
         vnd pairs = (vnd)__builtin_convertvector(x, vni);
         pairs = (pairs & 0xffff) | (pairs >> 16 & 0xffff0000u); /* in the low half of each */

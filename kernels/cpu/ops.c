@@ -159,6 +159,23 @@ INLINE void FN(store_some)(SCALAR *p, vn v, long n) {
     if (n > 0) memcpy(p, padded, n * sizeof *p);
 }
 
+/* The largest |x| of a row; NaN where one of them is NaN or infinite. */
+INLINE float FN(largest)(const SCALAR *x, long width) {
+    vn most = {};
+    vni bad = {};
+    for (long i = 0; i < width; i += NATIVE) {
+        vn a = FN(load_some)(x + i, width - i);
+        most = nmax(nmax(a, -a), most);
+        bad |= a - a != (vn){};
+    }
+    float largest = 0;
+    for (int i = 0; i < NATIVE; i++) {
+        if (bad[i]) return NAN;
+        if (most[i] > largest) largest = most[i];
+    }
+    return largest;
+}
+
 /* sum = the rounded sum of both, of `width` elements. */
 INLINE void FN(add_row)(const SCALAR *x, long width, SCALAR *sum) {
     long i = 0;

@@ -11,28 +11,18 @@
 /* Stores from / scale, rounded to nearest even, and returns the bits of the scale: largest / 127, rounded up. NaN
  * for a vector that is not finite. `to` has room for whole vectors. */
 static uint16_t KV(quantise)(const SCALAR *from, long dim, int8_t *to) {
-    vn most = {};
-    vni bad = {};
-    for (long d = 0; d < dim; d += NATIVE) {
-        vn x = FN(load_some)(from + d, dim - d);
-        most = nmax(nmax(x, -x), most);
-        bad |= x - x != (vn){}; /* NaN and infinity */
-    }
-    float largest = 0, by;
-    for (int i = 0; i < NATIVE; i++) largest = most[i] > largest ? most[i] : largest;
-    by = largest / 127.0f;
+    float largest = FN(largest)(from, dim), by = largest / 127.0f;
     uint32_t bits;
     memcpy(&bits, &by, sizeof bits);
     bits = (bits + 0xffff) >> 16;
     if (largest > 0 && bits == 0) bits = 1; /* the division has lost it */
-    for (int i = 0; i < NATIVE; i++) if (bad[i]) bits = 0x7fc0;
+    if (largest != largest) bits = 0x7fc0;
     memset(to, 0, dim);
     if (bits == 0 || bits == 0x7fc0) return bits;
     uint32_t wide = bits << 16;
     memcpy(&by, &wide, sizeof by);
     for (long d = 0; d < dim; d += NATIVE) {
-        vn x = FN(load_some)(from + d, dim - d) / by;
-        x = (x + 12582912.0f) - 12582912.0f; /* 1.5 * 2^23: to the nearest even integer */
+        vn x = nround(FN(load_some)(from + d, dim - d) / by);
         vnb b = __builtin_convertvector(__builtin_convertvector(x, vni), vnb);
         memcpy(to + d, &b, sizeof b);
     }

@@ -10,9 +10,6 @@
 
 typedef float vf __attribute__((vector_size(64)));
 typedef int32_t vi __attribute__((vector_size(64)));
-typedef uint32_t vu __attribute__((vector_size(64)));
-typedef uint16_t vh __attribute__((vector_size(32)));
-typedef int8_t vb __attribute__((vector_size(16)));
 
 /* The same in vectors as wide as a register, where they are kept; wider ones the compiler keeps in memory. */
 #if defined __AVX512F__
@@ -32,17 +29,14 @@ typedef int8_t vnb __attribute__((vector_size(NATIVE)));
 
 static const vi LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-INLINE vf splat(float x) { return x - (vf){}; }
-
-INLINE vf choose(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
-
-INLINE vf vmax(vf a, vf b) { return choose(a > b, a, b); }
-
 INLINE vn nsplat(float x) { return x - (vn){}; }
 
 INLINE vn nchoose(vni mask, vn yes, vn no) { return (vn)((mask & (vni)yes) | (~mask & (vni)no)); }
 
 INLINE vn nmax(vn a, vn b) { return nchoose(a > b, a, b); }
+
+/* To the nearest even integer, of numbers below 2^22: by 1.5 * 2^23, to which only whole numbers can be added. */
+INLINE vn nround(vn x) { return (x + 12582912.0f) - 12582912.0f; }
 
 INLINE float lane_sum(vf v) {
     float s = 0;
@@ -88,14 +82,6 @@ INLINE vn ntanh(vn x) {
     vn p = part_of_exp2(y, &exponent), power = (vn)exponent;
     vn less = (power - 1.0f) + power * p;
     return less / (less + 2.0f);
-}
-
-INLINE vf vexp2(vf x) {
-    vn part[PARTS];
-    memcpy(part, &x, sizeof x);
-    UNROLL for (int i = 0; i < PARTS; i++) part[i] = nexp2(part[i]);
-    memcpy(&x, part, sizeof x);
-    return x;
 }
 
 INLINE vf vtanh(vf x) {

@@ -14,8 +14,7 @@ from engine.runner import ModelRunner
 from engine.sampling_params import InvalidParameter
 from tests.engine.test_kv_cache_dtype import prompt_of
 from tests.engine.test_model import all_logits
-from tests.engine.test_runner import load, work
-from tests.support.rollout import rollout
+from tests.engine.test_runner import assert_neither_crowd_nor_chunk_matters, load
 from tests.support.tiny import write_tiny_llama
 
 
@@ -23,11 +22,7 @@ from tests.support.tiny import write_tiny_llama
 def test_tokens_depend_on_neither_crowd_nor_chunk(tmp_path: Path, dtype: str) -> None:
     runner = load(write_tiny_llama(tmp_path), dtype=dtype, quantization="int8")
     assert (runner.deterministic, runner.kernels_name) == (True, "cpu")
-    prompts, sampling = work(16)
-    together = rollout(runner, prompts, sampling)
-    assert rollout(runner, prompts, sampling, chunk=5) == together
-    for i in (0, 1, 6, 15):
-        assert rollout(runner, prompts[i : i + 1], sampling[i : i + 1], chunk=11) == [together[i]]
+    assert_neither_crowd_nor_chunk_matters(runner)
 
 
 def test_logits_are_near_those_of_plain_weights(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import torch
 from engine.runner import ModelRunner
 from engine.sampling_params import InvalidParameter, SamplingParams
 from tests.engine.test_model import all_logits
-from tests.engine.test_runner import load, work
-from tests.support.rollout import page_order, plan_for, rollout, sequence
+from tests.engine.test_runner import assert_neither_crowd_nor_chunk_matters, load, work
+from tests.support.rollout import page_order, plan_for, sequence
 from tests.support.tiny import write_tiny_llama
 
 GREEDY = SamplingParams(temperature=0.0, seed=0, max_tokens=1)
@@ -22,11 +22,7 @@ GREEDY = SamplingParams(temperature=0.0, seed=0, max_tokens=1)
 def test_tokens_depend_on_neither_crowd_nor_chunk(tmp_path: Path, dtype: str) -> None:
     runner = load(write_tiny_llama(tmp_path), dtype=dtype, kv_cache_dtype="int8")
     assert (runner.deterministic, runner.kernels_name, runner.kv_cache_dtype) == (True, "cpu", "int8")
-    prompts, sampling = work(16)
-    together = rollout(runner, prompts, sampling)
-    assert rollout(runner, prompts, sampling, chunk=5) == together
-    for i in (0, 1, 6, 15):
-        assert rollout(runner, prompts[i : i + 1], sampling[i : i + 1], chunk=11) == [together[i]]
+    assert_neither_crowd_nor_chunk_matters(runner)
 
 
 def prompt_of(length: int) -> list[int]:

@@ -30,16 +30,20 @@ def work(count: int) -> tuple[list[list[int]], list[SamplingParams]]:
     return prompts, [SamplingParams(seed=i, max_tokens=12, **kinds[i % 4]) for i in range(count)]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_tokens_depend_on_neither_crowd_nor_chunk(tmp_path: Path, dtype: str) -> None:
-    runner = load(write_tiny_llama(tmp_path), dtype=dtype)
-    assert runner.deterministic
-    assert runner.kernels_name == "cpu"
+def assert_neither_crowd_nor_chunk_matters(runner: ModelRunner) -> None:
     prompts, sampling = work(16)
     together = rollout(runner, prompts, sampling)
     assert rollout(runner, prompts, sampling, chunk=5) == together
     for i in (0, 1, 6, 15):
         assert rollout(runner, prompts[i : i + 1], sampling[i : i + 1], chunk=11) == [together[i]]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tokens_depend_on_neither_crowd_nor_chunk(tmp_path: Path, dtype: str) -> None:
+    runner = load(write_tiny_llama(tmp_path), dtype=dtype)
+    assert runner.deterministic
+    assert runner.kernels_name == "cpu"
+    assert_neither_crowd_nor_chunk_matters(runner)
 
 
 def test_the_reference_set_gives_the_same_tokens(tmp_path: Path) -> None:
