@@ -87,12 +87,12 @@ static __attribute__((noinline)) float weigh_block(float *scores, long first, lo
     float before = *largest, now = lane_max(each);
     now = now > before ? now : before;
     *largest = now;
-    float rescale = nexp2(nsplat(before - now))[0];
+    float rescale = nexp2_below(nsplat(before - now))[0];
     memcpy(sum, total, sizeof sum);
     UNROLL for (int p = 0; p < PARTS; p++) sum[p] *= rescale;
     for (int t = begin; t < end; t++) UNROLL for (int p = 0; p < PARTS; p++) {
         float *at = scores + t * LANES + p * NATIVE;
-        s = nexp2(native_f32(at) - now);
+        s = nexp2_below(native_f32(at) - now);
         sum[p] += s;
         if (scales) s *= native_bf16(scales[t] + p * NATIVE);
         memcpy(at, &s, sizeof s);
@@ -106,7 +106,8 @@ static __attribute__((noinline)) float weigh_block(float *scores, long first, lo
  * queries: [dim][nq]. */
 INLINE void ST(score_tiles)(const int nq, const int tiles, const float *queries, long dim, const STORED *const *keys,
                             const uint16_t *const *scales, long page_size, float (*scores)[BLOCK], long at) {
-    vn sum[MAX_QUERIES][4 * PARTS] = {};
+    vn sum[MAX_QUERIES][4 * PARTS];
+    UNROLL for (int q = 0; q < nq; q++) UNROLL for (int i = 0; i < tiles * PARTS; i++) sum[q][i] = (vn){};
     for (long d = 0; d < dim; d++) {
         vn key[4 * PARTS];
         UNROLL for (int t = 0; t < tiles; t++) ST(tile)(keys[t] + d * page_size, key + t * PARTS);
@@ -129,7 +130,7 @@ INLINE void ST(score_tiles)(const int nq, const int tiles, const float *queries,
 INLINE void ST(mix_channels)(const int nq, const int tiles, float (*weights)[BLOCK], long first, long last,
                              const STORED *const *values, long dim, long c, long n, const float *rescale,
                              float *mixed) {
-    vn sum[MAX_QUERIES][4 * PARTS] = {};
+    vn sum[MAX_QUERIES][4 * PARTS];
     const int whole = n >= tiles * LANES;
     mixed += c;
     UNROLL for (int q = 0; q < nq; q++) UNROLL for (int t = 0; t < tiles; t++) {
@@ -138,15 +139,16 @@ INLINE void ST(mix_channels)(const int nq, const int tiles, float (*weights)[BLO
         UNROLL for (int p = 0; p < PARTS; p++) tile[p] *= rescale[q];
         ST(split)(tile);
     }
-    for (long i = first; i < last; i++) {
-        const STORED *row = values[i / LANES] + (i % LANES) * dim + c;
-        STORED padded[LANES] = {0};
-        if (!whole) memcpy(padded, row, n * sizeof *row);
-        vn value[4 * PARTS];
-        UNROLL for (int t = 0; t < tiles; t++) ST(tile)(whole ? row + t * LANES : padded, value + t * PARTS);
-        UNROLL for (int q = 0; q < nq; q++) {
-            float w = weights[q][i];
-            UNROLL for (int p = 0; p < tiles * PARTS; p++) sum[q][p] += w * value[p];
+    for (long i = first, end; i < last; i = end) {
+        end = i / LANES * LANES + LANES < last ? i / LANES * LANES + LANES : last; /* of the tile of 16 tokens */
+        const STORED *row = values[i / LANES] + i % LANES * dim + c;
+        for (const float *w = weights[0] + i, *stop = weights[0] + end; w < stop; w++, row += dim) {
+            STORED padded[LANES] = {0};
+            if (!whole) memcpy(padded, row, n * sizeof *row);
+            vn value[4 * PARTS];
+            UNROLL for (int t = 0; t < tiles; t++) ST(tile)(whole ? row + t * LANES : padded, value + t * PARTS);
+            UNROLL for (int q = 0; q < nq; q++)
+                UNROLL for (int p = 0; p < tiles * PARTS; p++) sum[q][p] += w[q * BLOCK] * value[p];
         }
     }
     UNROLL for (int q = 0; q < nq; q++) UNROLL for (int t = 0; t < tiles; t++) {

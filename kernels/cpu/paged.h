@@ -66,52 +66,71 @@ INLINE void KV(place_query)(const attention_call *call, const SCALAR *q, long r,
     FN(spread)(q + (start + token) * call->q_stride + which * call->dim, call->dim, call->scale * LOG2E, nq, queries + i);
 }
 
-/* One item: some query vectors of a group of rows and one kv head, through the blocks that the group shares. Each block
- * serves all of them before the next one is read. */
-static void KV(attend_shared)(const attention_call *call, const SCALAR *q, const shared_walk *walk, long item) {
-    const shared_part part = part_of_item(walk, item);
-    const long dim = call->dim, chunks = (part.vectors + MAX_QUERIES - 1) / MAX_QUERIES;
-    float queries[part.vectors * dim];
-    head_context at[chunks];
-    begin_walk(state_at(walk, part.state), part.vectors, dim);
-    for (long v = 0; v < part.vectors; v++) {
-        long c = v / MAX_QUERIES, first = c * MAX_QUERIES, left = part.vectors - first;
-        long which = part.first + v, r = part.rows[which / call->group];
-        if (v == first) at[c] = head_of_row(call, part.leader, part.head);
-        KV(place_query)(call, q, r, part.head, which % call->group, v - first, left < MAX_QUERIES ? left : MAX_QUERIES,
-                        at + c, queries + first * dim);
-    }
-    for (long from = 0; from < part.tokens; from += BLOCK)
-        for (long c = 0; c < chunks; c++) {
-            long first = c * MAX_QUERIES, left = part.vectors - first;
-            ST(attend_any)(left < MAX_QUERIES ? left : MAX_QUERIES, at + c, queries + first * dim, from, from + BLOCK,
-                           state_at(walk, part.state + first));
+/* Query vectors that walk through the pages of one kv head together, MAX_QUERIES of them at a time: each block of the
+ * tokens from..end that they see serves all of them before the next one is read. queries: [chunk][dim][of the chunk]. */
+static void KV(walk)(const head_context *chunks, const float *queries, long vectors, long from, long end,
+                     softmax_state state) {
+    const long dim = chunks->dim;
+    for (; from < end; from += BLOCK)
+        for (long first = 0; first < vectors; first += MAX_QUERIES) {
+            const head_context *at = chunks + first / MAX_QUERIES;
+            const int nq = chunk_vectors(vectors, first);
+            long stop = at->positions[nq - 1] + 1 < end ? at->positions[nq - 1] + 1 : end;
+            if (stop > from + BLOCK) stop = from + BLOCK;
+            const softmax_state behind = {state.largest + first, state.total + first, state.mixed + first * dim};
+            ST(attend_any)(nq, at, queries + first * dim, from, stop, behind);
         }
 }
 
-/* One item: the query tokens of row r from `token` on, and one kv head, behind what the row has walked with others. */
+/* One item: some query vectors of a group of rows and one kv head, through the blocks that the group shares. */
+static void KV(attend_shared)(const attention_call *call, const SCALAR *q, const shared_walk *walk, long item) {
+    const shared_part part = part_of_item(walk, item);
+    const softmax_state state = state_at(walk, part.state);
+    float queries[part.vectors * call->dim];
+    head_context chunks[ITEM_VECTORS / MAX_QUERIES];
+    begin_walk(state, part.vectors, call->dim);
+    for (long v = 0; v < part.vectors; v++) {
+        long first = v / MAX_QUERIES * MAX_QUERIES, which = part.first + v, r = part.rows[which / call->group];
+        head_context *at = chunks + v / MAX_QUERIES;
+        if (v == first) *at = head_of_row(call, part.leader, part.head);
+        KV(place_query)(call, q, r, part.head, which % call->group, v - first, chunk_vectors(part.vectors, first), at,
+                        queries + first * call->dim);
+    }
+    KV(walk)(chunks, queries, part.vectors, 0, part.tokens, state);
+}
+
+/* Query vectors first..last of row r and one kv head, at most ITEM_VECTORS, behind what the row has walked with others. */
+static void KV(attend_vectors)(const attention_call *call, const SCALAR *q, const shared_walk *walk, long r, long head,
+                               long first, long last, SCALAR *out) {
+    const long group = call->group, dim = call->dim, vectors = last - first;
+    const long from = walk ? walk->until[r] : 0;
+    float queries[vectors * dim], mixed[vectors * dim], largest[vectors];
+    vf total[ITEM_VECTORS];
+    head_context chunks[ITEM_VECTORS / MAX_QUERIES];
+    softmax_state state = {.largest = largest, .total = total, .mixed = mixed};
+    for (long v = 0; v < vectors; v++) {
+        long begin = v / MAX_QUERIES * MAX_QUERIES;
+        head_context *at = chunks + v / MAX_QUERIES;
+        if (v == begin) *at = head_of_row(call, r, head);
+        KV(place_query)(call, q, r, head, first + v, v - begin, chunk_vectors(vectors, begin), at, queries + begin * dim);
+    }
+    if (from) state = state_at(walk, state_of_row(walk, r, head) + first);
+    else begin_walk(state, vectors, dim);
+    KV(walk)(chunks, queries, vectors, from, call->context_lens[r], state);
+    for (long v = 0; v < vectors; v++) {
+        long token = call->query_start[r] + (first + v) / group, which = head * group + (first + v) % group;
+        FN(divide)(state.mixed + v * dim, dim, lane_sum(state.total[v]),
+                   out + (token * call->kv_heads * group + which) * dim);
+    }
+}
+
+/* One item: the query tokens of row r from `token` on, and one kv head. */
 static void KV(attend_alone)(const attention_call *call, const SCALAR *q, const shared_walk *walk, long r, long head,
                              long token, SCALAR *out) {
-    const long group = call->group, dim = call->dim;
     const long count = call->query_start[r + 1] - call->query_start[r];
-    const long last = (token + ITEM_TOKENS < count ? token + ITEM_TOKENS : count) * group;
-    const long from = walk ? walk->until[r] : 0;
-    head_context at = head_of_row(call, r, head);
-    for (long first = token * group; first < last; first += MAX_QUERIES) {
-        int nq = last - first < MAX_QUERIES ? last - first : MAX_QUERIES;
-        float queries[dim * nq], mixed[nq * dim], largest[nq];
-        vf total[MAX_QUERIES];
-        softmax_state state = {.largest = largest, .total = total, .mixed = mixed};
-        for (int i = 0; i < nq; i++) KV(place_query)(call, q, r, head, first + i, i, nq, &at, queries);
-        if (from) state = state_at(walk, state_of_row(walk, r, head) + first);
-        else begin_walk(state, nq, dim);
-        ST(attend_any)(nq, &at, queries, from, at.positions[nq - 1] + 1, state);
-        for (int i = 0; i < nq; i++) {
-            long to = call->query_start[r] + (first + i) / group, which = head * group + (first + i) % group;
-            FN(divide)(state.mixed + i * dim, dim, lane_sum(state.total[i]),
-                       out + (to * call->kv_heads * group + which) * dim);
-        }
-    }
+    const long last = (token + ITEM_TOKENS < count ? token + ITEM_TOKENS : count) * call->group;
+    for (long first = token * call->group; first < last; first += ITEM_VECTORS)
+        KV(attend_vectors)(call, q, walk, r, head, first, first + ITEM_VECTORS < last ? first + ITEM_VECTORS : last, out);
 }
 
 int KV(paged_attention)(long rows, long kv_heads, long group, long dim, long page_size, const SCALAR *q, long q_stride,

@@ -5,7 +5,7 @@
  * row's own walk has to know of them is its `softmax_state`; every bit is that of one walk. Rows of one query walk
  * together, others alone.
  */
-#define ITEM_VECTORS 48 /* query vectors of a group in one work item, at most: whole chunks of MAX_QUERIES */
+#define ITEM_VECTORS 48 /* query vectors that walk together, at most: whole chunks of MAX_QUERIES */
 #define ITEMS_PER_THREAD 4 /* and fewer vectors where there would be fewer items than that */
 
 /* What `paged_attention` is given, without the types of q and of the cache. window 0, slopes NULL: none. */
@@ -44,6 +44,11 @@ typedef struct {
     long leader; /* a row through whose page table all of them read */
     long tokens, head, first, vectors, state;
 } shared_part;
+
+/* How many of `vectors` query vectors are in the chunk that begins with vector `first`. */
+INLINE int chunk_vectors(long vectors, long first) {
+    return vectors - first < MAX_QUERIES ? vectors - first : MAX_QUERIES;
+}
 
 /* Which state is that of the first query vector of row r for a kv head. */
 INLINE long state_of_row(const shared_walk *walk, long r, long head) {

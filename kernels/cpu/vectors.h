@@ -74,6 +74,13 @@ INLINE vn nexp2(vn x) {
     return nchoose(x < low, (vn){}, p * (vn)power);
 }
 
+/* The same for x <= 0, bit for bit: what would be below 2^-126 becomes 0 at the end, whatever was computed of it. */
+INLINE vn nexp2_below(vn x) {
+    vni power;
+    vn p = part_of_exp2(x, &power) + 1.0f;
+    return nchoose(x < nsplat(-126.0f), (vn){}, p * (vn)power);
+}
+
 /* Hyperbolic tangent, relative error below 5e-7: (e^2x - 1) / (e^2x + 1), where e^2x - 1 loses nothing near 0. */
 INLINE vn ntanh(vn x) {
     vn low = nsplat(-40.0f), high = nsplat(40.0f), y = x * 2.88539008f; /* 2 / ln 2: counts in powers of two */
