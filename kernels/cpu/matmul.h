@@ -30,7 +30,7 @@
 #define MOST_PANELS 4 /* in one tile */
 #define MOST_ROWS 192 /* tokens in a block */
 #define BLOCK_BYTES (3072 * 1024) /* of its x: more rows read a weight less often, and any cache feeds a tile */
-#define PANEL_BYTES (16 * 1024) /* of a panel at a time: with its part of x in the first cache while a block passes by */
+#define PANEL_BYTES (16 * 1024) /* of a panel at a time: it and its part of x stay in the first cache */
 #define PARALLEL_PRODUCTS (1 << 18) /* below which a second thread costs more than it saves */
 #define SUMS (MOST_ROWS * PANEL) /* of a block and its panels: more than those of few tokens by several panels */
 
