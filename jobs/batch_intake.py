@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Final
 from sqlalchemy import Connection, select, update
 
 from jobs import tallies
-from jobs.batch_check import FILE_LOST, max_line_bytes
+from jobs.batch_check import FILE_LOST
 from jobs.batch_file import BadLine, bounded_lines, parse_line
 from jobs.batches import close_batches
 from jobs.body import BadField
@@ -31,6 +31,7 @@ from jobs.desk import Claim
 from jobs.drafts import Draft, DraftFile, draft_of
 from jobs.file_store import FileStore
 from jobs.job_rows import JobRow, insert_all, load_of, row_of, shared_columns
+from jobs.line_check import max_line_bytes
 from jobs.models import Batch
 from jobs.settings import Settings
 from jobs.states import BatchState
