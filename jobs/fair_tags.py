@@ -14,7 +14,6 @@ nobody else waits for.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -25,25 +24,38 @@ from sqlalchemy.orm import aliased
 from jobs.claims import QUEUED
 from jobs.database import in_words_of
 from jobs.models import ID, FairClock, Job, Tenant
-from jobs.terms import tier_of
+from jobs.terms import DELAYED
 
 BUCKET_TOKENS: Final = 16_384.0  # of virtual time; some ten to hundred jobs of one tenant
 
 Row = dict[str, Any]  # by column of `models.Job`
 Flow = tuple[str, str, int, int]  # tenant, model, tier, priority
+Flows = dict[Flow, tuple[list[int], list[int]]]
+
+
+def flows(rows: Sequence[Row]) -> Flows:
+    """What `take_turns` has to know of these rows: places and estimated tokens by flow."""
+    found: Flows = {}
+    for place, row in enumerate(rows):
+        flow = (row["tenant"], row["model"], row["tier"] % DELAYED, row["priority"])
+        places, tokens = found.get(flow) or found.setdefault(flow, ([], []))
+        places.append(place)
+        tokens.append(max(1, row["estimated_tokens"]))
+    return found
 
 
 def tags(connection: Connection, rows: Sequence[Row]) -> list[float]:
     """The `fair_tag` of each row, in their order; their flows' clocks move on."""
-    flows: defaultdict[Flow, list[int]] = defaultdict(list)
-    for place, row in enumerate(rows):
-        flow = (row["tenant"], row["model"], int(tier_of(row["tier"])), row["priority"])
-        flows[flow].append(place)
-    given = [0.0] * len(rows)
-    for flow in sorted(flows):
-        tokens = [max(1, int(rows[place]["estimated_tokens"])) for place in flows[flow]]
+    return take_turns(connection, flows(rows), len(rows))
+
+
+def take_turns(connection: Connection, found: Flows, num_rows: int) -> list[float]:
+    """The same for rows of which `flows` has told."""
+    given = [0.0] * num_rows
+    for flow in sorted(found):
+        places, tokens = found[flow]
         turn, share = _turn(connection, flow, sum(tokens))
-        for place, cost in zip(flows[flow], tokens, strict=True):
+        for place, cost in zip(places, tokens, strict=True):
             given[place] = turn // BUCKET_TOKENS * BUCKET_TOKENS
             turn += cost / share
     return given
