@@ -206,15 +206,15 @@ class ReadyRows:
     def insert(self, connection: Connection) -> Stamp:
         if not self.rows:
             return Stamp(0.0, {})
-        common = _common(connection)
-        turns = take_turns(connection, self.flows, len(self.rows))
+        turns, created_at = take_turns(connection, self.flows, len(self.rows))
+        common = _common(created_at)
         start = 0
         for count, part in self.parts:
             own: dict[str, Column] = {name: [value] * count for name, value in common.items()}
             own["fair_tag"] = turns[start : start + count]
             insert_spelled(connection, _TABLE, part, spelled(connection.dialect.name, _TABLE, own))
             start += count
-        return Stamp(common["created_at"], dict(zip((row["id"] for row in self.rows), turns, strict=True)))
+        return Stamp(created_at, dict(zip((row["id"] for row in self.rows), turns, strict=True)))
 
 
 def insert_all(connection: Connection, rows: Sequence[JobRow]) -> Stamp:
@@ -226,7 +226,7 @@ def insert_new(connection: Connection, rows: Sequence[JobRow]) -> list[str]:
     """INSERT … ON CONFLICT DO NOTHING; the ids that were new."""
     if not rows:
         return []
-    ordered, common = _ordered(rows), _common(connection)
+    ordered, common = _ordered(rows), _common(clock(connection))
     queued = [row for row in ordered if row["state"] == _QUEUED]
     turns = {row["id"]: turn for row, turn in zip(queued, tags(connection, queued), strict=True)}
     complete = [
@@ -251,7 +251,7 @@ def _ordered(rows: Sequence[JobRow]) -> list[JobRow]:
     return sorted(rows, key=itemgetter("id"))
 
 
-def _common(connection: Connection) -> dict[str, Any]:
-    """What new rows have in common. The time is read once, so that all jobs of a batch have one, and the database's,
-    not this machine's."""
-    return {"created_at": clock(connection), "fence": 0, "crashes": 0}
+def _common(created_at: float) -> dict[str, Any]:
+    """What new rows have in common. `created_at`: read once, so that all jobs of a batch have one, and the database's
+    time, not this machine's."""
+    return {"created_at": created_at, "fence": 0, "crashes": 0}
