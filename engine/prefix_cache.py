@@ -20,6 +20,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from engine.pages import PagePool, require
@@ -48,6 +49,12 @@ class Match(NamedTuple):
     whole: list[Entry]
     tail: Entry | None
     tail_tokens: int
+
+
+@lru_cache(maxsize=1024)
+def _root(salt: str) -> bytes:
+    """What the chain of a first page begins with."""
+    return hashlib.sha256(b"nightpress\0" + salt.encode()).digest()
 
 
 class PrefixCache:
@@ -86,18 +93,24 @@ class PrefixCache:
     def chain(self, sequence: Sequence, num_tokens: int) -> list[bytes]:
         """The keys of `sequence`'s pages, at least of all that lie whole within its first `num_tokens` tokens."""
         size, keys = self.pool.page_size, sequence.keys
-        for i in range(len(keys), num_tokens // size):
-            tokens = array("I", sequence.token_ids[i * size : (i + 1) * size])
-            keys.append(hashlib.sha256(self._parent(sequence, i) + tokens.tobytes()).digest())
+        begin, end = len(keys), num_tokens // size
+        if begin >= end:
+            return keys
+        key = self._parent(sequence, begin)
+        tokens = array("I", sequence.token_ids[begin * size : end * size]).tobytes()
+        step = len(tokens) // (end - begin)
+        for at in range(0, len(tokens), step):
+            key = hashlib.sha256(key + tokens[at : at + step]).digest()
+            keys.append(key)
         return keys
 
     def _parent(self, sequence: Sequence, index: int) -> bytes:
         if index:
             return self.chain(sequence, index * self.pool.page_size)[index - 1]
         salt = sequence.request.cache_salt
-        if not self.enabled:
-            salt = f"{salt}\0{sequence.request.id.job_id}\0{sequence.request.id.fence}\0{sequence.index}"
-        return hashlib.sha256(b"nightpress\0" + salt.encode()).digest()
+        if self.enabled:
+            return _root(salt)
+        return _root(f"{salt}\0{sequence.request.id.job_id}\0{sequence.request.id.fence}\0{sequence.index}")
 
     # --- finding --------------------------------------------------------------------------------------------
 

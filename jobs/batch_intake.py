@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Final
 from sqlalchemy import Connection, select, update
 
 from jobs import tallies
-from jobs.batch_check import FILE_LOST, max_line_bytes
+from jobs.batch_check import FILE_LOST
 from jobs.batch_file import BadLine, bounded_lines, parse_line
 from jobs.batches import close_batches
 from jobs.body import BadField
@@ -30,8 +30,10 @@ from jobs.database import Database
 from jobs.desk import Claim
 from jobs.drafts import Draft, DraftFile, draft_of
 from jobs.file_store import FileStore
-from jobs.job_rows import JobRow, insert_all, load_of, row_of, shared_columns
+from jobs.job_rows import JobRow, ReadyRows, load_of, row_of, shared_columns
+from jobs.line_check import max_line_bytes
 from jobs.models import Batch
+from jobs.quotas import Load
 from jobs.settings import Settings
 from jobs.states import BatchState
 from jobs.tenants import Owner
@@ -40,14 +42,16 @@ CHUNK: Final = 2_000  # lines per transaction
 CHUNK_BYTES: Final = 8_000_000  # of lines, whichever comes first
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Chunk:
-    """`start` is the first line's place among all, `end` where the next chunk begins in the file."""
+    """`num_inserted` of the batch once its jobs are in, `end` where the next chunk begins in the file."""
 
-    start: int
-    rows: list[JobRow]
+    jobs: ReadyRows
+    load: Load
+    models: Counter[str]
+    num_inserted: int
     end: int
-    last: bool = False
+    last: bool
 
 
 def job_id_of(batch_id: str, position: int) -> str:
@@ -97,13 +101,13 @@ class BatchIntake:
         try:
             with (
                 self._store.open(batch.input_file_id) as file,
-                closing(_one_ahead(_chunks(batch, self._drafts(file, batch, drafts)))) as chunks,
+                closing(_one_ahead(self._chunks(batch, self._drafts(file, batch, drafts)))) as chunks,
             ):
                 for chunk in chunks:
                     claimed.check()
                     if not self._database.transact(partial(_insert, claimed=claimed, chunk=chunk)):
                         return
-                    for model, count in Counter(str(row["model"]) for row in chunk.rows).items():
+                    for model, count in chunk.models.items():
                         self._announce(model, count)
                     if chunk.last:
                         return
@@ -128,26 +132,25 @@ class BatchIntake:
                 line = parse_line(number, raw, batch.endpoint)
                 yield end, draft_of(line.named_job(self._settings, checked=True), self._settings)
 
-
-def _chunks(batch: Any, drafts: Iterator[tuple[int, Draft]]) -> Iterator[_Chunk]:
-    shared = shared_columns(
-        Owner(batch.tenant, batch.key_id),
-        source="http",
-        terms=terms_of_window(batch.completion_window, submitted_at=batch.created_at),
-        batch_id=batch.id,
-    )
-    chunk = _Chunk(batch.num_inserted, [], batch.next_offset)
-    begin = chunk.end
-    for position, (end, draft) in enumerate(drafts, chunk.start):
-        chunk.rows.append(row_of(job_id_of(batch.id, position), draft, position, shared))
-        chunk.end = end
-        if position + 1 == batch.total:
-            chunk.last = True
-            yield chunk
-            return
-        if len(chunk.rows) == CHUNK or end - begin >= CHUNK_BYTES:
-            yield chunk
-            chunk, begin = _Chunk(position + 1, [], end), end
+    def _chunks(self, batch: Any, drafts: Iterator[tuple[int, Draft]]) -> Iterator[_Chunk]:
+        shared = shared_columns(
+            Owner(batch.tenant, batch.key_id),
+            source="http",
+            terms=terms_of_window(batch.completion_window, submitted_at=batch.created_at),
+            batch_id=batch.id,
+        )
+        dialect = self._database.engine.dialect.name
+        rows: list[JobRow] = []
+        begin = batch.next_offset
+        for count, (end, draft) in enumerate(drafts, batch.num_inserted + 1):
+            rows.append(row_of(job_id_of(batch.id, count - 1), draft, count - 1, shared))
+            last = count == batch.total
+            if last or len(rows) == CHUNK or end - begin >= CHUNK_BYTES:
+                models = Counter(str(row["model"]) for row in rows)
+                yield _Chunk(ReadyRows(dialect, rows), load_of(rows), models, count, end, last)
+                if last:
+                    return
+                rows, begin = [], end
 
 
 def _one_ahead(chunks: Iterator[_Chunk]) -> Generator[_Chunk, None, None]:
@@ -172,7 +175,7 @@ def _give_up(connection: Connection, claimed: Claim) -> None:
 def _insert(connection: Connection, claimed: Claim, chunk: _Chunk) -> bool:
     """False when nothing more is to be inserted."""
     batch = claimed.locked(connection)
-    if batch.num_inserted == chunk.start + len(chunk.rows):
+    if batch.num_inserted == chunk.num_inserted:
         return True  # committed before the connection was lost
     if batch.next_offset is None or batch.state != BatchState.IN_PROGRESS:
         return False
@@ -181,14 +184,14 @@ def _insert(connection: Connection, claimed: Claim, chunk: _Chunk) -> bool:
         close_batches(connection, [batch.id])
         tallies.add(connection, [change])
         return False
-    insert_all(connection, chunk.rows)
-    load = load_of(chunk.rows)
-    left_tokens, left_bytes = batch.reserved_tokens - load.tokens, batch.reserved_bytes - load.stored_bytes
+    chunk.jobs.insert(connection)
+    left_tokens = batch.reserved_tokens - chunk.load.tokens
+    left_bytes = batch.reserved_bytes - chunk.load.stored_bytes
     connection.execute(
         update(Batch)
         .where(Batch.id == batch.id)
         .values(
-            num_inserted=chunk.start + len(chunk.rows),
+            num_inserted=chunk.num_inserted,
             next_offset=None if chunk.last else chunk.end,
             reserved_tokens=0 if chunk.last else left_tokens,
             reserved_bytes=0 if chunk.last else left_bytes,

@@ -14,7 +14,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, select, update
 
 from jobs import tallies
-from jobs.batch_check import FILE_LOST, max_line_bytes
+from jobs.batch_check import FILE_LOST
 from jobs.batch_file import BadLine, bounded_lines, output_line, parse_line, response
 from jobs.batch_intake import job_id_of
 from jobs.database import Database, now
@@ -22,6 +22,7 @@ from jobs.desk import Claim, ClaimLost
 from jobs.failures import status_of
 from jobs.file_store import FileStore, Part
 from jobs.files import Purpose, insert_file
+from jobs.line_check import max_line_bytes
 from jobs.models import Batch
 from jobs.openai_answers import completion_object, error_object, usage_object
 from jobs.openai_body import CHAT, COMPLETIONS, Url

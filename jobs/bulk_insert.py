@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import JSON, BigInteger, Connection, Double, Integer, String, Table
 
@@ -24,17 +24,34 @@ _ROWS_OF_VALUES = 200  # SQLite allows 32,766 parameters
 Column = Sequence[Any]  # the values of all rows
 
 
+class Spelled(NamedTuple):
+    """Columns in the words of one kind of database: on PostgreSQL one text for each, on SQLite its plain values."""
+
+    names: tuple[str, ...]
+    columns: tuple[Column, ...]
+
+
 def bulk_insert(connection: Connection, table: Table, columns: Mapping[str, Column]) -> None:
     """Insert rows given by column, all of one length. Columns that are missing get NULL or the server's default.
     Raises as `Connection.execute` does."""
-    names = tuple(columns)
+    insert_spelled(connection, table, spelled(connection.dialect.name, table, columns))
+
+
+def spelled(dialect: str, table: Table, columns: Mapping[str, Column]) -> Spelled:
+    """For `insert_spelled`: what can be done before a transaction."""
+    spell = _plain if dialect == "sqlite" else _array
+    return Spelled(tuple(columns), tuple(spell(table, name, columns[name]) for name in columns))
+
+
+def insert_spelled(connection: Connection, table: Table, *parts: Spelled) -> None:
+    """Insert rows whose columns lie in several parts. Raises as `Connection.execute` does."""
+    names = tuple(chain.from_iterable(part.names for part in parts))
+    columns = tuple(chain.from_iterable(part.columns for part in parts))
     if connection.dialect.name == "sqlite":
-        plain = [_plain(table, name, columns[name]) for name in names]
-        for some in portions(list(zip(*plain, strict=True)), _ROWS_OF_VALUES):
+        for some in portions(list(zip(*columns, strict=True)), _ROWS_OF_VALUES):
             connection.exec_driver_sql(_sqlite(table, names, len(some)), tuple(chain.from_iterable(some)))
     else:
-        arrays = tuple(_array(table, name, columns[name]) for name in names)
-        connection.exec_driver_sql(_postgresql(table, names), arrays)
+        connection.exec_driver_sql(_postgresql(table, names), columns)
 
 
 @lru_cache(maxsize=256)

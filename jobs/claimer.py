@@ -31,7 +31,8 @@ from jobs.terms import Tier
 
 log = logging.getLogger(__name__)
 
-CLAIM_GROUP = 64
+CLAIM_GROUP = 64  # while the engine has idle places
+BUSY_GROUP = 256  # while it has none: nobody waits for the first of them, and each claim costs a commit
 ANSWERING = (Tier.INTERACTIVE, Tier.INTERACTIVE)
 FOREGROUND = (Tier.INTERACTIVE, Tier.NORMAL)
 BACKGROUND = (Tier.BACKGROUND, Tier.BACKGROUND)
@@ -181,7 +182,7 @@ class Claimer(threading.Thread):
             (BACKGROUND, 0 if FOREGROUND in self._more else min(self.places - held, free - self.reserve)),
         ):
             if tiers in self._more and room > 0:
-                return tiers, min(room, CLAIM_GROUP)
+                return tiers, min(room, CLAIM_GROUP if held < self.places else BUSY_GROUP)
         return FOREGROUND, 0
 
     def _with_turns(self, claims: list[Claim]) -> list[Claim]:

@@ -9,23 +9,24 @@ lines themselves. Refuses to know ids, owners and doors (`jobs.job_rows`).
 from __future__ import annotations
 
 import logging
+import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from tempfile import SpooledTemporaryFile
 from types import TracebackType
-from typing import IO, Any, Final, NamedTuple
+from typing import IO, Final, NamedTuple
 
 from engine import codec
 from engine.request import derive_seed
 from jobs.body import JobBody
 from jobs.json_text import JsonText
-from jobs.quotas import estimate_tokens
 from jobs.settings import Settings
 
 log = logging.getLogger(__name__)
 
+BYTES_PER_TOKEN: Final = 4  # of UTF-8, about right for English; nobody here has a tokenizer for every model
 PREFIX_CHARS: Final = 256
-FRAME_BYTES: Final = 1 << 18  # of bodies that go to disk together; fewer never do
+MEMORY_BYTES: Final = 1 << 18  # fewer never go to disk
 _HEAD: Final = struct.Struct("<Q")  # of a frame: its bytes
 
 
@@ -46,6 +47,13 @@ def prefix_group(model: str, opening: str) -> int:
     return derive_seed("prefix", model, opening[:PREFIX_CHARS])
 
 
+def estimate_tokens(body: JobBody, settings: Settings) -> int:
+    """Prompt bytes over `BYTES_PER_TOKEN`, plus the most that all samples may generate."""
+    texts = [body.prompt or ""] if body.messages is None else [one.content for one in body.messages]
+    prompt = math.ceil(sum(len(text.encode()) for text in texts) / BYTES_PER_TOKEN)
+    return prompt + body.length_limit(settings.default_max_tokens) * (body.n or 1)
+
+
 def draft_of(body: JobBody, settings: Settings) -> Draft:
     """Raises ValueError when `body` names no model yet."""
     if body.model is None:
@@ -61,49 +69,42 @@ def draft_of(body: JobBody, settings: Settings) -> Draft:
     )
 
 
+def packed(drafts: Sequence[tuple[int, Draft]]) -> bytes:
+    """Some drafts, each with the byte of the batch's file at which its line ends, as `DraftFile` takes them."""
+    return codec.pack([(end, *draft) for end, draft in drafts])
+
+
 class DraftFile:
-    """Drafts in their order, each with the byte of the batch's file at which its line ends. First all go in, then
-    `finish`, then they come out, in any thread but one at a time."""
+    """Drafts in their order. First all go in, then `finish`, then they come out, in any thread but one at a time."""
 
     def __init__(self, folder: str) -> None:
         """`folder`: where it may lie, once it is too long for memory."""
-        self._file: IO[bytes] = SpooledTemporaryFile(FRAME_BYTES, dir=folder)  # noqa: SIM115 - close
-        self._frame: list[tuple[Any, ...]] = []  # not in the file yet
-        self._frame_bytes = 0
+        self._file: IO[bytes] = SpooledTemporaryFile(MEMORY_BYTES, dir=folder)  # noqa: SIM115 - close
         self._lost = False
         self.whole = False
 
-    def add(self, end: int, draft: Draft) -> None:
-        self._frame.append((end, *draft))
-        self._frame_bytes += len(draft.body)
-        if self._frame_bytes >= FRAME_BYTES:
-            self._write()
-
-    def finish(self) -> None:
-        """No more are to come; `whole` says whether all are there."""
-        self._write()
-        self.whole = not self._lost
-
-    def __iter__(self) -> Iterator[tuple[int, Draft]]:
-        """Raises `OSError`."""
-        self._file.seek(0)
-        while head := self._file.read(_HEAD.size):
-            for end, custom_id, model, body, *others in codec.unpack(self._file.read(*_HEAD.unpack(head))):
-                yield end, Draft(custom_id, model, JsonText(body), *others)
-
-    def _write(self) -> None:
-        """A disk that has no room for it makes the rest slower, and harms nothing."""
-        frame, self._frame, self._frame_bytes = self._frame, [], 0
-        if self._lost or not frame:
+    def add(self, frame: bytes) -> None:
+        """What `packed` made. A disk that has no room for it makes the rest slower, and harms nothing."""
+        if self._lost:
             return
-        packed = codec.pack(frame)
         try:
-            self._file.write(_HEAD.pack(len(packed)) + packed)
+            self._file.write(_HEAD.pack(len(frame)) + frame)
             self._file.flush()  # here, where it may fail
         except OSError as error:
             log.warning("drafts.lost error=%s", type(error).__name__)
             self._lost = True
             self.close()
+
+    def finish(self) -> None:
+        """No more are to come; `whole` says whether all are there."""
+        self.whole = not self._lost
+
+    def __iter__(self) -> Iterator[tuple[int, Draft]]:
+        """Each with the byte of the batch's file at which its line ends. Raises `OSError`."""
+        self._file.seek(0)
+        while head := self._file.read(_HEAD.size):
+            for end, custom_id, model, body, *others in codec.unpack(self._file.read(*_HEAD.unpack(head))):
+                yield end, Draft(custom_id, model, JsonText(body), *others)
 
     def close(self) -> None:
         try:

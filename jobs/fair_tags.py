@@ -14,47 +14,62 @@ nobody else waits for.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, Float, Integer, bindparam, case, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import aliased
 
 from jobs.claims import QUEUED
-from jobs.database import in_words_of
+from jobs.database import in_words_of, now
 from jobs.models import ID, FairClock, Job, Tenant
-from jobs.terms import tier_of
+from jobs.terms import DELAYED
 
 BUCKET_TOKENS: Final = 16_384.0  # of virtual time; some ten to hundred jobs of one tenant
 
 Row = dict[str, Any]  # by column of `models.Job`
 Flow = tuple[str, str, int, int]  # tenant, model, tier, priority
+Flows = dict[Flow, tuple[list[int], list[int]]]
+
+
+def flows(rows: Sequence[Row]) -> Flows:
+    """What `take_turns` has to know of these rows: places and estimated tokens by flow."""
+    found: Flows = {}
+    for place, row in enumerate(rows):
+        flow = (row["tenant"], row["model"], row["tier"] % DELAYED, row["priority"])
+        places, tokens = found.get(flow) or found.setdefault(flow, ([], []))
+        places.append(place)
+        tokens.append(max(1, row["estimated_tokens"]))
+    return found
 
 
 def tags(connection: Connection, rows: Sequence[Row]) -> list[float]:
     """The `fair_tag` of each row, in their order; their flows' clocks move on."""
-    flows: defaultdict[Flow, list[int]] = defaultdict(list)
-    for place, row in enumerate(rows):
-        flow = (row["tenant"], row["model"], int(tier_of(row["tier"])), row["priority"])
-        flows[flow].append(place)
-    given = [0.0] * len(rows)
-    for flow in sorted(flows):
-        tokens = [max(1, int(rows[place]["estimated_tokens"])) for place in flows[flow]]
-        turn, share = _turn(connection, flow, sum(tokens))
-        for place, cost in zip(flows[flow], tokens, strict=True):
+    return take_turns(connection, flows(rows), len(rows)).tags
+
+
+class Turns(NamedTuple):
+    """`time_now`: the database's, in unix seconds; it comes along, because to ask for it alone would cost another way
+    there and back. 0.0 where there are no rows."""
+
+    tags: list[float]
+    time_now: float
+
+
+def take_turns(connection: Connection, found: Flows, num_rows: int) -> Turns:
+    """The same for rows of which `flows` has told."""
+    given = [0.0] * num_rows
+    time_now = 0.0
+    for (tenant, model, tier, priority), (places, tokens) in sorted(found.items()):
+        flow = {"tenant": tenant, "model": model, "tier": tier, "priority": priority, "steps": 2.0**priority}
+        move = _move_clock(connection.dialect.name)
+        moved = connection.execute(move, flow | {"tokens": float(sum(tokens))}).one()
+        turn, time_now = moved.turn_ends - sum(tokens) / moved.share, moved.time_now
+        for place, cost in zip(places, tokens, strict=True):
             given[place] = turn // BUCKET_TOKENS * BUCKET_TOKENS
-            turn += cost / share
-    return given
-
-
-def _turn(connection: Connection, flow: Flow, tokens: int) -> tuple[float, float]:
-    """When the flow's turn is, and its share; the turn ends `tokens` over the share later."""
-    tenant, model, tier, priority = flow
-    given = {"tenant": tenant, "model": model, "tier": tier, "priority": priority, "tokens": float(tokens)}
-    moved = connection.execute(_move_clock(connection.dialect.name), given | {"steps": 2.0**priority}).one()
-    return moved.turn_ends - tokens / moved.share, moved.share
+            turn += cost / moved.share
+    return Turns(given, time_now)
 
 
 @in_words_of
@@ -87,4 +102,4 @@ def _move_clock(insert: type[sqlite.Insert | postgresql.Insert]) -> Any:
     return started.on_conflict_do_update(
         index_elements=["model", "tier", "tenant", "priority"],
         set_={"turn_ends": case((then_ends > now_ends, then_ends), else_=now_ends)},
-    ).returning(FairClock.turn_ends, share.label("share"))
+    ).returning(FairClock.turn_ends, share.label("share"), now().label("time_now"))

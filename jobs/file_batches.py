@@ -6,13 +6,14 @@ Refuses to know what is checked (`jobs.batch_check`), how lines become jobs (`jo
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any, Final
 
 from sqlalchemy import Connection, insert, select, update
 
 from jobs import tallies
-from jobs.batch_check import FILE_LOST, Findings, check_file, line_error
+from jobs.batch_check import FILE_LOST, Findings, check_file
 from jobs.batch_file import ENDPOINTS
 from jobs.body import BadField, parse_metadata
 from jobs.completion_window import window_seconds
@@ -23,6 +24,8 @@ from jobs.file_store import FileStore
 from jobs.files import Purpose, check_life, find_file
 from jobs.idempotency import Submit, claim
 from jobs.job_rows import new_id
+from jobs.line_check import line_error
+from jobs.line_checker import is_worth
 from jobs.models import Batch, Worker
 from jobs.quotas import QuotaExceeded, open_room
 from jobs.settings import Settings
@@ -158,8 +161,9 @@ class FileBatches:
                     batch.endpoint,
                     self._settings,
                     known_models=known,
-                    tick=claimed.tick,
+                    tick=claimed.check,
                     drafts=drafts,
+                    in_two=is_worth(os.fstat(file.fileno()).st_size),
                 )
         except FileNotFoundError:
             self._database.transact(lambda connection: self._fail(connection, claimed, [FILE_LOST]))

@@ -21,10 +21,10 @@ from engine.request import derive_seed
 from jobs import tallies
 from jobs.audience import Audience
 from jobs.body import JobBody
-from jobs.bulk_insert import bulk_insert
-from jobs.database import clock, in_words_of
+from jobs.bulk_insert import Column, insert_spelled, spelled
+from jobs.database import clock, in_words_of, portions
 from jobs.drafts import Draft, draft_of
-from jobs.fair_tags import tags
+from jobs.fair_tags import flows, tags, take_turns
 from jobs.models import Job
 from jobs.quotas import Load
 from jobs.reads import JobView
@@ -191,26 +191,42 @@ class Stamp:
         )
 
 
+class ReadyRows:
+    """Queued rows, all with the same columns, whose ids are new, spelled for one kind of database as far as that can
+    be done before their transaction begins."""
+
+    def __init__(self, dialect: str, rows: Sequence[JobRow]) -> None:
+        self.rows = _ordered(rows)
+        self.flows = flows(self.rows)
+        self.parts = [
+            (len(some), spelled(dialect, _TABLE, {name: [row[name] for row in some] for name in some[0]}))
+            for some in portions(self.rows, _ROWS_PER_STATEMENT)
+        ]
+
+    def insert(self, connection: Connection) -> Stamp:
+        if not self.rows:
+            return Stamp(0.0, {})
+        turns, created_at = take_turns(connection, self.flows, len(self.rows))
+        common = _common(created_at)
+        start = 0
+        for count, part in self.parts:
+            own: dict[str, Column] = {name: [value] * count for name, value in common.items()}
+            own["fair_tag"] = turns[start : start + count]
+            insert_spelled(connection, _TABLE, part, spelled(connection.dialect.name, _TABLE, own))
+            start += count
+        return Stamp(created_at, dict(zip((row["id"] for row in self.rows), turns, strict=True)))
+
+
 def insert_all(connection: Connection, rows: Sequence[JobRow]) -> Stamp:
     """Queued rows, all with the same columns, whose ids are new."""
-    if not rows:
-        return Stamp(0.0, {})
-    ordered, common = _ordered(rows), _common(connection)
-    turns = tags(connection, ordered)
-    for start in range(0, len(ordered), _ROWS_PER_STATEMENT):
-        some = ordered[start : start + _ROWS_PER_STATEMENT]
-        columns = {name: [row[name] for row in some] for name in some[0]}
-        columns |= {name: [value] * len(some) for name, value in common.items()}
-        columns["fair_tag"] = turns[start : start + _ROWS_PER_STATEMENT]
-        bulk_insert(connection, _TABLE, columns)
-    return Stamp(common["created_at"], dict(zip((row["id"] for row in ordered), turns, strict=True)))
+    return ReadyRows(connection.dialect.name, rows).insert(connection)
 
 
 def insert_new(connection: Connection, rows: Sequence[JobRow]) -> list[str]:
     """INSERT … ON CONFLICT DO NOTHING; the ids that were new."""
     if not rows:
         return []
-    ordered, common = _ordered(rows), _common(connection)
+    ordered, common = _ordered(rows), _common(clock(connection))
     queued = [row for row in ordered if row["state"] == _QUEUED]
     turns = {row["id"]: turn for row, turn in zip(queued, tags(connection, queued), strict=True)}
     complete = [
@@ -235,7 +251,7 @@ def _ordered(rows: Sequence[JobRow]) -> list[JobRow]:
     return sorted(rows, key=itemgetter("id"))
 
 
-def _common(connection: Connection) -> dict[str, Any]:
-    """What new rows have in common. The time is read once, so that all jobs of a batch have one, and the database's,
-    not this machine's."""
-    return {"created_at": clock(connection), "fence": 0, "crashes": 0}
+def _common(created_at: float) -> dict[str, Any]:
+    """What new rows have in common. `created_at`: read once, so that all jobs of a batch have one, and the database's
+    time, not this machine's."""
+    return {"created_at": created_at, "fence": 0, "crashes": 0}

@@ -1,25 +1,23 @@
 """Quotas: whether a tenant may hand in what it is about to, decided inside the transaction that inserts it.
 
-Owns the estimate of a job's tokens and the refusal. Two submits of one tenant cannot both take the last room: with a
-quota set, a submit locks its tenant's row before it looks at the sums, and holds it until its own share is added and
-committed (on SQLite the write transaction is that lock). A tenant without quotas locks nothing. Refuses to know HTTP.
+Owns the refusal; a job's tokens are estimated in `jobs.drafts`. Two submits of one tenant cannot both take the last
+room: with a quota set, a submit locks its tenant's row before it looks at the sums, and holds it until its own share
+is added and committed (on SQLite the write transaction is that lock). A tenant without quotas locks nothing. Refuses
+to know HTTP.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Final
 
 from sqlalchemy import Connection, bindparam, select
 
-from jobs.body import JobBody
 from jobs.models import Tenant
 from jobs.settings import Settings
 from jobs.tallies import Change, Use, used
 from jobs.tenants import limits, unknown_tenant
 
-BYTES_PER_TOKEN: Final = 4  # of UTF-8, about right for English; nobody here has a tokenizer for every model
 RETRY_SECONDS: Final = 30.0  # for room that other jobs make when they end
 _MEANING: Final = {
     "queued_jobs": "jobs that have not ended",
@@ -58,13 +56,6 @@ class QuotaExceeded(Exception):
     def as_error(self) -> dict[str, str | None]:
         """As `models.Job.error` stores it."""
         return {"code": self.code, "message": self.message, "param": None}
-
-
-def estimate_tokens(body: JobBody, settings: Settings) -> int:
-    """Prompt bytes over `BYTES_PER_TOKEN`, plus the most that all samples may generate."""
-    texts = [body.prompt or ""] if body.messages is None else [one.content for one in body.messages]
-    prompt = math.ceil(sum(len(text.encode()) for text in texts) / BYTES_PER_TOKEN)
-    return prompt + body.length_limit(settings.default_max_tokens) * (body.n or 1)
 
 
 class Room:

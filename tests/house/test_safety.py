@@ -14,6 +14,7 @@ ENVIRONMENT_READERS = {
 ENVIRONMENT_CARRIERS = {
     "api/supervisor.py",
     "jobs/engine_process.py",
+    "jobs/line_checker.py",
 }
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 UNSAFE_CALLS = {"eval", "exec", "torch.load", "numpy.load", "np.load", "yaml.load", "os.system"}

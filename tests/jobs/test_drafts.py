@@ -9,7 +9,7 @@ import pytest
 from jobs import batch_intake
 from jobs.body import JobBody, parse_job
 from jobs.database import Database
-from jobs.drafts import FRAME_BYTES, DraftFile, draft_of
+from jobs.drafts import MEMORY_BYTES, DraftFile, draft_of, packed
 from jobs.json_text import JsonText
 from jobs.settings import Settings
 from tests.support.batch_lines import CHAT, Bench, chat_line, insert_one_chunk, jsonl
@@ -25,10 +25,10 @@ MOMENTARY = {"id", "batch_id", "created_at", "fair_tag", "deadline"}
 
 def test_what_goes_in_comes_out(tmp_path: Path, settings: Settings) -> None:
     drafts = [draft_of(parse_job(body | {"model": "tiny"}, settings), settings) for body in BODIES]
-    drafts.append(draft_of(JobBody(model="tiny", prompt="x" * 2 * FRAME_BYTES), settings))
+    drafts.append(draft_of(JobBody(model="tiny", prompt="x" * 2 * MEMORY_BYTES), settings))
     with DraftFile(str(tmp_path)) as file:
-        for end, draft in enumerate(drafts):
-            file.add(end, draft)
+        for part in (slice(0, 2), slice(2, None)):
+            file.add(packed(list(enumerate(drafts))[part]))
         assert not file.whole
         file.finish()
         assert file.whole
@@ -39,10 +39,10 @@ def test_what_goes_in_comes_out(tmp_path: Path, settings: Settings) -> None:
 
 
 def test_a_disk_that_is_full_costs_time_and_nothing_else(settings: Settings) -> None:
-    draft = draft_of(JobBody(model="tiny", prompt="x" * 2 * FRAME_BYTES), settings)
+    draft = draft_of(JobBody(model="tiny", prompt="x" * 2 * MEMORY_BYTES), settings)
     with DraftFile("/nowhere/at/all") as file:  # what does not fit in memory finds no place
         for end in range(3):
-            file.add(end, draft)
+            file.add(packed([(end, draft)]))
         file.finish()
         assert not file.whole
 

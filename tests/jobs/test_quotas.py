@@ -14,11 +14,12 @@ from jobs.body import BadField, JobBody
 from jobs.cancels import Cancels
 from jobs.claims import claim
 from jobs.database import Database
+from jobs.drafts import BYTES_PER_TOKEN, estimate_tokens
 from jobs.intake import Intake, Message
 from jobs.leases import register
 from jobs.models import LedgerEntry, Tally, Worker
 from jobs.outcomes import Outcome, record
-from jobs.quotas import BYTES_PER_TOKEN, QuotaExceeded, estimate_tokens, open_room
+from jobs.quotas import QuotaExceeded, open_room
 from jobs.settings import Settings
 from jobs.sweeper import Sweeper
 from jobs.tenants import DEFAULT, OPERATOR, Owner, Tenants
