@@ -1,5 +1,6 @@
 /* The operations on a CPU, for bf16 and fp32 storage, computed in fp32; `paged.h`, `shared.h` and `attention.h`
- * hold the two on pages, `matmul.h` and `matmul_i8.h` products with weights, `vectors.h` what all are written in.
+ * hold the two on pages, `matmul.h` and `matmul_i8.h` products with weights, `blocks.h` calls many of them one after
+ * another, `vectors.h` is what all are written in.
  *
  * Owns arithmetic on plain arrays. Knows no tensors: `kernels/cpu/__init__.py` checks shapes and passes pointers
  * and strides (counted in elements). Generic vectors of 16 floats (GCC vector extensions) become AVX-512, AVX2
@@ -107,6 +108,8 @@ INLINE vn activated(int how, vn x) {
 #define KV(name) name##_f32_i8
 #define SCALED 1
 #include "paged.h"
+
+#include "blocks.h"
 
 /* How many outputs a panel of a packed weight has. */
 long panel_outputs(void) { return PANEL; }
