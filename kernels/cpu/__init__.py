@@ -1,9 +1,10 @@
 """The `cpu` set: `ops.c`, compiled on first use, behind the contract of `kernels`.
 
 Owns the passing of tensors to C, whose shapes, strides and types are checked before (`tensors`). bf16 and fp32,
-with caches of the same dtype or of int8. Sampling (`sampling`) is torch's: it is quick there, and exact. Products are
-the set's own (`matmul`) where the library's are slow; those with quantised weights are the reference set's, and
-nobody needs them: weights are made plain when they are loaded.
+with caches of the same dtype or of int8. Sampling (`sampling`) is torch's, but for greedy rows: it is quick there,
+and exact. Products are the set's own (`matmul`) where the library's are slow, and then a decoder's blocks may be one
+call (`blocks`); those with quantised weights are the reference set's, and nobody needs them: weights are made plain
+when they are loaded.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from kernels.cpu.blocks import Fusing
 from kernels.cpu.build import BuildError, load_library
 from kernels.cpu.int8_matmul import IntegerProducts
 from kernels.cpu.matmul import SUFFIXES, Products, preferred
-from kernels.cpu.sampling import sample
+from kernels.cpu.sampling import Sampling
 from kernels.cpu.tensors import (
     ACTIVATIONS,
     PAGED_SUFFIXES,
@@ -86,7 +87,7 @@ def kernels() -> Kernels:
         act_mul=ops.act_mul,
         softcap=ops.softcap,
         paged_attention=ops.paged_attention,
-        sample=sample,
+        sample=Sampling(library).sample,
         normalisers=normalisers,
         penalise=penalise,
         count_tokens=count_tokens,

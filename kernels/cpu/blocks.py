@@ -102,9 +102,7 @@ class _Blocks:
             and all(0 <= rotation < MOST_ROTATIONS for rotation in self._rotary),
             f"fuse: at most {MOST_ROTATIONS} rotations, each of one width",
         )
-        self._caches: list[PagedKV] = []
-        self._pages = (_Pages * len(self._blocks))()
-        self._page_size = 0
+        self._caches: list[PagedKV] | None = None  # those that `_pages` points to
 
     def __call__(
         self,
@@ -145,7 +143,7 @@ class _Blocks:
         if tokens == 0:
             return added, residual
         workspace = torch.empty(tokens * self._width, dtype=self._dtype)
-        failed = self._functions[self._dtype, self._caches[0].keys.dtype](
+        failed = self._run(
             len(self._blocks), self._weights, self._pages, byref(step), residual.data_ptr(), added.data_ptr(),
             workspace.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
@@ -165,7 +163,7 @@ class _Blocks:
         }
         require(len(sizes) == len(kinds) == 1, "blocks: caches of one page size and dtype")
         self._pages = (_Pages * len(self._blocks))(*(_Pages(*pointers_of(cache)) for cache in caches))
-        self._caches, self._page_size = list(caches), sizes.pop()
+        self._caches, self._page_size, self._run = list(caches), sizes.pop(), self._functions[kinds.pop()]
 
     def _angles(self, rotations: Sequence[tuple[Tensor, Tensor]], tokens: int) -> tuple[int, ...]:
         """Where cosines and sines lie, of one rotation after the other."""
