@@ -349,9 +349,14 @@ void FN(likeliest)(long tokens, long width, const SCALAR *x, long stride, int64_
             const long end = from + SEARCHED < width ? from + SEARCHED : width;
             vn most = nsplat(-INFINITY);
             vni bad = {};
-            for (long i = from; i < end; i += NATIVE) {
+            long i = from;
+            for (; i + NATIVE <= end; i += NATIVE) {
+                vn a = FN(load)(row + i);
+                most = nmax(a, most), bad |= a != a;
+            }
+            if (i < end) { /* lanes behind the row repeat one of it */
                 vn a = FN(load_some)(row + i, end - i);
-                for (long lane = end - i; lane < NATIVE; lane++) a[lane] = -INFINITY;
+                for (long lane = end - i; lane < NATIVE; lane++) a[lane] = a[0];
                 most = nmax(a, most), bad |= a != a;
             }
             for (int lane = 0; lane < NATIVE; lane++) {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_int, c_long, c_void_p
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,7 +42,7 @@ class Sampling:
         filters: Filters | None = None,
     ) -> Tensor:
         rows, vocab = logits.shape
-        hot = (temperatures > 0).nonzero()[:, 0]
+        hot = torch.from_numpy(np.flatnonzero(temperatures.numpy() > 0))  # torch takes ten times as long
         if len(hot) == rows or logits.dtype not in self._likeliest or logits.stride(1) != 1:
             return _sampled(logits, temperatures, seeds, positions, filters)
         tokens = torch.empty(rows, dtype=torch.int64)
