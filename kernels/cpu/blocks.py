@@ -78,6 +78,8 @@ class Fusing:
 
 
 class _Blocks:
+    """A `FusedBlocks`: the weights of all blocks as C reads them, and the caches of the last step."""
+
     def __init__(
         self,
         functions: Mapping[tuple[torch.dtype, torch.dtype], Callable[..., int]],
