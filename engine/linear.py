@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import Kernels, Matmul
+from kernels.blocks import Product
 from kernels.weights import PackedWeight
 
 
@@ -45,6 +46,11 @@ class Linear:
         if kernels.pack is not None and isinstance(self._weight, Tensor):
             self._weight = kernels.pack(self._weight)
         self._matmul = kernels.matmul
+
+    @property
+    def packed(self) -> Product | None:
+        """Weight and bias, where a set of kernels keeps the weight in its own order; else None."""
+        return Product(self._weight, self._bias) if isinstance(self._weight, PackedWeight) else None
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._matmul is not None:

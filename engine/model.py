@@ -20,6 +20,7 @@ from engine.block import Block, ParallelBlock
 from engine.cache import KVCache
 from engine.config import ModelConfig
 from engine.experts import Experts
+from engine.fused_blocks import fused_blocks
 from engine.linear import Linear
 from engine.mlp import MLP, GatedMLP, PlainMLP
 from engine.norm import LayerNorm, Norm, RMSNorm
@@ -28,6 +29,7 @@ from engine.quantised_linear import Int8Linear, QuantisedLinear
 from engine.rope import rope_tables
 from engine.step_input import StepInput
 from kernels import Attention, Kernels
+from kernels.blocks import FusedBlocks
 from kernels.weights import QuantisedWeight
 
 if TYPE_CHECKING:
@@ -99,7 +101,9 @@ class Decoder:
         if config.windowed_rope_theta is not None:
             windowed = replace(config, rope_theta=config.windowed_rope_theta, rope_scaling=None)
             self._tables.append(rope_tables(windowed, max_len, self.device))
-        self._table_of = [0 if self._window(i) is None else -1 for i in range(config.num_layers)]
+        tables = (0, len(self._tables) - 1) if self._tables else (None, None)  # without a window, with one
+        self._table_of = [tables[self._window(i) is not None] for i in range(config.num_layers)]
+        self._fused = self._fuse()
 
     def distinct_products(self) -> list[Linear]:
         """One product of each shape that occurs: what a check of products must look at."""
@@ -113,7 +117,12 @@ class Decoder:
         self.own_products = True
         for product in self._products():
             product.compute_by(self.kernels)
+        self._fused = self._fuse()
         return True
+
+    def _fuse(self) -> FusedBlocks | None:
+        """All blocks as one operation. None: that cannot be had."""
+        return fused_blocks(self._blocks, self._table_of, self.kernels)
 
     def _products(self) -> list[Linear]:
         return [*(product for block in self._blocks for product in block.products), self._head]
@@ -137,9 +146,13 @@ class Decoder:
             residual = residual * self._multiplier
         if self._positions is not None:
             residual = residual + self._positions[step.positions]
+        if self._fused is not None:
+            rows = step.slots, step.page_table, step.query_start, step.context_lens, step.shared
+            return Hidden(*self._fused(residual, rotations, cache.layers, *rows))
         x: Tensor | None = None
         for block, pages, table in zip(self._blocks, cache.layers, self._table_of, strict=True):
-            x, residual = block(x, residual, step, pages, rotations[table] if rotations else None)
+            rotation = None if table is None else rotations[table]
+            x, residual = block(x, residual, step, pages, rotation)
         assert x is not None  # there is at least one layer
         return Hidden(x, residual)
 

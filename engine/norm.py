@@ -23,6 +23,16 @@ class RMSNorm:
         self._eps = eps
         self._offset = offset
 
+    @property
+    def weight(self) -> Tensor:
+        """`[width]`."""
+        return self._weight
+
+    @property
+    def shift(self) -> tuple[float, float]:
+        """eps and offset."""
+        return self._eps, self._offset
+
     def __call__(self, x: Tensor) -> Tensor:
         """x `[T, width]`, normed."""
         return self._kernels.rms_norm(x, self._weight, self._eps, self._offset)
@@ -38,11 +48,10 @@ class RMSNorm:
 
 def head_norms(q_norm: RMSNorm, k_norm: RMSNorm, head_dim: int) -> HeadNorms | None:
     """Both as one value; None where they norm all heads as one, or differ in more than their weights."""
-    q, k = q_norm._weight, k_norm._weight
-    same = (q_norm._eps, q_norm._offset) == (k_norm._eps, k_norm._offset)
-    if not same or not q.shape[0] == k.shape[0] == head_dim:
+    q, k = q_norm.weight, k_norm.weight
+    if q_norm.shift != k_norm.shift or not q.shape[0] == k.shape[0] == head_dim:
         return None
-    return HeadNorms(q, k, q_norm._eps, q_norm._offset)
+    return HeadNorms(q, k, *q_norm.shift)
 
 
 class LayerNorm:

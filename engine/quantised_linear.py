@@ -13,7 +13,17 @@ from kernels import Kernels
 from kernels.weights import Int4Weight, QuantisedWeight
 
 
-class QuantisedLinear(Linear):
+class _NeverPacked(Linear):
+    """A product with a weight that no set takes as a plain one in its own order."""
+
+    __slots__ = ()
+
+    @property
+    def packed(self) -> None:
+        return None
+
+
+class QuantisedLinear(_NeverPacked):
     """A product: x `[T, in]` → x · weightᵀ + bias `[T, out]`; bias `[out]`. Parts that were merged by rows are one
     weight. How a row is rounded may depend on T until `compute_by`."""
 
@@ -37,7 +47,7 @@ class QuantisedLinear(Linear):
         return self._kernels.fp8_matmul(x, weight, self._bias, invariant=self._invariant)
 
 
-class Int8Linear(Linear):
+class Int8Linear(_NeverPacked):
     """A product: x `[T, in]` → x₈ · weight₈ᵀ + bias `[T, out]`, weight and x rounded to 8-bit integers as
     `Kernels.int8_matmul` says. Exact sums: a row's bits depend on that row alone."""
 

@@ -7,12 +7,13 @@ a step of 96 rows must cost microseconds per row, then handed to torch in one go
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engine.plan import Plan
+from engine.plan import Plan, Row
 from engine.shared_prefixes import shared_prefixes
 from kernels import SharedPrefixes, Sharing
 
@@ -45,38 +46,22 @@ class StepInput:
         """`row_multiple`: T, S and N are padded up to it (see `runner` on determinism). `sharing`: the kernels', if
         they are to be told which rows share a prefix."""
         rows = plan.rows
-        counts = np.array([row.num_queries for row in rows], dtype=np.int64)
-        query_start = np.zeros(len(rows) + 1, dtype=np.int64)
-        np.cumsum(counts, out=query_start[1:])
-        total = int(query_start[-1])
-        padded = _round_up(total, row_multiple)
-
-        token_ids = np.zeros(padded, dtype=np.int64)
-        positions = np.zeros(padded, dtype=np.int64)
-        slots = np.full(padded, -1, dtype=np.int64)
-        computed = np.array([row.sequence.num_computed for row in rows], dtype=np.int64)
-        used = -(-(computed + counts) // page_size)  # pages each row reads
-        page_table = np.zeros((len(rows), int(used.max(initial=0))), dtype=np.int64)
+        if rows and all(row.num_tokens == 1 and not row.proposed for row in rows):
+            tokens = _single_tokens(rows, page_size, row_multiple)
+        else:
+            tokens = _many_tokens(rows, page_size, row_multiple)
         sampled: list[int] = []
         scored: list[int] = []
-        for r, row in enumerate(rows):
-            sequence, start, end = row.sequence, int(query_start[r]), int(query_start[r + 1])
-            first = sequence.num_computed
-            given = start + row.num_tokens
-            token_ids[start:given] = sequence.token_ids[first : first + row.num_tokens]
-            token_ids[given:end] = row.proposed
-            page_table[r, : used[r]] = sequence.pages[: used[r]]
+        start = 0
+        for row in rows:
             if row.samples:
-                sampled += range(given - 1, end)
-            scored += (start + position - first for position in row.scored)
-
-        owner = np.repeat(np.arange(len(rows)), counts)  # row of each token
-        at = np.arange(total) - query_start[owner] + computed[owner]
-        positions[:total] = at
-        slots[:total] = page_table[owner, at // page_size] * page_size + at % page_size
+                sampled += range(start + row.num_tokens - 1, start + row.num_queries)
+            scored += (start + position - row.sequence.num_computed for position in row.scored)
+            start += row.num_queries
 
         def tensor(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(array).to(device, non_blocking=True)
+            made = torch.from_numpy(array)
+            return made if device == "cpu" else made.to(device, non_blocking=True)
 
         def chosen(tokens: list[int]) -> Tensor:
             rows = np.zeros(_round_up(len(tokens), row_multiple), dtype=np.int64)
@@ -84,16 +69,88 @@ class StepInput:
             return tensor(rows)
 
         return cls(
-            token_ids=tensor(token_ids),
-            positions=tensor(positions),
-            slots=tensor(slots),
-            page_table=tensor(page_table.astype(np.int32)),
-            query_start=None if padded == len(rows) else tensor(query_start.astype(np.int32)),
-            context_lens=tensor((computed + counts).astype(np.int32)),
+            token_ids=tensor(tokens.token_ids),
+            positions=tensor(tokens.positions),
+            slots=tensor(tokens.slots),
+            page_table=tensor(tokens.page_table),
+            query_start=None if len(tokens.token_ids) == len(rows) else tensor(tokens.query_start),
+            context_lens=tensor(tokens.context_lens),
             logit_rows=chosen(sampled),
             scored_rows=chosen(scored),
             shared=_shared(plan, page_size, sharing, device) if sharing is not None else None,
         )
+
+
+class _Tokens(NamedTuple):
+    """As in `StepInput`."""
+
+    token_ids: np.ndarray
+    positions: np.ndarray
+    slots: np.ndarray
+    page_table: np.ndarray
+    query_start: np.ndarray
+    context_lens: np.ndarray
+
+
+def _single_tokens(rows: tuple[Row, ...], page_size: int, row_multiple: int) -> _Tokens:
+    """Where each row has one token, its last. Most steps are so, and with one row as good as nothing else is left of
+    them but reading weights: here lists cost less than arrays."""
+    sequences = [row.sequence for row in rows]
+    at = [one.num_computed for one in sequences]
+    token_ids = [one.token_ids[position] for one, position in zip(sequences, at, strict=True)]
+    slots = [
+        one.pages[position // page_size] * page_size + position % page_size
+        for one, position in zip(sequences, at, strict=True)
+    ]
+    padding = _round_up(len(rows), row_multiple) - len(rows)
+    page_table = np.zeros((len(rows), max(at) // page_size + 1), dtype=np.int32)
+    for r, (one, position) in enumerate(zip(sequences, at, strict=True)):
+        used = position // page_size + 1
+        page_table[r, :used] = one.pages[:used]
+    return _Tokens(
+        np.array(token_ids + [0] * padding, dtype=np.int64),
+        np.array(at + [0] * padding, dtype=np.int64),
+        np.array(slots + [-1] * padding, dtype=np.int64),
+        page_table,
+        np.arange(len(rows) + 1, dtype=np.int32),
+        np.array([position + 1 for position in at], dtype=np.int32),
+    )
+
+
+def _many_tokens(rows: tuple[Row, ...], page_size: int, row_multiple: int) -> _Tokens:
+    """Where rows have any number of tokens."""
+    counts = np.array([row.num_queries for row in rows], dtype=np.int64)
+    query_start = np.zeros(len(rows) + 1, dtype=np.int64)
+    np.cumsum(counts, out=query_start[1:])
+    total = int(query_start[-1])
+    padded = _round_up(total, row_multiple)
+
+    token_ids = np.zeros(padded, dtype=np.int64)
+    positions = np.zeros(padded, dtype=np.int64)
+    slots = np.full(padded, -1, dtype=np.int64)
+    computed = np.array([row.sequence.num_computed for row in rows], dtype=np.int64)
+    used = -(-(computed + counts) // page_size)  # pages each row reads
+    page_table = np.zeros((len(rows), int(used.max(initial=0))), dtype=np.int64)
+    for r, row in enumerate(rows):
+        sequence, start, end = row.sequence, int(query_start[r]), int(query_start[r + 1])
+        first = sequence.num_computed
+        given = start + row.num_tokens
+        token_ids[start:given] = sequence.token_ids[first : first + row.num_tokens]
+        token_ids[given:end] = row.proposed
+        page_table[r, : used[r]] = sequence.pages[: used[r]]
+
+    owner = np.repeat(np.arange(len(rows)), counts)  # row of each token
+    at = np.arange(total) - query_start[owner] + computed[owner]
+    positions[:total] = at
+    slots[:total] = page_table[owner, at // page_size] * page_size + at % page_size
+    return _Tokens(
+        token_ids,
+        positions,
+        slots,
+        page_table.astype(np.int32),
+        query_start.astype(np.int32),
+        (computed + counts).astype(np.int32),
+    )
 
 
 def _shared(plan: Plan, page_size: int, sharing: Sharing, device: str) -> SharedPrefixes | None:

@@ -31,12 +31,15 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from kernels.weights import Float8Weight, Int4Weight, Int8Weight, PackedWeight, QuantisedWeight
+
+if TYPE_CHECKING:
+    from kernels.blocks import Fuse
 
 logger = logging.getLogger(__name__)
 
@@ -289,6 +292,8 @@ class Kernels:
     - `int8_matmul(x [T, in], weight: Int8Weight, bias [out] or None) -> [T, out]`: x is rounded to integers, row by
       row as a weight is output by output; the integers' products are summed exactly, then multiplied by (the scale
       of the output · that of the row) in fp32, then comes the bias. A row with NaN or infinity becomes NaN.
+    - `fuse(blocks) -> FusedBlocks`: all blocks of a decoder as one operation, as `blocks` defines it. None: the set
+      gains nothing by it.
 
     `quantised` names the dtypes of 8-bit caches that the set serves; `keeps` the weights that are better left
     quantised for it than made plain beforehand; `multiplies` the dtypes whose products are better left to `matmul`
@@ -320,6 +325,7 @@ class Kernels:
     multiplies: tuple[torch.dtype, ...] = ()
     quantise_int8: Callable[[Tensor], Int8Weight] | None = None
     int8_matmul: Callable[[Tensor, Int8Weight, Tensor | None], Tensor] | None = None
+    fuse: Fuse | None = None
     sharing: Sharing | None = None
 
 

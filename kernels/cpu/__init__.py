@@ -1,9 +1,10 @@
 """The `cpu` set: `ops.c`, compiled on first use, behind the contract of `kernels`.
 
-Owns the passing of tensors to C: shapes, strides and types are checked here because C cannot. bf16 and fp32,
-with caches of the same dtype or of int8. Sampling (`sampling`) is torch's: it is quick there, and exact. Products are
-the set's own (`matmul`) where the library's are slow; those with quantised weights are the reference set's, and
-nobody needs them: weights are made plain when they are loaded.
+Owns the passing of tensors to C, whose shapes, strides and types are checked before (`tensors`). bf16 and fp32,
+with caches of the same dtype or of int8. Sampling (`sampling`) is torch's, but for greedy rows: it is quick there,
+and exact. Products are the set's own (`matmul`) where the library's are slow, and then a decoder's blocks may be one
+call (`blocks`); those with quantised weights are the reference set's, and nobody needs them: weights are made plain
+when they are loaded.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Mapping
 from ctypes import c_float, c_int, c_long, c_void_p
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,10 +27,23 @@ from kernels import (
     Sharing,
     attend_with_single_queries,
 )
+from kernels.cpu.blocks import Fusing
 from kernels.cpu.build import BuildError, load_library
 from kernels.cpu.int8_matmul import IntegerProducts
 from kernels.cpu.matmul import SUFFIXES, Products, preferred
-from kernels.cpu.sampling import sample
+from kernels.cpu.sampling import Sampling
+from kernels.cpu.tensors import (
+    ACTIVATIONS,
+    PAGED_SUFFIXES,
+    dtypes_of,
+    groups_of,
+    page_size_of,
+    pointers_of,
+    require,
+    rows_only,
+    same_dtype,
+    single_queries,
+)
 from kernels.reference import count_tokens, fp8_matmul, int4_matmul, normalisers, penalise
 
 __all__ = ["BuildError", "kernels"]
@@ -49,13 +63,6 @@ _PAGED_ARGUMENTS = {
         *(_P, _P, _P, _L, _P, _I),
     ),
 }
-_ACTIVATIONS: Mapping[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}  # as in ops.c
-_PAGED_SUFFIXES = {  # by the dtype of the activations and that of the cache
-    (torch.bfloat16, torch.bfloat16): "bf16",
-    (torch.float32, torch.float32): "f32",
-    (torch.bfloat16, torch.int8): "bf16_i8",
-    (torch.float32, torch.int8): "f32_i8",
-}
 
 Table = dict[Any, Callable[..., Any]]
 
@@ -65,7 +72,7 @@ def kernels() -> Kernels:
     library = load_library()
     tables = {name: _functions(library, name, types, SUFFIXES) for name, types in _ARGUMENTS.items()}
     for name, types in _PAGED_ARGUMENTS.items():
-        tables[name] = _functions(library, name, types, _PAGED_SUFFIXES)
+        tables[name] = _functions(library, name, types, PAGED_SUFFIXES)
     ops, products, integers = _Ops(**tables), Products(library), IntegerProducts(library)
     return Kernels(
         name="cpu",
@@ -80,7 +87,7 @@ def kernels() -> Kernels:
         act_mul=ops.act_mul,
         softcap=ops.softcap,
         paged_attention=ops.paged_attention,
-        sample=sample,
+        sample=Sampling(library).sample,
         normalisers=normalisers,
         penalise=penalise,
         count_tokens=count_tokens,
@@ -91,6 +98,7 @@ def kernels() -> Kernels:
         multiplies=preferred(),
         quantise_int8=integers.quantise,
         int8_matmul=integers.matmul,
+        fuse=Fusing(library).fuse,
         sharing=Sharing(least_tokens=256, least_rows=2, exact=True),  # a block of attention.h
     )
 
@@ -119,8 +127,8 @@ class _Ops:
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
         tokens, width = x.shape
-        _require(x.stride(1) == 1 and weight.shape == (width,), "rms_norm: x [T, H], weight [H]")
-        _same_dtype(x, weight)
+        require(x.stride(1) == 1 and weight.shape == (width,), "rms_norm: x [T, H], weight [H]")
+        same_dtype(x, weight)
         out = torch.empty((tokens, width), dtype=x.dtype)
         self._rms_norm[x.dtype](
             tokens, width, x.data_ptr(), x.stride(0), None, 0,
@@ -132,11 +140,11 @@ class _Ops:
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         tokens, width = x.shape
-        _require(
+        require(
             x.shape == residual.shape and weight.shape == (width,) and x.stride(1) == residual.stride(1) == 1,
             "add_rms_norm: x and residual [T, H], weight [H]",
         )
-        _same_dtype(x, residual, weight)
+        same_dtype(x, residual, weight)
         out = torch.empty((tokens, width), dtype=x.dtype)
         self._rms_norm[x.dtype](
             tokens, width, x.data_ptr(), x.stride(0), residual.data_ptr(), residual.stride(0),
@@ -157,13 +165,13 @@ class _Ops:
     ) -> Tensor:
         tokens, width = x.shape
         added, shift = x if residual is None else residual, weight if bias is None else bias
-        _require(
+        require(
             x.shape == added.shape
             and weight.shape == shift.shape == (width,)
             and x.stride(1) == added.stride(1) == 1,
             "layer_norm: x and residual [T, H], weight and bias [H]",
         )
-        _same_dtype(x, added, weight, shift)
+        same_dtype(x, added, weight, shift)
         out = torch.empty((tokens, width), dtype=x.dtype)
         self._layer_norm[x.dtype](
             tokens, width, x.data_ptr(), x.stride(0),
@@ -176,18 +184,18 @@ class _Ops:
     def rope(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         tokens, heads, dim = q.shape
         kv_heads = k.shape[1]
-        _require(
+        require(
             q.stride(2) == k.stride(2) == 1 and k.shape == (tokens, kv_heads, dim) and dim % 2 == 0,
             "rope: q [T, hq, d], k [T, hk, d]",
         )
-        _require(
+        require(
             cos.shape == sin.shape == (tokens, dim // 2)
             and cos.dtype == sin.dtype == torch.float32
             and cos.is_contiguous()
             and sin.is_contiguous(),
             "rope: cos and sin [T, d/2] fp32",
         )
-        _same_dtype(q, k)
+        same_dtype(q, k)
         self._rope[q.dtype](
             tokens, heads, kv_heads, dim, q.data_ptr(), q.stride(0), q.stride(1),
             k.data_ptr(), k.stride(0), k.stride(1),
@@ -196,39 +204,39 @@ class _Ops:
 
     def store_kv(self, k: Tensor, v: Tensor, cache: PagedKV, slots: Tensor) -> None:
         tokens, kv_heads, dim = k.shape
-        page_size = _page_size(cache, kv_heads, dim)
-        _require(_rows(k) and _rows(v) and v.shape == k.shape, "store_kv: k and v [T, hk, d]")
-        _require(slots.dtype == torch.int64 and slots.shape == (tokens,), "store_kv: slots [T] int64")
-        _same_dtype(k, v)
-        self._store_kv[_pair(k, cache)](
+        page_size = page_size_of(cache, kv_heads, dim)
+        require(rows_only(k) and rows_only(v) and v.shape == k.shape, "store_kv: k and v [T, hk, d]")
+        require(slots.dtype == torch.int64 and slots.shape == (tokens,), "store_kv: slots [T] int64")
+        same_dtype(k, v)
+        self._store_kv[dtypes_of(k, cache)](
             tokens, kv_heads, dim, page_size, k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0),
-            *_pointers(cache), slots.data_ptr(), torch.get_num_threads(),
+            *pointers_of(cache), slots.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
 
     def act(self, x: Tensor, activation: Activation) -> Tensor:
         tokens, width = x.shape
-        _require(x.stride(1) == 1, "act: x [T, I]")
+        require(x.stride(1) == 1, "act: x [T, I]")
         out = torch.empty((tokens, width), dtype=x.dtype)
         self._act[x.dtype](
             tokens, width, x.data_ptr(), None, x.stride(0),
-            out.data_ptr(), _ACTIVATIONS[activation], torch.get_num_threads(),
+            out.data_ptr(), ACTIVATIONS[activation], torch.get_num_threads(),
         )  # fmt: skip
         return out
 
     def act_mul(self, gate_up: Tensor, activation: Activation) -> Tensor:
         tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
-        _require(gate_up.stride(1) == 1 and gate_up.shape[1] % 2 == 0, "act_mul: gate_up [T, 2I]")
+        require(gate_up.stride(1) == 1 and gate_up.shape[1] % 2 == 0, "act_mul: gate_up [T, 2I]")
         out = torch.empty((tokens, width), dtype=gate_up.dtype)
         gate = gate_up.data_ptr()
         self._act[gate_up.dtype](
             tokens, width, gate, gate + width * gate_up.element_size(), gate_up.stride(0),
-            out.data_ptr(), _ACTIVATIONS[activation], torch.get_num_threads(),
+            out.data_ptr(), ACTIVATIONS[activation], torch.get_num_threads(),
         )  # fmt: skip
         return out
 
     def softcap(self, x: Tensor, cap: float) -> Tensor:
         tokens, width = x.shape
-        _require(x.stride(1) == 1, "softcap: x [T, N]")
+        require(x.stride(1) == 1, "softcap: x [T, N]")
         out = torch.empty((tokens, width), dtype=x.dtype)
         self._softcap[x.dtype](
             tokens, width, x.data_ptr(), x.stride(0), cap, out.data_ptr(), torch.get_num_threads()
@@ -249,12 +257,12 @@ class _Ops:
             if not context_lens.numpy().all():  # some are padding
                 attend = partial(self.paged_attention, shared=shared)
                 return attend_with_single_queries(attend, q, cache, page_table, context_lens, how)
-            query_start = _single_queries(q.shape[0])
+            query_start = single_queries(q.shape[0])
         tokens, heads, dim = q.shape
         rows, kv_heads = page_table.shape[0], cache.keys.shape[1]
-        page_size = _page_size(cache, kv_heads, dim)
-        _require(_rows(q) and heads % kv_heads == 0, "paged_attention: q [T, hq, d], hq a multiple of hk")
-        _require(
+        page_size = page_size_of(cache, kv_heads, dim)
+        require(rows_only(q) and heads % kv_heads == 0, "paged_attention: q [T, hq, d], hq a multiple of hk")
+        require(
             page_table.dtype == query_start.dtype == context_lens.dtype == torch.int32
             and query_start.shape == (rows + 1,)
             and context_lens.shape == (rows,)
@@ -262,7 +270,7 @@ class _Ops:
             "paged_attention: page_table [R, P], query_start [R+1], context_lens [R], all int32",
         )
         slopes = how.slopes
-        _require(
+        require(
             slopes is None
             or (slopes.shape == (heads,) and slopes.dtype == torch.float32 and slopes.is_contiguous()),
             "paged_attention: slopes [hq] fp32",
@@ -271,88 +279,13 @@ class _Ops:
         covered = int(query_start[-1])
         if covered < tokens:
             out[covered:].zero_()
-        failed = self._paged_attention[_pair(q, cache)](
+        failed = self._paged_attention[dtypes_of(q, cache)](
             rows, kv_heads, heads // kv_heads, dim, page_size, q.data_ptr(), q.stride(0),
-            *_pointers(cache), page_table.data_ptr(), page_table.shape[1],
+            *pointers_of(cache), page_table.data_ptr(), page_table.shape[1],
             query_start.data_ptr(), context_lens.data_ptr(), how.scale, how.window or 0, how.softcap or 0.0,
-            None if slopes is None else slopes.data_ptr(), *_groups(shared, rows),
+            None if slopes is None else slopes.data_ptr(), *groups_of(shared, rows),
             out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         if failed:
             raise MemoryError("paged_attention: no memory for its list of work items")
         return out
-
-
-@lru_cache(maxsize=1024)
-def _single_queries(rows: int) -> Tensor:
-    return torch.arange(rows + 1, dtype=torch.int32)
-
-
-def _rows(x: Tensor) -> bool:
-    """True when only the token rows are strided."""
-    return x.stride(2) == 1 and x.stride(1) == x.shape[2]
-
-
-def _page_size(cache: PagedKV, kv_heads: int, dim: int) -> int:
-    pages, page_size = cache.keys.shape[0], cache.keys.shape[3]
-    _require(
-        cache.keys.shape == (pages, kv_heads, dim, page_size)
-        and cache.values.shape == (pages, kv_heads, page_size, dim)
-        and page_size % 16 == 0
-        and cache.keys.is_contiguous()
-        and cache.values.is_contiguous(),
-        "keys [pages, hk, d, page_size], values [pages, hk, page_size, d], page_size a multiple of 16",
-    )
-    for scales in (cache.key_scales, cache.value_scales):
-        _require(
-            (scales is not None) == (cache.keys.dtype == torch.int8)
-            and (
-                scales is None
-                or (
-                    scales.shape == (pages, kv_heads, page_size)
-                    and scales.dtype == torch.bfloat16
-                    and scales.is_contiguous()
-                )
-            ),
-            "scales [pages, hk, page_size] bfloat16 for int8, none for other dtypes",
-        )
-    return page_size
-
-
-def _pair(x: Tensor, cache: PagedKV) -> tuple[torch.dtype, torch.dtype]:
-    """The key of `_PAGED_SUFFIXES`."""
-    pair = (x.dtype, cache.keys.dtype)
-    _require(
-        pair in _PAGED_SUFFIXES and cache.values.dtype == pair[1], "the cache has the dtype of q or int8"
-    )
-    return pair
-
-
-def _pointers(cache: PagedKV) -> tuple[int | None, ...]:
-    """K, V and their scales, as both paged operations take them."""
-    parts = (cache.keys, cache.values, cache.key_scales, cache.value_scales)
-    return tuple(None if part is None else part.data_ptr() for part in parts)
-
-
-def _groups(shared: SharedPrefixes | None, rows: int) -> tuple[int | None, int | None, int | None, int]:
-    """A hint as `paged_attention` takes it, of `rows` rows: tokens, members, starts, number of groups."""
-    if shared is None:
-        return None, None, None, 0
-    parts = (shared.tokens, shared.members, shared.starts)
-    _require(
-        all(part.dtype == torch.int32 and part.ndim == 1 and part.is_contiguous() for part in parts)
-        and shared.tokens.shape == (rows,)
-        and len(shared.starts) > 1,
-        "shared: tokens [R], members [N], starts [G+1], all int32",
-    )
-    return *(part.data_ptr() for part in parts), len(shared.starts) - 1  # type: ignore[return-value]
-
-
-def _same_dtype(*tensors: Tensor) -> None:
-    dtype = tensors[0].dtype
-    _require(all(tensor.dtype == dtype for tensor in tensors), "all tensors must share one dtype")
-
-
-def _require(held: bool, contract: str) -> None:
-    if not held:
-        raise ValueError(f"contract broken, {contract}")

@@ -1,14 +1,21 @@
-"""Sampling on a CPU: the reference set's, but that rows of top-k and top-p are not sorted whole.
+"""Sampling on a CPU: the reference set's, but that greedy rows are one pass of C over their logits, and rows of
+top-k and top-p are not sorted whole.
 
-Owns that short cut: the likeliest tokens nearly always hold the nucleus, and only a row where they do not is sorted.
+Owns those short cuts: the likeliest tokens nearly always hold the nucleus, and only a row where they do not is
+sorted.
 """
 
 from __future__ import annotations
 
+import ctypes
+from ctypes import c_int, c_long, c_void_p
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from kernels import FAILED, Filters, reference
+from kernels.cpu.matmul import SUFFIXES
 from kernels.noise import uniforms
 from kernels.ranking import ranked
 from kernels.running_sums import running_sums
@@ -16,8 +23,41 @@ from kernels.running_sums import running_sums
 CANDIDATES = 1024  # of a row without top-k
 
 
-def sample(
-    logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, filters: Filters | None = None
+class Sampling:
+    """The operation of the contract, `sample`."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._likeliest = {}
+        for dtype, suffix in SUFFIXES.items():
+            self._likeliest[dtype] = likeliest = getattr(library, f"likeliest_{suffix}")
+            likeliest.argtypes = (c_long, c_long, c_void_p, c_long, c_void_p, c_int)
+            likeliest.restype = None
+
+    def sample(
+        self,
+        logits: Tensor,
+        temperatures: Tensor,
+        seeds: Tensor,
+        positions: Tensor,
+        filters: Filters | None = None,
+    ) -> Tensor:
+        rows, vocab = logits.shape
+        hot = torch.from_numpy(np.flatnonzero(temperatures.numpy() > 0))  # torch takes ten times as long
+        if len(hot) == rows or logits.dtype not in self._likeliest or logits.stride(1) != 1:
+            return _sampled(logits, temperatures, seeds, positions, filters)
+        tokens = torch.empty(rows, dtype=torch.int64)
+        self._likeliest[logits.dtype](
+            rows, vocab, logits.data_ptr(), logits.stride(0), tokens.data_ptr(), torch.get_num_threads()
+        )
+        if len(hot):
+            if filters is not None:
+                filters = Filters(filters.top_k[hot], filters.top_p[hot], filters.min_p[hot])
+            tokens[hot] = _sampled(logits[hot], temperatures[hot], seeds[hot], positions[hot], filters)
+        return tokens
+
+
+def _sampled(
+    logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, filters: Filters | None
 ) -> Tensor:
     if filters is None:
         return reference.sample(logits, temperatures, seeds, positions)

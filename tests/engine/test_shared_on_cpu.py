@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from engine.runner import ModelRunner, load_decoder
 from engine.sampling_params import SamplingParams
 from engine.step_input import StepInput
 from kernels import Kernels, SharedPrefixes, Sharing, kernels_for
+from kernels.blocks import BlockParts, FusedBlocks
 from tests.support.pressure import run
 from tests.support.rollout import sequence
 from tests.support.tiny import write_tiny_llama
@@ -71,7 +73,18 @@ def watched(kernels: Kernels, seen: Counter[int]) -> Kernels:
         seen[0 if shared is None else int((shared.tokens > 0).sum())] += 1
         return kernels.paged_attention(*args)
 
-    return replace(kernels, paged_attention=paged_attention)
+    def fuse(blocks: Sequence[BlockParts]) -> FusedBlocks:
+        assert kernels.fuse is not None
+        operation = kernels.fuse(blocks)
+
+        def counted(*args: Any) -> tuple[Tensor, Tensor]:
+            shared: SharedPrefixes | None = args[7]
+            seen[0 if shared is None else int((shared.tokens > 0).sum())] += 1
+            return operation(*args)
+
+        return counted
+
+    return replace(kernels, paged_attention=paged_attention, fuse=fuse)
 
 
 def answers(model: Path, kernels: Kernels, **settings: Any) -> dict[RequestId, Completion]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from engine.plan import Plan, Row
 from engine.request import TokenLogprobs
 from engine.sampling_params import SamplingParams
@@ -80,3 +82,29 @@ def test_pages_of_any_size() -> None:
     item = at(list(range(70)), 30, [1, 0, 6])
     step = StepInput.build(Plan((Row(item, 40),)), 32)
     assert step.slots.tolist() == [32 + 30, 32 + 31, *range(32), *range(6 * 32, 6 * 32 + 6)]
+
+
+@pytest.mark.parametrize("row_multiple", [1, 4])
+def test_rows_of_one_token_are_what_they_are_among_others(row_multiple: int) -> None:
+    """They are translated by a way of their own."""
+    asked = at([5, 6, 7], 0, [3], prompt_logprobs=0)
+    first, decode, edge = at([5, 6, 7], 0, [3]), at(list(range(40)), 39, [9, 4, 7]), at([1] * 17, 16, [2, 8])
+    rows = (Row(first, 1), Row(decode, 1), Row(asked, 1), Row(edge, 1))
+    alone = StepInput.build(Plan(rows), 16, row_multiple=row_multiple)
+    among = StepInput.build(Plan((*rows, Row(at([8, 9], 0, [6]), 2))), 16, row_multiple=row_multiple)
+    for name in ("token_ids", "positions", "slots", "page_table", "context_lens"):
+        one, other = getattr(alone, name), getattr(among, name)
+        assert one.tolist() == other[:4].tolist(), name
+        assert one.dtype == other.dtype
+    assert alone.query_start is None
+    assert alone.logit_rows.tolist()[:2] == [1, 3]
+    assert alone.scored_rows.tolist()[:1] == [2]
+
+
+def test_one_row_is_padded_too() -> None:
+    step = StepInput.build(Plan((Row(at([5, 6, 7], 2, [3]), 1),)), 16, row_multiple=16)
+    assert step.query_start is not None
+    assert step.query_start.tolist() == [0, 1]
+    assert step.token_ids.tolist() == [7] + [0] * 15
+    assert step.positions.tolist() == [2] + [0] * 15
+    assert step.slots.tolist() == [50] + [-1] * 15

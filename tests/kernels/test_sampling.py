@@ -158,3 +158,36 @@ def test_frequencies(kernels: Kernels) -> None:
     chi_square = float(((counts - expected)[seen] ** 2 / expected[seen]).sum())
     assert math.isfinite(chi_square)
     assert chi_square < 26  # 5 degrees of freedom: beyond 1e-4
+
+
+@pytest.mark.parametrize("vocab", [1, 3, 8, 1023, 1024, 1025, 5003])
+def test_greedy_rows_of_any_width(kernels: Kernels, dtype: torch.dtype, vocab: int) -> None:
+    """The largest logit in any place, the lowest of equals; NaN and infinity in any place fail their row alone."""
+    places = sorted(
+        {0, 1 % vocab, 7 % vocab, 8 % vocab, vocab // 2, vocab - 2, vocab - 1} & set(range(vocab))
+    )
+    rows = (-1 - randn(3 * len(places) + 2, vocab, seed=vocab).abs()).to(dtype)
+    wanted = []
+    for i, place in enumerate(places):
+        rows[i, place:] = 0.0
+        rows[i, place + 1 :: 2] = -0.0
+        rows[len(places) + i, place] = NAN
+        rows[2 * len(places) + i, place] = INF
+        wanted.append(place)
+    rows[-1] = -INF
+    wanted += [FAILED] * (2 * len(places)) + [int(rows[-2].argmax()), FAILED]
+    assert sample(kernels, rows, 0.0) == wanted
+    wide = torch.cat([rows, rows.flip(1)], dim=1)
+    assert sample(kernels, wide[:, :vocab], 0.0) == wanted
+
+
+def test_greedy_rows_among_others(kernels: Kernels, dtype: torch.dtype) -> None:
+    logits = randn(6, 500, seed=3).to(dtype)
+    heat = [0.0, 1.0, 0.0, 0.0, 0.7, 0.0]
+    together = sample(kernels, logits, *heat)
+    for i, one in enumerate(heat):
+        rows = torch.tensor([i])
+        assert (
+            kernels.sample(logits[i : i + 1], torch.tensor([one]), rows, rows + 7).tolist()
+            == together[i : i + 1]
+        )
