@@ -2,9 +2,10 @@
 
 Owns three decisions: how many to claim (a window of a few times what the engine runs at once, so that it can
 plan, in groups, so that the first prompt is computed while the next is still being encoded); of which tiers (a
-reserve beyond the window is for jobs that somebody waits for; background jobs come in only where nothing else is
-queued and places in the engine would be idle, and there they yield by their priority); and that suspects of an engine
-death have the engine to themselves (`quarantine` says which of them together).
+reserve beyond the window is for jobs that somebody waits for; another for those that came later but whose turn is
+earlier than that of what is here, such as a newcomer's; background jobs come in only where nothing else is queued and
+places in the engine would be idle, and there they yield by their priority); and that suspects of an engine death have
+the engine to themselves (`quarantine` says which of them together).
 """
 
 from __future__ import annotations
@@ -35,16 +36,17 @@ CLAIM_GROUP = 64  # while the engine has idle places
 BUSY_GROUP = 256  # while it has none: nobody waits for the first of them, and each claim costs a commit
 ANSWERING = (Tier.INTERACTIVE, Tier.INTERACTIVE)
 FOREGROUND = (Tier.INTERACTIVE, Tier.NORMAL)
+OVERTAKING = (Tier.NORMAL, Tier.NORMAL)  # with a fair tag before the last one claimed
 BACKGROUND = (Tier.BACKGROUND, Tier.BACKGROUND)
-ALL = (ANSWERING, FOREGROUND, BACKGROUND)
+ALL = (ANSWERING, FOREGROUND, OVERTAKING, BACKGROUND)
 RETRY_SECONDS = 1.0
 STOP_SECONDS = 10.0
 
 
 class Claimer(threading.Thread):
     """`window` is the most jobs held at once that are not of the background tier, `places` what the engine runs at
-    once, `reserve` how many interactive jobs may be held beyond the window; `encode` makes a request of a claim or
-    raises, then that job fails."""
+    once, `reserve` how many interactive jobs may be held beyond the window, and as many as `places` that overtake;
+    `encode` makes a request of a claim or raises, then that job fails."""
 
     def __init__(
         self,
@@ -81,6 +83,7 @@ class Claimer(threading.Thread):
         self._on_trial: frozenset[RequestId] = frozenset()  # suspects that have the engine to themselves
         # Tiers of which SQL may hold more for us than the last claim brought.
         self._more = set(ALL)
+        self._reached: float | None = None  # the fair tag of the last normal job that was claimed in order
         self._lock = threading.Lock()  # of the quarantine
         self._wake = threading.Event()
         self._stopping = False
@@ -156,7 +159,7 @@ class Claimer(threading.Thread):
             # before the claim: a wake-up that comes during it counts
             self._more.discard(tiers)
             if tiers == FOREGROUND:
-                self._more.discard(ANSWERING)
+                self._more -= {ANSWERING, OVERTAKING}
             claims = self.database.transact(
                 partial(
                     claim,
@@ -164,10 +167,13 @@ class Claimer(threading.Thread):
                     model=self.model,
                     limit=room,
                     tiers=tiers,
+                    before=self._reached if tiers == OVERTAKING else None,
                     weights=self.weights,
                 )
             )
             claimed = True
+            if tiers == FOREGROUND and claims and claims[-1].tier is Tier.NORMAL:
+                self._reached = claims[-1].fair_tag
             if len(claims) == room:
                 self._more.add(tiers)
             self._admit(self.holdings.add(self._with_turns(claims)))
@@ -176,9 +182,11 @@ class Claimer(threading.Thread):
         """Of which tiers, and how many; 0: nothing now."""
         held, background, free = len(self.holdings), self.holdings.num_background, self.supervisor.room
         foreground = held - background
+        overtaking = self.window + self.places - foreground
         for tiers, room in (
             (FOREGROUND, min(self.window - foreground, free - self.reserve)),
             (ANSWERING, min(self.window + self.reserve - foreground, free)),
+            (OVERTAKING, 0 if self._reached is None else min(overtaking, free - self.reserve)),
             (BACKGROUND, 0 if FOREGROUND in self._more else min(self.places - held, free - self.reserve)),
         ):
             if tiers in self._more and room > 0:

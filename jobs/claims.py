@@ -10,7 +10,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Integer, bindparam, func, literal_column, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Double,
+    Integer,
+    bindparam,
+    func,
+    literal_column,
+    select,
+    update,
+)
 
 from engine.request import Generated
 from jobs.checkpoints import load
@@ -50,10 +60,12 @@ def claim(
     model: str,
     limit: int,
     tiers: tuple[Tier, Tier] = (Tier.INTERACTIVE, Tier.BACKGROUND),
+    before: float | None = None,
     weights: str = "",
 ) -> list[Claim]:
     """Take up to `limit` queued jobs for `model` from the first to the last of `tiers`, in order of work; fewer means
-    that nothing else waits there now. They bring their checkpoints, if these `weights` made them."""
+    that nothing else waits there now. They bring their checkpoints, if these `weights` made them. `before`: only
+    those whose fair tag is smaller."""
     taken = {
         "holder": worker_id,
         "of_model": model,
@@ -61,7 +73,10 @@ def claim(
         "first_tier": int(tiers[0]),
         "last_tier": int(tiers[1]),
     }
-    rows = connection.execute(_CLAIM, taken).all()
+    if before is None:
+        rows = connection.execute(_CLAIM, taken).all()
+    else:
+        rows = connection.execute(_CLAIM_BEFORE, taken | {"before": before}).all()
     ordered = sorted(rows, key=lambda row: (row.tier, row.fair_tag, row.prefix_group, row.id))
     generated = load(connection, [row.id for row in ordered if row.fence > 1], weights)
     return [
@@ -84,46 +99,53 @@ def claim(
     ]
 
 
-_CHOSEN = (
-    select(Job.id)
-    .where(
-        Job.model == bindparam("of_model"),
-        Job.tier >= bindparam("first_tier"),
-        Job.tier <= bindparam("last_tier"),
-        QUEUED,
+def _claim_of(*conditions: ColumnElement[bool]) -> Any:
+    chosen = (
+        select(Job.id)
+        .where(
+            Job.model == bindparam("of_model"),
+            Job.tier >= bindparam("first_tier"),
+            Job.tier <= bindparam("last_tier"),
+            *conditions,
+            QUEUED,
+        )
+        .order_by(Job.tier, Job.fair_tag, Job.prefix_group, Job.id)
+        .limit(bindparam("room", type_=Integer))
+        .with_for_update(skip_locked=True)
+        # A common table expression runs once; as a plain subquery PostgreSQL may run it for each row it
+        # compares, and so claim more than `limit`.
+        .cte("chosen")
     )
-    .order_by(Job.tier, Job.fair_tag, Job.prefix_group, Job.id)
-    .limit(bindparam("room", type_=Integer))
-    .with_for_update(skip_locked=True)
-    # A common table expression runs once; as a plain subquery PostgreSQL may run it for each row it
-    # compares, and so claim more than `limit`.
-    .cte("chosen")
-)
-_CLAIM = (  # made once: to build it takes longer than to run it
-    update(Job)
-    .where(Job.id.in_(select(_CHOSEN.c.id)), QUEUED)
-    .values(
-        state=JobState.IN_PROGRESS,
-        worker_id=bindparam("holder"),
-        fence=Job.fence + 1,
-        started_at=func.coalesce(Job.started_at, now()),
+    return (
+        update(Job)
+        .where(Job.id.in_(select(chosen.c.id)), QUEUED)
+        .values(
+            state=JobState.IN_PROGRESS,
+            worker_id=bindparam("holder"),
+            fence=Job.fence + 1,
+            started_at=func.coalesce(Job.started_at, now()),
+        )
+        .returning(
+            Job.id,
+            Job.fence,
+            Job.body,
+            Job.seed,
+            Job.crashes,
+            Job.source,
+            Job.tenant,
+            Job.audience,
+            Job.tier,
+            Job.fair_tag,
+            Job.prefix_group,
+            Job.estimated_tokens,
+            Job.deadline,
+        )
     )
-    .returning(
-        Job.id,
-        Job.fence,
-        Job.body,
-        Job.seed,
-        Job.crashes,
-        Job.source,
-        Job.tenant,
-        Job.audience,
-        Job.tier,
-        Job.fair_tag,
-        Job.prefix_group,
-        Job.estimated_tokens,
-        Job.deadline,
-    )
-)
+
+
+# Made once: to build them takes longer than to run them.
+_CLAIM = _claim_of()
+_CLAIM_BEFORE = _claim_of(Job.fair_tag < bindparam("before", type_=Double))
 
 
 def models_with_work(connection: Connection) -> list[str]:

@@ -2,9 +2,10 @@
 
 Start-time fair queueing (Goyal, Vin and Cheng 1996). A flow is a tenant's jobs of one model, tier and priority. Each
 job gets a tag when it is queued: the virtual time at which the flow's turn comes, counted in estimated tokens over
-the flow's share. A flow that has been idle starts at the virtual time of now, which is the tag at the head of the
-queue; so ten jobs that come behind somebody's hundred thousand get tags near the head. Shares are the tenant's
-weight, doubled by each step of priority: who uses priority has more of the machines, as a higher weight would give.
+the flow's share. A flow that has been idle starts a little before the virtual time of now, which is the tag at the
+head of the queue; so ten jobs that come behind somebody's hundred thousand are next, and a tenant who uses less than
+its share never waits for one who uses more. Shares are the tenant's weight, doubled by each step of priority: who
+uses priority has more of the machines, as a higher weight would give.
 
 Tags are cut to buckets, inside which jobs are ordered by their prefix group, so that fairness does not tear
 apart what shares a prefix. Owns the table of the flows' clocks. The rows of clocks are locked before those of jobs
@@ -27,6 +28,9 @@ from jobs.models import ID, FairClock, Job, Tenant
 from jobs.terms import DELAYED
 
 BUCKET_TOKENS: Final = 16_384.0  # of virtual time; some ten to hundred jobs of one tenant
+# By how much who was idle goes before the head: its tags are before those of jobs that were claimed last, too, whose
+# bucket may be the one before the head's (`jobs.claimer`).
+LEAD_TOKENS: Final = 2 * BUCKET_TOKENS
 
 Row = dict[str, Any]  # by column of `models.Job`
 Flow = tuple[str, str, int, int]  # tenant, model, tier, priority
@@ -91,8 +95,8 @@ def _move_clock(insert: type[sqlite.Insert | postgresql.Insert]) -> Any:
     )
     other = aliased(FairClock)
     ends = select(func.max(other.turn_ends)).where(other.model == model, other.tier == tier).scalar_subquery()
-    # The tag at the head of the queue; of an empty queue, where its last flow ended.
-    virtual = func.coalesce(head, ends, 0.0)
+    # A little before the tag at the head of the queue; of an empty queue, where its last flow ended.
+    virtual = func.coalesce(head - LEAD_TOKENS, ends, 0.0)
     cost = bindparam("tokens", type_=Float) / share
     started = insert(FairClock).values(
         tenant=tenant, model=model, tier=tier, priority=bindparam("priority"), turn_ends=virtual + cost

@@ -1,34 +1,49 @@
-"""Claimer: a job whose text cannot be encoded fails alone, whatever the tokenizer raises."""
+"""Claimer: a job whose text cannot be encoded fails alone, whatever the tokenizer raises; a full window lets in who
+comes late and is early.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from engine.config import EngineConfig
-from engine.request import Request
+from engine.request import Request, RequestId
+from engine.sampling_params import SamplingParams
+from jobs.body import JobBody
 from jobs.claimer import Claimer
 from jobs.claims import Claim, claim
 from jobs.database import Database
 from jobs.holdings import Holdings
+from jobs.intake import Intake
 from jobs.outcomes import Outcome
+from jobs.settings import Settings
 from jobs.supervisor import EngineSupervisor
+from jobs.tenants import OPERATOR, Owner, Tenants
 
 
-def test_every_unencodable_job_of_a_group_fails_with_its_own_reason(database: Database, submit) -> None:
-    ids = submit(3)
-    raised = dict(
-        zip(ids, (RuntimeError("secret prompt"), ValueError("too odd"), SystemError("panic")), strict=True)
-    )
+class Roomy(EngineSupervisor):
+    """Takes what it is given, and computes none of it."""
 
-    def encode(item: Claim) -> Request:
-        raise raised[item.job_id]
+    room = 100
 
-    outcomes: list[Outcome] = []
-    holdings = Holdings()
-    claimer = Claimer(
+    def add(self, requests: Sequence[Request]) -> None:
+        pass
+
+
+def claimer_of(
+    database: Database,
+    holdings: Holdings,
+    supervisor: type[EngineSupervisor],
+    encode: Callable[[Claim], Request],
+    outcomes: list[Outcome],
+) -> Claimer:
+    """A window of 8, of which the engine runs 4 at once."""
+    return Claimer(
         database,
         holdings,
-        EngineSupervisor(
+        supervisor(
             EngineConfig(model="tiny"),
             on_ready=lambda hello: None,
             on_completions=lambda completions: None,
@@ -47,6 +62,20 @@ def test_every_unencodable_job_of_a_group_fails_with_its_own_reason(database: Da
         places=4,
         reserve=1,
     )
+
+
+def test_every_unencodable_job_of_a_group_fails_with_its_own_reason(database: Database, submit) -> None:
+    ids = submit(3)
+    raised = dict(
+        zip(ids, (RuntimeError("secret prompt"), ValueError("too odd"), SystemError("panic")), strict=True)
+    )
+
+    def encode(item: Claim) -> Request:
+        raise raised[item.job_id]
+
+    outcomes: list[Outcome] = []
+    holdings = Holdings()
+    claimer = claimer_of(database, holdings, EngineSupervisor, encode, outcomes)
     claimer._admit(holdings.add(database.transact(partial(claim, worker_id="w", model="tiny", limit=3))))
     assert {outcome.job_id: outcome.error["code"] for outcome in outcomes if outcome.error} == {
         ids[0]: "encode_failed",
@@ -54,3 +83,28 @@ def test_every_unencodable_job_of_a_group_fails_with_its_own_reason(database: Da
         ids[2]: "encode_failed",
     }
     assert not any("secret" in str(outcome.error) for outcome in outcomes)
+
+
+def test_newcomers_come_in_beyond_a_full_window(database: Database, settings: Settings) -> None:
+    Tenants(database).create("other")
+    intake, holdings = Intake(database, settings), Holdings()
+
+    def encode(item: Claim) -> Request:
+        return Request(RequestId(item.job_id, item.fence), (1, 2, 3), SamplingParams(seed=item.seed))
+
+    claimer = claimer_of(database, holdings, Roomy, encode, [])
+
+    def held() -> Counter[str]:
+        claimer.wake()
+        claimer._fill()
+        return Counter(holding.claim.tenant for holding in holdings.all())
+
+    bodies = [JobBody(prompt="x", max_tokens=8) for _ in range(50)]
+    intake.accept_many(bodies, OPERATOR)
+    assert held() == {OPERATOR.tenant: 8}
+    intake.accept_many(bodies, OPERATOR)
+    assert held() == {OPERATOR.tenant: 8}, "more of the same wait in SQL"
+    intake.accept_many(bodies[:3], Owner("other", None))
+    assert held() == {OPERATOR.tenant: 8, "other": 3}
+    intake.accept_many(bodies, Owner("other", None))
+    assert held() == {OPERATOR.tenant: 8, "other": 4}, "not more than the engine runs at once"
