@@ -7,10 +7,11 @@ head of the queue; so ten jobs that come behind somebody's hundred thousand are 
 its share never waits for one who uses more. Shares are the tenant's weight, doubled by each step of priority: who
 uses priority has more of the machines, as a higher weight would give.
 
-Tags are cut to buckets, inside which jobs are ordered by their prefix group, so that fairness does not tear
-apart what shares a prefix. Owns the table of the flows' clocks. The rows of clocks are locked before those of jobs
-that an insert makes, in the order of their keys; only a sweep that makes delayed jobs due holds jobs before, which
-nobody else waits for.
+Tags are cut to buckets, inside which jobs are ordered by their prefix group, so that fairness does not tear apart
+what shares a prefix. Near the head buckets are small, because others come and go between them: who has just come
+waits for the rest of one, and who was there first is not passed by many. Owns the table of the flows' clocks. The
+rows of clocks are locked before those of jobs that an insert makes, in the order of their keys; only a sweep that
+makes delayed jobs due holds jobs before, which nobody else waits for.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from jobs.models import ID, FairClock, Job, Tenant
 from jobs.terms import DELAYED
 
 BUCKET_TOKENS: Final = 16_384.0  # of virtual time; some ten to hundred jobs of one tenant
+FINE_TOKENS: Final = 1_024.0  # of a bucket near the head
 # By how much who was idle goes before the head: its tags are before those of jobs that were claimed last, too, whose
 # bucket may be the one before the head's (`jobs.claimer`).
-LEAD_TOKENS: Final = 2 * BUCKET_TOKENS
+LEAD_TOKENS: Final = 2 * FINE_TOKENS
 
 Row = dict[str, Any]  # by column of `models.Job`
 Flow = tuple[str, str, int, int]  # tenant, model, tier, priority
@@ -70,8 +72,11 @@ def take_turns(connection: Connection, found: Flows, num_rows: int) -> Turns:
         move = _move_clock(connection.dialect.name)
         moved = connection.execute(move, flow | {"tokens": float(sum(tokens))}).one()
         turn, time_now = moved.turn_ends - sum(tokens) / moved.share, moved.time_now
+        head = turn if moved.head is None else moved.head
+        fine_until = (head // BUCKET_TOKENS + 2) * BUCKET_TOKENS
         for place, cost in zip(places, tokens, strict=True):
-            given[place] = turn // BUCKET_TOKENS * BUCKET_TOKENS
+            bucket = FINE_TOKENS if turn < fine_until else BUCKET_TOKENS
+            given[place] = turn // bucket * bucket
             turn += cost / moved.share
     return Turns(given, time_now)
 
@@ -106,4 +111,4 @@ def _move_clock(insert: type[sqlite.Insert | postgresql.Insert]) -> Any:
     return started.on_conflict_do_update(
         index_elements=["model", "tier", "tenant", "priority"],
         set_={"turn_ends": case((then_ends > now_ends, then_ends), else_=now_ends)},
-    ).returning(FairClock.turn_ends, share.label("share"), now().label("time_now"))
+    ).returning(FairClock.turn_ends, share.label("share"), head.label("head"), now().label("time_now"))
