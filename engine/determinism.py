@@ -25,7 +25,10 @@ logger = logging.getLogger(__name__)
 PADDED_ROWS = 16
 # bound the self-check to a fraction of a second: two cores, one GPU
 _CHECK_FLOPS = {"cpu": 2e10, "cuda": 1e13}
-_OWN_CHECK_FLOPS = {"cpu": 3e9, "cuda": 1e13}  # each sum of `matmul.h` is one chain, whatever the rows: a spot check
+_OWN_CHECK_FLOPS = {
+    "cpu": 3e9,
+    "cuda": 1e13,
+}  # each sum of `matmul.h` is one chain, whatever the rows: a spot check
 
 
 def resolve_deterministic(wanted: bool | None, decoder: Decoder | Fallback) -> tuple[int, bool]:

@@ -11,6 +11,7 @@ the engine to themselves (`quarantine` says which of them together).
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import Counter
@@ -83,7 +84,7 @@ class Claimer(threading.Thread):
         self._on_trial: frozenset[RequestId] = frozenset()  # suspects that have the engine to themselves
         # Tiers of which SQL may hold more for us than the last claim brought.
         self._more = set(ALL)
-        self._reached: float | None = None  # the fair tag of the last normal job that was claimed in order
+        self._reached = -math.inf  # the largest fair tag of a normal job that was claimed in order
         self._lock = threading.Lock()  # of the quarantine
         self._wake = threading.Event()
         self._stopping = False
@@ -159,7 +160,7 @@ class Claimer(threading.Thread):
             # before the claim: a wake-up that comes during it counts
             self._more.discard(tiers)
             if tiers == FOREGROUND:
-                self._more -= {ANSWERING, OVERTAKING}
+                self._more.discard(ANSWERING)
             claims = self.database.transact(
                 partial(
                     claim,
@@ -173,20 +174,21 @@ class Claimer(threading.Thread):
             )
             claimed = True
             if tiers == FOREGROUND and claims and claims[-1].tier is Tier.NORMAL:
-                self._reached = claims[-1].fair_tag
+                self._reached = max(claims[-1].fair_tag, self._reached)
             if len(claims) == room:
                 self._more.add(tiers)
+            elif tiers == FOREGROUND:
+                self._more.discard(OVERTAKING)  # they were among these
             self._admit(self.holdings.add(self._with_turns(claims)))
 
     def _next_claim(self) -> tuple[tuple[Tier, Tier], int]:
         """Of which tiers, and how many; 0: nothing now."""
         held, background, free = len(self.holdings), self.holdings.num_background, self.supervisor.room
         foreground = held - background
-        overtaking = self.window + self.places - foreground
         for tiers, room in (
             (FOREGROUND, min(self.window - foreground, free - self.reserve)),
             (ANSWERING, min(self.window + self.reserve - foreground, free)),
-            (OVERTAKING, 0 if self._reached is None else min(overtaking, free - self.reserve)),
+            (OVERTAKING, min(self.window + self.places - foreground, free - self.reserve)),
             (BACKGROUND, 0 if FOREGROUND in self._more else min(self.places - held, free - self.reserve)),
         ):
             if tiers in self._more and room > 0:
