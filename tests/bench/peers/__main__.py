@@ -1,7 +1,7 @@
 """Ours against OpenVINO GenAI, vLLM on CPU and transformers, on the same token ids and the same weights.
 
-`python -m tests.bench.peers [WORKLOAD ...] [--pairs N] [--peers NAME ...] [--part N] [--dtype TYPE] [--model PATH]
-[--limit SECONDS] [--out FILE]`
+`python -m tests.bench.peers [WORKLOAD ...] [--pairs N] [--peers NAME ...] [--part N] [--dtype TYPE] [--guessed N]
+[--model PATH] [--limit SECONDS] [--out FILE]`
 
 Workloads: mixed, shared, long, single (`workload`); all by default, and all peers. Every run is a process of its
 own, in an environment of its own, which is made on the first use in `NIGHTPRESS_PEERS_DIR` (else
@@ -76,6 +76,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float32", "auto"], default="bfloat16", help="of ours"
     )
+    parser.add_argument("--guessed", type=int, default=None, help="num_speculative_tokens of ours; 0: none")
     parser.add_argument("--peer-dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--model", type=Path, default=None, help="a folder of safetensors, or a GGUF file")
     parser.add_argument("--limit", type=float, default=1200.0, help="seconds of one run, start included")
@@ -97,7 +98,7 @@ def main() -> int:
     machine = report.machine()
     try:
         source = args.model.resolve() if args.model else bundled()
-        mine = ours(source, cache, args.dtype)
+        mine = ours(source, cache, args.dtype, args.guessed)
     except Unavailable as reason:
         sys.exit(str(reason))
     sides: dict[str, Side] = {}

@@ -69,14 +69,18 @@ def _line(printed: str) -> dict[str, Any]:
     raise Unavailable("it ended without a result")
 
 
-def ours(source: Path, cache: Path, dtype: str) -> Side:
+def ours(source: Path, cache: Path, dtype: str, guessed: int | None = None) -> Side:
+    """`guessed`: tokens guessed at most, None: as many as by default."""
+    environment = {"PYTHONPATH": str(ROOT)}
+    if guessed is not None:
+        environment["NUM_SPECULATIVE_TOKENS"] = str(guessed)
     return Side(
         name="ours",
         python=Path(sys.executable),
         script=RUNNERS / "ours.py",
         model=plain(source, cache),
         dtype=dtype,
-        environment={"PYTHONPATH": str(ROOT)},
+        environment=environment,
     )
 
 

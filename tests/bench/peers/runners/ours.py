@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from child import Loaded, Order, main
 
 from engine.llm import LLM
@@ -10,7 +12,14 @@ from engine.sampling_params import SamplingParams
 
 
 def load(order: Order) -> Loaded:
-    llm = LLM(model=order.model, device="cpu", dtype=order.dtype, use_tqdm=False)
+    guessed = os.environ.get("NUM_SPECULATIVE_TOKENS")
+    llm = LLM(
+        model=order.model,
+        device="cpu",
+        dtype=order.dtype,
+        num_speculative_tokens=None if guessed is None else int(guessed),
+        use_tqdm=False,
+    )
     model = llm.engine.runner.model_config
     taken, default = (
         str(resolve_dtype(dtype, model, "cpu")).removeprefix("torch.") for dtype in (order.dtype, "auto")
@@ -24,7 +33,10 @@ def load(order: Order) -> Loaded:
         )
         return [len(output.outputs[0].token_ids) for output in outputs]
 
-    return Loaded(generate, taken, [f"dtype=auto would take {default} here"])
+    notes = [f"dtype=auto would take {default} here"]
+    return Loaded(
+        generate, taken, notes if guessed is None else [*notes, f"num_speculative_tokens={guessed}"]
+    )
 
 
 if __name__ == "__main__":
