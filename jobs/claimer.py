@@ -158,9 +158,10 @@ class Claimer(threading.Thread):
                     self.on_more()
                 return None
             # before the claim: a wake-up that comes during it counts
+            overtakers = tiers == FOREGROUND and OVERTAKING in self._more
             self._more.discard(tiers)
             if tiers == FOREGROUND:
-                self._more.discard(ANSWERING)
+                self._more -= {ANSWERING, OVERTAKING}
             claims = self.database.transact(
                 partial(
                     claim,
@@ -177,8 +178,8 @@ class Claimer(threading.Thread):
                 self._reached = max(claims[-1].fair_tag, self._reached)
             if len(claims) == room:
                 self._more.add(tiers)
-            elif tiers == FOREGROUND:
-                self._more.discard(OVERTAKING)  # they were among these
+                if overtakers:
+                    self._more.add(OVERTAKING)  # not all of them need be among these
             self._admit(self.holdings.add(self._with_turns(claims)))
 
     def _next_claim(self) -> tuple[tuple[Tier, Tier], int]:

@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import pytest
+
 from engine.config import EngineConfig
 from engine.request import Request, RequestId
 from engine.sampling_params import SamplingParams
@@ -85,14 +87,40 @@ def test_every_unencodable_job_of_a_group_fails_with_its_own_reason(database: Da
     assert not any("secret" in str(outcome.error) for outcome in outcomes)
 
 
+def encoded(item: Claim) -> Request:
+    return Request(RequestId(item.job_id, item.fence), (1, 2, 3), SamplingParams(seed=item.seed))
+
+
+def test_a_newcomer_that_comes_during_a_claim_is_not_forgotten(
+    database: Database, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Tenants(database).create("other")
+    intake, holdings = Intake(database, settings), Holdings()
+    claimer = claimer_of(database, holdings, Roomy, encoded, [])
+    bodies = [JobBody(prompt="x", max_tokens=8) for _ in range(50)]
+    intake.accept_many(bodies[:7], OPERATOR)
+
+    class Busy:
+        """While the first claim runs, others hand in."""
+
+        def transact(self, write: Callable[..., list[Claim]]) -> list[Claim]:
+            claims = database.transact(write)
+            if not len(holdings):
+                intake.accept_many(bodies, OPERATOR)
+                intake.accept_many(bodies[:3], Owner("other", None))
+                claimer.wake()
+            return claims
+
+    monkeypatch.setattr(claimer, "database", Busy())
+    claimer.wake()
+    claimer._fill()
+    assert Counter(one.claim.tenant for one in holdings.all()) == {OPERATOR.tenant: 7, "other": 3}
+
+
 def test_newcomers_come_in_beyond_a_full_window(database: Database, settings: Settings) -> None:
     Tenants(database).create("other")
     intake, holdings = Intake(database, settings), Holdings()
-
-    def encode(item: Claim) -> Request:
-        return Request(RequestId(item.job_id, item.fence), (1, 2, 3), SamplingParams(seed=item.seed))
-
-    claimer = claimer_of(database, holdings, Roomy, encode, [])
+    claimer = claimer_of(database, holdings, Roomy, encoded, [])
 
     def held() -> Counter[str]:
         claimer.wake()
