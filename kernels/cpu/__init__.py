@@ -40,6 +40,8 @@ from kernels.cpu.tensors import (
     page_size_of,
     pointers_of,
     require,
+    require_rows,
+    require_slopes,
     rows_only,
     same_dtype,
     single_queries,
@@ -262,19 +264,9 @@ class _Ops:
         rows, kv_heads = page_table.shape[0], cache.keys.shape[1]
         page_size = page_size_of(cache, kv_heads, dim)
         require(rows_only(q) and heads % kv_heads == 0, "paged_attention: q [T, hq, d], hq a multiple of hk")
-        require(
-            page_table.dtype == query_start.dtype == context_lens.dtype == torch.int32
-            and query_start.shape == (rows + 1,)
-            and context_lens.shape == (rows,)
-            and page_table.is_contiguous(),
-            "paged_attention: page_table [R, P], query_start [R+1], context_lens [R], all int32",
-        )
+        require_rows("paged_attention", page_table, query_start, context_lens)
         slopes = how.slopes
-        require(
-            slopes is None
-            or (slopes.shape == (heads,) and slopes.dtype == torch.float32 and slopes.is_contiguous()),
-            "paged_attention: slopes [hq] fp32",
-        )
+        require_slopes("paged_attention", slopes, heads)
         out = torch.empty((tokens, heads, dim), dtype=q.dtype)
         covered = int(query_start[-1])
         if covered < tokens:

@@ -103,8 +103,8 @@ static __attribute__((noinline)) float weigh_block(float *scores, long first, lo
 #endif
 
 /* scores[q][at + tile*16 + lane] = query q . key of that token (times its scale), for `tiles` tiles of 16 tokens.
- * queries: [dim][nq]. `values` of the same tiles are fetched meanwhile, which few queries would wait for: a sixth less
- * time for 96 rows of 300 tokens, whose pages lie anywhere. */
+ * queries: [dim][nq]. `values` of the same tiles are fetched meanwhile: few queries would wait for them, since pages
+ * lie anywhere. */
 INLINE void ST(score_tiles)(const int nq, const int tiles, const float *queries, long dim, const STORED *const *keys,
                             const uint16_t *const *scales, long page_size, float (*scores)[BLOCK], long at,
                             const STORED *const *values) {

@@ -24,6 +24,8 @@ from kernels.cpu.tensors import (
     page_size_of,
     pointers_of,
     require,
+    require_rows,
+    require_slopes,
     same_dtype,
     single_queries,
 )
@@ -126,13 +128,7 @@ class _Blocks:
             "blocks: residual [T, hidden] of the weights' dtype",
         )
         require(slots.dtype == torch.int64 and slots.shape == (tokens,), "blocks: slots [T] int64")
-        require(
-            page_table.dtype == starts.dtype == context_lens.dtype == torch.int32
-            and starts.shape == (rows + 1,)
-            and context_lens.shape == (rows,)
-            and page_table.is_contiguous(),
-            "blocks: page_table [R, P], query_start [R+1], context_lens [R], all int32",
-        )
+        require_rows("blocks", page_table, starts, context_lens)
         if list(caches) != self._caches:
             self._take(caches)
         tokens_shared, members, shared_starts, groups = groups_of(shared, rows)
@@ -215,16 +211,11 @@ def _weights_of(block: BlockParts, hidden: int) -> _Weights:
         and block.rotary_dim <= dim,
         "fuse: bf16 or fp32, hq a multiple of hk, rotary_dim even and at most d",
     )
-    slopes = how.slopes
-    require(
-        slopes is None
-        or (slopes.shape == (heads,) and slopes.dtype == torch.float32 and slopes.is_contiguous()),
-        "fuse: slopes [hq] fp32",
-    )
+    require_slopes("fuse", how.slopes, heads)
     return _Weights(
         heads, kv_heads, dim, block.rotary_dim, inner, ACTIVATIONS[block.activation], block.rotation, how.window or 0,
         block.eps, block.offset, norms.eps if norms else 0.0, norms.offset if norms else 0.0,
-        how.scale, how.softcap or 0.0, _pointer(slopes), _pointer(block.attention_norm),
+        how.scale, how.softcap or 0.0, _pointer(how.slopes), _pointer(block.attention_norm),
         _pointer(norms.q if norms else None), _pointer(norms.k if norms else None), _pointer(block.mlp_norm),
         *(_pointer(part) for weight, bias in products for part in (weight.words, bias)),
     )  # fmt: skip

@@ -58,6 +58,25 @@ def page_size_of(cache: PagedKV, kv_heads: int, dim: int) -> int:
     return page_size
 
 
+def require_rows(operation: str, page_table: Tensor, query_start: Tensor, context_lens: Tensor) -> None:
+    rows = page_table.shape[0]
+    require(
+        page_table.dtype == query_start.dtype == context_lens.dtype == torch.int32
+        and query_start.shape == (rows + 1,)
+        and context_lens.shape == (rows,)
+        and page_table.is_contiguous(),
+        f"{operation}: page_table [R, P], query_start [R+1], context_lens [R], all int32",
+    )
+
+
+def require_slopes(operation: str, slopes: Tensor | None, heads: int) -> None:
+    require(
+        slopes is None
+        or (slopes.shape == (heads,) and slopes.dtype == torch.float32 and slopes.is_contiguous()),
+        f"{operation}: slopes [hq] fp32",
+    )
+
+
 def dtypes_of(x: Tensor, cache: PagedKV) -> tuple[torch.dtype, torch.dtype]:
     """The key of `PAGED_SUFFIXES`."""
     pair = (x.dtype, cache.keys.dtype)
