@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.support.tap.sitecustomize import POISON
+from tests.support.tap.sitecustomize import POISON, STEP
 from tests.support.tree import ROOT
 
 __all__ = ["POISON", "Tap"]
@@ -31,5 +31,5 @@ class Tap:
         return sum(count for at, count in self._steps() if at >= moment)
 
     def _steps(self) -> list[tuple[float, int]]:
-        lines = self._file.read_text().splitlines() if self._file.exists() else []
-        return [(float(at), int(count)) for at, count in (line.split() for line in lines)]
+        steps = self._file.read_bytes() if self._file.exists() else b""
+        return list(STEP.iter_unpack(steps))

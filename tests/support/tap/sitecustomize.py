@@ -1,15 +1,20 @@
 """Loaded by every Python process that has this folder on its path. In an engine process it writes down how many
 tokens each step made, and dies of a poisoned request: one whose seed is POISON.
 
-`TAP_FILE`: one line per step, with the monotonic time. `TAP_DEATH`: `exit`, `kill` (SIGKILL), or nothing.
+`TAP_FILE`: one STEP record per step, the monotonic time in seconds and the tokens. `TAP_DEATH`: `exit`, `kill`
+(SIGKILL), or nothing.
 """
 
 import os
 import signal
+import struct
 import sys
 import time
 
 POISON = 666
+
+# a power of two long, so that none lies across two pages of the file: there a SIGKILL cuts a write in two
+STEP = struct.Struct("=dq")
 
 if "engine.process" in sys.orig_argv and "TAP_FILE" in os.environ:
     from engine.engine import Engine
@@ -27,7 +32,7 @@ if "engine.process" in sys.orig_argv and "TAP_FILE" in os.environ:
         before = engine.stats()["num_generated_tokens"]
         completions = _step(engine)
         made = engine.stats()["num_generated_tokens"] - before
-        os.write(_file, b"%f %d\n" % (time.monotonic(), made))
+        os.write(_file, STEP.pack(time.monotonic(), made))
         return completions
 
     Engine.step = _tapped  # type: ignore[method-assign]
