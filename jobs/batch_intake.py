@@ -10,6 +10,7 @@ never double.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,12 +27,12 @@ from jobs.batch_file import BadLine, bounded_lines, parse_line
 from jobs.batches import close_batches
 from jobs.body import BadField
 from jobs.completion_window import terms_of_window
-from jobs.database import Database
+from jobs.database import Database, commit_lazily
 from jobs.desk import Claim
-from jobs.drafts import Draft, DraftFile, draft_of
+from jobs.drafts import Draft, DraftFile, Drafts, by_column, draft_of, joined
 from jobs.file_store import FileStore
-from jobs.job_rows import JobRow, ReadyRows, load_of, row_of, shared_columns
-from jobs.line_check import max_line_bytes
+from jobs.job_rows import ReadyRows, columns_of, shared_columns
+from jobs.line_check import BLOCK_BYTES, max_line_bytes
 from jobs.models import Batch
 from jobs.quotas import Load
 from jobs.settings import Settings
@@ -116,13 +117,14 @@ class BatchIntake:
         # The file has passed the check and is not what it was: what has become jobs goes on, the rest cannot.
         self._database.transact(partial(_give_up, claimed=claimed))
 
-    def _drafts(self, file: BinaryIO, batch: Any, drafts: DraftFile | None) -> Iterator[tuple[int, Draft]]:
-        """What is left to insert, each with the byte of the file at which its line ends."""
+    def _drafts(self, file: BinaryIO, batch: Any, drafts: DraftFile | None) -> Iterator[Drafts]:
+        """What is left to insert."""
         if drafts is not None and drafts.whole and batch.next_offset == 0:
             yield from drafts
             return
-        end: int = batch.next_offset
+        end = begin = batch.next_offset
         file.seek(end)
+        rows: list[tuple[int, Draft]] = []
         for raw in bounded_lines(file, max_line_bytes(self._settings)):
             if raw is None:
                 return
@@ -130,9 +132,14 @@ class BatchIntake:
             end += len(raw)
             if raw.strip():
                 line = parse_line(number, raw, batch.endpoint)
-                yield end, draft_of(line.named_job(self._settings, checked=True), self._settings)
+                rows.append((end, draft_of(line.named_job(self._settings, checked=True), self._settings)))
+            if rows and (len(rows) == CHUNK or end - begin >= BLOCK_BYTES):
+                yield by_column(rows)
+                rows, begin = [], end
+        if rows:
+            yield by_column(rows)
 
-    def _chunks(self, batch: Any, drafts: Iterator[tuple[int, Draft]]) -> Iterator[_Chunk]:
+    def _chunks(self, batch: Any, blocks: Iterator[Drafts]) -> Iterator[_Chunk]:
         shared = shared_columns(
             Owner(batch.tenant, batch.key_id),
             source="http",
@@ -140,17 +147,39 @@ class BatchIntake:
             batch_id=batch.id,
         )
         dialect = self._database.engine.dialect.name
-        rows: list[JobRow] = []
-        begin = batch.next_offset
-        for count, (end, draft) in enumerate(drafts, batch.num_inserted + 1):
-            rows.append(row_of(job_id_of(batch.id, count - 1), draft, count - 1, shared))
-            last = count == batch.total
-            if last or len(rows) == CHUNK or end - begin >= CHUNK_BYTES:
-                models = Counter(str(row["model"]) for row in rows)
-                yield _Chunk(ReadyRows(dialect, rows), load_of(rows), models, count, end, last)
-                if last:
-                    return
-                rows, begin = [], end
+        first = batch.num_inserted
+        for drafts in _cut(blocks, batch.next_offset, batch.total - first):
+            positions = range(first, first + len(drafts.ends))
+            ids = [job_id_of(batch.id, position) for position in positions]
+            first = positions.stop
+            yield _Chunk(
+                ReadyRows(dialect, columns_of(ids, drafts, positions, shared)),
+                Load(len(ids), sum(drafts.estimated_tokens), sum(map(len, drafts.bodies))),
+                Counter(drafts.models),
+                first,
+                drafts.ends[-1],
+                first == batch.total,
+            )
+
+
+def _cut(blocks: Iterator[Drafts], begin: int, left: int) -> Iterator[Drafts]:
+    """The first `left` of these drafts, as many at a time as one transaction should insert. `begin`: the byte of the
+    file at which they begin."""
+    held: list[Drafts] = []
+    room = CHUNK
+    for block in blocks:
+        start = 0
+        while left and start < len(block.ends):
+            full_at = bisect_left(block.ends, begin + CHUNK_BYTES, start) + 1
+            stop = min(len(block.ends), full_at, start + room, start + left)
+            held.append(block.part(start, stop))
+            room -= stop - start
+            left -= stop - start
+            start = stop
+            if not room or not left or stop == full_at:
+                begin = block.ends[stop - 1]
+                yield joined(held)
+                held, room = [], CHUNK
 
 
 def _one_ahead(chunks: Iterator[_Chunk]) -> Generator[_Chunk, None, None]:
@@ -184,6 +213,8 @@ def _insert(connection: Connection, claimed: Claim, chunk: _Chunk) -> bool:
         close_batches(connection, [batch.id])
         tallies.add(connection, [change])
         return False
+    if not chunk.last:
+        commit_lazily(connection)  # whatever of it were lost would be inserted again
     chunk.jobs.insert(connection)
     left_tokens = batch.reserved_tokens - chunk.load.tokens
     left_bytes = batch.reserved_bytes - chunk.load.stored_bytes

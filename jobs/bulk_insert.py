@@ -1,10 +1,10 @@
 """BulkInsert: many rows into one table by one statement of the driver's own.
 
 Owns the statement and how values travel. A general INSERT spends ten times as long on each row's parameters as the
-database does on the row, so here a column goes in as a whole: on PostgreSQL as one array, unnested by the server, on
-SQLite as a long VALUES, during which Python's lock is let go of once and not for each row. Values must be what the
-columns hold: strings, numbers, None, and for JSON columns anything that JSON can say (`jobs.json_text`). Refuses to
-know which table and what the rows mean.
+database does on the row, so here all rows go in at once: into PostgreSQL by COPY in its text format, into SQLite as a
+long VALUES, during which Python's lock is let go of once and not for each row. Values must be what the columns hold:
+strings, numbers, None, and for JSON columns anything that JSON can say (`jobs.json_text`). Refuses to know which
+table and what the rows mean.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import JSON, BigInteger, Connection, Double, Integer, String, Table
 
-from jobs.database import portions
+from jobs.database import copy_in, portions
 from jobs.json_text import written
 
 _ROWS_OF_VALUES = 200  # SQLite allows 32,766 parameters
@@ -25,7 +25,8 @@ Column = Sequence[Any]  # the values of all rows
 
 
 class Spelled(NamedTuple):
-    """Columns in the words of one kind of database: on PostgreSQL one text for each, on SQLite its plain values."""
+    """Columns in the words of one kind of database: plain values on SQLite, and on PostgreSQL one column of texts,
+    each with the values of all `names` in a row."""
 
     names: tuple[str, ...]
     columns: tuple[Column, ...]
@@ -39,8 +40,10 @@ def bulk_insert(connection: Connection, table: Table, columns: Mapping[str, Colu
 
 def spelled(dialect: str, table: Table, columns: Mapping[str, Column]) -> Spelled:
     """For `insert_spelled`: what can be done before a transaction."""
-    spell = _plain if dialect == "sqlite" else _array
-    return Spelled(tuple(columns), tuple(spell(table, name, columns[name]) for name in columns))
+    if dialect == "sqlite":
+        return Spelled(tuple(columns), tuple(_plain(table, name, columns[name]) for name in columns))
+    rows = zip(*(_texts(table, name, columns[name]) for name in columns), strict=True)
+    return Spelled(tuple(columns), (["\t".join(row) for row in rows],))
 
 
 def insert_spelled(connection: Connection, table: Table, *parts: Spelled) -> None:
@@ -51,19 +54,14 @@ def insert_spelled(connection: Connection, table: Table, *parts: Spelled) -> Non
         for some in portions(list(zip(*columns, strict=True)), _ROWS_OF_VALUES):
             connection.exec_driver_sql(_sqlite(table, names, len(some)), tuple(chain.from_iterable(some)))
     else:
-        connection.exec_driver_sql(_postgresql(table, names), columns)
+        rows = ["\t".join(row) + "\n" for row in zip(*columns, strict=True)]
+        copy_in(connection, f"COPY {table.name} ({_listed(names)}) FROM STDIN", "".join(rows))
 
 
 @lru_cache(maxsize=256)
 def _sqlite(table: Table, names: tuple[str, ...], num_rows: int) -> str:
     row = f"({', '.join('?' * len(names))})"
     return f"INSERT INTO {table.name} ({_listed(names)}) VALUES {', '.join([row] * num_rows)}"
-
-
-@cache
-def _postgresql(table: Table, names: tuple[str, ...]) -> str:
-    arrays = ", ".join(f"%s::{_kind(table, name)}[]" for name in names)
-    return f"INSERT INTO {table.name} ({_listed(names)}) SELECT * FROM unnest({arrays})"
 
 
 def _listed(names: tuple[str, ...]) -> str:
@@ -89,11 +87,10 @@ def _plain(table: Table, name: str, values: Column) -> Column:
     return _each(values, _text) if _kind(table, name) == "json" else values
 
 
-def _array(table: Table, name: str, values: Column) -> str:
-    """PostgreSQL's text form of an array."""
+def _texts(table: Table, name: str, values: Column) -> list[str]:
     kind = _kind(table, name)
-    spell = _json if kind == "json" else _quoted if kind == "text" else repr
-    return "{" + ",".join(["NULL" if one is None else one for one in _each(values, spell)]) + "}"
+    spell = _json if kind == "json" else _escaped if kind == "text" else repr
+    return ["\\N" if one is None else one for one in _each(values, spell)]
 
 
 def _each(values: Column, spell: Callable[[Any], str]) -> list[str | None]:
@@ -108,8 +105,9 @@ def _text(value: Any) -> str:
 
 
 def _json(value: Any) -> str:
-    return _quoted(written(value))
+    return written(value).replace("\\", "\\\\")  # it holds no other character that COPY knows
 
 
-def _quoted(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+def _escaped(text: str) -> str:
+    """As COPY's text format wants it (https://www.postgresql.org/docs/current/sql-copy.html)."""
+    return text.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")

@@ -204,6 +204,30 @@ def insert_into(connection: Connection, table: type[DeclarativeBase]) -> sqlite.
     return postgresql.Insert(table)
 
 
+def commit_lazily(connection: Connection) -> None:
+    """Let this transaction's commit return before it is on disk. PostgreSQL may then lose it with its power, but none
+    before it, and nothing that builds on it and waited for the disk itself. On SQLite this changes nothing."""
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql("SET LOCAL synchronous_commit = off")
+
+
+def copy_in(connection: Connection, statement: str, text: str) -> None:
+    """PostgreSQL's COPY … FROM STDIN, whose data is `text`. Raises as `Connection.execute` does."""
+    driver: Any = connection.connection.driver_connection
+    dialect = connection.dialect
+    errors = dialect.loaded_dbapi.Error
+    try:
+        with driver.cursor() as cursor, cursor.copy(statement) as copy:
+            copy.write(text)
+    except errors as error:
+        lost = dialect.is_disconnect(error, driver, None)
+        if lost:
+            connection.invalidate(error)
+        raise DBAPIError.instance(
+            statement, None, error, errors, hide_parameters=True, connection_invalidated=lost, dialect=dialect
+        ) from error
+
+
 def in_words_of(
     build: Callable[[type[sqlite.Insert | postgresql.Insert]], Any],
 ) -> Callable[[str], Any]:

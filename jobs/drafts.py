@@ -12,9 +12,10 @@ import logging
 import math
 import struct
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from tempfile import SpooledTemporaryFile
 from types import TracebackType
-from typing import IO, Final, NamedTuple
+from typing import IO, Any, Final, NamedTuple
 
 from engine import codec
 from engine.request import derive_seed
@@ -40,6 +41,42 @@ class Draft(NamedTuple):
     seed: int | None
     estimated_tokens: int
     prefix_group: int
+
+
+class Drafts(NamedTuple):
+    """Some drafts in their order, by column, in which they are read, written and inserted at a fraction of the time.
+    `ends`: the byte of the batch's file at which each one's line ends."""
+
+    ends: Sequence[int]
+    custom_ids: Sequence[str | None]
+    models: Sequence[str]
+    bodies: Sequence[JsonText]
+    metadata: Sequence[dict[str, str]]
+    seeds: Sequence[int | None]
+    estimated_tokens: Sequence[int]
+    prefix_groups: Sequence[int]
+
+    def part(self, start: int, stop: int) -> Drafts:
+        columns: Any = (column[start:stop] for column in self)
+        return Drafts(*columns)
+
+    def packed(self) -> bytes:
+        """As `DraftFile` takes them."""
+        return codec.pack(tuple(self))
+
+
+def by_column(drafts: Sequence[tuple[int, Draft]]) -> Drafts:
+    """At least one, each with the byte at which its line ends."""
+    columns: Any = zip(*((end, *draft) for end, draft in drafts), strict=True)
+    return Drafts(*columns)
+
+
+def joined(parts: Sequence[Drafts]) -> Drafts:
+    """At least one."""
+    if len(parts) == 1:
+        return parts[0]
+    columns: Any = (tuple(chain.from_iterable(column)) for column in zip(*parts, strict=True))
+    return Drafts(*columns)
 
 
 def prefix_group(model: str, opening: str) -> int:
@@ -69,11 +106,6 @@ def draft_of(body: JobBody, settings: Settings) -> Draft:
     )
 
 
-def packed(drafts: Sequence[tuple[int, Draft]]) -> bytes:
-    """Some drafts, each with the byte of the batch's file at which its line ends, as `DraftFile` takes them."""
-    return codec.pack([(end, *draft) for end, draft in drafts])
-
-
 class DraftFile:
     """Drafts in their order. First all go in, then `finish`, then they come out, in any thread but one at a time."""
 
@@ -84,7 +116,7 @@ class DraftFile:
         self.whole = False
 
     def add(self, frame: bytes) -> None:
-        """What `packed` made. A disk that has no room for it makes the rest slower, and harms nothing."""
+        """What `Drafts.packed` made. A disk that has no room for it makes the rest slower, and harms nothing."""
         if self._lost:
             return
         try:
@@ -99,12 +131,12 @@ class DraftFile:
         """No more are to come; `whole` says whether all are there."""
         self.whole = not self._lost
 
-    def __iter__(self) -> Iterator[tuple[int, Draft]]:
-        """Each with the byte of the batch's file at which its line ends. Raises `OSError`."""
+    def __iter__(self) -> Iterator[Drafts]:
+        """As many at a time as were added. Raises `OSError`."""
         self._file.seek(0)
         while head := self._file.read(_HEAD.size):
-            for end, custom_id, model, body, *others in codec.unpack(self._file.read(*_HEAD.unpack(head))):
-                yield end, Draft(custom_id, model, JsonText(body), *others)
+            drafts = Drafts(*codec.unpack(self._file.read(*_HEAD.unpack(head))))
+            yield drafts._replace(bodies=[JsonText(body) for body in drafts.bodies])
 
     def close(self) -> None:
         try:

@@ -16,7 +16,8 @@ makes delayed jobs due holds jobs before, which nobody else waits for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, Float, Integer, bindparam, case, func, select
@@ -34,25 +35,28 @@ FINE_TOKENS: Final = 1_024.0  # of a bucket near the head
 # bucket may be the one before the head's (`jobs.claimer`).
 LEAD_TOKENS: Final = 2 * FINE_TOKENS
 
+FLOW_COLUMNS: Final = ("tenant", "model", "tier", "priority", "estimated_tokens")
+
 Row = dict[str, Any]  # by column of `models.Job`
 Flow = tuple[str, str, int, int]  # tenant, model, tier, priority
 Flows = dict[Flow, tuple[list[int], list[int]]]
 
 
-def flows(rows: Sequence[Row]) -> Flows:
-    """What `take_turns` has to know of these rows: places and estimated tokens by flow."""
+def flows(rows: Iterable[Sequence[Any]]) -> Flows:
+    """What `take_turns` has to know of these rows, given as values of `FLOW_COLUMNS`: places and estimated tokens by
+    flow."""
     found: Flows = {}
-    for place, row in enumerate(rows):
-        flow = (row["tenant"], row["model"], row["tier"] % DELAYED, row["priority"])
+    for place, (tenant, model, tier, priority, estimate) in enumerate(rows):
+        flow = (tenant, model, tier % DELAYED, priority)
         places, tokens = found.get(flow) or found.setdefault(flow, ([], []))
         places.append(place)
-        tokens.append(max(1, row["estimated_tokens"]))
+        tokens.append(max(1, estimate))
     return found
 
 
 def tags(connection: Connection, rows: Sequence[Row]) -> list[float]:
     """The `fair_tag` of each row, in their order; their flows' clocks move on."""
-    return take_turns(connection, flows(rows), len(rows)).tags
+    return take_turns(connection, flows(map(itemgetter(*FLOW_COLUMNS), rows)), len(rows)).tags
 
 
 class Turns(NamedTuple):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, cast
@@ -22,9 +22,9 @@ from jobs import tallies
 from jobs.audience import Audience
 from jobs.body import JobBody
 from jobs.bulk_insert import Column, insert_spelled, spelled
-from jobs.database import clock, in_words_of, portions
-from jobs.drafts import Draft, draft_of
-from jobs.fair_tags import flows, tags, take_turns
+from jobs.database import clock, in_words_of
+from jobs.drafts import Drafts, draft_of
+from jobs.fair_tags import FLOW_COLUMNS, flows, tags, take_turns
 from jobs.models import Job
 from jobs.quotas import Load
 from jobs.reads import JobView
@@ -33,7 +33,6 @@ from jobs.states import TERMINAL, JobState
 from jobs.tenants import Owner
 from jobs.terms import ORDINARY, Retry, Terms, Tier, tier_of
 
-_ROWS_PER_STATEMENT = 1000
 _QUEUED = str(JobState.QUEUED)
 _TABLE = cast(Table, Job.__table__)
 # fmt: off
@@ -64,8 +63,15 @@ def job_row(
     position: int = 0,
 ) -> JobRow:
     """A queued job. Raises ValueError when `body` names no model yet."""
+    draft = draft_of(body, settings)
     shared = shared_columns(owner, source=source, terms=terms, audience=audience, batch_id=batch_id)
-    return row_of(job_id, draft_of(body, settings), position, shared)
+    return {
+        "id": job_id,
+        "position": position,
+        **draft._asdict(),
+        "seed": _seed(job_id, draft.seed),
+        **shared,
+    }
 
 
 def shared_columns(
@@ -88,20 +94,26 @@ def shared_columns(
     }
 
 
-def row_of(job_id: str, draft: Draft, position: int, shared: JobRow) -> JobRow:
-    """A queued job. `shared`: as `shared_columns` made it."""
+def columns_of(
+    ids: Sequence[str], drafts: Drafts, positions: Sequence[int], shared: JobRow
+) -> dict[str, Column]:
+    """Queued jobs, for `ReadyRows`. `shared`: as `shared_columns` made it."""
     return {
-        "id": job_id,
-        "position": position,
-        "custom_id": draft.custom_id,
-        "model": draft.model,
-        "body": draft.body,
-        "metadata": draft.metadata,
-        "seed": derive_seed("job", job_id) if draft.seed is None else draft.seed,
-        "estimated_tokens": draft.estimated_tokens,
-        "prefix_group": draft.prefix_group,
-        **shared,
+        "id": ids,
+        "position": positions,
+        "custom_id": drafts.custom_ids,
+        "model": drafts.models,
+        "body": drafts.bodies,
+        "metadata": drafts.metadata,
+        "seed": [_seed(job_id, seed) for job_id, seed in zip(ids, drafts.seeds, strict=True)],
+        "estimated_tokens": drafts.estimated_tokens,
+        "prefix_group": drafts.prefix_groups,
+        **{name: [value] * len(ids) for name, value in shared.items()},
     }
+
+
+def _seed(job_id: str, wanted: int | None) -> int:
+    return derive_seed("job", job_id) if wanted is None else wanted
 
 
 def again_row(
@@ -192,34 +204,30 @@ class Stamp:
 
 
 class ReadyRows:
-    """Queued rows, all with the same columns, whose ids are new, spelled for one kind of database as far as that can
-    be done before their transaction begins."""
+    """Queued rows whose ids are new, by column and in the order of their ids, spelled for one kind of database as far
+    as that can be done before their transaction begins."""
 
-    def __init__(self, dialect: str, rows: Sequence[JobRow]) -> None:
-        self.rows = _ordered(rows)
-        self.flows = flows(self.rows)
-        self.parts = [
-            (len(some), spelled(dialect, _TABLE, {name: [row[name] for row in some] for name in some[0]}))
-            for some in portions(self.rows, _ROWS_PER_STATEMENT)
-        ]
+    def __init__(self, dialect: str, columns: Mapping[str, Column]) -> None:
+        self._ids = columns["id"]
+        self._flows = flows(zip(*(columns[name] for name in FLOW_COLUMNS), strict=True))
+        self._spelled = spelled(dialect, _TABLE, columns)
 
     def insert(self, connection: Connection) -> Stamp:
-        if not self.rows:
-            return Stamp(0.0, {})
-        turns, created_at = take_turns(connection, self.flows, len(self.rows))
-        common = _common(created_at)
-        start = 0
-        for count, part in self.parts:
-            own: dict[str, Column] = {name: [value] * count for name, value in common.items()}
-            own["fair_tag"] = turns[start : start + count]
-            insert_spelled(connection, _TABLE, part, spelled(connection.dialect.name, _TABLE, own))
-            start += count
-        return Stamp(created_at, dict(zip((row["id"] for row in self.rows), turns, strict=True)))
+        count = len(self._ids)
+        turns, created_at = take_turns(connection, self._flows, count)
+        own: dict[str, Column] = {name: [value] * count for name, value in _common(created_at).items()}
+        own["fair_tag"] = turns
+        insert_spelled(connection, _TABLE, self._spelled, spelled(connection.dialect.name, _TABLE, own))
+        return Stamp(created_at, dict(zip(self._ids, turns, strict=True)))
 
 
 def insert_all(connection: Connection, rows: Sequence[JobRow]) -> Stamp:
     """Queued rows, all with the same columns, whose ids are new."""
-    return ReadyRows(connection.dialect.name, rows).insert(connection)
+    if not rows:
+        return Stamp(0.0, {})
+    ordered = _ordered(rows)
+    columns = {name: [row[name] for row in ordered] for name in ordered[0]}
+    return ReadyRows(connection.dialect.name, columns).insert(connection)
 
 
 def insert_new(connection: Connection, rows: Sequence[JobRow]) -> list[str]:

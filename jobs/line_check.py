@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, Final, NamedTuple
 
 from jobs.batch_file import BadLine, BatchLine, bounded_lines, parse_line
 from jobs.body import BadField
-from jobs.drafts import Draft, draft_of, packed
+from jobs.drafts import Draft, by_column, draft_of
 from jobs.settings import Settings
 
 MAX_ERRORS: Final = 100  # told; the check stops there
@@ -34,7 +34,7 @@ class Block(NamedTuple):
 
 class Found(NamedTuple):
     """Of a block: `errors` by line number, at most `MAX_ERRORS`; `jobs`: lines that are not blank; `models`: up to
-    two of their names; `digests`: of the custom_ids, in their order; `drafts`: as `jobs.drafts` packs them."""
+    two of their names; `digests`: of the custom_ids, in their order; `drafts`: as `Drafts.packed` makes them."""
 
     errors: tuple[dict[str, Any], ...]
     jobs: int
@@ -127,7 +127,7 @@ class LineCheck:
                     drafts.append((end, draft))
             if len(errors) >= MAX_ERRORS:
                 break
-        frame = packed(drafts) if drafts and not errors else b""
+        frame = by_column(drafts).packed() if drafts and not errors else b""
         return Found(tuple(errors), jobs, tokens, stored, tuple(models), b"".join(digests), frame)
 
     def _parse(self, number: int, raw: bytes | None) -> BatchLine:

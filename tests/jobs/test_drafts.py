@@ -9,7 +9,7 @@ import pytest
 from jobs import batch_intake
 from jobs.body import JobBody, parse_job
 from jobs.database import Database
-from jobs.drafts import MEMORY_BYTES, DraftFile, draft_of, packed
+from jobs.drafts import MEMORY_BYTES, DraftFile, by_column, draft_of, joined
 from jobs.json_text import JsonText
 from jobs.settings import Settings
 from tests.support.batch_lines import CHAT, Bench, chat_line, insert_one_chunk, jsonl
@@ -28,13 +28,14 @@ def test_what_goes_in_comes_out(tmp_path: Path, settings: Settings) -> None:
     drafts.append(draft_of(JobBody(model="tiny", prompt="x" * 2 * MEMORY_BYTES), settings))
     with DraftFile(str(tmp_path)) as file:
         for part in (slice(0, 2), slice(2, None)):
-            file.add(packed(list(enumerate(drafts))[part]))
+            file.add(by_column(list(enumerate(drafts))[part]).packed())
         assert not file.whole
         file.finish()
         assert file.whole
-        found = list(file)
-    assert found == list(enumerate(drafts))
-    assert all(type(draft.body) is JsonText for _, draft in found)
+        found = joined(list(file))
+    assert list(zip(*found, strict=True)) == [(end, *draft) for end, draft in enumerate(drafts)]
+    assert all(type(body) is JsonText for body in found.bodies)
+    assert list(zip(*found.part(1, 3), strict=True)) == [(1, *drafts[1]), (2, *drafts[2])]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -42,7 +43,7 @@ def test_a_disk_that_is_full_costs_time_and_nothing_else(settings: Settings) -> 
     draft = draft_of(JobBody(model="tiny", prompt="x" * 2 * MEMORY_BYTES), settings)
     with DraftFile("/nowhere/at/all") as file:  # what does not fit in memory finds no place
         for end in range(3):
-            file.add(packed([(end, draft)]))
+            file.add(by_column([(end, draft)]).packed())
         file.finish()
         assert not file.whole
 
