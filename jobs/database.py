@@ -139,6 +139,7 @@ class Database:
                 url,
                 pool_size=pool_size,
                 max_overflow=pool_size,
+                pool_use_lifo=True,  # the same few, which know our statements already
                 hide_parameters=True,  # prompts do not belong in a log
                 json_serializer=written,
                 connect_args=POSTGRES_ARGUMENTS,
