@@ -2,29 +2,45 @@
 
 Owns one formula. Sequences grow by a token a step and end at different times, so the peak lies far below the sum
 of their final sizes: just before the one with the k-th most to go ends, it and the k - 1 longer ones are still
-there, and each has grown by what the k-th had to go. The peak is the largest of these sums. Knows neither who
-the sequences are nor where the expectations come from (`lengths`).
+there, and each has grown by what the k-th had to go. The peak is the largest of these sums. While even the sum of
+the final sizes has room nobody need know it, and nothing is sorted. Knows neither who the sequences are nor where the
+expectations come from (`lengths`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Final
+
 import numpy as np
 from numpy.typing import NDArray
+
+_NOBODY: Final[NDArray[np.int64]] = np.empty(0, dtype=np.int64)
 
 
 class Forecast:
     """`tokens`: each sequence has now, those on shared pages left out; `remaining`: each has still to generate, the
     last of which needs no slot; `shared`: owned pages that no single sequence can give back."""
 
-    def __init__(self, tokens: list[int], remaining: list[int], shared: int, page_size: int) -> None:
-        order = np.argsort(np.negative(np.array(remaining, dtype=np.int64)), kind="stable")
-        self._remaining: NDArray[np.int64] = np.array(remaining, dtype=np.int64)[order]  # most first
-        self._tokens: NDArray[np.int64] = np.array(tokens, dtype=np.int64)[order]
+    def __init__(self, tokens: Sequence[int], remaining: Sequence[int], shared: int, page_size: int) -> None:
         self._shared = shared
         self._page_size = page_size
-        self._numbers = np.arange(1, len(tokens) + 1)
+        self._waste = (page_size - 1) / 2  # a last page is on average half empty
+        self._final = (
+            sum(tokens) + sum(remaining) + len(tokens) * (self._waste - 1)
+        )  # tokens, all at their ends
+        self._given = tokens, remaining
+        self._added: list[tuple[int, int]] = []  # and not in the arrays yet
+        self._tokens: NDArray[np.int64] | None = None  # both with the most to go first
+        self._remaining: NDArray[np.int64] = _NOBODY
+        self._numbers: NDArray[np.int64] = _NOBODY
         self._asked: tuple[int, int] | None = None  # whom `_with` has
-        self._with = self._tokens, self._remaining
+        self._with = _NOBODY, _NOBODY
+
+    def fits(self, tokens: int, remaining: int, limit: float) -> bool:
+        """Whether the peak stays within `limit` pages if one more sequence joined."""
+        final = self._final + tokens + remaining - 1 + self._waste
+        return self._shared + final / self._page_size <= limit or self.peak_with(tokens, remaining) <= limit
 
     def peak_with(self, tokens: int, remaining: int) -> float:
         """The peak in pages if one more sequence joined."""
@@ -32,19 +48,36 @@ class Forecast:
 
     def add(self, tokens: int, remaining: int) -> None:
         """Mostly the one that was asked about last."""
-        self._tokens, self._remaining = self._joined(tokens, remaining)
+        self._final += tokens + remaining - 1 + self._waste
+        if self._asked == (tokens, remaining):
+            self._tokens, self._remaining = self._with
+        else:
+            self._added.append((tokens, remaining))
         self._asked = None
+
+    def _sorted(self) -> NDArray[np.int64]:
+        """The tokens; `_remaining` is in the same order."""
+        if self._tokens is None:
+            given, left = (np.array(one, dtype=np.int64) for one in self._given)
+            order = np.argsort(-left, kind="stable")
+            self._tokens, self._remaining = given[order], left[order]
+        for tokens, remaining in self._added:
+            at = int((-self._remaining).searchsorted(-remaining))
+            self._tokens = _inserted(self._tokens, at, tokens)
+            self._remaining = _inserted(self._remaining, at, remaining)
+        self._added.clear()
+        return self._tokens
 
     def _joined(self, tokens: int, remaining: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         if self._asked != (tokens, remaining):
+            here = self._sorted()
             at = int((-self._remaining).searchsorted(-remaining))
-            self._with = _inserted(self._tokens, at, tokens), _inserted(self._remaining, at, remaining)
+            self._with = _inserted(here, at, tokens), _inserted(self._remaining, at, remaining)
             self._asked = tokens, remaining
         return self._with
 
     def _peak(self, tokens: NDArray[np.int64], remaining: NDArray[np.int64]) -> float:
-        # a last page is on average half empty
-        each = remaining - 1 + (self._page_size - 1) / 2
+        each = remaining - 1 + self._waste
         if len(self._numbers) < len(tokens):
             self._numbers = np.arange(1, 2 * len(tokens) + 1)
         owned = np.cumsum(tokens) + self._numbers[: len(tokens)] * each

@@ -269,7 +269,7 @@ class Scheduler:
             forecast = forecast or self._forecast()
             needs = self._needs(sequence, match)
             limit = self.pool.num_pages * (1 - MARGIN)
-            safe = not self.running or forecast.peak_with(*needs) <= limit
+            safe = not self.running or forecast.fits(*needs, limit)
             if place and safe and self.cache.acquire(sequence, match, len(sequence.token_ids)):
                 self._enter(sequence, draft, match)
                 forecast.add(*needs)

@@ -31,12 +31,17 @@ def test_the_mean_of_longer_answers_none_counted_above_the_ceiling(
 def test_the_peak_does_not_depend_on_who_joined_when(
     running: list[tuple[int, int]], joining: list[tuple[int, int]]
 ) -> None:
-    forecast = Forecast([t for t, _ in running], [r for _, r in running], 3, 16)
+    forecast, unasked = (Forecast([t for t, _ in running], [r for _, r in running], 3, 16) for _ in range(2))
     for i, (tokens, remaining) in enumerate(joining):
         peak = forecast.peak_with(tokens, remaining)
+        assert forecast.fits(tokens, remaining, peak)
+        assert not forecast.fits(tokens, remaining, peak - 0.01)
         forecast.add(tokens, remaining)
+        assert unasked.fits(tokens, remaining, 1e9)
+        unasked.add(tokens, remaining)
         everybody = sorted(running + joining[: i + 1], key=lambda one: -one[1])
         sums = accumulate(tokens for tokens, _ in everybody)
         last = enumerate(zip(sums, everybody, strict=True), start=1)
         owned = [total + k * (one[1] - 1 + 15 / 2) for k, (total, one) in last]
         assert abs(peak - (3 + max(owned) / 16)) < 1e-6
+    assert unasked.peak_with(5, 7) == forecast.peak_with(5, 7)
