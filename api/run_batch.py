@@ -45,7 +45,7 @@ from jobs.engine_process import EngineProcess
 from jobs.failures import status_of
 from jobs.openai_answers import usage_object
 from jobs.quarantine import SUSPECT, Quarantine, is_guilty, suspicion_after
-from jobs.requests import request_of
+from jobs.requests import prompt_of, request_of
 from jobs.settings import Settings
 
 LOOK_SECONDS = 0.2  # how soon a Ctrl-C is seen
@@ -184,8 +184,8 @@ class BatchRun:
         request = request_of(
             RequestId(f"line-{line.number}", 1),
             body,
+            prompt_of(body, self._tokenizer),
             seed=seed,
-            tokenizer=self._tokenizer,
             settings=self._settings,
             tenant="",  # one file, one owner
         )

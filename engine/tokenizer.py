@@ -29,6 +29,7 @@ __all__ = ["ChatTemplateError", "Detokenizer", "Tokenizer", "UnsupportedTokenize
 _METASPACE = "▁"  # SentencePiece's space (Kudo and Richardson 2018)
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # and its tokens of single bytes
 _TEMPLATE_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+_NOT_UNICODE = "the text is not valid Unicode"
 
 
 class Tokenizer:
@@ -112,6 +113,14 @@ class Tokenizer:
         """
         return self._ids(text, add_special_tokens=True)
 
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """The same of several texts at once, at half the price; meanwhile other threads run. Raises as `encode`."""
+        try:
+            found = self._backend.encode_batch_fast(list(texts), add_special_tokens=True)
+        except TypeError:
+            raise ValueError(_NOT_UNICODE) from None
+        return [list(encoding.ids) for encoding in found]
+
     def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """The text of a chat, as transformers' `apply_chat_template(tokenize=False)`.
 
@@ -176,7 +185,7 @@ class Tokenizer:
             # which no other thread runs.
             (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         except TypeError:  # what the library says of lone surrogates
-            raise ValueError("the text is not valid Unicode") from None
+            raise ValueError(_NOT_UNICODE) from None
         return list(encoding.ids)
 
 

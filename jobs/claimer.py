@@ -15,7 +15,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -23,7 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from engine.request import Request, RequestId
 from jobs.claims import Claim, claim
-from jobs.database import Database
+from jobs.database import Database, portions
 from jobs.engine_process import EngineGoneError, NoCreditError
 from jobs.holdings import Holding, Holdings
 from jobs.outcomes import Outcome
@@ -34,6 +34,7 @@ from jobs.terms import Tier
 log = logging.getLogger(__name__)
 
 CLAIM_GROUP = 64  # while the engine has idle places
+ENCODED_AT_ONCE = 32  # of a claim; between two of them the claimer can stop
 BUSY_GROUP = 256  # while it has none: nobody waits for the first of them, and each claim costs a commit
 ANSWERING = (Tier.INTERACTIVE, Tier.INTERACTIVE)
 FOREGROUND = (Tier.INTERACTIVE, Tier.NORMAL)
@@ -47,7 +48,7 @@ STOP_SECONDS = 10.0
 class Claimer(threading.Thread):
     """`window` is the most jobs held at once that are not of the background tier, `places` what the engine runs at
     once, `reserve` how many interactive jobs may be held beyond the window, and as many as `places` that overtake;
-    `encode` makes a request of a claim or raises, then that job fails."""
+    `encode` makes a request of each claim, or says what is wrong with it, then that job fails."""
 
     def __init__(
         self,
@@ -57,7 +58,7 @@ class Claimer(threading.Thread):
         *,
         model: str,
         worker_id: Callable[[], str],
-        encode: Callable[[Claim], Request],
+        encode: Callable[[Sequence[Claim]], Sequence[Request | BaseException]],
         finish: Callable[[Outcome], None],
         on_more: Callable[[], None],
         window: int,
@@ -235,19 +236,15 @@ class Claimer(threading.Thread):
 
     def _send(self, holdings: list[Holding]) -> None:
         requests: list[Request] = []
-        for holding in holdings:
+        for some in portions(holdings, ENCODED_AT_ONCE):
             if self._stopping:
                 break  # the drain hands the rest back
-            try:
-                request = self.encode(holding.claim)
-            except BaseException as error:  # a tokenizer may raise anything, Rust panics included
-                if not isinstance(error, ValueError):
-                    log.error("claimer.encode job=%s error=%s", holding.claim.job_id, type(error).__name__)
-                if self.holdings.mark_dropped(holding):
-                    self.finish(_refusal(holding.claim, error))
-                continue
-            if self.holdings.mark_sent(holding):
-                requests.append(request)
+            made = self.encode([holding.claim for holding in some])
+            for holding, request in zip(some, made, strict=True):
+                if isinstance(request, BaseException):
+                    self._refuse(holding, request)
+                elif self.holdings.mark_sent(holding):
+                    requests.append(request)
         try:
             if requests:
                 self.supervisor.add(requests)
@@ -256,6 +253,12 @@ class Claimer(threading.Thread):
             for request in requests:
                 self.finish(Outcome(job_id=request.id.job_id, fence=request.id.fence, kind="released"))
             self._more.update(ALL)
+
+    def _refuse(self, holding: Holding, error: BaseException) -> None:
+        if not isinstance(error, ValueError):
+            log.error("claimer.encode job=%s error=%s", holding.claim.job_id, type(error).__name__)
+        if self.holdings.mark_dropped(holding):
+            self.finish(_refusal(holding.claim, error))
 
 
 def _refusal(claim: Claim, error: BaseException) -> Outcome:

@@ -42,7 +42,7 @@ from jobs.leases import leave, new_worker_id, register
 from jobs.outcomes import Outcome, Recorded
 from jobs.pace import Pace, last_known
 from jobs.quarantine import SUSPECT, is_guilty, suspicion_after
-from jobs.requests import request_of
+from jobs.requests import all_or_each, prompts_of, request_of
 from jobs.settings import Settings
 from jobs.states import TERMINAL, JobState, WorkerState
 from jobs.supervisor import EngineSupervisor
@@ -250,12 +250,20 @@ class Worker:
 
     # --- SQL's side -------------------------------------------------------------------------------------------
 
-    def _encode(self, claim: Claim) -> Request:
+    def _encode(self, claims: Sequence[Claim]) -> list[Request | BaseException]:
+        return all_or_each(self._requests, claims)
+
+    def _requests(self, claims: Sequence[Claim]) -> list[Request]:
+        bodies = [JobBody.model_validate(claim.body) for claim in claims]
+        prompts = prompts_of(bodies, self.tokenizer)
+        return [self._request(*one) for one in zip(claims, bodies, prompts, strict=True)]
+
+    def _request(self, claim: Claim, body: JobBody, prompt: Sequence[int]) -> Request:
         return request_of(
             RequestId(claim.job_id, claim.fence),
-            JobBody.model_validate(claim.body),
+            body,
+            prompt,
             seed=claim.seed,
-            tokenizer=self.tokenizer,
             settings=self.settings,
             tenant=claim.tenant,
             priority=claim.tier,

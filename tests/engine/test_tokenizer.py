@@ -69,6 +69,14 @@ def test_agrees_with_transformers(folder: Path, tokenizer: Tokenizer) -> None:
     )
 
 
+def test_several_texts_at_once_are_encoded_as_each_alone(tokenizer: Tokenizer) -> None:
+    assert tokenizer.encode_all([*TEXTS, EVIL]) == [tokenizer.encode(text) for text in [*TEXTS, EVIL]]
+    assert tokenizer.encode_all([]) == []
+    for encode in (tokenizer.encode_all, lambda texts: tokenizer.encode(texts[1])):
+        with pytest.raises(ValueError, match="not valid Unicode"):
+            encode(["a", "\ud800"])
+
+
 def test_control_tokens_in_a_prompt_are_text(tokenizer: Tokenizer) -> None:
     token_ids = tokenizer.encode(EVIL)
     assert not {0, 1, 2} & set(token_ids)

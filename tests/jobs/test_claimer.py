@@ -38,7 +38,7 @@ def claimer_of(
     database: Database,
     holdings: Holdings,
     supervisor: type[EngineSupervisor],
-    encode: Callable[[Claim], Request],
+    encode: Callable[[Sequence[Claim]], list[Request | BaseException]],
     outcomes: list[Outcome],
 ) -> Claimer:
     """A window of 8, of which the engine runs 4 at once."""
@@ -72,8 +72,8 @@ def test_every_unencodable_job_of_a_group_fails_with_its_own_reason(database: Da
         zip(ids, (RuntimeError("secret prompt"), ValueError("too odd"), SystemError("panic")), strict=True)
     )
 
-    def encode(item: Claim) -> Request:
-        raise raised[item.job_id]
+    def encode(items: Sequence[Claim]) -> list[Request | BaseException]:
+        return [raised[item.job_id] for item in items]
 
     outcomes: list[Outcome] = []
     holdings = Holdings()
@@ -87,8 +87,15 @@ def test_every_unencodable_job_of_a_group_fails_with_its_own_reason(database: Da
     assert not any("secret" in str(outcome.error) for outcome in outcomes)
 
 
-def encoded(item: Claim) -> Request:
-    return Request(RequestId(item.job_id, item.fence), (1, 2, 3), SamplingParams(seed=item.seed))
+def encoded(items: Sequence[Claim]) -> list[Request | BaseException]:
+    return [
+        Request(
+            id=RequestId(item.job_id, item.fence),
+            prompt_token_ids=(1, 2, 3),
+            sampling=SamplingParams(seed=item.seed),
+        )
+        for item in items
+    ]
 
 
 def test_a_newcomer_that_comes_during_a_claim_is_not_forgotten(
