@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from openai.types.responses import Response
 
 from api import completion_routes
 from api.app import create_app
+from api.waits import Wait
 from jobs import listeners
+from jobs.audience import Piece
 from jobs.cancels import Cancels
 from jobs.claims import claim
 from jobs.database import Database
@@ -68,12 +71,16 @@ def client(database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @contextmanager
-def worker(database: Database, **change: Any) -> Iterator[list[dict[str, Any]]]:
-    """Ends every job as `change` says; the bodies it was given."""
+def worker(
+    database: Database, *, begin: threading.Event | None = None, **change: Any
+) -> Iterator[list[dict[str, Any]]]:
+    """From `begin` on ends every job as `change` says; the bodies it was given."""
     bodies: list[dict[str, Any]] = []
     stopping = threading.Event()
 
     def work() -> None:
+        if begin is not None:
+            begin.wait(SECONDS)
         while not stopping.wait(0.01):
             for item in database.transact(partial(claim, worker_id="w", model="tiny", limit=9)):
                 bodies.append(item.body)
@@ -170,8 +177,16 @@ def test_a_silent_stream_is_kept_alive(
 ) -> None:
     monkeypatch.setattr(completion_routes, "BEGIN_SECONDS", 0.01)
     monkeypatch.setattr(completion_routes, "KEEP_ALIVE_SECONDS", 0.01)
-    monkeypatch.setattr(listeners, "LOOK_SECONDS", 0.3)
-    with worker(database):
+    silences, long_silent = count(), threading.Event()
+
+    async def counted(wait: Wait, timeout: float, news: Any = Wait.news) -> list[Piece]:
+        if next(silences) == 4:
+            long_silent.set()
+        pieces: list[Piece] = await news(wait, timeout)
+        return pieces
+
+    monkeypatch.setattr(Wait, "news", counted)
+    with worker(database, begin=long_silent):
         answer = client.post("/v1/completions", json=TEXT | {"stream": True})
     assert answer.text.count(": keep-alive\n\n") > 1
     assert events_of(answer)[-1] == "[DONE]"

@@ -130,8 +130,8 @@ class PostgresServer(Server):
         self.binaries = Path(spec.origin).with_name("pginstall") / "bin"
         if os.getuid() == 0:
             self._become_nobody()
-        data = self.folder / "data"
-        initdb = [str(self.binaries / "initdb"), "-D", str(data), "-U", "postgres", "--auth=trust"]
+        self.data = self.folder / "data" if durable else self._in_memory()
+        initdb = [str(self.binaries / "initdb"), "-D", str(self.data), "-U", "postgres", "--auth=trust"]
         subprocess.run(
             [*initdb, "--encoding=UTF8", "--no-locale", "--no-sync", "--no-instructions"],
             user=self.uid,
@@ -144,8 +144,18 @@ class PostgresServer(Server):
         options = ["listen_addresses=", f"unix_socket_directories={self.folder}", "max_connections=200"]
         if not durable:
             options += ["fsync=off", "synchronous_commit=off", "full_page_writes=off", "shared_buffers=32MB"]
-        command = [str(self.binaries / "postgres"), "-D", str(data)]
+        command = [str(self.binaries / "postgres"), "-D", str(self.data)]
         self.launch(command + [part for option in options for part in ("-c", option)])
+
+    def _in_memory(self) -> Path:
+        leaks.memory_folder().mkdir(parents=True, exist_ok=True)
+        data = Path(tempfile.mkdtemp(prefix="postgres-", dir=leaks.memory_folder()))
+        os.chown(data, self.uid, -1)
+        return data
+
+    def stop(self) -> None:
+        super().stop()
+        shutil.rmtree(self.data, ignore_errors=True)
 
     def _become_nobody(self) -> None:
         """PostgreSQL does not run as root. `nobody` may be unable to reach the wheel's folder: take a copy."""
