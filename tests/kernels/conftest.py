@@ -24,7 +24,6 @@ SLOW = (  # each case runs a kernel many times; what they say, others say of one
     "test_nothing_outside_of_all_windows_is_read",
     "test_a_window_that_everything_fits_in_is_none",
     "test_attention_with_large_scores_stays_exact",
-    "test_no_way_to_cut_a_product_changes_a_bit",
     "test_a_row_does_not_depend_on_how_many_there_are",
     "test_rows_that_share_equal_a_plain_loop",  # other tests of its file have it too
     "test_rows_of_one_query_need_no_starts",  # as `test_shared_prefixes` has them too
@@ -33,6 +32,7 @@ ONCE = (  # one case is enough of what takes ten seconds
     "test_what_is_not_finite_fails_its_row_alone",
     "test_nan_meets_the_rows_that_see_it_and_no_others",
     "test_softcap_is_exact_in_any_crowd",
+    "test_no_way_to_cut_a_product_changes_a_bit",
     "test_options",
     "test_long_rows",
     "test_no_crowd_and_no_stride_changes_a_filtered_draw",

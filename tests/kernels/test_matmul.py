@@ -138,6 +138,7 @@ def test_an_operand_that_does_not_fit_is_refused() -> None:
 @EVERY_DTYPE
 @pytest.mark.parametrize("inputs", [1024, 2112])
 @pytest.mark.parametrize("tokens", [1, 70])
+@pytest.mark.parametrize("kernels", ["triton"], indirect=True)
 def test_no_way_to_cut_a_product_changes_a_bit(
     kernels: Kernels, dtype: torch.dtype, inputs: int, tokens: int
 ) -> None:
