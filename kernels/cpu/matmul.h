@@ -32,12 +32,19 @@
 #define BLOCK_BYTES (3072 * 1024) /* of its x: more rows read a weight less often, and any cache feeds a tile */
 #define PANEL_BYTES (16 * 1024) /* of a panel at a time: it and its part of x stay in the first cache */
 #define PARALLEL_PRODUCTS (1 << 18) /* below which a second thread costs more than it saves */
+#define SHARES 8 /* of a thread's part: one whose core is slower leaves more of its own to the others */
 #define SUMS (MOST_ROWS * PANEL) /* of a block and its panels: more than those of few tokens by several panels */
 
 /* How many panels a tile of so many tokens has: sums enough to wait for none, and no more than there are registers. */
 INLINE int panels_for(int tokens) {
     const int most = (TILE == 12 ? 31 : 15) / (2 * (tokens + 1));
     return tokens == 1 ? MOST_PANELS : most < 1 ? 1 : most > MOST_PANELS ? MOST_PANELS : most;
+}
+
+/* How many of `groups` a thread takes at a time. */
+INLINE long share_of(long groups, int threads) {
+    const long share = groups / (SHARES * (long)threads);
+    return share > 1 ? share : 1;
 }
 
 /* Into how many tokens a block is cut. */
@@ -168,7 +175,8 @@ int FN(matmul)(long tokens, long outputs, long inputs, const SCALAR *x, long x_s
             for (long t = 0; t < count; t++)
                 FN(widen)(x + (from + first + t) * x_stride, inputs, count, wide + first * inputs + t);
         }
-#pragma omp parallel for num_threads(threads) schedule(static) if (rows * outputs * inputs > PARALLEL_PRODUCTS)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, share_of(groups, threads)) \
+    if (rows * outputs * inputs > PARALLEL_PRODUCTS)
         for (long group = 0; group < groups; group++)
             for (long p = group * together, some; p < panels && p < (group + 1) * together; p += some) {
                 some = p + together <= panels ? together : 1;

@@ -138,7 +138,8 @@ int FN(matmul_i8)(long tokens, long outputs, long inputs, const SCALAR *x, long 
                 x_scales[t] = FN(quantise_row)(x + (from + t) * x_stride, inputs, count,
                                                whole + first * pairs + t - first);
         }
-#pragma omp parallel for num_threads(threads) schedule(static) if (rows * outputs * inputs > PARALLEL_PRODUCTS)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, share_of(groups, threads)) \
+    if (rows * outputs * inputs > PARALLEL_PRODUCTS)
         for (long group = 0; group < groups; group++)
             for (long p = group * together, some; p < panels && p < (group + 1) * together; p += some) {
                 some = p + together <= panels ? together : 1;

@@ -109,6 +109,7 @@ def test_every_line_is_answered_and_bad_ones_do_not_stop_the_rest(tmp_path: Path
     assert "11 of 11 requests answered, 4 failed" in again.text()
 
 
+@pytest.mark.long
 def test_killed_engines_interrupts_and_torn_lines_lose_and_repeat_nothing(
     tmp_path: Path, model: Path
 ) -> None:

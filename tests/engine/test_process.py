@@ -99,6 +99,16 @@ def peer() -> Iterator[Peer]:
     made.close()
 
 
+@pytest.fixture(scope="module")
+def living(config: EngineConfig) -> Iterator[Peer]:
+    """For tests that leave it as they found it: idle, with nothing unread but figures."""
+    made = Peer()
+    made.send(wire.Configure(config))
+    made.read(wire.Hello)
+    yield made
+    made.close()
+
+
 @pytest.fixture
 def ready(peer: Peer, config: EngineConfig) -> Peer:
     peer.send(wire.Configure(config))
@@ -154,23 +164,25 @@ def test_checkpoints_go_on_where_the_one_before_ended(peer: Peer, config: Engine
     assert gone.num_generated == len(gone.generated[0].token_ids) >= length
 
 
-def test_progress_while_it_works(ready: Peer) -> None:
-    ready.send(wire.Add((request("long", ENDLESS),)))
-    ready.read(wire.Stats, lambda stats: stats.values["num_requests"] == 1)
-    first = ready.read(wire.Progress, lambda progress: bool(progress.num_generated)).num_generated
-    second = ready.read(wire.Progress).num_generated
+def test_progress_while_it_works(living: Peer) -> None:
+    living.send(wire.Add((request("long", ENDLESS),)))
+    living.read(wire.Stats, lambda stats: stats.values["num_requests"] == 1)
+    first = living.read(wire.Progress, lambda progress: bool(progress.num_generated)).num_generated
+    second = living.read(wire.Progress).num_generated
     assert list(first) == list(second) == [RequestId("long", 1)]
     assert first[RequestId("long", 1)] < second[RequestId("long", 1)]
+    living.send(wire.Abort((RequestId("long", 1),)))
+    assert living.completions(1)["long"].aborted
 
 
-def test_abort(ready: Peer) -> None:
-    ready.send(wire.Add((request("gone", ENDLESS), request("stays"))))
-    ready.send(wire.Abort((RequestId("gone", 1), RequestId("unknown", 1))))
-    got = ready.completions(2)
+def test_abort(living: Peer) -> None:
+    living.send(wire.Add((request("gone", ENDLESS), request("stays"))))
+    living.send(wire.Abort((RequestId("gone", 1), RequestId("unknown", 1))))
+    got = living.completions(2)
     assert got["gone"].aborted
     assert not got["stays"].aborted
-    ready.send(wire.Add((request("next"),)))
-    assert len(ready.completions(1)["next"].outputs[0].token_ids) == 5
+    living.send(wire.Add((request("next"),)))
+    assert len(living.completions(1)["next"].outputs[0].token_ids) == 5
 
 
 def form(name: str, **wish: Any) -> Request:
@@ -217,18 +229,20 @@ def test_stop_answers_everything(ready: Peer) -> None:
     assert ready.ends() == 0
 
 
-def test_more_than_the_credits_comes_back(ready: Peer) -> None:
-    ready.send(wire.Add(tuple(request(str(number), ENDLESS) for number in range(10))))
-    got = ready.completions(2)
+def test_more_than_the_credits_comes_back(living: Peer) -> None:
+    living.send(wire.Add(tuple(request(str(number), ENDLESS) for number in range(10))))
+    got = living.completions(2)
     assert set(got) == {"8", "9"}
     assert all(one.aborted for one in got.values())
+    living.send(wire.Abort(tuple(RequestId(str(number), 1) for number in range(8))))
+    assert set(living.completions(8)) == set("01234567")
 
 
-def test_signals_for_the_worker_are_not_for_the_engine(ready: Peer) -> None:
+def test_signals_for_the_worker_are_not_for_the_engine(living: Peer) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-        ready.popen.send_signal(number)
-    ready.send(wire.Add((request("after"),)))
-    assert not ready.completions(1)["after"].aborted
+        living.popen.send_signal(number)
+    living.send(wire.Add((request("after"),)))
+    assert not living.completions(1)["after"].aborted
 
 
 @pytest.mark.parametrize("busy", [False, True])

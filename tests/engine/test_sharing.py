@@ -130,6 +130,7 @@ def test_higher_priority_preempts_and_lower_turns_go_first() -> None:
     assert engine.stats()["num_preemptions"] == 1
 
 
+@pytest.mark.long
 def test_overload_wastes_next_to_nothing() -> None:
     """2,000 requests, of which about 20 fit at a time, with answers far shorter than max_tokens says."""
     rng = random.Random(12)
