@@ -26,9 +26,8 @@ class Forecast:
         self._shared = shared
         self._page_size = page_size
         self._waste = (page_size - 1) / 2  # a last page is on average half empty
-        self._final = (
-            sum(tokens) + sum(remaining) + len(tokens) * (self._waste - 1)
-        )  # tokens, all at their ends
+        # tokens, if all were at their ends at once
+        self._final = sum(tokens) + sum(remaining) + len(tokens) * (self._waste - 1)
         self._given = tokens, remaining
         self._added: list[tuple[int, int]] = []  # and not in the arrays yet
         self._tokens: NDArray[np.int64] | None = None  # both with the most to go first

@@ -1,9 +1,10 @@
 """How fast jobs go in: as a file of JSON lines, as arrays of 1,000, and one by one at a fixed rate.
 
-One api process, this client beside it, no worker; jobs of about 200 bytes; every commit is synced to disk, on SQLite
-and on PostgreSQL. A file counts from its first byte to the commit of its last job. Single submits leave at fixed
-times, whether the earlier ones have come back or not, and their time counts from then. The last line is JSON. Run it
-on a machine that does nothing else: `python -m tests.bench.bench_submit`.
+One api process, this client beside it, no worker; jobs of about 200 bytes; what is accepted is synced to disk, on
+SQLite and on PostgreSQL (there of a file's chunks of jobs the last one, and with it those before). A file counts from
+its first byte to the commit of its last job. Single submits leave at fixed times, whether the earlier ones have come
+back or not, and their time counts from then. The last line is JSON. Run it on a machine that does nothing else:
+`python -m tests.bench.bench_submit`.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ import time
 from typing import Any
 
 import pytest
-from sqlalchemy import bindparam, event, insert, select, text
+from sqlalchemy import Connection, bindparam, event, insert, select, text
 
-from jobs.database import IDLE_SECONDS, Database, Texts, is_among
+from jobs.database import IDLE_SECONDS, Database, Texts, commit_lazily, copy_in, is_among
 from jobs.models import Tenant
 from tests.support.waiting import wait_until
 
@@ -51,15 +51,49 @@ def test_they_are_looked_up_and_not_searched_for(database: Database) -> None:
     assert ("SEARCH tenants" if database.is_sqlite else "Index Cond") in plan
 
 
+def killed(database: Database, backend: int) -> None:
+    """PostgreSQL's process of one connection."""
+    other = Database(database.url)
+    with other.write() as connection:
+        connection.execute(text("SELECT pg_terminate_backend(:backend)"), {"backend": backend})
+    other.close()
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_copy_whose_connection_dies_is_made_again(database: Database) -> None:
+    backends: list[int] = []
+
+    def work(connection: Connection) -> None:
+        backends.append(connection.scalars(text("SELECT pg_backend_pid()")).one())
+        if len(backends) == 1:
+            killed(database, backends[0])
+        copy_in(connection, "COPY tenants (id, weight, quotas, created_at) FROM STDIN", "a\t1\t{}\t0\n")
+
+    database.transact(work)
+    assert len(set(backends)) == 2
+    with database.read() as connection:
+        assert connection.scalars(select(Tenant.id).where(Tenant.id == "a")).all() == ["a"]
+
+
+def test_only_the_transaction_that_says_so_commits_lazily(database: Database) -> None:
+    for lazily in (True, False):
+        with database.write() as connection:
+            if lazily:
+                commit_lazily(connection)
+            connection.execute(insert(Tenant).values(id=f"{lazily}", weight=1.0, quotas={}, created_at=0.0))
+            if not database.is_sqlite:
+                source = "SELECT source FROM pg_settings WHERE name = 'synchronous_commit'"
+                assert (connection.scalar(text(source)) == "session") is lazily
+    with database.read() as connection:
+        assert set(connection.scalars(select(Tenant.id))) >= {"True", "False"}
+
+
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 def test_a_connection_that_died_while_nobody_used_it_is_replaced(database: Database) -> None:
     with database.read() as connection:
-        own = connection.scalar(text("SELECT pg_backend_pid()"))
+        own = connection.scalars(text("SELECT pg_backend_pid()")).one()
     idle_since = time.monotonic()
-    other = Database(database.url)
-    with other.write() as connection:
-        connection.execute(text("SELECT pg_terminate_backend(:own)"), {"own": own})
-    other.close()
+    killed(database, own)
     wait_until(lambda: time.monotonic() - idle_since > IDLE_SECONDS, "it has been idle")
     with database.read() as connection:
         assert connection.scalar(text("SELECT pg_backend_pid()")) != own
