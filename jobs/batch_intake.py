@@ -180,6 +180,8 @@ def _cut(blocks: Iterator[Drafts], begin: int, left: int) -> Iterator[Drafts]:
                 begin = block.ends[stop - 1]
                 yield joined(held)
                 held, room = [], CHUNK
+        if not left:
+            return
 
 
 def _one_ahead(chunks: Iterator[_Chunk]) -> Generator[_Chunk, None, None]:

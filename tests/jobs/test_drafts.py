@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, chain
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jobs import batch_intake
 from jobs.body import JobBody, parse_job
 from jobs.database import Database
-from jobs.drafts import MEMORY_BYTES, DraftFile, by_column, draft_of, joined
+from jobs.drafts import MEMORY_BYTES, Draft, DraftFile, by_column, draft_of, joined
 from jobs.json_text import JsonText
 from jobs.settings import Settings
 from tests.support.batch_lines import CHAT, Bench, chat_line, insert_one_chunk, jsonl
@@ -37,6 +40,38 @@ def test_what_goes_in_comes_out(tmp_path: Path, settings: Settings) -> None:
     assert all(type(body) is JsonText for body in found.bodies)
     assert list(zip(*found.part(1, 3), strict=True)) == [(1, *drafts[1]), (2, *drafts[2])]
     assert list(tmp_path.iterdir()) == []
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=9), max_size=6),
+    st.integers(1, 40),
+    st.integers(0, 50),
+)
+def test_a_chunk_has_as_many_as_it_may_and_no_more(sizes: list[list[int]], left: int, begin: int) -> None:
+    """sizes: bytes of the lines of each block."""
+    ends = accumulate(chain.from_iterable(sizes), initial=begin)
+    next(ends)
+    blocks = [[next(ends) for _ in block] for block in sizes]
+    draft = Draft(None, "tiny", JsonText("{}"), {}, None, 1, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch_intake, "CHUNK", 5)
+        patch.setattr(batch_intake, "CHUNK_BYTES", 100)
+        drafts = (by_column([(end, draft) for end in block]) for block in blocks)
+        chunks = [list(chunk.ends) for chunk in batch_intake._cut(drafts, begin, left)]
+    given_ends = list(chain.from_iterable(blocks))[:left]
+    made = list(chain.from_iterable(chunks))
+    assert made == given_ends[: len(made)]
+    for chunk in chunks:
+        *before, last = [begin, *chunk]
+        full = len(chunk) == 5 or last - begin >= 100
+        assert len(chunk) <= 5
+        assert before[-1] - begin < 100  # the line that passes the limit is the last
+        assert full or last == given_ends[-1]
+        begin = last
+    # what is left of a file that is shorter than it was is not inserted
+    rest = given_ends[len(made) :]
+    assert len(given_ends) < left or not rest
+    assert len(rest) < 5
 
 
 def test_a_disk_that_is_full_costs_time_and_nothing_else(settings: Settings) -> None:
