@@ -34,8 +34,16 @@ class SelfAttention:
     k_norm: RMSNorm | None
     out: Linear
 
-    def __call__(self, x: Tensor, step: StepInput, pages: PagedKV, rotation: Rotation | None) -> Tensor:
-        """x `[T, hidden]` → `[T, hidden]`; K and V of the step's tokens are stored. No rotation: none is made."""
+    def __call__(
+        self,
+        x: Tensor,
+        step: StepInput,
+        pages: PagedKV,
+        rotation: Rotation | None,
+        read: Tensor | None = None,
+    ) -> Tensor:
+        """x `[T, hidden]` → `[T, hidden]`, or `[W, hidden]` of the tokens `read` `[W]`; K and V of all the step's
+        tokens are stored. No rotation: none is made."""
         heads, kv_heads, dim, num_tokens = self.num_heads, self.num_kv_heads, self.head_dim, x.shape[0]
         # [T, hq + 2·hk, d]: q, k and v are views, nothing is copied
         qkv = self.qkv(x).view(num_tokens, heads + 2 * kv_heads, dim)
@@ -46,7 +54,8 @@ class SelfAttention:
         mixed = self.kernels.paged_attention(
             q, pages, step.page_table, step.query_start, step.context_lens, self.how, step.shared
         )
-        return self.out(mixed.view(num_tokens, heads * dim))
+        mixed = mixed.view(num_tokens, heads * dim)
+        return self.out(mixed if read is None else mixed[read])
 
     def _stored(
         self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor, pages: PagedKV, rotation: Rotation | None

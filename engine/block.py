@@ -32,12 +32,20 @@ class Block:
     multiplier: float  # of what either adds
 
     def __call__(
-        self, x: Tensor | None, residual: Tensor, step: StepInput, pages: PagedKV, rotation: Rotation | None
+        self,
+        x: Tensor | None,
+        residual: Tensor,
+        step: StepInput,
+        pages: PagedKV,
+        rotation: Rotation | None,
+        read: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(x, residual) of the next block, each `[T, hidden]`; x is what `residual` does not contain yet, None
-        in front of the first block. May overwrite `residual`."""
+        in front of the first block. `read`: of which tokens, instead of all. May overwrite `residual`."""
         x, residual = added(self.attention_norm, x, residual)
-        x = self.attention(x, step, pages, rotation)
+        x = self.attention(x, step, pages, rotation, read)
+        if read is not None:
+            residual = residual[read]
         if self.out_norm is not None:
             x = self.out_norm(x)
         if self.multiplier != 1.0:
@@ -66,11 +74,19 @@ class ParallelBlock:
     multiplier: float  # of what both add
 
     def __call__(
-        self, x: Tensor | None, residual: Tensor, step: StepInput, pages: PagedKV, rotation: Rotation | None
+        self,
+        x: Tensor | None,
+        residual: Tensor,
+        step: StepInput,
+        pages: PagedKV,
+        rotation: Rotation | None,
+        read: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As `Block`."""
         seen, residual = added(self.attention_norm, x, residual)
-        mixed = self.attention(seen, step, pages, rotation)
+        mixed = self.attention(seen, step, pages, rotation, read)
+        if read is not None:
+            seen, residual = seen[read], residual[read]
         if self.mlp_norm is not None:
             seen = self.mlp_norm(residual)
         x = mixed + self.mlp(seen)

@@ -37,10 +37,12 @@ if TYPE_CHECKING:
 
 
 class Hidden(NamedTuple):
-    """What the last block leaves of a step, each `[T, hidden]`: their sum goes to the last norm and the head."""
+    """What the last block leaves of a step: `added` and `residual`, whose sum goes to the last norm and the head,
+    each `[T, hidden]`, or `[W, hidden]` of the tokens `read`."""
 
     added: Tensor
     residual: Tensor
+    read: Tensor | None  # as in `StepInput`
 
 
 class Decoder:
@@ -138,7 +140,7 @@ class Decoder:
         return self.logits(self.hidden(step, cache), step.logit_rows)
 
     def hidden(self, step: StepInput, cache: KVCache) -> Hidden:
-        """As `forward`, but all tokens of the step before the last norm and the head."""
+        """As `forward`, but what is before the last norm and the head, of the tokens that are read."""
         # of the layers that see everything, and of those with a window: cos and sin, each [T, rotary_dim / 2]
         rotations = [(cos[step.positions], sin[step.positions]) for cos, sin in self._tables]
         residual = self._embedding[step.token_ids]  # [T, hidden]
@@ -148,19 +150,23 @@ class Decoder:
             residual = residual + self._positions[step.positions]
         if self._fused is not None:
             rows = step.slots, step.page_table, step.query_start, step.context_lens, step.shared
-            return Hidden(*self._fused(residual, rotations, cache.layers, *rows))
+            return Hidden(*self._fused(residual, rotations, cache.layers, *rows, step.read), step.read)
         x: Tensor | None = None
+        last = self._blocks[-1]
         for block, pages, table in zip(self._blocks, cache.layers, self._table_of, strict=True):
             rotation = None if table is None else rotations[table]
-            x, residual = block(x, residual, step, pages, rotation)
+            x, residual = block(x, residual, step, pages, rotation, step.read if block is last else None)
         assert x is not None  # there is at least one layer
-        return Hidden(x, residual)
+        return Hidden(x, residual, step.read)
 
     def logits(self, hidden: Hidden, rows: Tensor) -> Tensor:
-        """`[N, vocab]` of the tokens `rows` `[N]` of a step. Only they reach the last norm and the head."""
+        """`[N, vocab]` of the tokens `rows` `[N]` of a step, which are among those read. Only they reach the last
+        norm and the head."""
         config = self.config
         if rows.shape[0] == 0:
             return hidden.added.new_empty((0, config.vocab_size))
+        if hidden.read is not None:
+            rows = torch.searchsorted(hidden.read, rows)
         x, _ = self._last_norm.added(hidden.added[rows], hidden.residual[rows])
         logits = self._head(x)
         if config.logits_scaling != 1.0:

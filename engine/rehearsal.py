@@ -86,7 +86,7 @@ def _in_steps(
         )
         step = StepInput.build(Plan(rows), _PAGE_SIZE, device=device)
         everywhere = torch.arange(step.token_ids.shape[0], device=device)
-        logits = forward(replace(step, logit_rows=everywhere), cache)
+        logits = forward(replace(step, logit_rows=everywhere, read=None), cache)
         for row, part in zip(rows, torch.split(logits, [row.num_tokens for row in rows]), strict=True):
             found[sequences.index(row.sequence)].append(part)
             row.sequence.num_computed += row.num_tokens

@@ -32,6 +32,9 @@ class StepInput:
     logit_rows: Tensor
     scored_rows: Tensor  # [N] int64: the same for logits that score a prompt's next token (`Row.scored`)
     shared: SharedPrefixes | None = None  # where rows of one token share pages, if attention is to be told
+    # [W] int64, ascending: the tokens of `logit_rows` and `scored_rows`, where they are few, and padding of token 0.
+    # The last block need make no others: all that later steps want of those are its keys and values. None: all.
+    read: Tensor | None = None
 
     @classmethod
     def build(
@@ -63,10 +66,12 @@ class StepInput:
             made = torch.from_numpy(array)
             return made if device == "cpu" else made.to(device, non_blocking=True)
 
-        def chosen(tokens: list[int]) -> Tensor:
+        def padded(tokens: list[int]) -> np.ndarray:
             rows = np.zeros(_round_up(len(tokens), row_multiple), dtype=np.int64)
             rows[: len(tokens)] = tokens
-            return tensor(rows)
+            return rows
+
+        read = np.sort(padded(sampled + scored or [0]))
 
         return cls(
             token_ids=tensor(tokens.token_ids),
@@ -75,9 +80,10 @@ class StepInput:
             page_table=tensor(tokens.page_table),
             query_start=None if len(tokens.token_ids) == len(rows) else tensor(tokens.query_start),
             context_lens=tensor(tokens.context_lens),
-            logit_rows=chosen(sampled),
-            scored_rows=chosen(scored),
+            logit_rows=tensor(padded(sampled)),
+            scored_rows=tensor(padded(scored)),
             shared=_shared(plan, page_size, sharing, device) if sharing is not None else None,
+            read=tensor(read) if 2 * len(read) <= len(tokens.token_ids) else None,
         )
 
 

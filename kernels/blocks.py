@@ -55,8 +55,9 @@ class BlockParts:
 
 
 class FusedBlocks(Protocol):
-    """All blocks of a decoder: `(x, residual)` behind the last one, each `[T, hidden]`. May overwrite `residual`,
-    which is contiguous.
+    """All blocks of a decoder: `(x, residual)` behind the last one, each `[T, hidden]`; with `read` `[W]` int64, at
+    most T tokens in any order, `[W, hidden]` of those, and of others the last block makes nothing but K and V. May
+    overwrite `residual`, which is contiguous.
 
     `rotations`: (cos, sin), each `[T, rotary_dim / 2]` fp32, as many as blocks ask for. `caches`: one per block, of
     one page size. The others as `store_kv` and `paged_attention` take them. Raises `ValueError` where shapes or
@@ -73,6 +74,7 @@ class FusedBlocks(Protocol):
         query_start: Tensor | None,
         context_lens: Tensor,
         shared: SharedPrefixes | None = None,
+        read: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
 

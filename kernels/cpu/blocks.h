@@ -32,6 +32,8 @@ typedef struct {
     const int32_t *page_table, *query_start, *context_lens, *shared_tokens, *shared_members, *shared_starts;
     const float *rotations[2 * MOST_ROTATIONS];
     long padding; /* whether a row without context may be among them */
+    const int64_t *read; /* tokens that the last block is wanted of, num_read; NULL: all of them */
+    long num_read;
 } block_step;
 
 #define SCALAR uint16_t
@@ -93,11 +95,17 @@ static int KV(attention_of_block)(const block_weights *block, const block_pages 
     return 0;
 }
 
-/* residual [tokens, hidden], and behind the last block `added` [tokens, hidden], which it does not contain yet.
- * workspace: for one block's results. -1 where there is no memory. */
+/* to [count, width]: the rows of `from` that `rows` names. */
+static void KV(gather)(const SCALAR *from, const int64_t *rows, long count, long width, SCALAR *to) {
+    for (long i = 0; i < count; i++) memcpy(to + i * width, from + rows[i] * width, width * sizeof *to);
+}
+
+/* residual [tokens, hidden], and behind the last block `added` [tokens, hidden], which it does not contain yet; of
+ * both what is read comes first. workspace: for one block's results. -1 where there is no memory. */
 int KV(blocks)(long count, const block_weights *blocks, const block_pages *pages, const block_step *step,
                SCALAR *residual, SCALAR *added, SCALAR *workspace, int threads) {
-    const long tokens = step->tokens, hidden = step->hidden;
+    const long hidden = step->hidden;
+    long tokens = step->tokens;
     for (long i = 0; i < count; i++) {
         const block_weights *block = blocks + i;
         const long mixed_width = block->heads * block->dim, inner = block->inner;
@@ -109,6 +117,13 @@ int KV(blocks)(long count, const block_weights *blocks, const block_pages *pages
                      block->eps, block->offset, normed, threads);
         failed |= FN(matmul)(tokens, qkv_width, hidden, normed, hidden, block->qkv, block->qkv_bias, qkv, threads);
         failed |= KV(attention_of_block)(block, pages + i, step, qkv, mixed, threads);
+        if (step->read && i == count - 1) { /* into places whose contents nobody needs any more */
+            tokens = step->num_read;
+            KV(gather)(mixed, step->read, tokens, mixed_width, qkv);
+            KV(gather)(residual, step->read, tokens, hidden, normed);
+            memcpy(residual, normed, tokens * hidden * sizeof *residual);
+            mixed = qkv, active = gate_up + tokens * 2 * inner;
+        }
         failed |= FN(matmul)(tokens, hidden, mixed_width, mixed, mixed_width, block->out, block->out_bias, added,
                              threads);
         FN(rms_norm)(tokens, hidden, added, hidden, residual, hidden, block->mlp_norm, block->eps, block->offset,

@@ -61,6 +61,8 @@ class _Step(Structure):
         *[(name, c_void_p) for name in ("shared_tokens", "shared_members", "shared_starts")],
         ("rotations", c_void_p * (2 * MOST_ROTATIONS)),
         ("padding", c_long),
+        ("read", c_void_p),
+        ("num_read", c_long),
     ]
 
 
@@ -118,6 +120,7 @@ class _Blocks:
         query_start: Tensor | None,
         context_lens: Tensor,
         shared: SharedPrefixes | None = None,
+        read: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         tokens, rows = residual.shape[0], page_table.shape[0]
         starts = single_queries(tokens) if query_start is None else query_start
@@ -129,6 +132,14 @@ class _Blocks:
         )
         require(slots.dtype == torch.int64 and slots.shape == (tokens,), "blocks: slots [T] int64")
         require_rows("blocks", page_table, starts, context_lens)
+        num_read = tokens if read is None else read.shape[0]
+        require(
+            read is None
+            or (
+                read.dtype == torch.int64 and read.is_contiguous() and read.dim() == 1 and num_read <= tokens
+            ),
+            "blocks: read [W] int64, at most T",
+        )
         if list(caches) != self._caches:
             self._take(caches)
         tokens_shared, members, shared_starts, groups = groups_of(shared, rows)
@@ -136,6 +147,7 @@ class _Blocks:
             tokens, rows, self._hidden, self._page_size, page_table.shape[1], groups,
             slots.data_ptr(), page_table.data_ptr(), starts.data_ptr(), context_lens.data_ptr(),
             tokens_shared, members, shared_starts, self._angles(rotations, tokens), query_start is None,
+            _pointer(read), num_read,
         )  # fmt: skip
         added = torch.empty_like(residual)
         if tokens == 0:
@@ -147,7 +159,7 @@ class _Blocks:
         )  # fmt: skip
         if failed:
             raise MemoryError("blocks: no memory for a product's x or attention's work items")
-        return added, residual
+        return added[:num_read], residual[:num_read]
 
     def _take(self, caches: Sequence[PagedKV]) -> None:
         """Point to other caches than before."""

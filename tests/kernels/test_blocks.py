@@ -249,6 +249,26 @@ def test_threads_change_no_bit(dtype: torch.dtype) -> None:
         assert torch.equal(residual, found[0][1])
 
 
+@pytest.mark.parametrize("read", [[12], [0, 1, 13], [5, 5, 0, 12], list(range(13, -1, -1))], ids=str)
+@pytest.mark.parametrize("count", [1, 3])
+def test_what_is_read_is_the_same_without_the_rest(
+    dtype: torch.dtype, cpu_storage: torch.dtype | None, read: list[int], count: int
+) -> None:
+    torch.manual_seed(7)
+    blocks = [block(dtype, inner=300) for _ in range(count)]
+    step, chosen = Step(blocks, CONTEXTS[:4], cpu_storage), torch.tensor(read)
+    everything, whole = assert_same(blocks, step), step.arguments()
+    found = fused(blocks)(*whole, chosen)
+    for one, other in zip(found, everything, strict=True):
+        assert torch.equal(one, other[chosen])
+    wanted = step.arguments()
+    one_by_one(CPU, blocks, *wanted)
+    assert all(torch.equal(a.keys, b.keys) for a, b in zip(whole[2], wanted[2], strict=True))
+    assert all(torch.equal(a.values, b.values) for a, b in zip(whole[2], wanted[2], strict=True))
+    with pytest.raises(ValueError, match=r"read \[W\] int64"):
+        fused(blocks)(*step.arguments(), torch.arange(15))
+
+
 def test_other_caches_may_come() -> None:
     torch.manual_seed(6)
     blocks = [block(torch.bfloat16)]
