@@ -34,15 +34,8 @@ class SelfAttention:
     k_norm: RMSNorm | None
     out: Linear
 
-    def __call__(
-        self,
-        x: Tensor,
-        step: StepInput,
-        pages: PagedKV,
-        rotation: Rotation | None,
-        read: Tensor | None = None,
-    ) -> Tensor:
-        """x `[T, hidden]` → `[T, hidden]`, or `[W, hidden]` of the tokens `read` `[W]`; K and V of all the step's
+    def __call__(self, x: Tensor, step: StepInput, pages: PagedKV, rotation: Rotation | None) -> Tensor:
+        """x `[T, hidden]` → `[T, hidden]`, or `[W, hidden]` of the tokens `step.read`; K and V of all the step's
         tokens are stored. No rotation: none is made."""
         heads, kv_heads, dim, num_tokens = self.num_heads, self.num_kv_heads, self.head_dim, x.shape[0]
         # [T, hq + 2·hk, d]: q, k and v are views, nothing is copied
@@ -55,7 +48,7 @@ class SelfAttention:
             q, pages, step.page_table, step.query_start, step.context_lens, self.how, step.shared
         )
         mixed = mixed.view(num_tokens, heads * dim)
-        return self.out(mixed if read is None else mixed[read])
+        return self.out(mixed if step.read is None else mixed[step.read])
 
     def _stored(
         self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor, pages: PagedKV, rotation: Rotation | None

@@ -32,20 +32,14 @@ class Block:
     multiplier: float  # of what either adds
 
     def __call__(
-        self,
-        x: Tensor | None,
-        residual: Tensor,
-        step: StepInput,
-        pages: PagedKV,
-        rotation: Rotation | None,
-        read: Tensor | None = None,
+        self, x: Tensor | None, residual: Tensor, step: StepInput, pages: PagedKV, rotation: Rotation | None
     ) -> tuple[Tensor, Tensor]:
-        """(x, residual) of the next block, each `[T, hidden]`; x is what `residual` does not contain yet, None
-        in front of the first block. `read`: of which tokens, instead of all. May overwrite `residual`."""
+        """(x, residual) of the next block, each `[T, hidden]`, or of the tokens `step.read`; x is what
+        `residual` does not contain yet, None in front of the first block. May overwrite `residual`."""
         x, residual = added(self.attention_norm, x, residual)
-        x = self.attention(x, step, pages, rotation, read)
-        if read is not None:
-            residual = residual[read]
+        x = self.attention(x, step, pages, rotation)
+        if step.read is not None:
+            residual = residual[step.read]
         if self.out_norm is not None:
             x = self.out_norm(x)
         if self.multiplier != 1.0:
@@ -74,19 +68,13 @@ class ParallelBlock:
     multiplier: float  # of what both add
 
     def __call__(
-        self,
-        x: Tensor | None,
-        residual: Tensor,
-        step: StepInput,
-        pages: PagedKV,
-        rotation: Rotation | None,
-        read: Tensor | None = None,
+        self, x: Tensor | None, residual: Tensor, step: StepInput, pages: PagedKV, rotation: Rotation | None
     ) -> tuple[Tensor, Tensor]:
         """As `Block`."""
         seen, residual = added(self.attention_norm, x, residual)
-        mixed = self.attention(seen, step, pages, rotation, read)
-        if read is not None:
-            seen, residual = seen[read], residual[read]
+        mixed = self.attention(seen, step, pages, rotation)
+        if step.read is not None:
+            seen, residual = seen[step.read], residual[step.read]
         if self.mlp_norm is not None:
             seen = self.mlp_norm(residual)
         x = mixed + self.mlp(seen)

@@ -54,24 +54,20 @@ class Forecast:
             self._added.append((tokens, remaining))
         self._asked = None
 
-    def _sorted(self) -> NDArray[np.int64]:
-        """The tokens; `_remaining` is in the same order."""
+    def _sorted(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Tokens and remaining of all who have joined."""
         if self._tokens is None:
             given, left = (np.array(one, dtype=np.int64) for one in self._given)
             order = np.argsort(-left, kind="stable")
             self._tokens, self._remaining = given[order], left[order]
-        for tokens, remaining in self._added:
-            at = int((-self._remaining).searchsorted(-remaining))
-            self._tokens = _inserted(self._tokens, at, tokens)
-            self._remaining = _inserted(self._remaining, at, remaining)
+        for one in self._added:
+            self._tokens, self._remaining = _with_one(self._tokens, self._remaining, *one)
         self._added.clear()
-        return self._tokens
+        return self._tokens, self._remaining
 
     def _joined(self, tokens: int, remaining: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         if self._asked != (tokens, remaining):
-            here = self._sorted()
-            at = int((-self._remaining).searchsorted(-remaining))
-            self._with = _inserted(here, at, tokens), _inserted(self._remaining, at, remaining)
+            self._with = _with_one(*self._sorted(), tokens, remaining)
             self._asked = tokens, remaining
         return self._with
 
@@ -81,6 +77,14 @@ class Forecast:
             self._numbers = np.arange(1, 2 * len(tokens) + 1)
         owned = np.cumsum(tokens) + self._numbers[: len(tokens)] * each
         return float(self._shared + owned.max(initial=0) / self._page_size)
+
+
+def _with_one(
+    ordered: NDArray[np.int64], by: NDArray[np.int64], tokens: int, remaining: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Tokens and remaining with one more; both with the most to go first."""
+    at = int((-by).searchsorted(-remaining))
+    return _inserted(ordered, at, tokens), _inserted(by, at, remaining)
 
 
 def _inserted(numbers: NDArray[np.int64], at: int, number: int) -> NDArray[np.int64]:

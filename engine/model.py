@@ -153,9 +153,10 @@ class Decoder:
             return Hidden(*self._fused(residual, rotations, cache.layers, *rows, step.read), step.read)
         x: Tensor | None = None
         last = self._blocks[-1]
+        whole = step if step.read is None else replace(step, read=None)  # for all blocks but the last
         for block, pages, table in zip(self._blocks, cache.layers, self._table_of, strict=True):
             rotation = None if table is None else rotations[table]
-            x, residual = block(x, residual, step, pages, rotation, step.read if block is last else None)
+            x, residual = block(x, residual, step if block is last else whole, pages, rotation)
         assert x is not None  # there is at least one layer
         return Hidden(x, residual, step.read)
 

@@ -71,7 +71,8 @@ class StepInput:
             rows[: len(tokens)] = tokens
             return rows
 
-        read = np.sort(padded(sampled + scored or [0]))
+        read = sampled + scored or [0]
+        is_few = 2 * _round_up(len(read), row_multiple) <= len(tokens.token_ids)
 
         return cls(
             token_ids=tensor(tokens.token_ids),
@@ -83,7 +84,7 @@ class StepInput:
             logit_rows=tensor(padded(sampled)),
             scored_rows=tensor(padded(scored)),
             shared=_shared(plan, page_size, sharing, device) if sharing is not None else None,
-            read=tensor(read) if 2 * len(read) <= len(tokens.token_ids) else None,
+            read=tensor(np.sort(padded(read))) if is_few else None,
         )
 
 

@@ -85,7 +85,7 @@ def test_the_last_block_multiplies_those_alone(tmp_path: Path, monkeypatch: pyte
     assert set(seen[:-3]) == {71}
 
 
-def test_a_step_that_nobody_reads_makes_one(tmp_path: Path) -> None:
+def test_a_step_that_nobody_reads_makes_one() -> None:
     step = StepInput.build(plan((50, 20), (50, 12)), PAGE)
     assert step.read is not None
     assert step.read.tolist() == [0]
