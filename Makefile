@@ -48,6 +48,7 @@ bench: venv model
 	$(BIN)/python -m tests.bench.bench_speculation
 	$(BIN)/python -m tests.bench.bench_int8
 	$(BIN)/python -m tests.bench.bench_matmul
+	$(BIN)/python -m tests.bench.bench_sampling
 	$(BIN)/python -m tests.bench.bench_blocks
 	$(BIN)/python -m tests.bench.bench_attention_cpu
 	$(BIN)/python -m tests.bench.bench_grammar

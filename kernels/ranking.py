@@ -1,7 +1,6 @@
 """The likeliest tokens of rows of logits, in one order.
 
-Owns that order, in torch: by logit, equals by the lower id. Knows nothing of who asks: draws of filtered rows and
-logprobs do.
+Owns that order, in torch: by logit, equals by the lower id. Knows nothing of who asks: logprobs do.
 """
 
 from __future__ import annotations

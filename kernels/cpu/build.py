@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("ops.c")
 INCLUDED = tuple(
     SOURCE.with_name(f"{name}.h")
-    for name in ("vectors", "attention", "shared", "paged", "matmul", "matmul_i8", "blocks")
+    for name in ("vectors", "attention", "shared", "paged", "matmul", "matmul_i8", "sampling", "blocks")
 )
 # -O2, because the vectors are explicit: as fast as -O3 here (decode attention 33 ms either way), built in a third
 # of the time. No -ffast-math: it would let NaN and the order of sums go.

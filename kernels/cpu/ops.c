@@ -1,6 +1,6 @@
 /* The operations on a CPU, for bf16 and fp32 storage, computed in fp32; `paged.h`, `shared.h` and `attention.h`
- * hold the two on pages, `matmul.h` and `matmul_i8.h` products with weights, `blocks.h` calls many of them one after
- * another, `vectors.h` is what all are written in.
+ * hold the two on pages, `matmul.h` and `matmul_i8.h` products with weights, `sampling.h` draws tokens, `blocks.h` calls
+ * many of the others one after another, `vectors.h` is what all are written in.
  *
  * Owns arithmetic on plain arrays. Knows no tensors: `kernels/cpu/__init__.py` checks shapes and passes pointers
  * and strides (counted in elements). Generic vectors of 16 floats (GCC vector extensions) become AVX-512, AVX2
@@ -24,8 +24,6 @@
 #include "vectors.h"
 
 #define PARALLEL_WORK 16384 /* elements below which waking a second thread costs more than it saves */
-
-#define SEARCHED 1024 /* elements that are looked through again for the largest one's place */
 
 /* The activations of the contract, by the numbers that kernels/cpu/__init__.py passes. */
 enum { SILU, GELU, GELU_TANH, RELU };
@@ -338,38 +336,6 @@ void FN(softcap)(long tokens, long width, const SCALAR *x, long stride, float ca
         }
 }
 
-/* out[t] = the index of the largest of x[t], the lowest of equals; -1 where the largest is NaN or infinite. */
-void FN(likeliest)(long tokens, long width, const SCALAR *x, long stride, int64_t *out, int threads) {
-#pragma omp parallel for num_threads(threads) if (tokens > 1 && tokens * width > PARALLEL_WORK)
-    for (long t = 0; t < tokens; t++) {
-        const SCALAR *row = x + t * stride;
-        float largest = -INFINITY;
-        long at = 0, failed = 0; /* the part in which it is the first time */
-        for (long from = 0; from < width; from += SEARCHED) {
-            const long end = from + SEARCHED < width ? from + SEARCHED : width;
-            vn most = nsplat(-INFINITY);
-            vni bad = {};
-            long i = from;
-            for (; i + NATIVE <= end; i += NATIVE) {
-                vn a = FN(load)(row + i);
-                most = nmax(a, most), bad |= a != a;
-            }
-            if (i < end) { /* lanes behind the row repeat one of it */
-                vn a = FN(load_some)(row + i, end - i);
-                for (long lane = end - i; lane < NATIVE; lane++) a[lane] = a[0];
-                most = nmax(a, most), bad |= a != a;
-            }
-            for (int lane = 0; lane < NATIVE; lane++) {
-                failed |= bad[lane];
-                if (most[lane] > largest) largest = most[lane], at = from;
-            }
-        }
-        failed |= !isfinite(largest);
-        while (!failed && FN(load_some)(row + at, 1)[0] != largest) at++;
-        out[t] = failed ? -1 : at;
-    }
-}
-
 /* A row as column of `to`: to[d * columns] = from[d] * by. */
 INLINE void FN(spread)(const SCALAR *from, long dim, float by, int columns, float *to) {
     for (long d = 0; d < dim; d += NATIVE) {
@@ -385,5 +351,6 @@ INLINE void FN(divide)(const float *from, long dim, float by, SCALAR *to) {
 
 #include "matmul.h"
 #include "matmul_i8.h"
+#include "sampling.h"
 
 #endif
