@@ -20,6 +20,14 @@ import msgpack
 class DecodeError(ValueError):
     """Bytes do not have the declared shape. The message names the field and what is allowed there."""
 
+    def __init__(self, reason: str, path: str = "") -> None:
+        super().__init__(f"{path}: {reason}" if path else reason)
+        self._reason, self._path = reason, path
+
+    def inside(self, outer: str) -> DecodeError:
+        """The same, seen from whatever holds the value as `outer`. Paths are written only when something is wrong."""
+        return DecodeError(self._reason, outer + self._path)
+
 
 def pack(value: object) -> bytes:
     """msgpack bytes of a dataclass, or of lists, tuples, maps and scalars that hold dataclasses."""
@@ -37,12 +45,15 @@ def unpack(body: bytes) -> Any:
 
 def build(expected: type[_T], value: Any) -> _T:
     """`value`, as `unpack` returns it, as an `expected` dataclass. Raises `DecodeError`."""
-    built: _T = _decoder(typing.cast("Hashable", expected))(value, expected.__name__)
+    try:
+        built: _T = _decoder(typing.cast("Hashable", expected))(value)
+    except DecodeError as error:
+        raise error.inside(expected.__name__) from error
     return built
 
 
 _T = typing.TypeVar("_T")
-_Decode: TypeAlias = Callable[[Any, str], Any]
+_Decode: TypeAlias = Callable[[Any], Any]
 
 
 def _fields(value: object) -> dict[str, Any]:
@@ -91,9 +102,9 @@ def _decoder(expected: Hashable) -> _Decode:
 
 
 def _checked(holds: Callable[[Any], bool], allowed: str) -> _Decode:
-    def decode_scalar(value: Any, path: str) -> Any:
+    def decode_scalar(value: Any) -> Any:
         if not holds(value):
-            raise DecodeError(f"{path}: must be {allowed}, not {type(value).__name__}")
+            raise DecodeError(f"must be {allowed}, not {type(value).__name__}")
         return value
 
     return decode_scalar
@@ -102,84 +113,118 @@ def _checked(holds: Callable[[Any], bool], allowed: str) -> _Decode:
 def _tuple_decoder(item: Any) -> _Decode:
     decode_item = None if item is int else _decoder(item)
 
-    def decode_tuple(value: Any, path: str) -> tuple[Any, ...]:
+    def decode_tuple(value: Any) -> tuple[Any, ...]:
         if type(value) is not tuple:
-            raise DecodeError(f"{path}: must be a list, not {type(value).__name__}")
-        if decode_item is not None:
-            return tuple(decode_item(one, f"{path}[{i}]") for i, one in enumerate(value))
-        if not set(map(type, value)) <= {int}:  # token ids: thousands, so checked without a Python loop
-            raise DecodeError(f"{path}: must be a list of integers")
-        return value
+            raise DecodeError(f"must be a list, not {type(value).__name__}")
+        if decode_item is None:
+            if not set(map(type, value)) <= {int}:  # token ids: thousands, so checked without a Python loop
+                raise DecodeError("must be a list of integers")
+            return value
+        decoded: list[Any] = []
+        try:
+            for one in value:
+                decoded.append(decode_item(one))
+        except DecodeError as error:
+            raise error.inside(f"[{len(decoded)}]") from error
+        return tuple(decoded)
 
     return decode_tuple
 
 
 def _fixed_tuple_decoder(items: tuple[Any, ...]) -> _Decode:
-    decoders = [_decoder(item) for item in items]
-
-    def decode_fixed_tuple(value: Any, path: str) -> tuple[Any, ...]:
-        if type(value) is not tuple or len(value) != len(decoders):
-            raise DecodeError(f"{path}: must be a list of {len(decoders)}")
-        return tuple(
-            decode(one, f"{path}[{i}]") for i, (decode, one) in enumerate(zip(decoders, value, strict=True))
-        )
-
-    return decode_fixed_tuple
+    return _row_decoder([("", item) for item in items], tuple, f"a list of {len(items)}")
 
 
 def _named_tuple_decoder(expected: type[Any]) -> _Decode:
     hints = typing.get_type_hints(expected)
+    return _row_decoder(
+        [(f".{name}", hint) for name, hint in hints.items()],
+        expected._make,
+        f"a list of {len(hints)}: {', '.join(hints)}",
+    )
 
-    def decode_named_tuple(value: Any, path: str) -> Any:
-        if type(value) is not tuple or len(value) != len(hints):
-            raise DecodeError(f"{path}: must be a list of {len(hints)}: {', '.join(hints)}")
-        pairs = zip(hints.items(), value, strict=True)
-        return expected(*(_decoder(hint)(one, f"{path}.{name}") for (name, hint), one in pairs))
 
-    return decode_named_tuple
+def _row_decoder(items: list[tuple[str, Any]], make: Callable[[list[Any]], Any], allowed: str) -> _Decode:
+    """A list whose items have annotations, and maybe names, of their own."""
+    decoders = [_decoder(hint) for _, hint in items]
+
+    def decode_row(value: Any) -> Any:
+        if type(value) is not tuple or len(value) != len(decoders):
+            raise DecodeError(f"must be {allowed}")
+        decoded: list[Any] = []
+        try:
+            for decode, one in zip(decoders, value, strict=True):
+                decoded.append(decode(one))
+        except DecodeError as error:
+            raise error.inside(items[len(decoded)][0] or f"[{len(decoded)}]") from error
+        return make(decoded)
+
+    return decode_row
 
 
 def _dict_decoder(key: Any, item: Any) -> _Decode:
-    def decode_dict(value: Any, path: str) -> dict[Any, Any]:
+    decode_key, decode_item = _decoder(key), _decoder(item)
+
+    def decode_dict(value: Any) -> dict[Any, Any]:
         if not isinstance(value, Mapping):
-            raise DecodeError(f"{path}: must be a map, not {type(value).__name__}")
-        return {_decoder(key)(k, f"{path} key"): _decoder(item)(v, f"{path}[{k}]") for k, v in value.items()}
+            raise DecodeError(f"must be a map, not {type(value).__name__}")
+        decoded: dict[Any, Any] = {}
+        for key, one in value.items():
+            try:
+                place = " key"
+                decoded_key = decode_key(key)
+                place = f"[{key}]"
+                decoded[decoded_key] = decode_item(one)
+            except DecodeError as error:
+                raise error.inside(place) from error
+        return decoded
 
     return decode_dict
 
 
 def _union_decoder(members: tuple[Any, ...]) -> _Decode:
-    def decode_union(value: Any, path: str) -> Any:
-        reasons: list[str] = []
-        for member in members:
+    decoders = [_decoder(member) for member in members]
+
+    def decode_union(value: Any) -> Any:
+        reasons: list[DecodeError] = []
+        for decode in decoders:
             try:
-                return _decoder(member)(value, path)
+                return decode(value)
             except DecodeError as error:
-                reasons.append(str(error))
-        raise DecodeError("; or ".join(reasons))
+                reasons.append(error)
+        raise DecodeError("; or ".join(map(str, reasons)))
 
     return decode_union
 
 
 def _dataclass_decoder(expected: type[Any]) -> _Decode:
-    hints = typing.get_type_hints(expected)
     required = {
         f.name
         for f in dataclasses.fields(expected)
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     }
+    decoders: dict[str, _Decode] = {}
 
-    def decode_dataclass(value: Any, path: str) -> Any:
+    def decode_dataclass(value: Any) -> Any:
         if not isinstance(value, Mapping):
-            raise DecodeError(f"{path}: must be a map, not {type(value).__name__}")
-        if unknown := value.keys() - hints.keys():
-            raise DecodeError(f"{path}: unknown field {min(map(str, unknown))!r}")
+            raise DecodeError(f"must be a map, not {type(value).__name__}")
+        if not decoders:  # not before: a dataclass may hold another of its own kind
+            hints = typing.get_type_hints(expected)
+            decoders.update({name: _decoder(hint) for name, hint in hints.items()})
+        if unknown := value.keys() - decoders.keys():
+            raise DecodeError(f"unknown field {min(map(str, unknown))!r}")
         if missing := required - value.keys():
-            raise DecodeError(f"{path}: field {min(missing)!r} is missing")
-        fields = {name: _decoder(hints[name])(one, f"{path}.{name}") for name, one in value.items()}
+            raise DecodeError(f"field {min(missing)!r} is missing")
+        fields: dict[str, Any] = {}
+        name = ""
+        try:
+            for name, one in value.items():
+                fields[name] = decoders[name](one)
+        except DecodeError as error:
+            raise error.inside(f".{name}") from error
         try:
             return expected(**fields)
         except ValueError as error:  # a value the dataclass itself refuses
-            raise DecodeError(f"{path}: {error}") from error
+            raise DecodeError(str(error)) from error
 
     return decode_dataclass
