@@ -14,7 +14,6 @@ import logging
 import math
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
@@ -201,7 +200,7 @@ class Claimer(threading.Thread):
         """In the engine whose tenant has little there goes first, or a few jobs would wait behind a window full of
         another's; in steps of what runs at once, so that most of a tenant's own are planned together. Urgent jobs go
         by deadline, to the minute."""
-        held = Counter(holding.claim.tenant for holding in self.holdings.all())
+        held = self.holdings.of_tenants
         turns: list[Claim] = []
         for one in claims:
             turn = float(held[one.tenant] // self.places)

@@ -7,6 +7,7 @@ writer. It is the worker's memory, never the truth: when it and SQL disagree, SQ
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -46,6 +47,7 @@ class Holdings:
         self._emptied = threading.Condition(self._lock)
         self._held: dict[RequestId, Holding] = {}
         self._num_background = 0
+        self._of_tenants: Counter[str] = Counter()
 
     def __len__(self) -> int:
         with self._lock:
@@ -57,11 +59,18 @@ class Holdings:
         with self._lock:
             return self._num_background
 
+    @property
+    def of_tenants(self) -> Counter[str]:
+        """How many of them each tenant has; a copy."""
+        with self._lock:
+            return self._of_tenants.copy()
+
     def add(self, claims: Iterable[Claim]) -> list[Holding]:
         holdings = [Holding(claim, num_saved=size_of(claim.generated)) for claim in claims]
         with self._lock:
             self._held.update((holding.id, holding) for holding in holdings)
             self._num_background += sum(holding.in_background for holding in holdings)
+            self._of_tenants.update(holding.claim.tenant for holding in holdings)
         return holdings
 
     def get(self, request_id: RequestId) -> Holding | None:
@@ -103,6 +112,8 @@ class Holdings:
             for request_id in request_ids:
                 if holding := self._held.pop(request_id, None):
                     self._num_background -= holding.in_background
+                    self._of_tenants[holding.claim.tenant] -= 1
+            self._of_tenants = +self._of_tenants  # those who have none left are not kept
             if not self._held:
                 self._emptied.notify_all()
 
