@@ -3,7 +3,7 @@
 Keep this small: it is the heart, and every feature would like to live here. There are no phases. A sequence
 has tokens and some of them are computed; each step hands out one budget of tokens, running sequences first in
 order of admission, then waiting ones in the order of their queue, until budget, places or pages run out. Priority
-goes before all of that: whoever waits comes before the running ones of lower priority. A chunk of a prompt, a decoded
+goes before all of that: whoever waits comes before the running ones of lower priority (of equal: `overtaking`). A chunk of a prompt, a decoded
 token, a checkpoint and a recompute after preemption are the same catching up.
 
 A sequence is admitted when the pages for all the tokens it has now can be had, and when the forecast says that
@@ -29,6 +29,7 @@ from engine.endings import ending, goes_on
 from engine.forecast import Forecast
 from engine.lengths import OutputLengths
 from engine.multi_step import MultiStep
+from engine.overtaking import overtaken
 from engine.pages import PagePool, require
 from engine.plan import Plan, PromptScores, Row
 from engine.prefix_cache import Match, PrefixCache
@@ -274,7 +275,7 @@ class Scheduler:
                 self._enter(sequence, draft, match)
                 forecast.add(*needs)
                 continue
-            if not self._make_way(sequence, draft):
+            if not self._make_way(sequence, draft, place=place):
                 self._retry_at = self._num_plans + RETRY_PLANS
                 return
             forecast = None
@@ -296,12 +297,12 @@ class Scheduler:
         self.waiting.remove(sequence)
         return True
 
-    def _make_way(self, sequence: Sequence, draft: _Draft) -> bool:
-        """Preempt somebody whose priority is lower than that of `sequence`, if anybody's is."""
-        if not self.running:
-            return False
-        victim = self._victim()
-        if _priority(victim) <= _priority(sequence):
+    def _make_way(self, sequence: Sequence, draft: _Draft, *, place: bool) -> bool:
+        """Preempt somebody of lower priority, or, where there is no place, whom `sequence` overtakes, if there is."""
+        victim = self._victim() if self.running else None
+        if victim is None or _priority(victim) <= _priority(sequence):
+            victim = None if place else overtaken(self.running, sequence)
+        if victim is None:
             return False
         draft.take_back(victim)
         self.preempt(victim)

@@ -282,6 +282,59 @@ def test_a_higher_priority_gets_a_place_at_once_when_all_are_taken() -> None:
     assert order == ["fast", "a", "b"]
 
 
+def with_turn(name: str, turn: float | None, salt: str, priority: int = 0, max_tokens: int = 40) -> Sequence:
+    one = sequence(name, 4, max_tokens)
+    one.request = replace(one.request, turn=turn, cache_salt=salt, priority=priority)
+    return one
+
+
+def test_a_newcomer_takes_the_place_of_one_that_is_two_turns_later() -> None:
+    s = scheduler(seqs=2)
+    for name in "ab":
+        s.add(with_turn(name, 2.0, "many"))
+    settle(s, s.plan())
+    s.add(with_turn("new", 0.0, "few", max_tokens=8))
+    plan = s.plan()
+    assert shape(plan) == [("a", 1), ("new", 4)], "the one admitted last has made way"
+    settle(s, plan)
+    s.add(with_turn("c", 2.0, "many"))
+    s.add(with_turn("other", 0.0, "others", max_tokens=3))
+    plan = s.plan()
+    assert shape(plan) == [("new", 1), ("other", 4)]
+    settle(s, plan)
+    order = []
+    while s.has_work:
+        order += [one.request.id.job_id for one in settle(s, s.plan())]
+    assert order == ["other", "new", "a", "b", "c"], "those that made way come before others of their turn"
+    assert s.num_preemptions == 2
+
+
+@pytest.mark.parametrize(
+    ("turn", "salt", "priority"),
+    [(1.0, "few", 0), (0.0, "many", 0), (None, "few", 0), (0.0, "few", 1)],
+    ids=["one turn", "its own asker", "no turn", "a lower priority"],
+)
+def test_others_wait_for_a_place(turn: float | None, salt: str, priority: int) -> None:
+    s = scheduler(seqs=1)
+    s.add(with_turn("runs", 2.0, "many"))
+    settle(s, s.plan())
+    s.add(with_turn("new", turn, salt, priority))
+    assert shape(s.plan()) == [("runs", 1)]
+    assert s.num_preemptions == 0
+
+
+def test_who_has_made_way_once_does_so_no_more() -> None:
+    s = scheduler(seqs=1)
+    s.add(with_turn("runs", 2.0, "many"))
+    settle(s, s.plan())
+    s.add(with_turn("first", 0.0, "few", max_tokens=2))
+    while s.num_waiting:
+        settle(s, s.plan())
+    s.add(with_turn("second", 0.0, "few"))
+    assert shape(s.plan()) == [("runs", 1)]
+    assert s.num_preemptions == 1
+
+
 def test_a_higher_priority_gets_its_tokens_before_the_running() -> None:
     """A long prompt of bulk work takes the whole budget of many steps; it waits, the fast one does not."""
     s = scheduler(num_pages=128, budget=10)
