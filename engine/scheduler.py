@@ -3,8 +3,8 @@
 Keep this small: it is the heart, and every feature would like to live here. There are no phases. A sequence
 has tokens and some of them are computed; each step hands out one budget of tokens, running sequences first in
 order of admission, then waiting ones in the order of their queue, until budget, places or pages run out. Priority
-goes before all of that: whoever waits comes before the running ones of lower priority (of equal: `overtaking`). A chunk of a prompt, a decoded
-token, a checkpoint and a recompute after preemption are the same catching up.
+goes before all of that: whoever waits comes before the running ones of lower priority (of equal: `overtaking`). A
+chunk of a prompt, a decoded token, a checkpoint and a recompute after preemption are the same catching up.
 
 A sequence is admitted when the pages for all the tokens it has now can be had, and when the forecast says that
 everybody can then grow to the expected length. Expectations err; when pages run out all the same, the running
