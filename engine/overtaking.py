@@ -12,7 +12,9 @@ from collections.abc import Sequence as Several
 
 from engine.sequence import Sequence
 
-TURNS = 2  # by which the other must be later: two that ask for much at the same time would take turns for ever
+TURNS = (
+    2  # by which the other must be later: two that ask for much at the same time would take turns for ever
+)
 
 
 def overtaken(running: Several[Sequence], newcomer: Sequence) -> Sequence | None:
