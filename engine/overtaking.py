@@ -12,9 +12,8 @@ from collections.abc import Sequence as Several
 
 from engine.sequence import Sequence
 
-TURNS = (
-    2  # by which the other must be later: two that ask for much at the same time would take turns for ever
-)
+# By which the other must be later: with one, two that ask for much at the same time would take places for ever.
+TURNS = 2
 
 
 def overtaken(running: Several[Sequence], newcomer: Sequence) -> Sequence | None:
