@@ -132,7 +132,7 @@ def _tuple_decoder(item: Any) -> _Decode:
 
 
 def _fixed_tuple_decoder(items: tuple[Any, ...]) -> _Decode:
-    return _row_decoder([("", item) for item in items], tuple, f"a list of {len(items)}")
+    return _row_decoder([(f"[{i}]", item) for i, item in enumerate(items)], tuple, f"a list of {len(items)}")
 
 
 def _named_tuple_decoder(expected: type[Any]) -> _Decode:
@@ -145,7 +145,7 @@ def _named_tuple_decoder(expected: type[Any]) -> _Decode:
 
 
 def _row_decoder(items: list[tuple[str, Any]], make: Callable[[list[Any]], Any], allowed: str) -> _Decode:
-    """A list whose items have annotations, and maybe names, of their own."""
+    """A list whose items have annotations of their own; each comes with its place in a path."""
     decoders = [_decoder(hint) for _, hint in items]
 
     def decode_row(value: Any) -> Any:
@@ -156,7 +156,7 @@ def _row_decoder(items: list[tuple[str, Any]], make: Callable[[list[Any]], Any],
             for decode, one in zip(decoders, value, strict=True):
                 decoded.append(decode(one))
         except DecodeError as error:
-            raise error.inside(items[len(decoded)][0] or f"[{len(decoded)}]") from error
+            raise error.inside(items[len(decoded)][0]) from error
         return make(decoded)
 
     return decode_row

@@ -15,7 +15,7 @@ from kernels import Filters, reference
 from kernels.cpu.matmul import SUFFIXES
 from kernels.noise import uniforms
 
-CANDIDATE = 2  # int64 that a token of a filtered row may take, twice
+CANDIDATE = 2  # size of a `candidate` of sampling.h, in int64
 
 
 class Sampling:

@@ -3,9 +3,10 @@
 SmolLM2 behind one api and one worker. First tenant B's ten jobs alone, three times; then tenant A queues ten
 thousand, of 16 to 112 tokens, and when the engine is full B's ten jobs again, of 64, and chats that are streamed,
 whose first text is timed. A step's length is the engine's own figure of the same time. B waits for places to become
-free, and shares each step with A's rows: on a CPU a step of 32 rows takes some 2.6 times as long as one of ten,
-whoever is first. On SQLite and on PostgreSQL, every commit synced to disk. The last line is JSON. Run it on a machine
-that does nothing else: `python -m tests.bench.bench_fairness [--jobs N] [--places N]`.
+free, or takes those of A's that are turns behind, and shares each step with A's rows: on a CPU a step of 32 rows
+takes some 2.6 times as long as one of ten, whoever is first. On SQLite and on PostgreSQL, every commit synced to
+disk. The last line is JSON. Run it on a machine that does nothing else:
+`python -m tests.bench.bench_fairness [--jobs N] [--places N]`.
 """
 
 from __future__ import annotations

@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
@@ -20,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import kernels_for
+from tests.bench.turns import medians
 
 SHAPES = ["576x960", "576x576", "576x3072", "1536x576"]
 ROWS = [1, 4, 16, 96, 256, 1024]
@@ -46,13 +45,6 @@ def products(inputs: int, outputs: int, rows: int) -> dict[str, Callable[[], Ten
     }
 
 
-def seconds(product: Callable[[], Tensor], times: int) -> float:
-    begin = time.perf_counter()
-    for _ in range(times):
-        product()
-    return (time.perf_counter() - begin) / times
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
@@ -66,13 +58,8 @@ def main() -> None:
             for rows in args.rows:
                 flops = 2 * inputs * outputs * rows
                 made = products(inputs, outputs, rows)
-                taken: dict[str, list[float]] = {name: [] for name in made}
-                for _ in range(args.rounds):
-                    for name, product in made.items():
-                        taken[name].append(seconds(product, max(1, int(LEAST_FLOPS / flops))))
-                rates = {
-                    name: round(flops / statistics.median(took) / 1e9, 1) for name, took in taken.items()
-                }
+                took = medians(made, args.rounds, max(1, int(LEAST_FLOPS / flops)))
+                rates = {name: round(flops / seconds / 1e9, 1) for name, seconds in took.items()}
                 found[f"{shape} rows {rows}"] = rates
                 print(f"{shape} rows {rows}: {rates}", flush=True)
     result = {

@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from importlib.metadata import version
 
@@ -28,6 +26,7 @@ from transformers.generation.logits_process import (
 )
 
 from kernels import Filters, kernels_for
+from tests.bench.turns import medians
 
 TEMPERATURE = 0.8
 ASKED = {  # top_k, top_p, min_p
@@ -37,7 +36,7 @@ ASKED = {  # top_k, top_p, min_p
     "min-p 0.05": (0, 1.0, 0.05),
 }
 ROWS = [1, 16, 64]
-SPREAD = 2.5  # of normal logits: half of the weight lies on about one token in 150
+SPREAD = 2.5  # of normal logits: before the temperature half of the weight lies on about one token in 160
 
 
 def library(top_k: int, top_p: float, min_p: float) -> Callable[[Tensor], Tensor]:
@@ -69,12 +68,6 @@ def draws(logits: Tensor, asked: tuple[int, float, float]) -> dict[str, Callable
     }
 
 
-def milliseconds(draw: Callable[[], Tensor]) -> float:
-    begun = time.perf_counter()
-    draw()
-    return (time.perf_counter() - begun) * 1e3
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
@@ -86,14 +79,10 @@ def main() -> None:
         for rows in args.rows:
             logits = (torch.randn(rows, args.vocab) * SPREAD).bfloat16()
             for name, asked in ASKED.items():
-                made = draws(logits, asked)
-                taken: dict[str, list[float]] = {one: [] for one in made}
-                for _ in range(args.rounds):
-                    for one, draw in made.items():
-                        taken[one].append(milliseconds(draw))
-                medians = {one: round(statistics.median(took), 3) for one, took in taken.items()}
-                found[f"{rows} rows, {name}"] = medians
-                print(f"{rows} rows, {name}: {medians}", flush=True)
+                took = medians(draws(logits, asked), args.rounds)
+                each = {one: round(seconds * 1e3, 3) for one, seconds in took.items()}
+                found[f"{rows} rows, {name}"] = each
+                print(f"{rows} rows, {name}: {each}", flush=True)
     result = {
         "bench": "sampling",
         "milliseconds": found,
