@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from engine.attention import Rotation, SelfAttention
-from engine.experts import Experts
+from engine.experts import AllExperts
 from engine.linear import Linear
 from engine.mlp import MLP
 from engine.norm import Norm, added
@@ -27,7 +27,7 @@ class Block:
     attention: SelfAttention
     out_norm: Norm | None  # of what attention adds
     mlp_norm: Norm | None  # of what the MLP sees
-    mlp: MLP | Experts
+    mlp: MLP | AllExperts
     down_norm: Norm | None  # of what the MLP adds
     multiplier: float  # of what either adds
 
@@ -64,7 +64,7 @@ class ParallelBlock:
     attention_norm: Norm | None  # of what attention sees
     attention: SelfAttention
     mlp_norm: Norm | None  # of what the MLP sees; None: it sees what attention sees
-    mlp: MLP | Experts
+    mlp: MLP | AllExperts
     multiplier: float  # of what both add
 
     def __call__(

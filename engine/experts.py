@@ -1,26 +1,32 @@
 """Experts: the feed-forward half of a block as a mixture of experts (Shazeer et al. 2017).
 
 Owns the routing, and that a token's result depends on that token alone: routing is by row, equal shares go to the
-lower index, a token's experts are added in the order of their indices, and the rows that an expert computes are
-padded as those of a step are (see `runner` on determinism). Knows no norm and no residual.
+lower index, a token's experts are added in one order, and the rows that an expert computes are padded as those of a
+step are (see `runner` on determinism). `Experts` computes one after the other, with products of any kind, and asks
+the host how many tokens each has; `MixedExperts` is one operation of the kernels. Knows no norm and no residual.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import reduce
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from engine.linear import Linear
 from engine.mlp import MLP
+from kernels import Kernels
+from kernels.mixture import MixExperts, Mixture
 
 
 class Experts:
     """x `[T, hidden]` → Σ share · expert(x) over the `num_per_token` experts with the largest shares `[T, hidden]`.
 
-    Shares are the softmax of the router's product, in fp32, and so is the sum. `normalised`: the shares of a token's
-    experts are divided by their sum. `row_multiple`: the rows of one expert are padded up to it.
+    Shares are the softmax of the router's product, in fp32, and so is the sum, in the order of the experts' indices.
+    `normalised`: the shares of a token's experts are divided by their sum. `row_multiple`: the rows of one expert are
+    padded up to it.
     """
 
     __slots__ = ("_experts", "_normalised", "_num_per_token", "_router", "row_multiple")
@@ -66,3 +72,43 @@ class Experts:
     @property
     def products(self) -> tuple[Linear, ...]:
         return self._router, *(product for expert in self._experts for product in expert.products)
+
+
+class MixedExperts:
+    """As `Experts`, but gated MLPs without biases, and their sum in the order of the shares."""
+
+    __slots__ = ("_mix", "_mixture", "_router")
+
+    def __init__(self, router: Linear, mixture: Mixture, mix: MixExperts) -> None:
+        self._router = router
+        self._mixture = mixture
+        self._mix = mix
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._mix(x, self._router(x), self._mixture)
+
+    @property
+    def products(self) -> tuple[Linear, ...]:
+        return self._router, FirstExpert(self._mixture, self._mix)
+
+
+class FirstExpert(Linear):
+    """The first of `MixedExperts`, to which all rows go: what a check of products looks at."""
+
+    __slots__ = ("_mix", "_mixture")
+
+    def __init__(self, mixture: Mixture, mix: MixExperts) -> None:
+        gate_up, down = mixture.gate_up[:1], mixture.down[:1]
+        self.num_outputs, self.num_inputs = gate_up.shape[1] + down.shape[2], gate_up.shape[2]
+        self._bias = None
+        self._mixture = replace(mixture, gate_up=gate_up, down=down, num_per_token=1)
+        self._mix = mix
+
+    def compute_by(self, kernels: Kernels) -> None:
+        """It is, already."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._mix(x, x.new_zeros(x.shape[0], 1), self._mixture)
+
+
+AllExperts: TypeAlias = Experts | MixedExperts

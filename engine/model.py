@@ -18,18 +18,19 @@ from engine.alibi import alibi_slopes
 from engine.attention import Rotation, SelfAttention
 from engine.block import Block, ParallelBlock
 from engine.cache import KVCache
-from engine.config import ModelConfig
-from engine.experts import Experts
+from engine.config import MixtureOfExperts, ModelConfig
+from engine.experts import AllExperts, Experts, MixedExperts
 from engine.fused_blocks import fused_blocks
 from engine.linear import Linear
 from engine.mlp import MLP, GatedMLP, PlainMLP
 from engine.norm import LayerNorm, Norm, RMSNorm
-from engine.parameters import NORM_NAMES, parameter_shapes
+from engine.parameters import NORM_NAMES, expert_stacks, parameter_shapes
 from engine.quantised_linear import Int8Linear, QuantisedLinear
 from engine.rope import rope_tables
 from engine.step_input import StepInput
 from kernels import Attention, Kernels
 from kernels.blocks import FusedBlocks
+from kernels.mixture import Mixture
 from kernels.weights import QuantisedWeight
 
 if TYPE_CHECKING:
@@ -67,13 +68,22 @@ class Decoder:
         self.kernels = kernels
         self.dtype = dtype
         self.device = device
-        # whether a CUDA graph can hold a step: the rows of experts are counted on the host, and slots by `reference`
-        self.capturable = config.moe is None and kernels.name == "triton"
         shapes, kept = parameter_shapes(config), kept or {}
-        self.parameters: dict[str, Tensor] = {
+        self._stacks: dict[str, Tensor] = {}  # of experts that the kernels mix: [E, out, in]
+        self.parameters: dict[str, Tensor] = {}
+        if _mixes_experts(config, kernels) and not int8 and not any(".experts." in name for name in kept):
+            for name, parts in expert_stacks(config).items():
+                stack = torch.empty((len(parts), *shapes[parts[0]]), dtype=dtype, device=device)
+                self._stacks[name] = stack
+                self.parameters |= zip(parts, stack, strict=True)
+        self.parameters |= {
             name: torch.empty(shape, dtype=dtype, device="meta" if name in kept else device)
             for name, shape in shapes.items()
+            if name not in self.parameters
         }
+        # whether a CUDA graph can hold a step: experts one by one have their rows counted on the host, and
+        # `reference` looks there which slots there are
+        self.capturable = kernels.name == "triton" and (config.moe is None or bool(self._stacks))
         self.quantised: dict[str, QuantisedWeight] = {
             name: how.empty(shapes[name], device) for name, how in kept.items()
         }
@@ -238,16 +248,33 @@ class Decoder:
         kind = Int8Linear if self._int8 and not plain else Linear
         return kind(weight, bias, self.kernels)
 
-    def _mlp(self, index: int) -> MLP | Experts:
+    def _mlp(self, index: int) -> MLP | AllExperts:
         part, moe = f"model.layers.{index}.mlp", self.config.moe
         if moe is None or index in moe.dense_layers:
             return self._one_mlp(part)
+        router = self._product(f"{part}.gate")
+        if self._stacks:
+            return self._mixture(router, f"{part}.experts", moe)
         return Experts(
-            self._product(f"{part}.gate"),
+            router,
             tuple(self._one_mlp(f"{part}.experts.{expert}") for expert in range(moe.num_experts)),
             num_per_token=moe.num_per_token,
             normalised=moe.normalised,
         )
+
+    def _mixture(self, router: Linear, part: str, moe: MixtureOfExperts) -> MixedExperts:
+        for expert in range(moe.num_experts):
+            del self.parameters[f"{part}.{expert}.gate_up_proj.weight"]
+            del self.parameters[f"{part}.{expert}.down_proj.weight"]
+        mixture = Mixture(
+            gate_up=self._stacks[f"{part}.gate_up_proj"],
+            down=self._stacks[f"{part}.down_proj"],
+            activation=self.config.activation,
+            num_per_token=moe.num_per_token,
+            normalised=moe.normalised,
+        )
+        assert self.kernels.mix_experts is not None
+        return MixedExperts(router, mixture, self.kernels.mix_experts)
 
     def _one_mlp(self, part: str) -> MLP:
         kind, name = (GatedMLP, "gate_up_proj") if self.config.gated_mlp else (PlainMLP, "up_proj")
@@ -267,3 +294,7 @@ class Decoder:
         if weight is None:
             return None
         return RMSNorm(self.kernels, weight, self.config.norm_eps, self.config.norm_offset)
+
+
+def _mixes_experts(config: ModelConfig, kernels: Kernels) -> bool:
+    return kernels.mix_experts is not None and config.gated_mlp and not config.mlp_bias

@@ -48,6 +48,22 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def expert_stacks(config: ModelConfig) -> dict[str, list[str]]:
+    """For kernels that compute all experts of a layer at once, and want each kind of weight of theirs side by side:
+    name of the whole → names of its parts, expert by expert."""
+    if config.moe is None:
+        return {}
+    kinds = ("gate_up_proj" if config.gated_mlp else "up_proj", "down_proj")
+    return {
+        f"model.layers.{i}.mlp.experts.{kind}": [
+            f"model.layers.{i}.mlp.experts.{expert}.{kind}.weight" for expert in range(config.moe.num_experts)
+        ]
+        for i in range(config.num_layers)
+        if i not in config.moe.dense_layers
+        for kind in kinds
+    }
+
+
 def _norm(config: ModelConfig, name: str) -> dict[str, tuple[int, ...]]:
     kinds = ("weight", "bias") if config.norm_bias else ("weight",)
     return {f"{name}.{kind}": (config.hidden_size,) for kind in kinds}

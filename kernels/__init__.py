@@ -40,6 +40,7 @@ from kernels.weights import Float8Weight, Int4Weight, Int8Weight, PackedWeight, 
 
 if TYPE_CHECKING:
     from kernels.blocks import Fuse
+    from kernels.mixture import MixExperts
 
 logger = logging.getLogger(__name__)
 
@@ -292,6 +293,8 @@ class Kernels:
     - `int8_matmul(x [T, in], weight: Int8Weight, bias [out] or None) -> [T, out]`: x is rounded to integers, row by
       row as a weight is output by output; the integers' products are summed exactly, then multiplied by (the scale
       of the output · that of the row) in fp32, then comes the bias. A row with NaN or infinity becomes NaN.
+    - `mix_experts(x [T, H], logits [T, E], mixture) -> [T, H]`: a mixture of experts as one operation, as `mixture`
+      defines it. None: the set has none, and experts are computed one by one.
     - `fuse(blocks) -> FusedBlocks`: all blocks of a decoder as one operation, as `blocks` defines it. None: the set
       gains nothing by it.
 
@@ -325,6 +328,7 @@ class Kernels:
     multiplies: tuple[torch.dtype, ...] = ()
     quantise_int8: Callable[[Tensor], Int8Weight] | None = None
     int8_matmul: Callable[[Tensor, Int8Weight, Tensor | None], Tensor] | None = None
+    mix_experts: MixExperts | None = None
     fuse: Fuse | None = None
     sharing: Sharing | None = None
 

@@ -19,6 +19,7 @@ from kernels.gpu.fp8_matmul import fp8_matmul
 from kernels.gpu.int4_matmul import int4_matmul
 from kernels.gpu.launch import paged_attention
 from kernels.gpu.matmul import matmul
+from kernels.gpu.mixture import mix_experts
 from kernels.gpu.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from kernels.gpu.norm_rope_store import norm_rope_store
 from kernels.gpu.normalisers import normalisers
@@ -57,6 +58,7 @@ KERNELS = Kernels(
     matmul=matmul,
     int4_matmul=int4_matmul,
     fp8_matmul=fp8_matmul,
+    mix_experts=mix_experts,
     keeps=(Int4Weight, Float8Weight),
     sharing=Sharing(least_tokens=512, least_rows=4, exact=False),  # the first splits are so long
 )

@@ -21,7 +21,7 @@ BLOCK = 1024  # elements of a program of `sum_kernel`
 
 
 @triton.jit
-def _segment(
+def accumulate(
     acc, x, weight, first, last, inputs, held_rows, held_columns, WHOLE: tl.constexpr, DEPTH: tl.constexpr
 ):
     """acc [ROWS, COLUMNS] plus the products over the blocks of inputs from `first` until `last`.
@@ -69,15 +69,15 @@ def matmul_kernel(
     if APART:
         segment = tl.program_id(1)
         first, last = segment * each, tl.minimum((segment + 1) * each, blocks)
-        total = _segment(zeros, x, weight, first, last, inputs, held_rows, held_columns, WHOLE, DEPTH)
+        total = accumulate(zeros, x, weight, first, last, inputs, held_rows, held_columns, WHOLE, DEPTH)
         out += segment.to(tl.int64) * tokens * outputs
     elif SEGMENTS == 1:
-        total = _segment(zeros, x, weight, 0, blocks, inputs, held_rows, held_columns, WHOLE, DEPTH)
+        total = accumulate(zeros, x, weight, 0, blocks, inputs, held_rows, held_columns, WHOLE, DEPTH)
     else:
         total = zeros
         for segment in range(SEGMENTS):
             first, last = segment * each, tl.minimum((segment + 1) * each, blocks)
-            total += _segment(zeros, x, weight, first, last, inputs, held_rows, held_columns, WHOLE, DEPTH)
+            total += accumulate(zeros, x, weight, first, last, inputs, held_rows, held_columns, WHOLE, DEPTH)
     if bias is not None:
         gain = tl.load(bias + first_column + column[None, :], mask=held_columns, other=0.0)
         total += gain.to(tl.float32)

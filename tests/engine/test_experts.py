@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
-from engine.experts import Experts
+from engine.checkpoint import Checkpoint
+from engine.experts import Experts, MixedExperts
 from engine.linear import Linear
 from engine.mlp import GatedMLP, PlainMLP
-from kernels import kernels_for
+from engine.model import Decoder
+from engine.parameters import expert_stacks
+from engine.weights import load_weights
+from kernels import KernelSet, kernels_for
 from kernels.reference import KERNELS
+from tests.support.families import MODELS, write_tiny
 
 HIDDEN, INNER, COUNT = 32, 48, 5
 
 
 def mixture(
-    num_per_token: int, normalised: bool, *, kernels: str = "reference"
+    num_per_token: int, normalised: bool, *, kernels: KernelSet = "reference"
 ) -> tuple[Experts, Tensor, list[Tensor]]:
     """The mixture, its router's weight, and gate_up and down of every expert in turn."""
     generator = torch.Generator().manual_seed(3)
@@ -27,7 +34,7 @@ def mixture(
     router, weights, experts = weight(COUNT, HIDDEN) * 3, [], []
     for _ in range(COUNT):
         weights += [weight(2 * INNER, HIDDEN), weight(HIDDEN, INNER)]
-        chosen = kernels_for("cpu", kernels)  # type: ignore[arg-type]
+        chosen = kernels_for("cpu", kernels)
         experts.append(GatedMLP(chosen, "silu", Linear(weights[-2], None), Linear(weights[-1], None)))
     made = Experts(Linear(router, None), tuple(experts), num_per_token=num_per_token, normalised=normalised)
     return made, router, weights
@@ -85,3 +92,31 @@ def test_a_token_that_failed_harms_no_other() -> None:
     assert found[9].isnan().all()
     others = [token for token in range(32) if token != 9]
     assert torch.equal(found[others], clean[others])
+
+
+@pytest.mark.parametrize("architecture", ["MixtralForCausalLM", "Qwen3MoeForCausalLM"])
+@pytest.mark.parametrize("number", [0, 1])
+def test_experts_that_are_mixed_lie_in_one_tensor_and_hold_the_same_weights(
+    tmp_path: Path, architecture: str, number: int
+) -> None:
+    write_tiny(tmp_path, architecture, MODELS[architecture][number])
+    checkpoint = Checkpoint.open(str(tmp_path))
+    mixed, plain = (
+        Decoder(checkpoint.config, kernels_for("cpu", name), dtype=torch.float32, device="cpu")
+        for name in ("triton", "reference")
+    )
+    for decoder in (mixed, plain):
+        load_weights(decoder, checkpoint)
+    assert mixed.parameters.keys() == plain.parameters.keys()
+    assert all(torch.equal(mixed.parameters[name], one) for name, one in plain.parameters.items())
+    one_by_one = {name: one for name, one in plain.parameters.items() if ".experts." in name}
+    stacks = expert_stacks(checkpoint.config)
+    assert sorted(name for parts in stacks.values() for name in parts) == sorted(one_by_one)
+    for decoder in (mixed, plain):
+        decoder.prepare(16)
+        assert not decoder.parameters
+    assert mixed.capturable
+    assert not plain.capturable
+    kinds = {type(block.mlp) for block in mixed._blocks}
+    assert MixedExperts in kinds
+    assert Experts not in kinds

@@ -20,6 +20,7 @@ from engine.request import Completion, Request, RequestId
 from engine.runner import ModelRunner, resolve_kv_cache_dtype
 from engine.sampling_params import SamplingParams
 from kernels import KernelSet, kernels_for
+from tests.support.families import MODELS, write_tiny
 from tests.support.pressure import poison_free_pages
 from tests.support.tiny import write_tiny_llama
 
@@ -100,6 +101,19 @@ def test_an_engine_under_pressure_gives_the_tokens_of_the_reference(
     found = answers(model, "triton", storage, deterministic=deterministic)
     assert found == expected
     assert all(len(tokens) == NEW_TOKENS for tokens in found.values())
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        pytest.param("MixtralForCausalLM", marks=pytest.mark.long),
+        pytest.param("Qwen3MoeForCausalLM", marks=INTERPRETED),
+    ],
+)
+def test_so_does_one_whose_kernels_mix_experts(tmp_path: Path, architecture: str) -> None:
+    write_tiny(tmp_path, architecture, MODELS[architecture][0] | {"num_hidden_layers": 1})
+    expected = answers(tmp_path, "reference", "auto")
+    assert answers(tmp_path, "triton", "auto", deterministic=False) == expected
 
 
 @pytest.mark.parametrize("bias", [True, False])

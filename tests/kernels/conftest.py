@@ -36,6 +36,8 @@ ONCE = (  # one case is enough of what takes ten seconds
     "test_options",
     "test_long_rows",
     "test_no_crowd_and_no_stride_changes_a_filtered_draw",
+    "test_a_row_does_not_depend_on_its_crowd",
+    "test_a_token_is_the_weighted_sum_of_its_experts",
 )
 DTYPES = [torch.float32, torch.bfloat16]
 STORAGES = {"plain": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}

@@ -29,9 +29,11 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from kernels import Attention, Filters, HeadNorms, PagedKV, Penalties, SharedPrefixes
-from kernels.gpu import KERNELS, launch
+from kernels.gpu import KERNELS, grouped_matmul, launch
 from kernels.gpu.fp8_matmul import fp8_matmul
 from kernels.gpu.int4_matmul import int4_matmul, int4_plain
+from kernels.gpu.mixture import mix_experts
+from kernels.mixture import Mixture
 from kernels.weights import Float8Weight, Int4Weight
 
 PRODUCTS = importlib.import_module("kernels.gpu.matmul")  # there the package has its function under that name
@@ -200,6 +202,29 @@ def products(dtype: torch.dtype) -> Callable[[], object]:
     return calls
 
 
+def mixtures(dtype: torch.dtype) -> Callable[[], object]:
+    """Every tile of the products of experts, few of them and many, and what routes to them and back."""
+
+    def calls() -> None:
+        for experts, hidden, inner, num_per_token in (
+            (8, 4096, 14336, 2),
+            (128, 2048, 768, 8),
+            (60, 100, 36, 4),
+        ):
+            mixture = Mixture(
+                gate_up=torch.empty(1, dtype=dtype).expand(experts, 2 * inner, hidden),
+                down=torch.empty(1, dtype=dtype).expand(experts, hidden, inner),
+                activation="silu",
+                num_per_token=num_per_token,
+                normalised=True,
+            )
+            for tokens in (16, 8192):
+                x = torch.empty(tokens, hidden, dtype=dtype)
+                mix_experts(x, torch.empty(tokens, experts, dtype=dtype), mixture)
+
+    return calls
+
+
 def quantised(dtype: torch.dtype) -> Callable[[], object]:
     """Every tile of products with weights of 4 bits, groups of parts of a block and of several, and the way to a
     plain weight."""
@@ -239,6 +264,8 @@ def cases(chosen: argparse.Namespace, fp8: bool) -> Iterator[tuple[dict[str, Any
             yield {"dtype": name}, sampling(DTYPES[name])
         if "products" in chosen.parts:
             yield {"dtype": name}, products(DTYPES[name])
+        if "mixtures" in chosen.parts:
+            yield {"dtype": name}, mixtures(DTYPES[name])
         if "quantised" in chosen.parts:
             yield {"dtype": name}, quantised(DTYPES[name])
             if fp8:
@@ -263,9 +290,8 @@ def cases(chosen: argparse.Namespace, fp8: bool) -> Iterator[tuple[dict[str, Any
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("target", choices=["sm_80", "sm_90", "sm_100"])
-    parser.add_argument(
-        "--parts", nargs="+", default=["rowwise", "products", "quantised", "attention", "sampling"]
-    )
+    parts = ["rowwise", "products", "mixtures", "quantised", "attention", "sampling"]
+    parser.add_argument("--parts", nargs="+", default=parts)
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES))
     parser.add_argument("--storages", nargs="+", default=list(STORAGES))
     parser.add_argument("--dims", nargs="+", type=int, default=[64, 80, 128, 256])
@@ -275,7 +301,7 @@ def main() -> None:
     chosen = parser.parse_args()
     number = int(chosen.target.removeprefix("sm_"))
     driver.set_active(NoDevice(number))
-    for module in (launch, PRODUCTS):
+    for module in (launch, PRODUCTS, grouped_matmul):
         module.capability = lambda _: divmod(number, 10)  # type: ignore[attr-defined]
     seen: set[str] = set()
 

@@ -1,8 +1,8 @@
 """The benchmark of one GPU: `python -m tests.bench.gpu [SECTION ...] [--out FILE] [--share F] [--limit SECONDS]`.
 
-Sections: ceilings, attention, nano, eight, shared, invariant, peer; and suite and quantised, which have to be
-named. Each runs in a process of its own (`section`). The ceilings, which others are measured against, always come
-first. The result is a JSON file, written anew after every section; a table and one line of JSON come last.
+Sections: ceilings, attention, nano, eight, shared, invariant, peer; and suite, quantised and experts, which have
+to be named. Each runs in a process of its own (`section`). The ceilings, which others are measured against, always
+come first. The result is a JSON file, written anew after every section; a table and one line of JSON come last.
 `--device cpu --tiny` runs all of it on a CPU, to find faults.
 """
 

@@ -78,7 +78,7 @@ def _alone(workload: Workload, setting: Setting) -> Iterator[dict[str, Any]]:
 
 
 def engine_for(workload: Workload, setting: Setting, **more: Any) -> Engine:
-    """`more`: of `EngineConfig`, and `kept`, how weights are kept by name."""
+    """`more`: of `random_engine`."""
     if setting.tiny:
         more |= {"kv_cache_memory_bytes": 2**23}
     return random_engine(

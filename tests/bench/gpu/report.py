@@ -53,6 +53,8 @@ def short(result: dict[str, Any]) -> dict[str, Any]:
             figures[name] |= _only(found, ("ratio", "error", "cut"))
         elif name == "quantised":
             figures[name] = _only(found, ("bf16", "int4", "fp8", "fp8_blocks", "error", "cut"))
+        elif name == "experts":
+            figures[name] = _only(found, ("mixed", "one_by_one", "ratio", "error", "cut"))
         elif name == "peer":
             figures[name] = _only(found, ("ours", "theirs", "ratio", "error", "cut"))
         else:
@@ -140,6 +142,15 @@ def _quantised(name: str, found: dict[str, Any]) -> list[str]:
     ]
 
 
+def _experts(name: str, found: dict[str, Any]) -> list[str]:
+    return [
+        f"{name:<9} {way:<10} {rows}: {one['output_tok_s']:>9.1f} output tok/s with {one['rows']} rows, "
+        f"weights at {_share(one['copy_share'])} of the copy rate"
+        for way in ("mixed", "one_by_one")
+        for rows, one in found.get(way, {}).items()
+    ]
+
+
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}" if abs(value) < 1 else f"{value:.1f}"
 
@@ -155,5 +166,6 @@ _LINES = {
     "shared": _shared,
     "invariant": _invariant,
     "quantised": _quantised,
+    "experts": _experts,
     "peer": _peer,
 }

@@ -40,6 +40,7 @@ SECTIONS = {
     "shared": Section(f"{_HERE}.engines:shared", 60),
     "invariant": Section(f"{_HERE}.engines:invariant", 60),
     "quantised": Section(f"{_HERE}.quantised:quantised", 72),
+    "experts": Section(f"{_HERE}.experts:experts", 72),
     "peer": Section(f"{_HERE}.peer:peer", 140),
 }
 DEFAULT = (

@@ -7,6 +7,7 @@ Owns their sizes, in the words of a `config.json`, and how such a model is fille
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,7 +52,24 @@ QWEN3_8B: Mapping[str, Any] = {
     "num_attention_heads": 32,
     "tie_word_embeddings": False,
 }
-_TINY: Mapping[str, Any] = {
+QWEN3_30B_A3B: Mapping[str, Any] = {  # with a quarter of its layers
+    **_QWEN3,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "tie_word_embeddings": False,
+}
+_TINY: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -60,18 +78,26 @@ _TINY: Mapping[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
+_TINY_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 
 
 def shape(published: Mapping[str, Any], *, tiny: bool) -> dict[str, Any]:
     """A config.json; `tiny`: of the same kind, and small."""
-    return {**published, **(_TINY if tiny else {})}
+    small = _TINY | (_TINY_EXPERTS if "num_experts" in published else {})
+    return {**published, **(small if tiny else {})}
 
 
 def random_decoder(
-    config: ModelConfig, setting: Setting, kept: Mapping[str, WeightFormat] | None = None
+    config: ModelConfig,
+    setting: Setting,
+    kept: Mapping[str, WeightFormat] | None = None,
+    *,
+    mixes_experts: bool = True,
 ) -> Decoder:
     """Matrices of normal numbers, quantised ones of numbers as large, norms of ones; not yet prepared."""
     kernels = kernels_for(setting.device, setting.kernels)
+    if not mixes_experts:
+        kernels = replace(kernels, mix_experts=None)
     with torch.inference_mode():
         decoder = Decoder(config, kernels, dtype=torch.bfloat16, device=setting.device, kept=kept)
         generator = torch.Generator(setting.device).manual_seed(0)
@@ -105,9 +131,11 @@ def random_engine(
     max_model_len: int,
     max_num_batched_tokens: int,
     kept: Mapping[str, WeightFormat] | None = None,
+    mixes_experts: bool = True,
     **more: Any,
 ) -> Engine:
-    """An engine over such a model, without a tokenizer. `more`: of `EngineConfig`."""
+    """An engine over such a model, without a tokenizer. `mixes_experts`: as one operation, where the kernels have it.
+    `more`: of `EngineConfig`."""
     config = EngineConfig(
         model="random",
         device="cuda" if setting.on_gpu else "cpu",
@@ -119,4 +147,5 @@ def random_engine(
         **more,
     )
     model = model_config(shape(published, tiny=setting.tiny))
-    return Engine(ModelRunner.over(random_decoder(model, setting, kept), config), None, config)
+    decoder = random_decoder(model, setting, kept, mixes_experts=mixes_experts)
+    return Engine(ModelRunner.over(decoder, config), None, config)

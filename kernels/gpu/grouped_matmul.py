@@ -1,0 +1,86 @@
+"""Products of groups of rows, each group with a weight of its own, in one launch.
+
+Owns which program makes which tile. Knows no experts and no routing. How many rows a group has is on the device
+alone, so there are as many programs as any sizes may need, and those without rows leave. A row's bits depend on that
+row alone, as in `matmul`: its sum is one chain over the inputs in blocks of one depth, in any tile of its table.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.gpu.matmul import TOGETHER, accumulate
+from kernels.gpu.matmul_tiles import Tile, tile_for, tiles_for
+from kernels.gpu.tiles import capability
+
+
+@triton.jit(do_not_specialize=["row_tiles"])
+def grouped_kernel(
+    x, sources, weight, starts, out, x_stride, row_tiles, groups, inputs, outputs,
+    WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """out [N, outputs]: rows starts[g] until starts[g + 1] are x · weight[g]ᵀ; weight [groups, outputs, inputs]. Row
+    i takes row sources[i] of x; sources None: row i. Programs: row_tiles · column tiles.
+
+    Group g has the row tiles from starts[g] // ROWS + g on, which are enough for any sizes.
+    """
+    column_tiles = tl.cdiv(outputs, COLUMNS)
+    number = tl.program_id(0)
+    several = number // (TOGETHER * column_tiles)
+    tiles_there = tl.minimum(row_tiles - several * TOGETHER, TOGETHER)
+    within = number % (TOGETHER * column_tiles)
+    tile = several * TOGETHER + within % tiles_there
+    first_column = (within // tiles_there).to(tl.int64) * COLUMNS
+
+    group, above = tl.full((), 0, tl.int32), groups
+    while above - group > 1:  # the last group whose tiles begin at or before this one
+        middle = (group + above) // 2
+        if tl.load(starts + middle) // ROWS + middle <= tile:
+            group = middle
+        else:
+            above = middle
+    start, end = tl.load(starts + group), tl.load(starts + group + 1)
+    first_row = start + (tile - start // ROWS - group) * ROWS
+    if first_row >= end:
+        return
+
+    row, column, lane = first_row + tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
+    held_rows, held_columns = (row < end)[:, None], (column < outputs - first_column)[None, :]
+    source = row
+    if sources is not None:
+        source = tl.load(sources + row, mask=row < end, other=0)
+    x += source.to(tl.int64)[:, None] * x_stride + lane[None, :]
+    weight += (group.to(tl.int64) * outputs + first_column) * inputs
+    weight += column[None, :] * inputs + lane[:, None]
+    total = accumulate(
+        tl.zeros((ROWS, COLUMNS), dtype=tl.float32), x, weight, 0, tl.cdiv(inputs, DEPTH), inputs,
+        held_rows, held_columns, WHOLE, DEPTH,
+    )  # fmt: skip
+    place = row.to(tl.int64)[:, None] * outputs + first_column + column[None, :]
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=held_rows & held_columns)
+
+
+def grouped_matmul(x: Tensor, weight: Tensor, sources: Tensor | None, starts: Tensor) -> Tensor:
+    """`[N, out]`: of N rows, in groups that begin at `starts` `[G + 1]` int32, each x · weight[g]ᵀ, weight
+    `[G, out, in]` contiguous. `sources` `[N]` int32: the rows of x; None: row i is row i."""
+    groups, outputs, inputs = weight.shape
+    rows = x.shape[0] if sources is None else sources.shape[0]
+    tile = tile_for(tiles_for(capability(x.device), x.dtype), rows // groups, inputs, outputs)
+    return grouped_in_tiles(x, weight, sources, starts, tile)
+
+
+def grouped_in_tiles(x: Tensor, weight: Tensor, sources: Tensor | None, starts: Tensor, tile: Tile) -> Tensor:
+    """The products in tiles of that size, which changes no bit."""
+    groups, outputs, inputs = weight.shape
+    rows = x.shape[0] if sources is None else sources.shape[0]
+    out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
+    row_tiles = rows // tile.rows + groups
+    grouped_kernel[(row_tiles * triton.cdiv(outputs, tile.columns),)](
+        x, sources, weight, starts, out, x.stride(0), row_tiles, groups, inputs, outputs,
+        WHOLE=inputs % tile.depth == 0, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, TOGETHER=TOGETHER,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out
