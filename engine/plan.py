@@ -87,6 +87,23 @@ class Plan:
         return sum(1 + len(row.proposed) for row in self.rows if row.samples)
 
 
+class Draft:
+    """A plan in the making: how many tokens each row has, and how many are left of the `budget`."""
+
+    __slots__ = ("budget", "rows")
+
+    def __init__(self, budget: int) -> None:
+        self.rows: dict[Sequence, int] = {}
+        self.budget = budget
+
+    def give(self, sequence: Sequence) -> None:
+        self.rows[sequence] = min(sequence.num_pending, self.budget)
+        self.budget -= self.rows[sequence]
+
+    def take_back(self, sequence: Sequence) -> None:
+        self.budget += self.rows.pop(sequence, 0)
+
+
 FAILED = -1  # in place of a token: this row's logits were not finite
 
 

@@ -56,7 +56,7 @@ class Request:
     `cache_salt`: only requests with the same salt share computed prefixes, so that response times tell nobody
     what others have asked. `priority`: lower runs first, and preempts higher ones; `turn`: among equals
     lower runs first, and None comes last; in whatever the caller counts turns. It preempts, once, those of another
-    salt that are at least two turns later (`overtaking`). `generated`: a checkpoint, one entry per sample, or
+    salt that are at least two turns later (`making_way`). `generated`: a checkpoint, one entry per sample, or
     nothing. `stream`: somebody reads along, so its tokens are told of as they are made (`wire.Streamed`).
     """
 

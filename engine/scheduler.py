@@ -3,7 +3,7 @@
 Keep this small: it is the heart, and every feature would like to live here. There are no phases. A sequence
 has tokens and some of them are computed; each step hands out one budget of tokens, running sequences first in
 order of admission, then waiting ones in the order of their queue, until budget, places or pages run out. Priority
-goes before all of that: whoever waits comes before the running ones of lower priority (of equal: `overtaking`). A
+goes before all of that: whoever waits comes before the running ones of lower priority (of equal: `making_way`). A
 chunk of a prompt, a decoded token, a checkpoint and a recompute after preemption are the same catching up.
 
 A sequence is admitted when the pages for all the tokens it has now can be had, and when the forecast says that
@@ -28,10 +28,10 @@ from types import MappingProxyType
 from engine.endings import ending, goes_on
 from engine.forecast import Forecast
 from engine.lengths import OutputLengths
+from engine.making_way import makes_way, victim
 from engine.multi_step import MultiStep
-from engine.overtaking import overtaken
 from engine.pages import PagePool, require
-from engine.plan import Plan, PromptScores, Row
+from engine.plan import Draft, Plan, PromptScores, Row
 from engine.prefix_cache import Match, PrefixCache
 from engine.request import Output, TokenLogprobs
 from engine.sequence import Sequence
@@ -41,23 +41,6 @@ from engine.warming import Warming
 
 RETRY_PLANS = 16  # how long a full engine does not ask again whether the next one fits, unless somebody left
 MARGIN = 0.02  # of the pages, for expectations that were too low
-
-
-class _Draft:
-    """A plan in the making."""
-
-    __slots__ = ("budget", "rows")
-
-    def __init__(self, budget: int) -> None:
-        self.rows: dict[Sequence, int] = {}
-        self.budget = budget
-
-    def give(self, sequence: Sequence) -> None:
-        self.rows[sequence] = min(sequence.num_pending, self.budget)
-        self.budget -= self.rows[sequence]
-
-    def take_back(self, sequence: Sequence) -> None:
-        self.budget += self.rows.pop(sequence, 0)
 
 
 class Scheduler:
@@ -120,7 +103,7 @@ class Scheduler:
     def plan(self) -> Plan:
         """The next step's rows. Empty only when there is no work."""
         self._num_plans += 1
-        draft = _Draft(self.max_num_batched_tokens)
+        draft = Draft(self.max_num_batched_tokens)
         preemptions_before = self.num_preemptions
         for priority, equals in groupby(sorted(self.running, key=_priority), key=_priority):
             self._admit(draft, before=priority)
@@ -140,11 +123,14 @@ class Scheduler:
 
     def follow(self, plan: Plan) -> Plan | None:
         """A plan for the same rows behind `plan`, which runs and is not settled; None where that cannot be, or where
-        somebody waits for a place that is free."""
-        if self.num_waiting and len(self.running) + len(self.warming) < self.max_num_seqs:
+        somebody waits who may come in."""
+        if self._num_plans + 1 >= self._retry_at and self._may_come_in():
             return None
         following = self.multi_step.behind(plan, self.running)
-        return following and replace(following, moves=self.cache.take_moves())
+        if following is None:
+            return None
+        self._num_plans += 1
+        return replace(following, moves=self.cache.take_moves())
 
     def settle(
         self,
@@ -225,14 +211,14 @@ class Scheduler:
             self.running.remove(sequence)
             self._leave(sequence)
 
-    def preempt(self, victim: Sequence) -> None:
+    def preempt(self, sequence: Sequence) -> None:
         """Take the pages of a running sequence and put it back to the front of its level."""
-        self.running.remove(victim)
-        self._abandon(victim)
-        self.cache.release(victim, preempted=True)
-        victim.num_preemptions += 1
+        self.running.remove(sequence)
+        self._abandon(sequence)
+        self.cache.release(sequence, preempted=True)
+        sequence.num_preemptions += 1
         self.num_preemptions += 1
-        self.waiting.put_back(victim)
+        self.waiting.put_back(sequence)
         self._retry_at = 0
 
     def check(self) -> None:
@@ -256,7 +242,7 @@ class Scheduler:
 
     # --- coming in ------------------------------------------------------------------------------------------
 
-    def _admit(self, draft: _Draft, *, before: float = float("inf")) -> None:
+    def _admit(self, draft: Draft, *, before: float = float("inf")) -> None:
         """Let those in whose priority number is below `before`."""
         forecast = None
         while draft.budget > 0 and self._num_plans >= self._retry_at:
@@ -264,7 +250,7 @@ class Scheduler:
             if sequence is None or _priority(sequence) >= before:
                 return
             match = self.cache.match(sequence)
-            place = len(self.running) + len(self.warming) < self.max_num_seqs
+            place = self._has_place()
             if place and self._park(sequence, match):
                 continue
             forecast = forecast or self._forecast()
@@ -275,12 +261,14 @@ class Scheduler:
                 self._enter(sequence, draft, match)
                 forecast.add(*needs)
                 continue
-            if not self._make_way(sequence, draft, place=place):
+            other = makes_way(self.running, sequence, place=place)
+            if other is None:
                 self._retry_at = self._num_plans + RETRY_PLANS
                 return
+            self._put_out(other, draft)
             forecast = None
 
-    def _enter(self, sequence: Sequence, draft: _Draft, match: Match) -> None:
+    def _enter(self, sequence: Sequence, draft: Draft, match: Match) -> None:
         self.waiting.remove(sequence)
         self.running.append(sequence)
         if sequence.high_water == 0:
@@ -297,16 +285,15 @@ class Scheduler:
         self.waiting.remove(sequence)
         return True
 
-    def _make_way(self, sequence: Sequence, draft: _Draft, *, place: bool) -> bool:
-        """Preempt somebody of lower priority, or, where there is no place, whom `sequence` overtakes, if there is."""
-        victim = self._victim() if self.running else None
-        if victim is None or _priority(victim) <= _priority(sequence):
-            victim = None if place else overtaken(self.running, sequence)
-        if victim is None:
+    def _has_place(self) -> bool:
+        return len(self.running) + len(self.warming) < self.max_num_seqs
+
+    def _may_come_in(self) -> bool:
+        """Whether the first of those who wait has a place, or somebody's, as far as can be said without its pages."""
+        first = self.waiting.peek()
+        if first is None:
             return False
-        draft.take_back(victim)
-        self.preempt(victim)
-        return True
+        return self._has_place() or makes_way(self.running, first, place=False) is not None
 
     def _needs(self, sequence: Sequence, match: Match) -> tuple[int, int]:
         """(tokens whose pages nobody else owns already, tokens it will probably still make)."""
@@ -337,13 +324,12 @@ class Scheduler:
 
     # --- going on -------------------------------------------------------------------------------------------
 
-    def _go_on(self, sequence: Sequence, draft: _Draft) -> None:
+    def _go_on(self, sequence: Sequence, draft: Draft) -> None:
         needed = sequence.num_computed + min(sequence.num_pending, draft.budget)
         while not self._reserve(sequence, needed):
-            victim = self._victim()
-            draft.take_back(victim)
-            self.preempt(victim)
-            if victim is sequence:
+            last = victim(self.running)
+            self._put_out(last, draft)
+            if last is sequence:
                 return
         draft.give(sequence)
 
@@ -372,10 +358,6 @@ class Scheduler:
 
     # --- going out ------------------------------------------------------------------------------------------
 
-    def _victim(self) -> Sequence:
-        """Of the lowest priority the least computed; of equals, the one admitted last."""
-        return min(reversed(self.running), key=lambda one: (-_priority(one), one.num_computed))
-
     def _leave(self, sequence: Sequence) -> None:
         """It does not run any more and will not come back."""
         if sequence.output is not None and not sequence.runs_to_the_end:
@@ -384,6 +366,10 @@ class Scheduler:
         self._abandon(sequence)
         self.cache.release(sequence)
         self._retry_at = 0
+
+    def _put_out(self, sequence: Sequence, draft: Draft) -> None:
+        draft.take_back(sequence)
+        self.preempt(sequence)
 
     def _abandon(self, sequence: Sequence) -> None:
         keys = self._prompt_keys(sequence)[sequence.num_computed // self.pool.page_size :]

@@ -199,7 +199,7 @@ class Claimer(threading.Thread):
     def _with_turns(self, claims: list[Claim]) -> list[Claim]:
         """In the engine whose tenant has little there goes first, or a few jobs would wait behind a window full of
         another's; in steps of what runs at once, so that most of a tenant's own are planned together. Urgent jobs go
-        by deadline, to the minute. Another tenant's that are two turns later make way (`engine.overtaking`)."""
+        by deadline, to the minute. Another tenant's that are two turns later make way (`engine.making_way`)."""
         held = self.holdings.of_tenants
         turns: list[Claim] = []
         for one in claims:

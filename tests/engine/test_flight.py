@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.plan import Launched, OutOfDeviceMemory, Plan
-from engine.request import Request, RequestId
+from engine.request import Completion, Request, RequestId
 from engine.sampling_params import SamplingParams
 from tests.support.checked import CheckedRunner, checked_engine, expected
 from tests.support.pressure import run
@@ -98,3 +100,62 @@ def test_nobody_waits_for_a_plan_whose_sequences_are_all_gone() -> None:
     assert not engine.has_work
     (later,) = requests(1, 5)
     assert run(engine, [later], poison=False)[later.id].outputs[0].token_ids == expected(later, 0, 20)
+
+
+def urgent(name: str, **more: Any) -> Request:
+    sampling = SamplingParams(temperature=0.0, seed=1, max_tokens=5, ignore_eos=True)
+    return Request(id=RequestId(name, 1), prompt_token_ids=(7, 8, 9), sampling=sampling, **more)
+
+
+def full_of_plans(pages: int = 400, max_tokens: int = 200) -> tuple[Engine, list[Request]]:
+    """Four places, taken by requests that have several turns, and a plan that was launched ahead."""
+    engine = checked_engine(pages, max_num_seqs=4, steps=8)
+    asked = [replace(one, turn=5) for one in requests(4, 10, max_tokens=max_tokens)]
+    for one in asked:
+        engine.add(one)
+    for _ in range(3):
+        assert engine.step() == []
+    return engine, asked
+
+
+@pytest.mark.parametrize(
+    "more", [{"priority": -1}, {"turn": 0, "cache_salt": "other"}], ids=["of higher priority", "overtakes"]
+)
+def test_no_plan_is_launched_ahead_of_one_for_whom_somebody_makes_way(more: dict[str, Any]) -> None:
+    engine, asked = full_of_plans()
+    one = urgent("urgent", **more)
+    engine.add(one)
+    done: dict[RequestId, Completion] = {}
+    for _ in range(4):  # the plan ahead; one with its prompt; what it has to say
+        done |= {completion.id: completion for completion in engine.step()}
+    assert done[one.id].outputs[0].token_ids == expected(one, 0, 5)
+    done |= run(engine, [], poison=False)
+    for other in asked:
+        assert done[other.id].outputs[0].token_ids == expected(other, 0, 200)
+
+
+@pytest.mark.parametrize("more", [{}, {"turn": 4, "cache_salt": "other"}, {"priority": 1}])
+def test_who_has_to_wait_stops_no_plan(more: dict[str, Any]) -> None:
+    engine, _ = full_of_plans()
+    before = engine.stats()["num_steps"]
+    engine.add(urgent("patient", **more))
+    for _ in range(4):
+        assert engine.step() == []
+        assert engine._flight._ahead is not None
+    assert engine.stats()["num_steps"] == before + 4
+
+
+def test_nor_does_one_for_whom_there_is_a_place_but_no_memory() -> None:
+    engine = checked_engine(60, max_num_seqs=4, steps=8)
+    holding = requests(2, 10, max_tokens=100)  # 28 pages each at their ends
+    large = replace(requests(101, 120, max_tokens=100)[100], id=RequestId("large", 1))
+    for one in (*holding, large):
+        engine.add(one)
+    for _ in range(3):
+        assert engine.step() == []
+    assert len(engine.scheduler.running) == 2
+    assert engine.scheduler.num_waiting == 1
+    assert engine._flight._ahead is not None
+    done = run(engine, [], poison=False)
+    for one in (*holding, large):
+        assert done[one.id].outputs[0].token_ids == expected(one, 0, one.sampling.max_tokens or 0)

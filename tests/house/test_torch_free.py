@@ -26,7 +26,7 @@ ENGINE_FRONT = (
     "plan",
     "pages",
 )
-ENGINE_FRONT += ("prefix_cache", "overtaking", "waiting", "warming", "lengths", "forecast", "run")
+ENGINE_FRONT += ("prefix_cache", "making_way", "waiting", "warming", "lengths", "forecast", "run")
 ENGINE_FRONT += ("invalid_parameter", "structured_outputs", "matcher", "grammars", "compiling")
 ENGINE_FRONT += ("logit_rules", "repetition", "vocabulary", "scheduler", "stop", "tokenizer", "wire", "codec")
 ENGINE_FRONT += ("multi_step", "speculation", "ngram_proposer", "flight", "step_times", "endings")
