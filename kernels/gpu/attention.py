@@ -119,6 +119,14 @@ def reduce(
     tl.store(target, (mixed / total[:, None]).to(out.dtype.element_ty), mask=(channel < DIM)[None, :])
 
 
+@triton.jit
+def _target(out, first, inner, head, channel, HEADS: tl.constexpr, DIM: tl.constexpr):
+    """Where a block that begins at token `first` leaves its results, [M, WIDTH]; its offsets fit in 32 bits."""
+    return (
+        out + first.to(tl.int64) * (HEADS * DIM) + ((inner * HEADS + head)[:, None] * DIM + channel[None, :])
+    )
+
+
 @triton.jit(do_not_specialize=["table_stride", "num_tokens", "num_rows"])
 def many(
     q, keys, values, key_scales, value_scales, slopes, page_table, query_start, context_lens, out,
@@ -149,18 +157,21 @@ def many(
     blocks: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     kv_head = tl.program_id(1) // blocks
     m, channel = tl.arange(0, M), tl.arange(0, WIDTH)
-    index, in_group = first + m // HEADS, tl.program_id(1) % blocks * HEADS + m % HEADS
-    head, valid = kv_head * GROUP + in_group, (m < HEADS * QUERIES) & (index < end) & (in_group < GROUP)
+    inner, in_group = m // HEADS, tl.program_id(1) % blocks * HEADS + m % HEADS
+    head, valid = (
+        kv_head * GROUP + in_group,
+        (m < HEADS * QUERIES) & (inner < end - first) & (in_group < GROUP),
+    )
     held = valid[:, None] & (channel < DIM)[None, :]
-    target = out + (index[:, None].to(tl.int64) * (KV_HEADS * GROUP) + head[:, None]) * DIM + channel[None, :]
     if row == num_rows:
-        tl.store(target, tl.zeros((M, WIDTH), out.dtype.element_ty), mask=held)
+        zeros = tl.zeros((M, WIDTH), out.dtype.element_ty)
+        tl.store(_target(out, first, inner, head, channel, KV_HEADS * GROUP, DIM), zeros, mask=held)
         return
     if end - start == 1:
         return
 
-    places = index[:, None].to(tl.int64) * q_stride + head[:, None] * q_head_stride + channel[None, :]
-    query = tl.load(q + places, mask=held, other=0.0)
+    places = (inner * q_stride + head * q_head_stride)[:, None] + channel[None, :]
+    query = tl.load(q + first.to(tl.int64) * q_stride + places, mask=held, other=0.0)
     slope = None
     if slopes is not None:
         slope = slope_of(slopes, head, valid)
@@ -172,19 +183,22 @@ def many(
     table = page_table + row.to(tl.int64) * table_stride
 
     # tokens that some query of the block sees: begin until stop; that all see: the tiles from full_begin to full_stop
-    behind = tl.load(context_lens + row) - end  # position of a token less its index in the step
-    position, last = index + behind, tl.minimum(first + QUERIES, end) - 1 + behind
-    begin, full_begin, stop = 0, 0, last + 1
-    full_stop = (first + behind + 1) // TILE * TILE
+    context = tl.load(context_lens + row)
+    origin = first + context - end  # position of the block's first query
+    position, stop = origin + inner, tl.minimum(origin + QUERIES, context)
+    begin, full_begin, full_stop = 0, 0, (origin + 1) // TILE * TILE
     if window is not None:
-        begin = tl.maximum(first + behind - window + 1, 0)
-        full_begin = (tl.maximum(last - window + 1, 0) + TILE - 1) // TILE * TILE
+        begin = tl.maximum(origin - window + 1, 0)
+        full_begin = (tl.maximum(stop - window, 0) + TILE - 1) // TILE * TILE
     top, total = tl.full((M,), float("-inf"), tl.float32), tl.zeros((M,), tl.float32)
     mixed = tl.zeros((M, WIDTH), tl.float32)
-    for split in range(split_of(begin), split_of(last) + 1):
-        low, high = tl.maximum(split_start(split), begin), tl.minimum(split_start(split + 1), stop)
-        a = low // TILE * TILE
-        b = tl.minimum(tl.maximum(full_begin, a), high)
+    for split in range(split_of(begin), split_of(stop - 1) + 1):
+        low, high = split_start(split), tl.minimum(split_start(split + 1), stop)
+        a, b = low, low
+        if window is not None:
+            low = tl.maximum(low, begin)
+            a = low // TILE * TILE
+            b = tl.minimum(tl.maximum(full_begin, a), high)
         c = tl.maximum(tl.minimum(full_stop, high), b)
         part_top, part_total = tl.full((M,), float("-inf"), tl.float32), tl.zeros((M,), tl.float32)
         part = tl.zeros((M, WIDTH), tl.float32)
@@ -205,4 +219,6 @@ def many(
             KV_HEADS, DIM, PAGE, WIDTH, TILE, True, True,
         )  # fmt: skip
         top, total, mixed = merged(top, total, mixed, part_top, part_total, part)
+    # made anew, so that no registers hold it while the block walks
+    target = _target(out, first, inner, head, channel, KV_HEADS * GROUP, DIM)
     tl.store(target, (mixed / total[:, None]).to(out.dtype.element_ty), mask=held)

@@ -30,32 +30,44 @@ def walk(
     sees every token of these tiles. SHARED: rows of the block may see different tokens. `keys`, `values` and their
     scales start at the kv head, `table` at the row.
     """
-    channel = tl.arange(0, WIDTH)
+    channel, lane = tl.arange(0, WIDTH), tl.arange(0, TILE)
+    LATER: tl.constexpr = key_scales is None and cap is None and slope is None  # scores are scaled
     for start in range(first, stop, TILE):
-        token = start + tl.arange(0, TILE)
+        token = start + lane
         useful = (token >= low) & (token < high)
-        if MASKED:
-            # for whole groups of 16, which lie in one page: the loads of K below are told that a group is contiguous
-            group = token // 16 * 16
-            page = tl.load(table + token // PAGE, mask=(group + 16 > low) & (group < high), other=0).to(
-                tl.int64
-            )
-        else:
-            page = tl.load(table + token // PAGE).to(tl.int64)
-        # [TILE]; int64: the pool may hold more than 2^31 elements
-        block, within = page * KV_HEADS, token % PAGE
-
         # K is [d, page_size] in its page: 16 tokens at least lie side by side. What is read beyond the useful ones
-        # lies in pages that exist (page 0 for those that are not to be read) and is hidden as a score.
-        place = block[None, :] * (DIM * PAGE) + channel[:, None] * PAGE + within[None, :]
-        place = tl.max_contiguous(tl.multiple_of(place, (1, 16)), (1, 16))
-        if DIM == WIDTH:
-            k = tl.load(keys + place)
+        # lies in pages that exist and is hidden as a score. int64: the pool may hold more than 2^31 elements.
+        if PAGE % TILE == 0:
+            # of the whole tile, of which some token is useful
+            block = tl.load(table + start // PAGE).to(tl.int64) * KV_HEADS
+            within = tl.multiple_of(start % PAGE, TILE)
+            key_place = block * (DIM * PAGE) + within + (channel[:, None] * PAGE + lane[None, :])
+            value_place = block * (DIM * PAGE) + within * DIM + (lane[:, None] * DIM + channel[None, :])
+            scale_place = block * PAGE + within + lane
         else:
-            k = tl.load(keys + place, mask=channel[:, None] < DIM, other=0.0)
-        scores = tl.dot(query, k.to(query.dtype), input_precision="ieee") * scale  # [M, TILE]
+            if MASKED:
+                # for whole groups of 16, which lie in one page: the loads of K are told that a group is contiguous;
+                # page 0 for those that are not to be read
+                group = token // 16 * 16
+                read = (group + 16 > low) & (group < high)
+                page = tl.load(table + token // PAGE, mask=read, other=0).to(tl.int64)
+            else:
+                page = tl.load(table + token // PAGE).to(tl.int64)
+            block, within = page * KV_HEADS, token % PAGE  # [TILE]
+            key_place = block[None, :] * (DIM * PAGE) + channel[:, None] * PAGE + within[None, :]
+            key_place = tl.max_contiguous(tl.multiple_of(key_place, (1, 16)), (1, 16))
+            value_place = block[:, None] * (DIM * PAGE) + within[:, None] * DIM + channel[None, :]
+            scale_place = block * PAGE + within
+
+        if DIM == WIDTH:
+            k = tl.load(keys + key_place)
+        else:
+            k = tl.load(keys + key_place, mask=channel[:, None] < DIM, other=0.0)
+        scores = tl.dot(query, k.to(query.dtype), input_precision="ieee")  # [M, TILE]
+        if not LATER:
+            scores *= scale
         if key_scales is not None:
-            k_scale = tl.load(key_scales + block * PAGE + within, mask=useful, other=0.0).to(tl.float32)
+            k_scale = tl.load(key_scales + scale_place, mask=useful, other=0.0).to(tl.float32)
             scores *= k_scale[None, :]
         if cap is not None:
             scores = cap * tanh(scores)
@@ -69,20 +81,26 @@ def walk(
                     seen &= token[None, :] > position[:, None] - window
             scores = tl.where(seen, scores, float("-inf"))
 
-        higher = tl.maximum(top, tl.max(scores, axis=1))
+        highest = tl.max(scores, axis=1)
+        if LATER:
+            highest *= scale
+        higher = tl.maximum(top, highest)
         safe = tl.where(higher == float("-inf"), 0.0, higher)  # a query may see nothing of these tiles
-        kept, weights = tl.exp2(top - safe), tl.exp2(scores - safe[:, None])
-
-        place = block[:, None] * (DIM * PAGE) + within[:, None] * DIM + channel[None, :]
-        if MASKED:
-            v = tl.load(values + place, mask=useful[:, None] & (channel[None, :] < DIM), other=0.0)
-        elif DIM == WIDTH:
-            v = tl.load(values + place)
+        if LATER:  # one operation instead of two
+            weights = tl.exp2(tl.fma(scores, scale, -safe[:, None]))
         else:
-            v = tl.load(values + place, mask=channel[None, :] < DIM, other=0.0)
+            weights = tl.exp2(scores - safe[:, None])
+        kept = tl.exp2(top - safe)
+
+        if MASKED:
+            v = tl.load(values + value_place, mask=useful[:, None] & (channel[None, :] < DIM), other=0.0)
+        elif DIM == WIDTH:
+            v = tl.load(values + value_place)
+        else:
+            v = tl.load(values + value_place, mask=channel[None, :] < DIM, other=0.0)
         v = v.to(query.dtype)
         if value_scales is not None:
-            v_scale = tl.load(value_scales + block * PAGE + within, mask=useful, other=0.0).to(tl.float32)
+            v_scale = tl.load(value_scales + scale_place, mask=useful, other=0.0).to(tl.float32)
         counted = weights
         if MASKED and SHARED:
             # 0 · NaN is NaN: those that do not see a harmful token must not meet it, those that do lose their sum

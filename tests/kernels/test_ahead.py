@@ -11,9 +11,6 @@ import pytest
 
 from tests.support.tree import ROOT
 
-ALLOWED = {
-    "many": 64
-}  # bytes: with them its tile of plain attention was the fastest on a device all the same
 FEW = "--once --dtypes bf16 --storages plain --dims 128 --groups 4 --options causal"
 OTHERS = (
     "--groups 4 --options all --dims 64 128 256 --dtypes bf16",
@@ -25,6 +22,7 @@ ALL_OF = {
         "--groups 4 --options causal all --dims 64 80 128 256 --dtypes bf16",
         "--groups 1 7 71 --options causal all --dims 64 --dtypes bf16 --storages plain --parts attention",
         "--groups 4 --options window softcap slopes --dims 128 --dtypes bf16 --storages plain --parts attention",
+        "--groups 4 --options causal window --dims 64 128 --dtypes bf16 --parts attention --pages 16",
         "--groups 4 --options all --dims 128 --dtypes fp16 --storages plain fp8",
         "--groups 4 --options all --dims 64 128 256 --dtypes fp32 --storages plain int8",
     ),
@@ -75,7 +73,7 @@ def compiled(target: str, options: str) -> list[dict[str, Any]]:
 def test_one_of_each_compiles_without_spills() -> None:
     found = compiled("sm_90", FEW)
     assert {kernel["kernel"] for kernel in found} == NAMES
-    assert not [kernel for kernel in found if kernel["spilled"] > ALLOWED.get(kernel["kernel"], 0)]
+    assert not [kernel for kernel in found if kernel["spilled"]]
     assert all(kernel["registers"] > 0 for kernel in found)
 
 
@@ -125,5 +123,5 @@ def test_all_compile(target: str) -> None:
     storages = {kernel.get("storage") for kernel in found}
     assert ("fp8" in storages) == (target != "sm_80")
     if target == "sm_90":  # fp32 is for checks: there some kernels spill a few words
-        spilling = [kernel for kernel in found if kernel["spilled"] > ALLOWED.get(kernel["kernel"], 0)]
+        spilling = [kernel for kernel in found if kernel["spilled"]]
         assert not [kernel for kernel in spilling if kernel["dtype"] != "fp32" or kernel["spilled"] > 64]

@@ -27,14 +27,14 @@ MIXED_ROWS = [(1, 1), (1, 16), (5, 5), (1, 17), (40, 40), (7, 300), (1, 257), (0
     ("heads", "kv_heads", "dim", "page_size"),
     [
         (9, 3, 64, 16),  # SmolLM2
-        (8, 8, 64, 16),  # MHA
+        (8, 8, 64, 64),  # MHA
         (8, 1, 64, 32),  # MQA, more query heads than one register block
         (4, 2, 80, 16),
-        (4, 2, 32, 32),
+        (4, 2, 32, 48),
         (6, 2, 40, 16),
-        (2, 1, 6, 16),
-        (14, 2, 128, 48),
-        (3, 3, 144, 16),
+        (2, 1, 6, 64),
+        (14, 2, 128, 64),
+        (3, 3, 144, 64),
     ],
 )
 def test_attention_equals_a_plain_loop(
@@ -65,7 +65,7 @@ def test_rows_of_one_query_need_no_starts(
     """What is left out says that each row has one; rows without a context are padding."""
     rows = [(1, 1), (1, 531), (1, 20), (1, 512)]
     case = paged(
-        rows, heads=6, kv_heads=2, dim=40, page_size=16, dtype=dtype, storage=storage, how=how, padding=3
+        rows, heads=6, kv_heads=2, dim=40, page_size=64, dtype=dtype, storage=storage, how=how, padding=3
     )
     wanted = case.run(kernels)
     table = torch.full((7, case.page_table.shape[1]), 2**30, dtype=torch.int32)
@@ -88,7 +88,7 @@ def test_attention_of_padding_tokens_is_zero(kernels: Kernels, dtype: torch.dtyp
 
 
 def test_attention_with_large_scores_stays_exact(kernels: Kernels, dtype: torch.dtype) -> None:
-    case = paged([(1, 400), (50, 400)], heads=2, kv_heads=1, dim=64, page_size=16, dtype=dtype)
+    case = paged([(1, 400), (50, 400)], heads=2, kv_heads=1, dim=64, page_size=64, dtype=dtype)
     case.how = Attention(12.0)  # weights span more than fp32's exponent: one token takes nearly all
     found = case.run(kernels)
     absolute = 1e-2 if dtype == torch.bfloat16 else 5e-4
@@ -109,7 +109,9 @@ def test_nan_query_harms_only_itself(
     assert torch.equal(found[others], clean[others])
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (3, 3, 40), (8, 1, 6)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "page_size"), [(9, 3, 64, 16), (3, 3, 40, 64), (8, 1, 6, 16)]
+)
 @pytest.mark.parametrize(("keys", "values"), [(True, True), (True, False), (False, True)])
 def test_nan_behind_a_query_changes_no_bit(
     kernels: Kernels,
@@ -118,15 +120,19 @@ def test_nan_behind_a_query_changes_no_bit(
     heads: int,
     kv_heads: int,
     dim: int,
+    page_size: int,
     keys: bool,
     values: bool,
 ) -> None:
     """Two requests that share pages never harm each other by what lies behind the shared part."""
     count, context = 21, 268  # over the end of a block of 256
     rows = [(count, context), (3, 30)]
-    case = paged(rows, heads=heads, kv_heads=kv_heads, dim=dim, page_size=16, dtype=dtype, storage=storage)
+    case = paged(
+        rows, heads=heads, kv_heads=kv_heads, dim=dim, page_size=page_size, dtype=dtype, storage=storage
+    )
     clean = case.run(kernels)
-    for seen in (1, 2, 3, 5, 8, 9, 15, 16, 20):  # the first `seen` queries do not see the token
+    # the first `seen` queries do not see the token; of one tile of triton's all places are alike
+    for seen in (1, 9, 20) if kernels.name == "triton" else (1, 2, 3, 5, 8, 9, 15, 16, 20):
         first = context - count + seen
         for spoilt in ([first], range(first, context)):
             by = float("inf") if values and not keys and storage is None else float("nan")

@@ -116,7 +116,10 @@ ROWS = [(3, 600), (1, 530), (1, 1), (20, 530), (0, 9), (1, 512), (2, 1025)]
 
 def long_contexts(dtype: torch.dtype, how: Attention | None, storage: torch.dtype | None = None) -> Paged:
     """Contexts over one, two and three splits, at their ends too."""
-    return paged(ROWS, heads=3, kv_heads=1, dim=32, page_size=32, dtype=dtype, storage=storage, how=how)
+    page_size = 64 if dtype == torch.bfloat16 else 32
+    return paged(
+        ROWS, heads=3, kv_heads=1, dim=32, page_size=page_size, dtype=dtype, storage=storage, how=how
+    )
 
 
 @pytest.mark.parametrize("how", [None, Attention(0.2, window=520, softcap=2.0)], ids=["plain", "options"])

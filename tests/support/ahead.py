@@ -105,8 +105,7 @@ def attention(
     dim: int,
     group: int,
     how: Attention,
-    *,
-    page_size: int = 16,
+    page_size: int,
 ) -> Callable[[], object]:
     """Steps of long contexts, so that every kernel of attention is launched: one with starts, and one of a query a
     row where rows share prefixes, which a window would leave alone. The tensors are small: nothing reads them."""
@@ -276,15 +275,12 @@ def cases(chosen: argparse.Namespace, fp8: bool) -> Iterator[tuple[dict[str, Any
             for dim in chosen.dims:
                 for group in chosen.groups:
                     for option, how in options(2 * group).items():
-                        if option in chosen.options:
-                            about = {
-                                "dtype": name,
-                                "storage": storage,
-                                "dim": dim,
-                                "group": group,
-                                "option": option,
-                            }
-                            yield about, attention(DTYPES[name], STORAGES[storage], dim, group, how)
+                        if option not in chosen.options:
+                            continue
+                        about = {"dtype": name, "storage": storage, "dim": dim, "group": group}
+                        for size in chosen.pages:
+                            launched = attention(DTYPES[name], STORAGES[storage], dim, group, how, size)
+                            yield about | {"option": option, "page": size}, launched
 
 
 def main() -> None:
@@ -296,6 +292,7 @@ def main() -> None:
     parser.add_argument("--storages", nargs="+", default=list(STORAGES))
     parser.add_argument("--dims", nargs="+", type=int, default=[64, 80, 128, 256])
     parser.add_argument("--groups", nargs="+", type=int, default=[1, 4, 7])
+    parser.add_argument("--pages", nargs="+", type=int, default=[64])
     parser.add_argument("--options", nargs="+", default=list(options(1)))
     parser.add_argument("--once", action="store_true", help="of each kernel only what is launched first")
     chosen = parser.parse_args()
