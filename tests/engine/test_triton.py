@@ -87,7 +87,7 @@ INTERPRETED = pytest.mark.interpreted
 @pytest.mark.parametrize(
     ("storage", "deterministic"),
     [
-        ("auto", False),
+        pytest.param("auto", False, marks=pytest.mark.long),
         pytest.param("auto", True, marks=INTERPRETED),  # also the products, which takes them long here
         pytest.param("int8", False, marks=INTERPRETED),
         pytest.param("fp8", True, marks=INTERPRETED),

@@ -10,6 +10,8 @@ import importlib.metadata
 import subprocess
 import sys
 
+import pytest
+
 from tests.support.tree import ROOT
 
 RUN_BOTH = """
@@ -25,6 +27,7 @@ print("ran")
 """
 
 
+@pytest.mark.long
 def test_transformers_runs_beside_our_kernels() -> None:
     done = subprocess.run(
         [sys.executable, "-c", RUN_BOTH], cwd=ROOT, capture_output=True, text=True, timeout=180

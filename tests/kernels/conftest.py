@@ -26,6 +26,7 @@ SLOW = (  # each case runs a kernel many times; what they say, others say of one
     "test_attention_with_large_scores_stays_exact",
     "test_a_row_does_not_depend_on_how_many_there_are",
     "test_rows_that_share_equal_a_plain_loop",  # other tests of its file have it too
+    "test_no_crowd_and_no_stride_changes_a_filtered_draw",
     "test_rows_of_one_query_need_no_starts",  # as `test_shared_prefixes` has them too
 )
 ONCE = (  # one case is enough of what takes ten seconds
@@ -35,9 +36,8 @@ ONCE = (  # one case is enough of what takes ten seconds
     "test_no_way_to_cut_a_product_changes_a_bit",
     "test_options",
     "test_long_rows",
-    "test_no_crowd_and_no_stride_changes_a_filtered_draw",
-    "test_a_row_does_not_depend_on_its_crowd",
     "test_a_token_is_the_weighted_sum_of_its_experts",
+    "test_a_row_does_not_depend_on_its_crowd",
 )
 DTYPES = [torch.float32, torch.bfloat16]
 STORAGES = {"plain": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}

@@ -101,10 +101,9 @@ def test_a_row_does_not_depend_on_its_crowd(kernels: Kernels, dtype: torch.dtype
     mixture = mixture_of(32, 20, 2, 1, dtype)
     x, logits = inputs(140, 32, 2, dtype)  # which tiles of few rows do not do
     together = mixed(kernels, x, logits, mixture)
-    for rows in (slice(0, 1), slice(7, 40), slice(0, 110)):
-        assert torch.equal(mixed(kernels, x[rows], logits[rows], mixture), together[rows])
     order = torch.randperm(140, generator=torch.Generator().manual_seed(6))
-    assert torch.equal(mixed(kernels, x[order], logits[order], mixture), together[order])
+    for rows in (slice(0, 1), slice(7, 40), order):
+        assert torch.equal(mixed(kernels, x[rows], logits[rows], mixture), together[rows])
 
 
 def test_what_is_not_finite_fails_its_row_alone(kernels: Kernels, dtype: torch.dtype) -> None:
