@@ -18,12 +18,12 @@ from tests.bench.gpu import rivals
 from tests.bench.gpu.setting import Setting
 from tests.bench.gpu.timing import seconds_of
 
-PAGE = 16
+PAGES = (64, 16)  # the engine's default on a GPU, and the smallest there is
 NOTE = "SDPA and FlexAttention have no pages: K and V are gathered for them, which is not timed"
 
 
 class Case(NamedTuple):
-    """`rows` sequences with the last `queries` of `context` tokens each. `context` is whole pages."""
+    """`rows` sequences with the last `queries` of `context` tokens each. `context` is whole pages of the smallest."""
 
     name: str
     rows: int
@@ -77,8 +77,9 @@ class Inputs(NamedTuple):
 
 
 def attention(setting: Setting) -> Iterator[dict[str, Any]]:
-    """For each case: microseconds of ours, of SDPA and of FlexAttention, ours against the ceilings, and the largest
-    differences between ours and theirs. FlexAttention, which compiles for each case, comes after all others."""
+    """For each case: microseconds of ours, with pages of each size, of SDPA and of FlexAttention, ours with the
+    largest pages against the ceilings, and the largest differences between that and theirs. FlexAttention, which
+    compiles for each case, comes after all others."""
     end = time.perf_counter() + setting.seconds
     found: dict[str, Any] = {"note": NOTE, "cases": []}
     cases = TINY if setting.tiny else CASES
@@ -86,8 +87,13 @@ def attention(setting: Setting) -> Iterator[dict[str, Any]]:
         if time.perf_counter() > end:
             found["cut"] = True
             break
-        inputs, ours = _prepared(case, setting)
-        result = _bounded(case, seconds_of(ours, setting.device), setting)
+        *others, page = [size for size in reversed(PAGES) if case.context % size == 0]
+        inputs, ours = _prepared(case, setting, page)
+        result = _bounded(case, seconds_of(ours, setting.device), setting) | {"page": page}
+        for size in others:
+            _, with_pages = _prepared(case, setting, size)
+            result[f"us_with_pages_of_{size}"] = _us(seconds_of(with_pages, setting.device))
+            del with_pages
         found["cases"].append(
             result | _compared("sdpa", rivals.sdpa(case, inputs, setting.device), case, ours())
         )
@@ -97,7 +103,7 @@ def attention(setting: Setting) -> Iterator[dict[str, Any]]:
         if time.perf_counter() > end:
             result["flex_why"] = "no time was left"
             continue
-        inputs, ours = _prepared(case, setting)
+        inputs, ours = _prepared(case, setting, result["page"])
         result |= _compared("flex", rivals.flex(case, inputs, setting.device), case, ours())
         del inputs, ours
         print(result, flush=True)
@@ -105,9 +111,9 @@ def attention(setting: Setting) -> Iterator[dict[str, Any]]:
     yield found
 
 
-def _prepared(case: Case, setting: Setting) -> tuple[Inputs, Callable[[], Tensor]]:
+def _prepared(case: Case, setting: Setting, page: int) -> tuple[Inputs, Callable[[], Tensor]]:
     with torch.inference_mode():
-        inputs = make_inputs(case, setting.device)
+        inputs = make_inputs(case, setting.device, page)
     kernels = kernels_for(setting.device, setting.kernels)
     q, cache, table, starts, lens, *_ = inputs
     how = Attention(case.dim**-0.5)
@@ -138,22 +144,22 @@ def _compared(name: str, rival: dict[str, Any], case: Case, made: Tensor) -> dic
     return result
 
 
-def make_inputs(case: Case, device: str) -> Inputs:
-    """Random numbers; the pages of all rows lie in a random order."""
+def make_inputs(case: Case, device: str, page: int) -> Inputs:
+    """Random numbers; the pages of all rows, of `page` tokens each, lie in a random order."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device, dtype=torch.bfloat16)
 
-    per_row = case.context // PAGE
+    per_row = case.context // page
     num_pages = case.rows * per_row
     cache = PagedKV(
-        normal(num_pages, case.kv_heads, case.dim, PAGE), normal(num_pages, case.kv_heads, PAGE, case.dim)
+        normal(num_pages, case.kv_heads, case.dim, page), normal(num_pages, case.kv_heads, page, case.dim)
     )
     order = torch.randperm(num_pages, generator=generator, device=device)
     table = order.view(case.rows, per_row)
     starts = torch.arange(case.rows + 1, device=device, dtype=torch.int32) * case.queries
-    keys = cache.keys[table].permute(0, 2, 1, 4, 3).flatten(2, 3)  # [rows, kv_heads, pages · PAGE, dim]
+    keys = cache.keys[table].permute(0, 2, 1, 4, 3).flatten(2, 3)  # [rows, kv_heads, context, dim]
     values = cache.values[table].permute(0, 2, 1, 3, 4).flatten(2, 3)
     return Inputs(
         q=normal(case.rows * case.queries, case.heads, case.dim),
