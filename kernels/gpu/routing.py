@@ -29,9 +29,8 @@ def route_kernel(
     x = tl.load(logits + token * stride + expert, mask=inside, other=float("-inf")).to(tl.float32)
     weights = tl.exp(x - tl.max(x, axis=0))
     share = weights / tl.sum(weights, axis=0)
-    broken = (
-        tl.max((share != share).to(tl.int32), axis=0) > 0
-    )  # then all of them are, and the first K are taken
+    # of one that is broken all are NaN, and the first K experts are taken
+    broken = tl.max((share != share).to(tl.int32), axis=0) > 0
     left = tl.where(inside, tl.where(broken, 1.0, share), -1.0)
     total = tl.full((), 0.0, tl.float32)
     first, largest = tl.zeros((LANES,), dtype=tl.int32), tl.zeros((LANES,), dtype=tl.float32)
