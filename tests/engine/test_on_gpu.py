@@ -23,7 +23,7 @@ from engine.memory import bytes_per_page
 from engine.request import Completion, Request, RequestId
 from engine.sampling_params import SamplingParams
 from tests.engine.test_alone_equals_crowd import Answers, comparable, make_requests
-from tests.support.families import MODELS, assert_near, generated, reference_cases
+from tests.support.families import MODELS, assert_near, generated, reference_cases, write_tiny
 from tests.support.pressure import expect_short_answers, run
 from tests.support.tiny import VOCAB_SIZE, write_tiny_llama
 
@@ -71,8 +71,14 @@ def load(folder: Path, device: str, num_pages: int, **settings: Any) -> Engine:
     return engine
 
 
-def write_model(folder: Path) -> Path:
+def write_model(folder: Path, *, experts: bool = False) -> Path:
     """Large enough that products are made of whole tiles, and some of them in segments."""
+    if experts:
+        changes = MODELS["Qwen3MoeForCausalLM"][0]
+        write_tiny(
+            folder, "Qwen3MoeForCausalLM", {**changes, "hidden_size": 256, "moe_intermediate_size": 64}
+        )
+        return folder
     return write_tiny_llama(folder, seed=5, hidden_size=256, intermediate_size=1024, attention_bias=True)
 
 
@@ -96,11 +102,14 @@ def requests() -> list[Request]:
     return [one for one in make_requests(77) if one.sampling.structured_outputs is None][:64]
 
 
+@pytest.mark.parametrize("experts", [False, True])
 def test_alone_in_crowds_and_preempted_the_bits_are_the_same(
-    device: str, tmp_path: Path, requests: list[Request]
+    device: str, tmp_path: Path, requests: list[Request], experts: bool
 ) -> None:
+    if experts and device == "cpu":
+        pytest.skip("test_family_crowd says it there")
     assert len(requests) == 64
-    folder = write_model(tmp_path)
+    folder = write_model(tmp_path, experts=experts)
     single = load(folder, device, 64, deterministic=True, enable_prefix_caching=False)
     assert single.runner.deterministic
     alone: Answers = {}
