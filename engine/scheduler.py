@@ -124,13 +124,10 @@ class Scheduler:
     def follow(self, plan: Plan) -> Plan | None:
         """A plan for the same rows behind `plan`, which runs and is not settled; None where that cannot be, or where
         somebody waits who may come in."""
-        if self._num_plans + 1 >= self._retry_at and self._may_come_in():
+        if self._may_come_in():
             return None
         following = self.multi_step.behind(plan, self.running)
-        if following is None:
-            return None
-        self._num_plans += 1
-        return replace(following, moves=self.cache.take_moves())
+        return following and replace(following, moves=self.cache.take_moves())
 
     def settle(
         self,

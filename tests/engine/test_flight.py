@@ -143,19 +143,3 @@ def test_who_has_to_wait_stops_no_plan(more: dict[str, Any]) -> None:
         assert engine.step() == []
         assert engine._flight._ahead is not None
     assert engine.stats()["num_steps"] == before + 4
-
-
-def test_nor_does_one_for_whom_there_is_a_place_but_no_memory() -> None:
-    engine = checked_engine(60, max_num_seqs=4, steps=8)
-    holding = requests(2, 10, max_tokens=100)  # 28 pages each at their ends
-    large = replace(requests(101, 120, max_tokens=100)[100], id=RequestId("large", 1))
-    for one in (*holding, large):
-        engine.add(one)
-    for _ in range(3):
-        assert engine.step() == []
-    assert len(engine.scheduler.running) == 2
-    assert engine.scheduler.num_waiting == 1
-    assert engine._flight._ahead is not None
-    done = run(engine, [], poison=False)
-    for one in (*holding, large):
-        assert done[one.id].outputs[0].token_ids == expected(one, 0, one.sampling.max_tokens or 0)
