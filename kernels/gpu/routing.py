@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1024  # entries that are looked at together; columns of a program of `combine_kernel`
+BLOCK = 1024  # columns of a program of `combine_kernel`
+LEAST_ENTRIES, MOST_ENTRIES = 1024, 4096  # that are looked at together
 
 
 @triton.jit
@@ -100,8 +101,16 @@ def grouped(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     starts = torch.empty(experts + 1, dtype=torch.int32, device=chosen.device)
     places = torch.empty_like(chosen)
     sources = torch.empty(chosen.numel(), dtype=torch.int32, device=chosen.device)
+    block = min(MOST_ENTRIES, max(LEAST_ENTRIES, triton.next_power_of_2(chosen.numel())))
     group_kernel[(experts,)](
-        chosen, starts, places, sources, chosen.numel(), K=chosen.shape[1], BLOCK=BLOCK, num_warps=4
+        chosen,
+        starts,
+        places,
+        sources,
+        chosen.numel(),
+        K=chosen.shape[1],
+        BLOCK=block,
+        num_warps=block // 512,
     )
     return starts, places, sources
 

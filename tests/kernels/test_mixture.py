@@ -131,7 +131,9 @@ def test_equal_shares_go_to_the_lower_index(dtype: torch.dtype) -> None:
     assert torch.allclose(shares.sum(dim=-1), torch.ones(40, device=DEVICE))
 
 
-@pytest.mark.parametrize(("tokens", "num_per_token", "experts"), [(1, 1, 1), (7, 3, 10), (700, 2, 9)])
+@pytest.mark.parametrize(
+    ("tokens", "num_per_token", "experts"), [(1, 1, 1), (7, 3, 10), (700, 2, 9), (2100, 4, 5)]
+)
 def test_entries_lie_side_by_side_in_their_own_order(tokens: int, num_per_token: int, experts: int) -> None:
     generator = torch.Generator().manual_seed(tokens)
     chosen = torch.rand(tokens, experts, generator=generator).argsort(dim=-1)[:, :num_per_token].int()
