@@ -18,9 +18,9 @@ test: venv model
 test-long: venv model
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --max-worker-restart 0 -m "long and not interpreted"
 
-# Every case of the triton kernels in triton's interpreter, and every kernel compiled ahead of time: hours.
+# Every case of the triton kernels in triton's interpreter, and every kernel compiled ahead of time: half an hour.
 test-triton: venv
-	$(BIN)/python -m pytest -n $(PROCESSES) -m interpreted tests/kernels tests/engine
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) -m interpreted tests/kernels tests/engine
 
 # On a machine with a GPU, with the python that is there: no virtual environment is made.
 test-gpu:
