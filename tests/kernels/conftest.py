@@ -1,8 +1,8 @@
 """Every kernel set, with every dtype and every kind of cache it serves.
 
 Where there is no GPU the triton set runs in triton's interpreter, some hundred times slower than C: `make test` runs
-a few of its cases of each test, `make test-triton`, which takes half an hour, all of them. With a GPU it runs there, and
-`make test-gpu` is quick.
+a few of its cases of each test, `make test-triton`, which takes half an hour, all of them. With a GPU it runs there,
+and `make test-gpu` is quick.
 """
 
 from __future__ import annotations
