@@ -99,6 +99,7 @@ class FirstExpert(Linear):
 
     def __init__(self, mixture: Mixture, mix: MixExperts) -> None:
         gate_up, down = mixture.gate_up[:1], mixture.down[:1]
+        # both products' together: what a row costs is inputs · outputs
         self.num_outputs, self.num_inputs = gate_up.shape[1] + down.shape[2], gate_up.shape[2]
         self._bias = None
         self._mixture = replace(mixture, gate_up=gate_up, down=down, num_per_token=1)

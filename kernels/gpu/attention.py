@@ -122,9 +122,8 @@ def reduce(
 @triton.jit
 def _target(out, first, inner, head, channel, HEADS: tl.constexpr, DIM: tl.constexpr):
     """Where a block that begins at token `first` leaves its results, [M, WIDTH]; its offsets fit in 32 bits."""
-    return (
-        out + first.to(tl.int64) * (HEADS * DIM) + ((inner * HEADS + head)[:, None] * DIM + channel[None, :])
-    )
+    offset = (inner * HEADS + head)[:, None] * DIM + channel[None, :]
+    return out + first.to(tl.int64) * (HEADS * DIM) + offset
 
 
 @triton.jit(do_not_specialize=["table_stride", "num_tokens", "num_rows"])
@@ -158,10 +157,8 @@ def many(
     kv_head = tl.program_id(1) // blocks
     m, channel = tl.arange(0, M), tl.arange(0, WIDTH)
     inner, in_group = m // HEADS, tl.program_id(1) % blocks * HEADS + m % HEADS
-    head, valid = (
-        kv_head * GROUP + in_group,
-        (m < HEADS * QUERIES) & (inner < end - first) & (in_group < GROUP),
-    )
+    head = kv_head * GROUP + in_group
+    valid = (m < HEADS * QUERIES) & (inner < end - first) & (in_group < GROUP)
     held = valid[:, None] & (channel < DIM)[None, :]
     if row == num_rows:
         zeros = tl.zeros((M, WIDTH), out.dtype.element_ty)
