@@ -49,18 +49,17 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def expert_stacks(config: ModelConfig) -> dict[str, list[str]]:
-    """For kernels that compute all experts of a layer at once, and want each kind of weight of theirs side by side:
-    name of the whole → names of its parts, expert by expert."""
+    """For kernels that compute all experts of a layer at once, which are gated, and want each kind of their weights
+    side by side: name of the whole → names of its parts, expert by expert."""
     if config.moe is None:
         return {}
-    kinds = ("gate_up_proj" if config.gated_mlp else "up_proj", "down_proj")
     return {
         f"model.layers.{i}.mlp.experts.{kind}": [
             f"model.layers.{i}.mlp.experts.{expert}.{kind}.weight" for expert in range(config.moe.num_experts)
         ]
         for i in range(config.num_layers)
         if i not in config.moe.dense_layers
-        for kind in kinds
+        for kind in ("gate_up_proj", "down_proj")
     }
 
 

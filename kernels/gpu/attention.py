@@ -17,6 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.gpu.groups import group_of
 from kernels.gpu.splits import merged, prefix_holds, split_of, split_start
 from kernels.gpu.walk import slope_of, walk
 
@@ -135,17 +136,10 @@ def many(
 ):  # fmt: skip
     """Rows of more than one query, QUERIES of them a block, and zeros for padding tokens.
 
-    Programs [T // QUERIES + R + 1, hk · blocks of HEADS heads]. Row r has the blocks from
-    query_start[r] // QUERIES + r on, which are enough for any lengths; padding counts as row R.
+    Programs [T // QUERIES + R + 1, hk · blocks of HEADS heads]: blocks as `groups` has them, padding being row R.
     """
     block = tl.program_id(0)
-    row, above = tl.full((), 0, tl.int32), num_rows + 1
-    while above - row > 1:  # the last row whose blocks begin at or before this one
-        middle = (row + above) // 2
-        if tl.load(query_start + middle) // QUERIES + middle <= block:
-            row = middle
-        else:
-            above = middle
+    row = group_of(block, query_start, num_rows + 1, QUERIES)
     start, end = tl.load(query_start + row), num_tokens
     if row < num_rows:
         end = tl.load(query_start + row + 1)

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.matmul import TOGETHER, accumulate
+from kernels.gpu.groups import group_of
+from kernels.gpu.matmul import TOGETHER, accumulate, tile_of
 from kernels.gpu.matmul_tiles import Tile, tile_for, tiles_for
 from kernels.gpu.tiles import capability
 
@@ -23,25 +24,10 @@ def grouped_kernel(
     WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """out [N, outputs]: rows starts[g] until starts[g + 1] are x · weight[g]ᵀ; weight [groups, outputs, inputs]. Row
-    i takes row sources[i] of x; sources None: row i. Programs: row_tiles · column tiles.
-
-    Group g has the row tiles from starts[g] // ROWS + g on, which are enough for any sizes.
-    """
-    column_tiles = tl.cdiv(outputs, COLUMNS)
-    number = tl.program_id(0)
-    several = number // (TOGETHER * column_tiles)
-    tiles_there = tl.minimum(row_tiles - several * TOGETHER, TOGETHER)
-    within = number % (TOGETHER * column_tiles)
-    tile = several * TOGETHER + within % tiles_there
-    first_column = (within // tiles_there).to(tl.int64) * COLUMNS
-
-    group, above = tl.full((), 0, tl.int32), groups
-    while above - group > 1:  # the last group whose tiles begin at or before this one
-        middle = (group + above) // 2
-        if tl.load(starts + middle) // ROWS + middle <= tile:
-            group = middle
-        else:
-            above = middle
+    i takes row sources[i] of x; sources None: row i. Programs: row_tiles, as `groups` has them, · column tiles."""
+    tile, column_tile = tile_of(tl.program_id(0), row_tiles, tl.cdiv(outputs, COLUMNS), TOGETHER)
+    first_column = column_tile.to(tl.int64) * COLUMNS
+    group = group_of(tile, starts, groups, ROWS)
     start, end = tl.load(starts + group), tl.load(starts + group + 1)
     first_row = start + (tile - start // ROWS - group) * ROWS
     if first_row >= end:

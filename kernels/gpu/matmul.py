@@ -21,6 +21,15 @@ BLOCK = 1024  # elements of a program of `sum_kernel`
 
 
 @triton.jit
+def tile_of(number, row_tiles, column_tiles, TOGETHER: tl.constexpr):
+    """(row tile, column tile) of a program: TOGETHER row tiles go through all columns, then the next ones."""
+    several = number // (TOGETHER * column_tiles)
+    rows_there = tl.minimum(row_tiles - several * TOGETHER, TOGETHER)
+    within = number % (TOGETHER * column_tiles)
+    return several * TOGETHER + within % rows_there, within // rows_there
+
+
+@triton.jit
 def accumulate(
     acc, x, weight, first, last, inputs, held_rows, held_columns, WHOLE: tl.constexpr, DEPTH: tl.constexpr
 ):
@@ -49,12 +58,8 @@ def matmul_kernel(
     """out [tokens, outputs] = x · weightᵀ + bias. APART: out [SEGMENTS, tokens, outputs] fp32, a segment each, and
     no bias. bias None: there is none."""
     row_tiles, column_tiles = tl.cdiv(tokens, ROWS), tl.cdiv(outputs, COLUMNS)
-    number = tl.program_id(0)
-    group = number // (TOGETHER * column_tiles)
-    rows_there = tl.minimum(row_tiles - group * TOGETHER, TOGETHER)
-    within = number % (TOGETHER * column_tiles)
-    first_row = (group * TOGETHER + within % rows_there).to(tl.int64) * ROWS
-    first_column = (within // rows_there).to(tl.int64) * COLUMNS
+    row_tile, column_tile = tile_of(tl.program_id(0), row_tiles, column_tiles, TOGETHER)
+    first_row, first_column = row_tile.to(tl.int64) * ROWS, column_tile.to(tl.int64) * COLUMNS
 
     row, column, lane = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
     held_rows = (row < tokens - first_row)[:, None]

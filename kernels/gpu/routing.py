@@ -103,15 +103,9 @@ def grouped(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     sources = torch.empty(chosen.numel(), dtype=torch.int32, device=chosen.device)
     block = min(MOST_ENTRIES, max(LEAST_ENTRIES, triton.next_power_of_2(chosen.numel())))
     group_kernel[(experts,)](
-        chosen,
-        starts,
-        places,
-        sources,
-        chosen.numel(),
-        K=chosen.shape[1],
-        BLOCK=block,
-        num_warps=block // 512,
-    )
+        chosen, starts, places, sources, chosen.numel(),
+        K=chosen.shape[1], BLOCK=block, num_warps=block // 512,
+    )  # fmt: skip
     return starts, places, sources
 
 

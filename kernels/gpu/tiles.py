@@ -1,7 +1,7 @@
 """How large the tiles of attention are, per architecture, head dimension and dtype.
 
 Plain attention with heads of 128 on sm_90 is as measured on an H200 (`tests.bench.gpu attention`), which was before
-tiles that lie in one page took a fifth fewer instructions. The others are chosen by what ptxas reports: registers,
+a tile in one page was found by one entry of the table. The others are chosen by what ptxas reports: registers,
 shared memory, and in 16 bits no spills on sm_90 and sm_100 (sm_80 spills where a window, a cap and slopes meet; fp32,
 which is for checks, a few bytes). Nothing is tried out at run time. T and R decide nothing here, so that a token's
 result does not depend on its crowd.

@@ -131,8 +131,9 @@ def test_nan_behind_a_query_changes_no_bit(
         rows, heads=heads, kv_heads=kv_heads, dim=dim, page_size=page_size, dtype=dtype, storage=storage
     )
     clean = case.run(kernels)
-    # the first `seen` queries do not see the token; of one tile of triton's all places are alike
-    for seen in (1, 9, 20) if kernels.name == "triton" else (1, 2, 3, 5, 8, 9, 15, 16, 20):
+    interpreted = kernels.name == "triton" and not torch.cuda.is_available()  # where each run takes a second
+    # the first `seen` queries do not see the token
+    for seen in (1, 9, 20) if interpreted else (1, 2, 3, 5, 8, 9, 15, 16, 20):
         first = context - count + seen
         for spoilt in ([first], range(first, context)):
             by = float("inf") if values and not keys and storage is None else float("nan")

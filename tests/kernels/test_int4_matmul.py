@@ -97,9 +97,8 @@ def test_segments_together_and_apart_are_the_same_bits(
     weight = Int4Weight(weight.words.to(DEVICE), weight.groups.to(DEVICE), weight.scale)
     x, bias = x.to(DEVICE), bias.to(DEVICE)
     apart = int4_tiled(x, weight, bias, MANY)
-    module = importlib.import_module(
-        "kernels.gpu.int4_matmul"
-    )  # there the package has its function under that name
+    # the package has its function under that name
+    module = importlib.import_module("kernels.gpu.int4_matmul")
     monkeypatch.setattr(module, "APART_TOKENS", 0)
     assert torch.equal(int4_tiled(x, weight, bias, MANY), apart)
 

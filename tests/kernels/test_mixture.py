@@ -8,8 +8,9 @@ from torch import Tensor
 
 from kernels import Kernels
 from kernels.gpu.grouped_matmul import grouped_in_tiles
-from kernels.gpu.matmul_tiles import Tiles, tiles_for
+from kernels.gpu.matmul_tiles import tiles_for
 from kernels.gpu.routing import grouped, route
+from kernels.gpu.tiles import capability
 from kernels.mixture import Mixture
 from tests.support.close import assert_close
 from tests.support.hopping import triton_kernels
@@ -26,7 +27,7 @@ SHAPES = [  # tokens, hidden, inner, experts, of which each takes
 
 @pytest.fixture(params=["triton"])
 def kernels(request: pytest.FixtureRequest) -> Kernels:
-    """The one set that has it. The others have none, which is said in their place."""
+    """The one set that has it, named as in other files: few of its cases are quick (`conftest`)."""
     return triton_kernels()
 
 
@@ -146,7 +147,7 @@ def test_entries_lie_side_by_side_in_their_own_order(tokens: int, num_per_token:
 
 
 def test_no_tile_changes_a_bit(dtype: torch.dtype) -> None:
-    tiles = tiles_for((9, 0), dtype) if DEVICE.type == "cpu" else _tiles_here(dtype)
+    tiles = tiles_for(capability(DEVICE), dtype)
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(90, 128, generator=generator).to(DEVICE, dtype)
     weight = torch.randn(3, 72, 128, generator=generator).to(DEVICE, dtype)
@@ -155,7 +156,3 @@ def test_no_tile_changes_a_bit(dtype: torch.dtype) -> None:
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
     assert_close(found[0][:80].cpu(), x[:80].cpu().double() @ weight[0].cpu().double().T, dtype)
-
-
-def _tiles_here(dtype: torch.dtype) -> Tiles:
-    return tiles_for(torch.cuda.get_device_capability(), dtype)

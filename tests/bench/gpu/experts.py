@@ -16,7 +16,7 @@ from tests.bench.gpu.engines import engine_for, free
 from tests.bench.gpu.measurement import run_through
 from tests.bench.gpu.setting import Setting
 from tests.bench.gpu.shapes import QWEN3_30B_A3B, shape
-from tests.bench.gpu.workloads import Workload, random_prompts
+from tests.bench.gpu.workloads import decoding
 
 WAYS = {"mixed": True, "one_by_one": False}
 
@@ -26,10 +26,12 @@ def experts(setting: Setting) -> Iterator[dict[str, Any]]:
     end = time.perf_counter() + setting.seconds
     found: dict[str, Any] = {}
     for way, mixes in WAYS.items():
-        many = _workload(setting, 4 if setting.tiny else 256)
+        few, many = (
+            decoding(QWEN3_30B_A3B, rows, 64, setting) for rows in ((2, 4) if setting.tiny else (16, 256))
+        )
         engine = engine_for(many, setting, mixes_experts=mixes, max_num_seqs=len(many.prompts))
         found[way] = {}
-        for rows, workload in (("few", _workload(setting, 2 if setting.tiny else 16)), ("many", many)):
+        for rows, workload in (("few", few), ("many", many)):
             run_through(engine, workload.warm_up(len(workload.prompts)), end)
             seconds = run_through(engine, workload, end)
             read = _weight_bytes(setting) * workload.new_tokens[0]
@@ -56,17 +58,4 @@ def _weight_bytes(setting: Setting) -> int:
     shapes = parameter_shapes(model_config(shape(QWEN3_30B_A3B, tiny=setting.tiny)))
     return sum(
         2 * sizes[0] * sizes[1] for name, sizes in shapes.items() if len(sizes) == 2 and "embed" not in name
-    )
-
-
-def _workload(setting: Setting, rows: int) -> Workload:
-    """Short prompts, so that nearly all steps decode."""
-    length, new = (8, 8) if setting.tiny else (64, 64)
-    return Workload(
-        name=f"experts-{rows}",
-        model=QWEN3_30B_A3B,
-        prompts=random_prompts(rows, length, setting),
-        new_tokens=[new] * rows,
-        temperature=0.0,
-        max_model_len=512,
     )

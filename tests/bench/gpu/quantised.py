@@ -22,7 +22,7 @@ from tests.bench.gpu.recorder import Recorder
 from tests.bench.gpu.roofline import Roofline
 from tests.bench.gpu.setting import Setting
 from tests.bench.gpu.shapes import QWEN3_8B, shape
-from tests.bench.gpu.workloads import Workload, eight
+from tests.bench.gpu.workloads import decoding
 
 FORMATS: dict[str, WeightFormat | None] = {
     "bf16": None,
@@ -41,10 +41,12 @@ def quantised(setting: Setting) -> Iterator[dict[str, Any]]:
             found["cut"] = True
             break
         kept = kept_of(setting, how)
-        many = _workload(setting, 4 if setting.tiny else 256)
+        few, many = (
+            decoding(QWEN3_8B, rows, 128, setting) for rows in ((2, 4) if setting.tiny else (16, 256))
+        )
         engine = engine_for(many, setting, kept=kept, max_num_seqs=len(many.prompts))
         found[name] = {"weight_bytes": weight_bytes(setting, kept)}
-        for rows, workload in (("few", _workload(setting, 2 if setting.tiny else 16)), ("many", many)):
+        for rows, workload in (("few", few), ("many", many)):
             run_through(engine, workload.warm_up(len(workload.prompts)), end)
             with Recorder(engine) as recorder:
                 seconds = run_through(engine, workload, end)
@@ -88,18 +90,3 @@ def weight_bytes(setting: Setting, kept: dict[str, WeightFormat]) -> int:
         elif not name.startswith(("model.embed_", "lm_head.")):
             total += 2 * torch.empty(sizes, device="meta").numel()
     return total
-
-
-def _workload(setting: Setting, rows: int) -> Workload:
-    """Short prompts, so that nearly all steps decode."""
-    whole = eight(setting, 2**40).first(rows)
-    prompts = [prompt[: 8 if setting.tiny else 64] for prompt in whole.prompts]
-    new = [8 if setting.tiny else 128] * rows
-    return Workload(
-        name=f"quantised-{rows}",
-        model=whole.model,
-        prompts=prompts,
-        new_tokens=new,
-        temperature=0.0,
-        max_model_len=512,
-    )

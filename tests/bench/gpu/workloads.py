@@ -109,7 +109,7 @@ def eight(setting: Setting, memory_bytes: int) -> Workload:
     return Workload(
         name="eight",
         model=QWEN3_8B,
-        prompts=random_prompts(num, length, setting),
+        prompts=_random_prompts(num, length, setting),
         new_tokens=[length] * num,
         temperature=0.0,
         max_model_len=4096,
@@ -119,11 +119,11 @@ def eight(setting: Setting, memory_bytes: int) -> Workload:
 def shared(setting: Setting) -> Workload:
     """Requests on one long prefix, each with a few tokens of its own."""
     num, prefix, own, new = (8, 64, 8, 8) if setting.tiny else (256, 2048, 64, 256)
-    common = random_prompts(1, prefix, setting)[0]
+    common = _random_prompts(1, prefix, setting)[0]
     return Workload(
         name="shared",
         model=QWEN3_06B,
-        prompts=[common + rest for rest in random_prompts(num, own, setting, seed=3)],
+        prompts=[common + rest for rest in _random_prompts(num, own, setting, seed=3)],
         new_tokens=[new] * num,
         temperature=0.0,
         max_model_len=4096,
@@ -131,6 +131,19 @@ def shared(setting: Setting) -> Workload:
     )
 
 
-def random_prompts(num: int, length: int, setting: Setting, seed: int = 2) -> list[list[int]]:
+def decoding(model: Mapping[str, Any], rows: int, new_tokens: int, setting: Setting) -> Workload:
+    """Short prompts, so that nearly all steps decode."""
+    length, new = (8, 8) if setting.tiny else (64, new_tokens)
+    return Workload(
+        name=f"decoding-{rows}",
+        model=model,
+        prompts=_random_prompts(rows, length, setting),
+        new_tokens=[new] * rows,
+        temperature=0.0,
+        max_model_len=512,
+    )
+
+
+def _random_prompts(num: int, length: int, setting: Setting, seed: int = 2) -> list[list[int]]:
     rng, ids = random.Random(seed), 500 if setting.tiny else 10000
     return [[rng.randrange(3, ids) for _ in range(length)] for _ in range(num)]
