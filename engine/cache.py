@@ -55,8 +55,10 @@ class KVCache:
         device: str,
         storage: torch.dtype | None = None,
         num_host_pages: int = 0,
+        keys_by_token: bool = False,
     ) -> KVCache:
-        """`dtype`: of the activations. `storage`: int8 or float8_e4m3fn; None: as the activations.
+        """`dtype`: of the activations. `storage`: int8 or float8_e4m3fn; None: as the activations. `keys_by_token`:
+        how K lies, as the kernels want it.
 
         Raises `InvalidParameter` naming `kv_cache_memory_bytes` when the memory cannot be had, or
         `swap_space_bytes` when that of the host cannot.
@@ -88,7 +90,9 @@ class KVCache:
         return cls(
             layers=[
                 PagedKV(
-                    elements[i, 0].view(num_pages, heads, dim, page_size),
+                    elements[i, 0].view(num_pages, heads, page_size, dim).transpose(2, 3)
+                    if keys_by_token
+                    else elements[i, 0].view(num_pages, heads, dim, page_size),
                     elements[i, 1].view(num_pages, heads, page_size, dim),
                     *(part.view(num_pages, heads, page_size) for part in scales[i : i + 1].flatten(0, 1)),
                 )

@@ -128,6 +128,7 @@ class Fallback:
             max_len=max_len,
             dtype=self.dtype,
             device=self.device,
+            keys_by_token=self.kernels.keys_by_token,
         )
 
     def distinct_products(self) -> list[Product]:

@@ -37,8 +37,10 @@ def rehearse(
     max_len: int,
     dtype: torch.dtype,
     device: str,
+    keys_by_token: bool,
 ) -> None:
-    """`forward` runs steps through pages; `own_logits`: tokens `[n]` → logits `[n, vocab]` without any of ours.
+    """`forward` runs steps through pages, in which K lies as `keys_by_token` says; `own_logits`: tokens `[n]` →
+    logits `[n, vocab]` without any of ours.
 
     Raises `UnsupportedCheckpoint` where they differ by more than rounding: a mean of the rows' relative distances,
     since with 16 bits a single row may differ much, where experts are chosen.
@@ -47,7 +49,10 @@ def rehearse(
     prompts = [
         torch.randint(config.vocab_size, (min(length, max_len),), generator=generator) for length in _LENGTHS
     ]
-    found = _in_steps(config, forward, prompts, dtype, device)
+    cache = KVCache.allocate(
+        config, len(prompts), _PAGE_SIZE, dtype=dtype, device=device, keys_by_token=keys_by_token
+    )
+    found = _in_steps(forward, cache, prompts, device)
     distances = []
     for prompt, logits in zip(prompts, found, strict=True):
         own = own_logits(prompt.to(device)).float()
@@ -62,14 +67,9 @@ def rehearse(
 
 
 def _in_steps(
-    config: ModelConfig,
-    forward: Callable[[StepInput, KVCache], Tensor],
-    prompts: list[Tensor],
-    dtype: torch.dtype,
-    device: str,
+    forward: Callable[[StepInput, KVCache], Tensor], cache: KVCache, prompts: list[Tensor], device: str
 ) -> list[Tensor]:
     """Logits `[n, vocab]` of each prompt, computed together, a few tokens of each at a time."""
-    cache = KVCache.allocate(config, len(prompts), _PAGE_SIZE, dtype=dtype, device=device)
     sequences = []
     for number, prompt in enumerate(prompts):
         request = Request(

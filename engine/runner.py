@@ -134,6 +134,7 @@ class ModelRunner:
                 max_model_len=max_model_len,
                 max_num_batched_tokens=max_num_batched_tokens,
                 scratch_bytes=decoder.scratch_bytes,
+                keys_by_token=decoder.kernels.keys_by_token,
             )
             row_multiple, deterministic = resolve_deterministic(config.deterministic, decoder)
             decoder.pad_groups(row_multiple)
@@ -339,6 +340,7 @@ def allocate_cache(
     max_model_len: int,
     max_num_batched_tokens: int,
     scratch_bytes: int = 0,
+    keys_by_token: bool = False,
 ) -> KVCache:
     """Pages on the device and on the host, as many as the settings and the memory allow."""
     num_pages = fitting_pages(
@@ -367,4 +369,5 @@ def allocate_cache(
         device=device,
         storage=storage,
         num_host_pages=num_host_pages,
+        keys_by_token=keys_by_token,
     )

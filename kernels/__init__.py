@@ -51,10 +51,11 @@ FAILED = -1  # in place of a token that `sample` cannot draw
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PagedKV:
-    """K and V of one layer, in pages; page_size is a multiple of 16. All tensors are contiguous.
+    """K and V of one layer, in pages; page_size is a multiple of 16. All tensors are contiguous, so that one vector
+    load holds the same channel of K of many tokens; but where the set's `keys_by_token` says so, `keys` is a view of
+    [pages, hk, page_size, d], and K lies as V does.
 
-    K is transposed inside the page, so that one vector load holds the same channel of many tokens. Without
-    scales K and V have the dtype of q, k and v; with scales they are int8 or float8_e4m3fn.
+    Without scales K and V have the dtype of q, k and v; with scales they are int8 or float8_e4m3fn.
     """
 
     keys: Tensor  # [pages, hk, d, page_size]
@@ -300,7 +301,8 @@ class Kernels:
 
     `quantised` names the dtypes of 8-bit caches that the set serves; `keeps` the weights that are better left
     quantised for it than made plain beforehand; `multiplies` the dtypes whose products are better left to `matmul`
-    than to the library; `sharing` what it makes of a `SharedPrefixes`, None: nothing.
+    than to the library; `sharing` what it makes of a `SharedPrefixes`, None: nothing; `keys_by_token` how K lies in
+    its pages (`PagedKV`).
     """
 
     name: str
@@ -331,6 +333,7 @@ class Kernels:
     mix_experts: MixExperts | None = None
     fuse: Fuse | None = None
     sharing: Sharing | None = None
+    keys_by_token: bool = False
 
 
 Attend = Callable[[Tensor, PagedKV, Tensor, Tensor, Tensor, Attention], Tensor]

@@ -61,6 +61,7 @@ KERNELS = Kernels(
     mix_experts=mix_experts,
     keeps=(Int4Weight, Float8Weight),
     sharing=Sharing(least_tokens=512, least_rows=4, exact=False),  # the first splits are so long
+    keys_by_token=True,
 )
 
 

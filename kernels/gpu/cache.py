@@ -37,32 +37,18 @@ def _quantised(x, LIMIT: tl.constexpr):
 
 
 @triton.jit
-def store_keys(
-    x, keys, key_scales, slot, head, channel, inside,
+def store(
+    x, pages, scales, slot, head, channel, inside,
     KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """Heads x [HEADS, BLOCK_D] of a token, in its slot. slot int64: offsets into the pool go beyond 2^31. LIMIT None:
-    the cache has the dtype of x, and no scales."""
-    block, within = slot // PAGE * KV_HEADS + head, slot % PAGE  # block: which [d, page_size] of the pool
-    if LIMIT is not None:
-        x, scales = _quantised(x.to(tl.float32), LIMIT)
-        tl.store(key_scales + block * PAGE + within, scales, mask=head < KV_HEADS)
-    place = block[:, None] * (DIM * PAGE) + channel * PAGE + within  # transposed
-    tl.store(keys + place, x.to(keys.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def store_values(
-    x, values, value_scales, slot, head, channel, inside,
-    KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, LIMIT: tl.constexpr,
-):  # fmt: skip
-    """As `store_keys`."""
+    """Heads x [HEADS, BLOCK_D] of K or V of a token, in its slot of `pages`. slot int64: offsets into the pool go
+    beyond 2^31. LIMIT None: the cache has the dtype of x, and no scales."""
     block, within = slot // PAGE * KV_HEADS + head, slot % PAGE  # block: which [page_size, d] of the pool
     if LIMIT is not None:
-        x, scales = _quantised(x.to(tl.float32), LIMIT)
-        tl.store(value_scales + block * PAGE + within, scales, mask=head < KV_HEADS)
+        x, rounded = _quantised(x.to(tl.float32), LIMIT)
+        tl.store(scales + block * PAGE + within, rounded, mask=head < KV_HEADS)
     place = block[:, None] * (DIM * PAGE) + within * DIM + channel
-    tl.store(values + place, x.to(values.dtype.element_ty), mask=inside)
+    tl.store(pages + place, x.to(pages.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize_on_alignment=["slots"])
@@ -81,8 +67,15 @@ def store_kv_kernel(
     inside = (head < KV_HEADS)[:, None] & (channel < DIM)
     x = tl.load(k + token * k_stride + head[:, None] * k_head_stride + channel, mask=inside, other=0.0)
     y = tl.load(v + token * v_stride + head[:, None] * v_head_stride + channel, mask=inside, other=0.0)
-    store_keys(x, keys, key_scales, slot, head, channel, inside, KV_HEADS, DIM, PAGE, LIMIT)
-    store_values(y, values, value_scales, slot, head, channel, inside, KV_HEADS, DIM, PAGE, LIMIT)
+    store(x, keys, key_scales, slot, head, channel, inside, KV_HEADS, DIM, PAGE, LIMIT)
+    store(y, values, value_scales, slot, head, channel, inside, KV_HEADS, DIM, PAGE, LIMIT)
+
+
+def pages_of(cache: PagedKV) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """What kernels take of a cache. Raises `ValueError` where K is not a view of [pages, hk, page_size, d]."""
+    if cache.keys.stride(2) != 1:
+        raise ValueError("the triton kernels take keys whose channels lie side by side (keys_by_token)")
+    return cache.keys, cache.values, cache.key_scales, cache.value_scales
 
 
 def store_kv(k: Tensor, v: Tensor, cache: PagedKV, slots: Tensor) -> None:
@@ -92,7 +85,7 @@ def store_kv(k: Tensor, v: Tensor, cache: PagedKV, slots: Tensor) -> None:
     block = triton.next_power_of_2(dim)
     heads = max(1, min(BLOCK // block, triton.next_power_of_2(kv_heads)))
     store_kv_kernel[(tokens, triton.cdiv(kv_heads, heads))](
-        k, v, cache.keys, cache.values, cache.key_scales, cache.value_scales, slots,
+        k, v, *pages_of(cache), slots,
         k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         KV_HEADS=kv_heads, DIM=dim, PAGE=cache.keys.shape[3], LIMIT=LIMITS.get(cache.keys.dtype),
         HEADS=heads, BLOCK_D=block,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kernels import Attention, PagedKV, SharedPrefixes
 from kernels.gpu.attention import many, reduce, single
+from kernels.gpu.cache import pages_of
 from kernels.gpu.prefix import prefix
 from kernels.gpu.splits import splits_for
 from kernels.gpu.tiles import WIDEST, capability, decode_rows, tiles_for
@@ -37,15 +38,15 @@ def paged_attention(
         return out
 
     group, most_tokens = heads // kv_heads, most_pages * page_size
-    plain = how.window is None and how.softcap is None and how.slopes is None and cache.key_scales is None
-    tiles = tiles_for(capability(q.device), width, fp32=q.dtype == torch.float32, plain=plain)
+    scaled = cache.key_scales is not None
+    tiles = tiles_for(capability(q.device), width, fp32=q.dtype == torch.float32, scaled=scaled)
     window = None if how.window is None or how.window >= most_tokens else how.window
     scale, cap = how.scale * LOG2_E.value, None  # scores are in base 2
     if how.softcap is not None:
         scale, cap = how.scale / how.softcap, how.softcap * LOG2_E.value
     # whether a product is fused with the sum behind it differed between the walks of fp32
     exact = {"enable_fp_fusion": False} if q.dtype == torch.float32 else {}
-    pages = (cache.keys, cache.values, cache.key_scales, cache.value_scales)
+    pages = pages_of(cache)
     shapes = {"DIM": dim, "PAGE": page_size, "WIDTH": width, "KV_HEADS": kv_heads, "GROUP": group}
 
     single_m = decode_rows(group)

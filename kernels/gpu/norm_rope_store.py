@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import HeadNorms, PagedKV
-from kernels.gpu.cache import LIMITS, store_keys, store_values
+from kernels.gpu.cache import LIMITS, pages_of, store
 from kernels.gpu.norm import inverse_rms
 from kernels.gpu.rope import rotated
 
@@ -76,11 +76,11 @@ def norm_rope_store_kernel(
             if block < Q_BLOCKS + KV_BLOCKS:
                 x = k + token * k_stride + head[:, None] * k_head_stride
                 y = _normed_and_rotated(x, k_weight, cos, sin, eps, offset, inside, DIM, HALF, BLOCK_D)
-                store_keys(y, keys, key_scales, slot, head, channel, inside, KV_HEADS, DIM, PAGE, LIMIT)
+                store(y, keys, key_scales, slot, head, channel, inside, KV_HEADS, DIM, PAGE, LIMIT)
             else:
                 x = v + token * v_stride + head[:, None] * v_head_stride
                 y = tl.load(x + channel, mask=inside, other=0.0)
-                store_values(y, values, value_scales, slot, head, channel, inside, KV_HEADS, DIM, PAGE, LIMIT)
+                store(y, values, value_scales, slot, head, channel, inside, KV_HEADS, DIM, PAGE, LIMIT)
 
 
 def norm_rope_store(
@@ -104,7 +104,7 @@ def norm_rope_store(
     kv_blocks = triton.cdiv(kv_heads, at_once)
     norm_rope_store_kernel[(tokens, q_blocks + 2 * kv_blocks)](
         q, k, v, None if norms is None else norms.q, None if norms is None else norms.k, cos, sin,
-        cache.keys, cache.values, cache.key_scales, cache.value_scales, slots,
+        *pages_of(cache), slots,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         0.0 if norms is None else float(norms.eps), 0.0 if norms is None else float(norms.offset),
         Q_HEADS=heads, KV_HEADS=kv_heads, DIM=dim, HALF=half, PAGE=cache.keys.shape[3],

@@ -35,35 +35,28 @@ def walk(
     for start in range(first, stop, TILE):
         token = start + lane
         useful = (token >= low) & (token < high)
-        # K is [d, page_size] in its page: 16 tokens at least lie side by side. What is read beyond the useful ones
-        # lies in pages that exist and is hidden as a score. int64: the pool may hold more than 2^31 elements.
+        # K lies as V does, so that they share the registers of their places. What is read of it beyond the useful
+        # tokens lies in pages that exist and is hidden as a score. int64: the pool may hold more than 2^31 elements.
         if PAGE % TILE == 0:
             # of the whole tile, of which some token is useful
             block = tl.load(table + start // PAGE).to(tl.int64) * KV_HEADS
             within = tl.multiple_of(start % PAGE, TILE)
-            key_place = block * (DIM * PAGE) + within + (channel[:, None] * PAGE + lane[None, :])
-            value_place = block * (DIM * PAGE) + within * DIM + (lane[:, None] * DIM + channel[None, :])
+            place = block * (DIM * PAGE) + within * DIM + (lane[:, None] * DIM + channel[None, :])
             scale_place = block * PAGE + within + lane
         else:
             if MASKED:
-                # for whole groups of 16, which lie in one page: the loads of K are told that a group is contiguous;
-                # page 0 for those that are not to be read
-                group = token // 16 * 16
-                read = (group + 16 > low) & (group < high)
-                page = tl.load(table + token // PAGE, mask=read, other=0).to(tl.int64)
+                page = tl.load(table + token // PAGE, mask=useful, other=0).to(tl.int64)
             else:
                 page = tl.load(table + token // PAGE).to(tl.int64)
             block, within = page * KV_HEADS, token % PAGE  # [TILE]
-            key_place = block[None, :] * (DIM * PAGE) + channel[:, None] * PAGE + within[None, :]
-            key_place = tl.max_contiguous(tl.multiple_of(key_place, (1, 16)), (1, 16))
-            value_place = block[:, None] * (DIM * PAGE) + within[:, None] * DIM + channel[None, :]
+            place = block[:, None] * (DIM * PAGE) + within[:, None] * DIM + channel[None, :]
             scale_place = block * PAGE + within
 
         if DIM == WIDTH:
-            k = tl.load(keys + key_place)
+            k = tl.load(keys + place)
         else:
-            k = tl.load(keys + key_place, mask=channel[:, None] < DIM, other=0.0)
-        scores = tl.dot(query, k.to(query.dtype), input_precision="ieee")  # [M, TILE]
+            k = tl.load(keys + place, mask=channel[None, :] < DIM, other=0.0)
+        scores = tl.dot(query, tl.trans(k).to(query.dtype), input_precision="ieee")  # [M, TILE]
         if not LATER:
             scores *= scale
         if key_scales is not None:
@@ -93,18 +86,18 @@ def walk(
         kept = tl.exp2(top - safe)
 
         if MASKED:
-            v = tl.load(values + value_place, mask=useful[:, None] & (channel[None, :] < DIM), other=0.0)
+            v = tl.load(values + place, mask=useful[:, None] & (channel[None, :] < DIM), other=0.0)
         elif DIM == WIDTH:
-            v = tl.load(values + value_place)
+            v = tl.load(values + place)
         else:
-            v = tl.load(values + value_place, mask=channel[None, :] < DIM, other=0.0)
+            v = tl.load(values + place, mask=channel[None, :] < DIM, other=0.0)
         v = v.to(query.dtype)
         if value_scales is not None:
             v_scale = tl.load(value_scales + scale_place, mask=useful, other=0.0).to(tl.float32)
         counted = weights
         if MASKED and SHARED:
             # 0 · NaN is NaN: those that do not see a harmful token must not meet it, those that do lose their sum
-            harmful = v.to(tl.float32) * 0.0 != 0.0
+            harmful = v * 0.0 != 0.0
             v = tl.where(harmful, 0.0, v).to(query.dtype)
             harms = tl.max(harmful.to(tl.int32), axis=1) != 0
             if value_scales is not None:

@@ -14,7 +14,7 @@ from engine.norm import RMSNorm
 from engine.step_input import StepInput
 from kernels import Attention, HeadNorms, Kernels, kernels_for
 from tests.support.hopping import triton_kernels
-from tests.support.paged import empty_cache
+from tests.support.paged import empty_cache, laid_out
 
 HEADS, KV_HEADS, DIM, HIDDEN = 4, 2, 32, 24
 
@@ -63,7 +63,7 @@ def attended(kernels: Kernels, rotary_dim: int, qk_norm: str | None, rotated: bo
         scored_rows=torch.empty(0, dtype=torch.int64),
     )
     angles = torch.rand(5, max(rotary_dim, 2) // 2)
-    cache = empty_cache(2, KV_HEADS, DIM, 16, torch.float32, scaled=False)
+    cache = laid_out(empty_cache(2, KV_HEADS, DIM, 16, torch.float32, scaled=False), kernels)
     out = attention(torch.randn(5, HIDDEN), step, cache, (angles.cos(), angles.sin()) if rotated else None)
     return [out, cache.keys.nan_to_num(7.0), cache.values.nan_to_num(7.0)]
 

@@ -16,7 +16,7 @@ from kernels import Attention, Kernels, PagedKV, kernels_for
 from kernels.reference import KERNELS as REFERENCE
 from kernels.reference import LIMITS
 from tests.support.close import assert_close
-from tests.support.paged import empty_cache, naive_attention, paged
+from tests.support.paged import empty_cache, laid_out, naive_attention, paged
 
 EIGHT_BITS = pytest.mark.parametrize("storage", ["int8", "fp8"], indirect=True)
 
@@ -74,8 +74,9 @@ def test_rows_of_one_query_need_no_starts(
     places, rest = [0, 2, 3, 5], [1, 4, 6]  # padding may lie between
     table[places], lens[places] = case.page_table, case.context_lens
     q[places], q[rest] = case.q[:4], case.q[4:]
+    cache = laid_out(case.cache, kernels)
     for _ in range(3):  # fresh memory may be zero by luck
-        found = kernels.paged_attention(q, case.cache, table, None, lens, case.how)
+        found = kernels.paged_attention(q, cache, table, None, lens, case.how)
         assert torch.equal(found[places], wanted[:4])
         assert torch.equal(found[rest], torch.zeros_like(found[rest]))
 
@@ -230,9 +231,11 @@ def test_store_kv_fills_its_slots_only(
 ) -> None:
     k_cache = torch.full((4, 3, dim, page_size), 7.0, dtype=dtype)
     v_cache = torch.full((4, 3, page_size, dim), 7.0, dtype=dtype)
+    cache = laid_out(PagedKV(k_cache, v_cache), kernels)
+    k_cache = cache.keys
     wide = torch.randn(6, 9, dim).to(dtype)
     slots = torch.tensor([0, -1, page_size - 1, page_size, 4 * page_size - 1, -1])
-    kernels.store_kv(wide[:, :3], wide[:, 3:6], PagedKV(k_cache, v_cache), slots)
+    kernels.store_kv(wide[:, :3], wide[:, 3:6], cache, slots)
     for t, slot in enumerate(slots.tolist()):
         if slot >= 0:
             page, offset = divmod(slot, page_size)
@@ -260,7 +263,7 @@ def test_eight_bits_keep_what_the_contract_says(
 ) -> None:
     x = awkward_vectors(dim, dtype)
     slots = torch.randperm(2 * page_size)[: len(x)]
-    cache = empty_cache(3, 2, dim, page_size, storage, scaled=True)
+    cache = laid_out(empty_cache(3, 2, dim, page_size, storage, scaled=True), kernels)
     kernels.store_kv(x[:, :2], x[:, 3:5], cache, slots)
     assert cache.key_scales is not None
     assert cache.value_scales is not None
@@ -292,14 +295,16 @@ def test_eight_bits_of_a_token_depend_on_its_vector_alone(
     """Nor on the set: both store the same bits. A failure stays with its head of its token, and shows."""
     x = awkward_vectors(40, dtype)
     x[1, 0, 3], x[2, 4, 39], x[3, 1, 0] = float("nan"), float("inf"), float("-inf")
-    together, alone, reference = (empty_cache(1, 2, 40, 16, storage, scaled=True) for _ in range(3))
+    together, alone, reference = (
+        laid_out(empty_cache(1, 2, 40, 16, storage, scaled=True), kernels) for _ in range(3)
+    )
     slots = torch.arange(len(x))
     kernels.store_kv(x[:, :2], x[:, 3:5], together, slots)
     REFERENCE.store_kv(x[:, :2], x[:, 3:5], reference, slots)
     for t in range(len(x)):
         kernels.store_kv(x[t : t + 1, :2], x[t : t + 1, 3:5], alone, slots[t : t + 1])
     for name in ("keys", "values", "key_scales", "value_scales"):
-        bits = [getattr(cache, name).view(torch.uint8) for cache in (together, alone, reference)]
+        bits = [getattr(cache, name).contiguous().view(torch.uint8) for cache in (together, alone, reference)]
         assert torch.equal(bits[0], bits[1])
         assert torch.equal(bits[0], bits[2])
     assert together.key_scales is not None
@@ -324,7 +329,7 @@ def test_nothing_to_do(kernels: Kernels, dtype: torch.dtype) -> None:
     heads = torch.empty(0, 2, 64, dtype=dtype)
     angles = torch.empty(0, 32)
     kernels.rope(heads, heads, angles, angles)
-    kernels.store_kv(heads, heads, case.cache, torch.empty(0, dtype=torch.int64))
+    kernels.store_kv(heads, heads, laid_out(case.cache, kernels), torch.empty(0, dtype=torch.int64))
 
 
 def test_nan_is_carried_not_hidden(kernels: Kernels, dtype: torch.dtype) -> None:

@@ -26,7 +26,7 @@ def operands(tokens: int, inputs: int, outputs: int, blocks: bool) -> tuple[Tens
 
 @pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
 @pytest.mark.parametrize("blocks", [False, True], ids=["channels", "blocks"])
-@pytest.mark.parametrize("tokens", [1, 5, 40])
+@pytest.mark.parametrize("tokens", [1, 5, 40, 300])
 def test_products(
     kernels: Kernels, dtype: torch.dtype, tokens: int, blocks: bool, inputs: int, outputs: int
 ) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels import HeadNorms, PagedKV, kernels_for
 from kernels.reference import KERNELS as REFERENCE
 from tests.support.hopping import triton_kernels
-from tests.support.paged import empty_cache
+from tests.support.paged import empty_cache, laid_out
 
 TRITON = triton_kernels()
 STORAGES = {"plain": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -37,7 +37,8 @@ def angles_of(rotary_dim: int, tokens: int = len(SLOTS)) -> tuple[Tensor, Tensor
 
 
 def cache_of(kv_heads: int, dim: int, dtype: torch.dtype, storage: torch.dtype | None) -> PagedKV:
-    return empty_cache(3, kv_heads, dim, PAGE_SIZE, storage or dtype, scaled=storage is not None)
+    cache = empty_cache(3, kv_heads, dim, PAGE_SIZE, storage or dtype, scaled=storage is not None)
+    return laid_out(cache, TRITON)
 
 
 def at_once(
@@ -79,7 +80,8 @@ def assert_same_bits(found: PagedKV, wanted: PagedKV) -> None:
         one, other = getattr(found, field.name), getattr(wanted, field.name)
         assert (one is None) == (other is None)
         if one is not None:
-            assert torch.equal(one.view(torch.uint8), other.view(torch.uint8)), field.name
+            one, other = (part.contiguous().view(torch.uint8) for part in (one, other))
+            assert torch.equal(one, other), field.name
 
 
 SLOW = pytest.mark.interpreted
@@ -195,7 +197,7 @@ def test_a_pool_of_more_than_two_giga_elements() -> None:
     dim = 64
     pages = 2**31 // (dim * PAGE_SIZE) + 3
     far = PagedKV(
-        torch.empty((pages, 1, dim, PAGE_SIZE), dtype=torch.int8),
+        torch.empty((pages, 1, PAGE_SIZE, dim), dtype=torch.int8).transpose(2, 3),
         torch.empty((pages, 1, PAGE_SIZE, dim), dtype=torch.int8),
         torch.empty((pages, 1, PAGE_SIZE), dtype=torch.bfloat16),
         torch.empty((pages, 1, PAGE_SIZE), dtype=torch.bfloat16),

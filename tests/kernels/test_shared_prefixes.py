@@ -14,7 +14,7 @@ from kernels import Attention, Kernels, SharedPrefixes
 from kernels.gpu import launch
 from tests.support.close import assert_close
 from tests.support.hopping import triton_kernels
-from tests.support.paged import Paged, naive_attention, paged, sharing
+from tests.support.paged import Paged, laid_out, naive_attention, paged, sharing
 
 TRITON = triton_kernels()
 PADDING = 2  # rows without a context, behind the others
@@ -71,9 +71,8 @@ def hinted(
 
 
 def attend(kernels: Kernels, case: Paged, hint: SharedPrefixes | None) -> Tensor:
-    return kernels.paged_attention(
-        case.q, case.cache, case.page_table, None, case.context_lens, case.how, hint
-    )
+    cache = laid_out(case.cache, kernels)
+    return kernels.paged_attention(case.q, cache, case.page_table, None, case.context_lens, case.how, hint)
 
 
 @pytest.mark.parametrize(("layout", "group"), list(zip(LAYOUTS, (7, 2, 1, 1, 2), strict=True)))
@@ -106,8 +105,9 @@ def test_options(kernels: Kernels, how: str) -> None:
 def test_the_hint_changes_no_bit_where_rows_have_starts(kernels: Kernels, dtype: torch.dtype) -> None:
     case = paged([(2, 520), (1, 520)], heads=2, kv_heads=1, dim=16, page_size=16, dtype=dtype)
     case, hint = sharing(case, [([0, 1], 512)], 2)
+    cache = laid_out(case.cache, kernels)
     found = kernels.paged_attention(
-        case.q, case.cache, case.page_table, case.query_start, case.context_lens, case.how, hint
+        case.q, cache, case.page_table, case.query_start, case.context_lens, case.how, hint
     )
     assert torch.equal(found, case.run(kernels))
 

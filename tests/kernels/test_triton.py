@@ -215,6 +215,21 @@ def test_every_element_of_a_result_is_written(monkeypatch: pytest.MonkeyPatch) -
         assert torch.equal(one, other)
 
 
+def test_keys_that_lie_otherwise_are_refused() -> None:
+    case = paged([(1, 20)], heads=2, kv_heads=1, dim=16, page_size=16, dtype=torch.float32)
+    k, slots = torch.randn(1, 1, 16), torch.tensor([3])
+    assert TRITON.norm_rope_store is not None
+    for call in (
+        lambda: TRITON.paged_attention(
+            case.q, case.cache, case.page_table, case.query_start, case.context_lens, case.how
+        ),
+        lambda: TRITON.store_kv(k, k, case.cache, slots),
+        lambda: TRITON.norm_rope_store(k.clone(), k, k, None, None, case.cache, slots),
+    ):
+        with pytest.raises(ValueError, match="keys_by_token"):
+            call()
+
+
 def test_a_pool_of_more_than_two_giga_elements() -> None:
     """Memory that is only reserved: its last pages are written and read, the others never touched."""
     dim, page_size = 64, 16
@@ -231,7 +246,7 @@ def test_a_pool_of_more_than_two_giga_elements() -> None:
     k, v = torch.randn(7, 1, dim), torch.randn(7, 1, dim)
     far = small.cache.keys.shape[0]
     wide = PagedKV(
-        torch.empty((pages, 1, dim, page_size), dtype=torch.int8),
+        torch.empty((pages, 1, page_size, dim), dtype=torch.int8).transpose(2, 3),
         torch.empty((pages, 1, page_size, dim), dtype=torch.int8),
         torch.empty((pages, 1, page_size), dtype=torch.bfloat16),
         torch.empty((pages, 1, page_size), dtype=torch.bfloat16),

@@ -36,7 +36,8 @@ from kernels.gpu.mixture import mix_experts
 from kernels.mixture import Mixture
 from kernels.weights import Float8Weight, Int4Weight
 
-PRODUCTS = importlib.import_module("kernels.gpu.matmul")  # there the package has its function under that name
+# there the package has its functions under these names
+PRODUCTS, FLOATS = (importlib.import_module(f"kernels.gpu.{name}") for name in ("matmul", "fp8_matmul"))
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 STORAGES = {"plain": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -113,7 +114,7 @@ def attention(
     kind = storage or dtype
     scales = [torch.empty(1, kv_heads, page_size, dtype=torch.bfloat16) for _ in range(2 if storage else 0)]
     cache = PagedKV(
-        torch.empty(1, kv_heads, dim, page_size, dtype=kind),
+        torch.empty(1, kv_heads, page_size, dim, dtype=kind).transpose(2, 3),
         torch.empty(1, kv_heads, page_size, dim, dtype=kind),
         *scales,
     )
@@ -248,7 +249,7 @@ def quantised_to_8(dtype: torch.dtype) -> Callable[[], object]:
         for outputs, inputs in ((1024, 2048), (24576, 256), (100, 208)):
             for blocks in (False, True):
                 weight = Float8Weight.empty(outputs, inputs, blocks=blocks, device="cpu")
-                for tokens in (1, 100):
+                for tokens in (1, 100, 300):
                     fp8_matmul(
                         torch.empty(tokens, inputs, dtype=dtype), weight, torch.empty(outputs, dtype=dtype)
                     )
@@ -299,7 +300,7 @@ def main() -> None:
     chosen = parser.parse_args()
     number = int(chosen.target.removeprefix("sm_"))
     driver.set_active(NoDevice(number))
-    for module in (launch, PRODUCTS, grouped_matmul):
+    for module in (launch, PRODUCTS, FLOATS, grouped_matmul):
         module.capability = lambda _: divmod(number, 10)  # type: ignore[attr-defined]
     seen: set[str] = set()
 

@@ -54,7 +54,8 @@ def _hopping(operation: Callable[..., Any], device: str) -> Callable[..., Any]:
 
         def back(value: Any) -> Any:
             if isinstance(value, tuple):
-                return tuple(back(one) for one in value)
+                moved = [back(one) for one in value]
+                return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
             return value.cpu() if isinstance(value, Tensor) else value
 
         found = operation(*(there(value) for value in args), **{k: there(v) for k, v in options.items()})

@@ -30,7 +30,12 @@ class Paged:
 
     def run(self, kernels: Kernels) -> Tensor:
         return kernels.paged_attention(
-            self.q, self.cache, self.page_table, self.query_start, self.context_lens, self.how
+            self.q,
+            laid_out(self.cache, kernels),
+            self.page_table,
+            self.query_start,
+            self.context_lens,
+            self.how,
         )
 
     def only(self, row: int, first: int, last: int) -> Paged:
@@ -163,6 +168,13 @@ def empty_cache(
         torch.full((pages, kv_heads, page_size, dim), fill, dtype=torch.float32).to(dtype),
         *scales,
     )
+
+
+def laid_out(cache: PagedKV, kernels: Kernels) -> PagedKV:
+    """The same numbers with K as the set likes it best."""
+    if not kernels.keys_by_token or cache.keys.stride(2) == 1:
+        return cache
+    return replace(cache, keys=cache.keys.transpose(2, 3).contiguous().transpose(2, 3))
 
 
 def _stored(

@@ -112,9 +112,9 @@ def attention(setting: Setting) -> Iterator[dict[str, Any]]:
 
 
 def _prepared(case: Case, setting: Setting, page: int) -> tuple[Inputs, Callable[[], Tensor]]:
-    with torch.inference_mode():
-        inputs = make_inputs(case, setting.device, page)
     kernels = kernels_for(setting.device, setting.kernels)
+    with torch.inference_mode():
+        inputs = make_inputs(case, setting.device, page, keys_by_token=kernels.keys_by_token)
     q, cache, table, starts, lens, *_ = inputs
     how = Attention(case.dim**-0.5)
     return inputs, lambda: kernels.paged_attention(q, cache, table, starts, lens, how)
@@ -144,7 +144,7 @@ def _compared(name: str, rival: dict[str, Any], case: Case, made: Tensor) -> dic
     return result
 
 
-def make_inputs(case: Case, device: str, page: int) -> Inputs:
+def make_inputs(case: Case, device: str, page: int, *, keys_by_token: bool = False) -> Inputs:
     """Random numbers; the pages of all rows, of `page` tokens each, lie in a random order."""
     generator = torch.Generator(device).manual_seed(0)
 
@@ -153,9 +153,12 @@ def make_inputs(case: Case, device: str, page: int) -> Inputs:
 
     per_row = case.context // page
     num_pages = case.rows * per_row
+    by_token = normal(num_pages, case.kv_heads, page, case.dim).transpose(2, 3)
     cache = PagedKV(
-        normal(num_pages, case.kv_heads, case.dim, page), normal(num_pages, case.kv_heads, page, case.dim)
+        by_token if keys_by_token else by_token.contiguous(),
+        normal(num_pages, case.kv_heads, page, case.dim),
     )
+    del by_token
     order = torch.randperm(num_pages, generator=generator, device=device)
     table = order.view(case.rows, per_row)
     starts = torch.arange(case.rows + 1, device=device, dtype=torch.int32) * case.queries
