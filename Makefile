@@ -24,7 +24,7 @@ test-triton: venv
 
 # On a machine with a GPU, with the python that is there: no virtual environment is made.
 test-gpu:
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -p no:benchmark --confcutdir tests/kernels -n 14 -m "" -k "triton and not ahead" tests/kernels
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -p no:benchmark --confcutdir tests/kernels -n 14 -m "" -k "(triton or norm_rope_store) and not ahead" tests/kernels
 	$(PYTHON) -m pytest -p no:benchmark --confcutdir tests/engine tests/engine/test_on_gpu.py
 
 # lint-imports runs without its cache, which has missed a changed import.

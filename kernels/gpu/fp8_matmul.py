@@ -18,19 +18,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.int4_matmul import segments_for
+from kernels.gpu.int4_matmul import PROGRAMS, Tile, segments_for
 from kernels.gpu.matmul import add_segments
 from kernels.gpu.tiles import capability
 from kernels.weights import BLOCK, Float8Weight
 
 LIMIT = 448.0  # largest number in E4M3
 FEW_TOKENS, SOME_TOKENS = 32, 256
-# rows and columns of a tile, warps, blocks of inputs under way: of few tokens, of some, of many
-FEW, SOME, MANY = (16, 64, 4, 4), (64, 128, 4, 4), (128, 128, 8, 4)
-PROGRAMS, MOST_SEGMENTS = (
-    264,
-    4,
-)  # of some and of many tokens: two programs for each processor of an H100 or H200
+FEW, SOME, MANY = Tile(16, 64, 4, 4), Tile(64, 128, 4, 4), Tile(128, 128, 8, 4)
+MOST_SEGMENTS = 4  # of more than few tokens
 
 
 @triton.jit
@@ -119,23 +115,20 @@ def fp8_matmul(x: Tensor, weight: Float8Weight, bias: Tensor | None, *, invarian
             bias=bias,
             out_dtype=x.dtype,
         )
-    rows, columns, warps, stages = FEW if few else SOME if invariant or tokens <= SOME_TOKENS else MANY
-    if capability(x.device) < (9, 0):
-        stages = min(stages, 3)  # of the larger tiles no more fit in shared memory
-    programs, blocks = triton.cdiv(tokens, rows) * triton.cdiv(outputs, columns), triton.cdiv(inputs, BLOCK)
-    segments = 1
-    if few:
-        segments = segments_for(blocks, outputs)
-    elif not invariant:
-        while segments < MOST_SEGMENTS and 2 * segments * programs <= PROGRAMS and 2 * segments <= blocks:
-            segments *= 2
+    tile = FEW if few else SOME if invariant or tokens <= SOME_TOKENS else MANY
+    tiles = triton.cdiv(tokens, tile.rows) * triton.cdiv(outputs, tile.columns)
+    blocks = triton.cdiv(inputs, BLOCK)
+    segments = segments_for(blocks, outputs) if few else 1
+    while not (few or invariant) and 2 * segments <= min(MOST_SEGMENTS, blocks, PROGRAMS // tiles):
+        segments *= 2
     made = out
     if segments > 1:
         made = torch.empty((segments, tokens, outputs), dtype=torch.float32, device=x.device)
-    fp8_kernel[(programs, segments)](
+    fp8_kernel[(tiles, segments)](
         floats, x_scales, weight.floats, weight.scales, bias if segments == 1 else None, made,
         tokens, inputs, outputs,
-        SEGMENTS=segments, BLOCKS=weight.blocks, ROWS=rows, COLUMNS=columns, num_warps=warps, num_stages=stages,
+        SEGMENTS=segments, BLOCKS=weight.blocks, ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
+        num_stages=tile.stages if capability(x.device)[0] in (9, 10) else min(tile.stages, 3),  # or too large
     )  # fmt: skip
     if segments > 1:
         add_segments(made, bias, out)

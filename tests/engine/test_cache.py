@@ -71,6 +71,20 @@ def test_a_cache_is_made_as_the_contract_says(cache: KVCache, config: ModelConfi
     assert cache.page_bytes == bytes_per_page(config, PAGE_SIZE, cache.layers[0].keys.dtype)
 
 
+def test_keys_lie_by_token_where_the_kernels_want_them_so(config: ModelConfig) -> None:
+    made = KVCache.allocate(config, 3, PAGE_SIZE, dtype=torch.float32, device="cpu", keys_by_token=True)
+    for number, layer in enumerate(made.layers):
+        assert layer.keys.shape == (3, config.num_kv_heads, config.head_dim, PAGE_SIZE)
+        assert layer.keys.transpose(2, 3).is_contiguous()
+        layer.keys[:] = float(number)
+        layer.values[:] = -1.0
+    made.poison([1])
+    made.copy([(1, 0)])
+    for number, layer in enumerate(made.layers):
+        assert layer.keys[:2].isnan().all()
+        assert (layer.keys[2] == number).all()
+
+
 def test_pages_are_copied_exactly(cache: KVCache) -> None:
     wanted = bits(cache)
     cache.copy([(3, 0), (3, 11), (5, 4), (7, 8)])

@@ -5,6 +5,7 @@ Owns the call of pytest and the reading of its last words. Knows no test.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -27,7 +28,12 @@ def suite(setting: Setting) -> Iterator[dict[str, Any]]:
     command = [sys.executable, "-m", "pytest", *what, "--confcutdir", "tests/kernels", "-q", "-m", ""]
     try:
         done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=setting.seconds
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=setting.seconds,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},  # so many processes share the cores
         )
     except subprocess.TimeoutExpired as cut:
         said = cut.output or b""
