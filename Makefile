@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Processes that run the tests; 0: pytest itself does.
 PROCESSES ?= 2
 
-.PHONY: demo test test-long test-triton test-gpu lint bench venv model clean
+.PHONY: demo test test-long test-triton test-gpu test-sanitized lint bench venv model clean
 
 demo: venv model
 	$(BIN)/python -m tests.support.demo
@@ -26,6 +26,10 @@ test-triton: venv
 test-gpu:
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -p no:benchmark --confcutdir tests/kernels -n 14 -m "" -k "(triton or norm_rope_store) and not ahead" tests/kernels
 	$(PYTHON) -m pytest -p no:benchmark --confcutdir tests/engine tests/engine/test_on_gpu.py
+
+# There, too: the suite of kernels under NVIDIA's memcheck and racecheck.
+test-sanitized:
+	$(PYTHON) -m tests.support.sanitized
 
 # lint-imports runs without its cache, which has missed a changed import.
 lint: venv

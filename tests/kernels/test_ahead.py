@@ -58,7 +58,8 @@ NAMES = {
     "quantise_kernel",
 }
 NEWER = {"fp8_kernel", "quantise_kernel"}  # than sm_80
-SPILLED = {"many": 1200, "prefix": 128, "single": 8}  # bytes of a thread at most, windows, caps and slopes together
+# bytes of a thread at most, where windows, caps and slopes meet
+SPILLED = {"many": 1200, "prefix": 128, "single": 8}
 
 
 def compiled(target: str, options: str) -> list[dict[str, Any]]:
