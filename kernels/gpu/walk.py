@@ -97,7 +97,7 @@ def walk(
         counted = weights
         if MASKED and SHARED:
             # 0 · NaN is NaN: those that do not see a harmful token must not meet it, those that do lose their sum
-            harmful = v * 0.0 != 0.0
+            harmful = v.to(tl.float32) * 0.0 != 0.0
             v = tl.where(harmful, 0.0, v).to(query.dtype)
             harms = tl.max(harmful.to(tl.int32), axis=1) != 0
             if value_scales is not None:

@@ -35,7 +35,10 @@ def prepared(model: Path, kernels: KernelSet) -> tuple[Decoder, KVCache]:
     decoder = load_decoder(checkpoint, kernels_for("cpu", kernels), dtype=torch.float32, device="cpu")
     assert isinstance(decoder, Decoder)
     decoder.prepare(1024)
-    cache = KVCache.allocate(checkpoint.config, 150, PAGE, dtype=torch.float32, device="cpu")
+    by_token = decoder.kernels.keys_by_token
+    cache = KVCache.allocate(
+        checkpoint.config, 150, PAGE, dtype=torch.float32, device="cpu", keys_by_token=by_token
+    )
     generator = torch.Generator().manual_seed(1)
     for layer in cache.layers:
         for part in (layer.keys, layer.values):

@@ -77,7 +77,7 @@ def compiled(target: str, options: str) -> list[dict[str, Any]]:
 def test_one_of_each_compiles_and_nearly_none_spills() -> None:
     found = compiled("sm_90", FEW)
     assert {kernel["kernel"] for kernel in found} == NAMES
-    assert not [kernel for kernel in found if kernel["spilled"] > (96 if kernel["kernel"] == "many" else 0)]
+    assert not [kernel for kernel in found if kernel["spilled"] > (160 if kernel["kernel"] == "many" else 0)]
     assert all(kernel["registers"] > 0 for kernel in found)
 
 
