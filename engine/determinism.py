@@ -3,10 +3,10 @@
 Attention and the small operations sum in an order that only the token's own context decides (`kernels`), but matrix
 products may choose another order for another number of rows. So products of this model's own shapes are compared
 bitwise between row counts; if they differ, or always where they are the library's on a CPU or in fp32, steps are
-padded to a multiple of 16 rows, and compared again. (On a CPU with AVX-512 one row is summed otherwise than many, which
-in bf16 shows in one number of some thousands: no check of a fraction of a second is sure to see it.) Where determinism
-is asked for, the kernels' own products are used, and checked alike: those of `triton` at once, others if the library's
-differ. Knows no requests, no steps and no memory.
+padded to a multiple of 16 rows, and compared again. (On a CPU with AVX-512 one row is summed otherwise than many,
+which in bf16 shows in one number of some thousands: no check of a fraction of a second is sure to see it.) Where
+determinism is asked for, the kernels' own products are used, and checked alike: those of `triton` at once, others
+if the library's differ. Knows no requests, no steps and no memory.
 """
 
 from __future__ import annotations
