@@ -33,7 +33,7 @@ FINISH_SECONDS = 400.0
 def test_twenty_kills(press: Press, tmp_path: Path) -> None:
     for process in press.live_workers():
         process.terminate(START_SECONDS)
-    survive(press, Tap(tmp_path / "tap"), num_jobs=14, num_tokens=2500, between=(100, 1400))
+    survive(press, Tap(tmp_path / "tap"), num_jobs=40, num_tokens=2500, between=(100, 1400))
 
 
 @pytest.mark.timeout(900)
