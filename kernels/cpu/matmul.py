@@ -1,8 +1,9 @@
 """Products with a weight on a CPU, by `matmul.h`: where the library has none that is fast, or none that keeps bits.
 
 Owns when they are the better choice, and the passing of tensors to C. Knows no layer. oneDNN multiplies bf16 well
-only where the processor has instructions for it: with AVX-512 alone ours are four times as fast. MKL's fp32 products
-of few rows depend on how many they are; with AVX-512 they are the faster ones of many rows.
+only where the processor has instructions for it: with AVX-512 alone ours are some four times as fast
+(`tests.bench.bench_matmul`). MKL's fp32 products of few rows depend on how many they are; with AVX-512 they are the
+faster ones of many rows.
 """
 
 from __future__ import annotations

@@ -171,7 +171,7 @@ def empty_cache(
 
 
 def laid_out(cache: PagedKV, kernels: Kernels) -> PagedKV:
-    """The same numbers with K as the set likes it best."""
+    """The same numbers with K as the set takes it."""
     if not kernels.keys_by_token or cache.keys.stride(2) == 1:
         return cache
     return replace(cache, keys=cache.keys.transpose(2, 3).contiguous().transpose(2, 3))
