@@ -59,9 +59,9 @@ INLINE long block_rows(long tokens, long inputs) {
 static float *matmul_scratch(long floats) {
     static _Thread_local float *scratch;
     static _Thread_local long size;
-    if (size < floats) {
+    if (!scratch || size < floats) { /* also for no tokens: NULL means something else */
         free(scratch);
-        scratch = aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
+        scratch = aligned_alloc(64, (floats * sizeof(float) + 64) / 64 * 64);
         size = scratch ? floats : 0;
     }
     return scratch;
