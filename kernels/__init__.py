@@ -16,8 +16,9 @@ P pages per row in the table. All tensors on one device; x, weights, q, k and v 
 
 Cache layout: `PagedKV`. Slot s is token `s % page_size` of page `s // page_size`. Slots that no row's context
 covers may hold anything, NaN included. Nor does a query meet what its own row stores behind it, or before its
-window: NaN there changes no bit of the query's result. Entries of the page table whose tokens no query of the
-row sees are not read: they need not be pages.
+window: NaN there changes no bit of the query's result. That is why V in a page is finite: of a token's head whose V
+has NaN or infinity, K is stored as NaN and V as zeros, so whoever sees it fails, and a weight of 0 hides it from all
+others. Entries of the page table whose tokens no query of the row sees are not read: they need not be pages.
 
 A cache of 8 bits has one scale per token and kv head, for K and for V. The scale is the largest |x| over d
 divided by 127 (int8) or 448 (fp8), rounded up to bfloat16 so that nothing clips; what is stored is x / scale,

@@ -72,6 +72,8 @@ def store_kv(k: Tensor, v: Tensor, cache: PagedKV, slots: Tensor) -> None:
     kept = slots >= 0
     page, offset = slots[kept] // page_size, slots[kept] % page_size
     k, v = k[kept], v[kept]  # [n, hk, d]
+    failed = ~v.isfinite().all(dim=-1, keepdim=True)
+    k, v = k.masked_fill(failed, float("nan")), v.masked_fill(failed, 0.0)
     if cache.key_scales is not None and cache.value_scales is not None:
         k, cache.key_scales[page, :, offset] = quantise(k, cache.keys.dtype)
         v, cache.value_scales[page, :, offset] = quantise(v, cache.values.dtype)
@@ -144,10 +146,6 @@ def paged_attention(
         base = max(0, length - (end - start) - window + 1)  # the first token that any of them sees
         k, v = _context(cache, page_table[row], base, length)
         tokens = torch.arange(base, length, device=q.device)
-        harmful = ~v.isfinite().all(dim=-1).all(dim=0)  # [length - base]
-        some_harmful = end - start > 1 and bool(harmful.any())  # a single query sees all of them
-        # 0 · NaN is NaN: the joint product takes zeros for tokens that not every query may see
-        harmless = v.masked_fill(harmful[None, :, None], 0.0) if some_harmful else v
         slice_len = max(1, MAX_SCORES // (num_heads * (length - base)))
         for first in range(start, end, slice_len):
             last = min(first + slice_len, end)
@@ -162,11 +160,7 @@ def paged_attention(
             hidden = (distance > 0) | (distance <= -window)
             scores.masked_fill_(hidden[:, None, None, :], float("-inf"))
             weights = torch.softmax(scores, dim=-1)
-            mixed = torch.einsum("nhgl,hld->nhgd", weights, harmless)
-            if some_harmful:
-                for n, seen in enumerate(~hidden):
-                    if harmful[seen].any():  # a query that does see them
-                        mixed[n] = torch.einsum("hgl,hld->hgd", weights[n][:, :, seen], v[:, seen])
+            mixed = torch.einsum("nhgl,hld->nhgd", weights, v)
             out[first:last] = mixed.reshape(last - first, num_heads, head_dim).to(q.dtype)
     return out
 

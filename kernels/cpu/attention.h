@@ -6,8 +6,8 @@
  *
  * Order of summation: blocks of BLOCK context tokens from position 0, inside a block by 16 lanes for the softmax
  * and by token for the values. It is fixed by the query token alone, so neither chunking nor other rows nor threads
- * change a bit of it. Masked scores are -inf, whose weight is exactly 0; their values are never multiplied. Tiles of
- * 16 tokens that lie before the windows of all queries are not read, nor are the page numbers of whole pages there.
+ * change a bit of it. Masked scores are -inf, whose weight is exactly 0. Tiles of 16 tokens that lie before the windows
+ * of all queries are not read, nor are the page numbers of whole pages there.
  * Between two blocks all that is known of a query is its `softmax_state`, so where it is walked on changes no bit.
  */
 #ifndef BLOCK
@@ -174,13 +174,6 @@ INLINE void ST(mix_values)(const int nq, float (*weights)[BLOCK], long first, lo
     if (c < dim) ST(mix_channels)(nq, 1, weights, first, last, values, dim, c, dim - c, rescale, mixed);
 }
 
-/* The few tokens that one query of a group sees and not all do. */
-static __attribute__((noinline)) void ST(mix_rest)(float (*weights)[BLOCK], long first, long last,
-                                                   const STORED *const *values, long dim, float rescale,
-                                                   float *mixed) {
-    ST(mix_values)(1, weights, first, last, values, dim, &rescale, mixed);
-}
-
 /* nq query vectors against one kv head's tokens from..end, whole blocks but for the last one, which all of them see in
  * part at least. queries: [dim][nq], already scaled. Moves their state on. */
 INLINE void ST(attend)(const int nq, const head_context *at, const float *queries, long from, long end,
@@ -211,28 +204,21 @@ INLINE void ST(attend)(const int nq, const head_context *at, const float *querie
             ST(score_tiles)(nq, 2, queries, dim, keys + t, key_scales + t, page_size, scores, t * LANES, values + t);
         for (; t < tiles; t++)
             ST(score_tiles)(nq, 1, queries, dim, keys + t, key_scales + t, page_size, scores, t * LANES, values + t);
-        long first[nq], last[nq]; /* of the block's tokens, those that each query sees */
+        /* Of the block's tokens, those that some query sees. What one of them does not see weighs nothing for it:
+         * values are finite, by `store_kv`. */
+        const long some = first_visible(at, 0, from, tokens), some_end = last_visible(at, nq - 1, from, tokens);
         for (int i = 0; i < nq; i++) {
-            first[i] = first_visible(at, i, from, tokens), last[i] = last_visible(at, i, from, tokens);
+            const long first = first_visible(at, i, from, tokens), last = last_visible(at, i, from, tokens);
             rescale[i] = 1.0f;
-            if (first[i] >= last[i]) continue;
-            if (at->softcap || at->slopes[i]) bend_scores(at, i, from, first[i], last[i], scores[i]);
-            rescale[i] = weigh_block(scores[i], first[i], last[i], SCALED ? value_scales : NULL, state.largest + i,
-                                     state.total + i);
+            if (first < last) {
+                if (at->softcap || at->slopes[i]) bend_scores(at, i, from, first, last, scores[i]);
+                rescale[i] = weigh_block(scores[i], first, last, SCALED ? value_scales : NULL, state.largest + i,
+                                         state.total + i);
+            }
+            for (long token = some; token < first; token++) scores[i][token] = 0;
+            for (long token = last > some ? last : some; token < some_end; token++) scores[i][token] = 0;
         }
-        /* What not every query may see could be NaN, and 0 * NaN is NaN: the queries share the tokens that all of them
-         * see, and each goes alone through its rest before and behind. That is the same sum in the same order. */
-        const long shared = first[nq - 1], shared_end = last[0] > shared ? last[0] : shared;
-        for (int i = 0; i < nq; i++) {
-            long rest = last[i] < shared ? last[i] : shared;
-            if (first[i] >= rest) continue;
-            ST(mix_rest)(scores + i, first[i], rest, values, dim, rescale[i], mixed + i * dim);
-            rescale[i] = 1.0f;
-        }
-        ST(mix_values)(nq, scores, shared, shared_end, values, dim, rescale, mixed);
-        for (int i = 0; i < nq; i++)
-            if (shared_end < last[i])
-                ST(mix_rest)(scores + i, shared_end, last[i], values, dim, 1.0f, mixed + i * dim);
+        ST(mix_values)(nq, scores, some, some_end, values, dim, rescale, mixed);
     }
 }
 

@@ -33,6 +33,9 @@ static uint16_t KV(quantise)(const SCALAR *from, long dim, int8_t *to) {
 void KV(store_kv)(long tokens, long kv_heads, long dim, long page_size, const SCALAR *k, long k_stride, const SCALAR *v,
                   long v_stride, STORED *k_cache, STORED *v_cache, uint16_t *k_scales, uint16_t *v_scales,
                   const int64_t *slots, int threads) {
+    SCALAR failed[dim + NATIVE], nothing[dim];
+    for (long d = 0; d < dim; d += NATIVE) FN(store)(failed + d, nsplat(NAN));
+    memset(nothing, 0, sizeof nothing);
 #pragma omp parallel for num_threads(threads) if (tokens * kv_heads * dim > PARALLEL_WORK)
     for (long t = 0; t < tokens; t++) {
         if (slots[t] < 0) continue;
@@ -41,6 +44,7 @@ void KV(store_kv)(long tokens, long kv_heads, long dim, long page_size, const SC
             long slot = (page * kv_heads + h) * page_size + offset;
             STORED *to = k_cache + (page * kv_heads + h) * dim * page_size + offset;
             const SCALAR *key = k + t * k_stride + h * dim, *value = v + t * v_stride + h * dim;
+            if (isnan(FN(largest)(value, dim))) key = failed, value = nothing;
 #if SCALED
             int8_t row[dim + LANES];
             k_scales[slot] = KV(quantise)(key, dim, row);

@@ -55,6 +55,18 @@ def store(
     tl.store(pages + place, x.to(pages.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def fails(v):
+    """[HEADS, 1]: whether a head of v [HEADS, BLOCK_D] has NaN or infinity. It is stored as zeros, its k as NaN."""
+    return tl.max((v.to(tl.float32) * 0.0 != 0.0).to(tl.int32), axis=1)[:, None] != 0
+
+
+@triton.jit
+def replaced(x, failed, by):
+    """x [HEADS, BLOCK_D], and `by` where a head `failed`; in fp32, since the interpreter has no bf16 of a number."""
+    return tl.where(failed, by, x.to(tl.float32)).to(x.dtype)
+
+
 @triton.jit(do_not_specialize_on_alignment=["slots"])
 def store_kv_kernel(
     k, v, keys, values, key_scales, value_scales, slots, k_stride, k_head_stride, v_stride, v_head_stride,
@@ -71,6 +83,8 @@ def store_kv_kernel(
     inside = (head < KV_HEADS)[:, None] & (channel < DIM)
     x = tl.load(k + token * k_stride + head[:, None] * k_head_stride + channel, mask=inside, other=0.0)
     y = tl.load(v + token * v_stride + head[:, None] * v_head_stride + channel, mask=inside, other=0.0)
+    failed = fails(y)
+    x, y = replaced(x, failed, float("nan")), replaced(y, failed, 0.0)
     store(x, keys, key_scales, slot, head, channel, inside, KV_HEADS, DIM, PAGE, LIMIT)
     store(y, values, value_scales, slot, head, channel, inside, KV_HEADS, DIM, PAGE, LIMIT)
 

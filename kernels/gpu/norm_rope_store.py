@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import HeadNorms, PagedKV
-from kernels.gpu.cache import LIMITS, pages_of, store
+from kernels.gpu.cache import LIMITS, fails, pages_of, replaced, store
 from kernels.gpu.norm import inverse_rms
 from kernels.gpu.rope import rotated
 
@@ -73,13 +73,17 @@ def norm_rope_store_kernel(
         if slot >= 0:
             head = (block - Q_BLOCKS) % KV_BLOCKS * HEADS + tl.arange(0, HEADS)
             inside = (head < KV_HEADS)[:, None] & (channel < DIM)
+            value = tl.load(
+                v + token * v_stride + head[:, None] * v_head_stride + channel, mask=inside, other=0.0
+            )
+            failed = fails(value)
             if block < Q_BLOCKS + KV_BLOCKS:
                 x = k + token * k_stride + head[:, None] * k_head_stride
                 y = _normed_and_rotated(x, k_weight, cos, sin, eps, offset, inside, DIM, HALF, BLOCK_D)
+                y = replaced(y, failed, float("nan"))
                 store(y, keys, key_scales, slot, head, channel, inside, KV_HEADS, DIM, PAGE, LIMIT)
             else:
-                x = v + token * v_stride + head[:, None] * v_head_stride
-                y = tl.load(x + channel, mask=inside, other=0.0)
+                y = replaced(value, failed, 0.0)
                 store(y, values, value_scales, slot, head, channel, inside, KV_HEADS, DIM, PAGE, LIMIT)
 
 

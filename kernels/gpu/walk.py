@@ -94,17 +94,7 @@ def walk(
         v = v.to(query.dtype)
         if value_scales is not None:
             v_scale = tl.load(value_scales + scale_place, mask=useful, other=0.0).to(tl.float32)
-        counted = weights
-        if MASKED and SHARED:
-            # 0 · NaN is NaN: those that do not see a harmful token must not meet it, those that do lose their sum
-            harmful = v.to(tl.float32) * 0.0 != 0.0
-            v = tl.where(harmful, 0.0, v).to(query.dtype)
-            harms = tl.max(harmful.to(tl.int32), axis=1) != 0
-            if value_scales is not None:
-                harms |= v_scale * 0.0 != 0.0
-                v_scale = tl.where(v_scale * 0.0 != 0.0, 0.0, v_scale)
-            counted = tl.where(seen & harms[None, :], float("nan"), weights)
-        total = total * kept + tl.sum(counted, axis=1)
+        total = total * kept + tl.sum(weights, axis=1)
         if value_scales is not None:
             weights *= v_scale[None, :]
         mixed = tl.dot(weights.to(query.dtype), v, mixed * kept[:, None], input_precision="ieee")

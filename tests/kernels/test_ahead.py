@@ -1,5 +1,5 @@
-"""The triton set compiles for GPUs that are not there, and on sm_90 only attention spills, no more than was so when
-its tiles were measured (`kernels/gpu/tiles.py`)."""
+"""The triton set compiles for GPUs that are not there, and on sm_90 nothing spills but attention of less usual kinds,
+which spills no more than here."""
 
 from __future__ import annotations
 
@@ -58,8 +58,9 @@ NAMES = {
     "quantise_kernel",
 }
 NEWER = {"fp8_kernel", "quantise_kernel"}  # than sm_80
-# bytes of a thread at most, where windows, caps and slopes meet
-SPILLED = {"many": 1400, "prefix": 128, "single": 8}
+# bytes of a thread at most: a cache of 8 bits, heads whose dimension is no power of two, small pages, or window, cap
+# and slopes at once
+SPILLED = {"many": 700, "prefix": 64, "single": 8}
 
 
 def compiled(target: str, options: str) -> list[dict[str, Any]]:
@@ -74,10 +75,10 @@ def compiled(target: str, options: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.long
-def test_one_of_each_compiles_and_nearly_none_spills() -> None:
+def test_one_of_each_compiles_and_none_spills() -> None:
     found = compiled("sm_90", FEW)
     assert {kernel["kernel"] for kernel in found} == NAMES
-    assert not [kernel for kernel in found if kernel["spilled"] > (160 if kernel["kernel"] == "many" else 0)]
+    assert not [kernel for kernel in found if kernel["spilled"]]
     assert all(kernel["registers"] > 0 for kernel in found)
 
 

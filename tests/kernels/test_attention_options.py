@@ -105,7 +105,7 @@ def test_nothing_outside_of_all_windows_is_read(
     case = windowed(shape, window, dtype, storage)
     clean = case.run(kernels)
     outside = range(CONTEXT - COUNT - window + 1)
-    spoilt = case.spoil(0, outside, keys=True, values=True)
+    spoilt = case.spoil(kernels, 0, outside, keys=True, values=True)
     for row in range(3):
         spoilt = spoilt.forget(row)
     assert int(spoilt.page_table[0, 0]) >= case.cache.keys.shape[0]  # no such page
@@ -126,7 +126,7 @@ def test_what_has_left_the_window_changes_no_bit(
     for seeing in (1, 8, 20):  # the first `seeing` queries do see the last of the spoilt tokens
         last = CONTEXT - COUNT - window + seeing
         for first, keys, values in ((0, True, True), (last, True, False), (last, False, True)):
-            found = case.spoil(0, range(first, last + 1), keys=keys, values=values).run(kernels)
+            found = case.spoil(kernels, 0, range(first, last + 1), keys=keys, values=values).run(kernels)
             blind = [n for n in range(COUNT) if n >= seeing or n + CONTEXT - COUNT < first]
             told = [n for n in range(COUNT) if n not in blind]
             assert torch.equal(found[blind], clean[blind]), seeing

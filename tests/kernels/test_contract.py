@@ -137,8 +137,8 @@ def test_nan_behind_a_query_changes_no_bit(
     for seen in (1, 9, 20) if interpreted else (1, 2, 3, 5, 8, 9, 15, 16, 20):
         first = context - count + seen
         for spoilt in ([first], range(first, context)):
-            by = float("inf") if values and not keys and storage is None else float("nan")
-            found = case.spoil(0, spoilt, keys=keys, values=values, by=by).run(kernels)
+            by = float("inf") if values and not keys else float("nan")
+            found = case.spoil(kernels, 0, spoilt, keys=keys, values=values, by=by).run(kernels)
             assert torch.equal(found[:seen], clean[:seen]), seen
             assert torch.equal(found[count:], clean[count:]), seen
             assert not torch.isfinite(found[seen:count].float()).any(), seen  # those that see it tell
@@ -245,6 +245,28 @@ def test_store_kv_fills_its_slots_only(
     assert int((v_cache != 7.0).any(dim=3).sum()) == 4 * 3
 
 
+@pytest.mark.parametrize("dim", [64, 40, 6])
+def test_a_value_that_is_not_finite_is_zeros_under_a_key_of_nan(
+    kernels: Kernels, dtype: torch.dtype, storage: torch.dtype | None, dim: int
+) -> None:
+    """So a weight of 0 hides it. The token's other heads, and a key that is not finite, are stored as they are."""
+    cache = laid_out(empty_cache(1, 2, dim, 16, storage or dtype, scaled=storage is not None), kernels)
+    k, v = torch.randn(5, 4, dim).to(dtype).split(2, dim=1)
+    v[1, 0, dim - 1], v[2, 1, 0], v[3, 1, 3], k[4, 0, 1] = (
+        float(bad) for bad in ("nan", "inf", "-inf", "nan")
+    )
+    kernels.store_kv(k, v, cache, torch.arange(5))
+    keys, values = cache.keys[0, :, :, :5].float(), cache.values[0, :, :5].float()  # [hk, d, t], [hk, t, d]
+    if cache.key_scales is not None and cache.value_scales is not None:
+        keys = keys * cache.key_scales[0, :, None, :5].float()
+        values = values * cache.value_scales[0, :, :5, None].float()
+    assert keys.isnan().all(dim=1).nonzero().tolist() == (
+        [[0, 1], [1, 2], [1, 3]] if storage is None else [[0, 1], [0, 4], [1, 2], [1, 3]]
+    )
+    assert (values == 0).all(dim=2).nonzero().tolist() == [[0, 1], [1, 2], [1, 3]]
+    assert values.isfinite().all()
+
+
 def awkward_vectors(dim: int, dtype: torch.dtype) -> Tensor:
     """[13, 5, dim]: all sizes that a dtype holds, ties between two steps, and a vector of zeros."""
     x = torch.randn(13, 5, dim)
@@ -309,8 +331,8 @@ def test_eight_bits_of_a_token_depend_on_its_vector_alone(
         assert torch.equal(bits[0], bits[2])
     assert together.key_scales is not None
     assert together.value_scales is not None
-    assert together.key_scales[0, :, : len(x)].isnan().nonzero().tolist() == [[0, 1], [1, 3]]
-    assert together.value_scales[0, :, : len(x)].isnan().nonzero().tolist() == [[1, 2]]
+    assert together.key_scales[0, :, : len(x)].isnan().nonzero().tolist() == [[0, 1], [1, 2], [1, 3]]
+    assert together.value_scales[0, 1, 2] == 0
 
 
 def test_norms_do_not_depend_on_the_row_count(dtype: torch.dtype) -> None:

@@ -168,7 +168,7 @@ def test_nan_meets_the_rows_that_see_it_and_no_others(keys: bool, values: bool) 
     case, hint = laid_out("more than a context holds")
     clean = attend(case, hint)
     for token, seeing in ((100, [0, 1, 3, 4]), (290, [0, 1, 3, 4]), (500, [0, 3, 4]), (790, [0, 3])):
-        spoiled = case.spoil(0, [token], keys=keys, values=values)
+        spoiled = case.spoil(CPU, 0, [token], keys=keys, values=values)
         blind = [row for row in range(5) if row not in seeing]
         found = attend(spoiled, hint)
         assert torch.equal(found[blind], clean[blind]), token

@@ -119,7 +119,7 @@ def test_nan_meets_the_rows_that_see_it_and_no_others(kernels: Kernels, keys: bo
     clean = attend(kernels, case, hint)
     for token, seeing in ((100, [0, 1, 2, 4]), (599, [0, 1, 2, 4]), (618, [4])):
         blind = [row for row in range(5) if row not in seeing]
-        found = attend(kernels, case.spoil(4, [token], keys=keys, values=values), hint)
+        found = attend(kernels, case.spoil(kernels, 4, [token], keys=keys, values=values), hint)
         assert torch.equal(found[blind], clean[blind]), token
         assert not torch.isfinite(found[seeing]).any(), token
 
@@ -128,7 +128,7 @@ def test_a_context_that_ends_in_the_shared_split(kernels: Kernels) -> None:
     """Its row is a member, and meets nothing of what the others see behind its end."""
     case, hint = hinted("a whole split")
     clean = attend(kernels, case, hint)
-    found = attend(kernels, case.spoil(2, [300, 400], keys=True, values=True), hint)
+    found = attend(kernels, case.spoil(kernels, 2, [300, 400], keys=True, values=True), hint)
     assert torch.equal(found[[0, 3, 5]], clean[[0, 3, 5]])
     assert not torch.isfinite(found[[1, 2, 4]]).any()
 

@@ -157,7 +157,7 @@ def test_nan_that_some_queries_of_a_block_see(storage: torch.dtype | None, keys:
         [(9, 40)], heads=2, kv_heads=1, dim=16, page_size=16, dtype=torch.float32, storage=storage, how=how
     )
     clean = case.run(TRITON)
-    found = case.spoil(0, [34], keys=keys, values=values).run(TRITON)
+    found = case.spoil(TRITON, 0, [34], keys=keys, values=values).run(TRITON)
     seeing = [34 - 31 + n for n in range(3)]
     blind = [n for n in range(9) if n not in seeing]
     assert torch.equal(found[blind], clean[blind])

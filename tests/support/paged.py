@@ -52,24 +52,23 @@ class Paged:
             values=self.values[row : row + 1],
         )
 
-    def spoil(self, row: int, tokens: Iterable[int], *, keys: bool, values: bool, by: float = NAN) -> Paged:
-        """A copy in which K, V or both of some tokens of a row are NaN: by their scales where there are any."""
+    def spoil(
+        self, kernels: Kernels, row: int, tokens: Iterable[int], *, keys: bool, values: bool, by: float = NAN
+    ) -> Paged:
+        """A copy for which a row's K, V or both of some tokens were not finite when the set stored them."""
+        table, page_size = self.page_table[row], self.cache.keys.shape[3]
+        slots = torch.tensor(
+            [int(table[t // page_size]) * page_size + t % page_size for t in tokens], dtype=torch.int64
+        )
+        _, kv_heads, dim, _ = self.cache.keys.shape
+        k, v = (
+            torch.full((len(slots), kv_heads, dim), by if spoilt else 1.0, dtype=self.q.dtype)
+            for spoilt in (keys, values)
+        )
         parts = (self.cache.keys, self.cache.values, self.cache.key_scales, self.cache.value_scales)
-        k, v, k_scales, v_scales = (None if part is None else part.clone() for part in parts)
-        assert k is not None
-        assert v is not None
-        page_size = k.shape[3]
-        for token in tokens:
-            page, offset = int(self.page_table[row, token // page_size]), token % page_size
-            for wanted, scales, at in (
-                (keys, k_scales, k[page, :, :, offset]),
-                (values, v_scales, v[page, :, offset]),
-            ):
-                if wanted and scales is not None:
-                    scales[page, :, offset] = by
-                elif wanted:
-                    at.fill_(by)
-        return replace(self, cache=PagedKV(k, v, k_scales, v_scales))
+        cache = laid_out(PagedKV(*(None if part is None else part.clone() for part in parts)), kernels)
+        kernels.store_kv(k, v, cache, slots)
+        return replace(self, cache=cache)
 
     def forget(self, row: int) -> Paged:
         """A copy whose page table holds no page at all where no query of the row sees a token."""
