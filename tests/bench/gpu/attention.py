@@ -1,7 +1,7 @@
 """Attention: the kernel set's attention over pages beside torch's, on the same numbers.
 
-Owns the cases and the comparison. torch's SDPA has no pages: it gets K and V gathered and contiguous, and the gather
-is not timed. FlexAttention gets the same. Each call is timed alone (`timing`).
+Owns the cases and the comparison. torch's SDPA has no pages: it gets K and V gathered and contiguous, of a cache of 8
+bits in bfloat16, and the gather is not timed. FlexAttention gets the same. Each call is timed alone (`timing`).
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from kernels import Attention, PagedKV, kernels_for
+from kernels.reference import quantise
 from tests.bench.gpu import rivals
 from tests.bench.gpu.setting import Setting
 from tests.bench.gpu.timing import seconds_of
 
 PAGES = (64, 16)  # the engine's default on a GPU, and the smallest there is
-NOTE = "SDPA and FlexAttention have no pages: K and V are gathered for them, which is not timed"
+NOTE = "SDPA and FlexAttention have no pages: K and V are gathered for them in bfloat16, which is not timed"
 
 
 class Case(NamedTuple):
@@ -32,15 +33,20 @@ class Case(NamedTuple):
     heads: int
     kv_heads: int
     dim: int
+    window: int | None = None
+    storage: torch.dtype | None = None  # of a cache of 8 bits
 
     @property
     def kv_bytes(self) -> int:
-        """Of K and V in bfloat16, each read once."""
-        return 2 * 2 * self.rows * self.context * self.kv_heads * self.dim
+        """Of K and V that some query sees, each read once; with scales, where there are any."""
+        seen = self.context if self.window is None else min(self.context, self.queries + self.window - 1)
+        head = 2 * self.dim if self.storage is None else self.dim + 2
+        return 2 * self.rows * seen * self.kv_heads * head
 
     @property
     def flops(self) -> int:
-        pairs = self.queries * (self.context - self.queries) + self.queries * (self.queries + 1) // 2
+        seen = (position + 1 for position in range(self.context - self.queries, self.context))
+        pairs = sum(tokens if self.window is None else min(tokens, self.window) for tokens in seen)
         return 4 * self.heads * self.dim * self.rows * pairs
 
 
@@ -52,11 +58,19 @@ CASES = (
     Case("prefill 16 x 1k, 16/8/128", 16, 1024, 1024, 16, 8, 128),
     Case("prefill 16 x 1k, 32/8/128", 16, 1024, 1024, 32, 8, 128),
     Case("chunk 512 of 8k, 32/8/128", 1, 512, 8192, 32, 8, 128),
+    Case("prefill 16 x 1k, 18/6/64", 16, 1024, 1024, 18, 6, 64),
+    Case("prefill 16 x 1k, 8/4/256", 16, 1024, 1024, 8, 4, 256),
+    Case("prefill 4 x 4k, 32/8/128, window 1k", 4, 4096, 4096, 32, 8, 128, window=1024),
+    Case("prefill 16 x 1k, 32/8/128, int8", 16, 1024, 1024, 32, 8, 128, storage=torch.int8),
+    Case("decode 256 x 1k, 32/8/128, int8", 256, 1, 1024, 32, 8, 128, storage=torch.int8),
+    Case("decode 256 x 1k, 32/8/128, fp8", 256, 1, 1024, 32, 8, 128, storage=torch.float8_e4m3fn),
 )
 TINY = (
     Case("decode 4 x 64, 4/2/16", 4, 1, 64, 4, 2, 16),
     Case("prefill 2 x 32, 4/2/16", 2, 32, 32, 4, 2, 16),
     Case("chunk 16 of 64, 4/2/16", 1, 16, 64, 4, 2, 16),
+    Case("chunk 16 of 64, 4/2/16, window 24", 1, 16, 64, 4, 2, 16, window=24),
+    Case("decode 4 x 64, 4/2/16, int8", 4, 1, 64, 4, 2, 16, storage=torch.int8),
 )
 
 
@@ -66,7 +80,7 @@ class Inputs(NamedTuple):
     page_table: Tensor  # [rows, pages of a row] int32
     query_start: Tensor  # [rows + 1] int32
     context_lens: Tensor  # [rows] int32
-    keys: Tensor  # [rows, kv_heads, context, dim]
+    keys: Tensor  # [rows, kv_heads, context, dim] bfloat16, what the cache means
     values: Tensor
 
     @property
@@ -116,7 +130,7 @@ def _prepared(case: Case, setting: Setting, page: int) -> tuple[Inputs, Callable
     with torch.inference_mode():
         inputs = make_inputs(case, setting.device, page, keys_by_token=kernels.keys_by_token)
     q, cache, table, starts, lens, *_ = inputs
-    how = Attention(case.dim**-0.5)
+    how = Attention(case.dim**-0.5, window=case.window)
     return inputs, lambda: kernels.paged_attention(q, cache, table, starts, lens, how)
 
 
@@ -153,17 +167,14 @@ def make_inputs(case: Case, device: str, page: int, *, keys_by_token: bool = Fal
 
     per_row = case.context // page
     num_pages = case.rows * per_row
-    by_token = normal(num_pages, case.kv_heads, page, case.dim).transpose(2, 3)
-    cache = PagedKV(
-        by_token if keys_by_token else by_token.contiguous(),
-        normal(num_pages, case.kv_heads, page, case.dim),
-    )
-    del by_token
+    shape = (num_pages, case.kv_heads, page, case.dim)
+    (k, k_scales, plain_k), (v, v_scales, plain_v) = (_stored(normal(*shape), case.storage) for _ in range(2))
+    by_token = k.transpose(2, 3)
+    cache = PagedKV(by_token if keys_by_token else by_token.contiguous(), v, k_scales, v_scales)
     order = torch.randperm(num_pages, generator=generator, device=device)
     table = order.view(case.rows, per_row)
     starts = torch.arange(case.rows + 1, device=device, dtype=torch.int32) * case.queries
-    keys = cache.keys[table].permute(0, 2, 1, 4, 3).flatten(2, 3)  # [rows, kv_heads, context, dim]
-    values = cache.values[table].permute(0, 2, 1, 3, 4).flatten(2, 3)
+    keys, values = (x[table].transpose(1, 2).flatten(2, 3) for x in (plain_k, plain_v))
     return Inputs(
         q=normal(case.rows * case.queries, case.heads, case.dim),
         cache=cache,
@@ -173,6 +184,14 @@ def make_inputs(case: Case, device: str, page: int, *, keys_by_token: bool = Fal
         keys=keys.contiguous(),
         values=values.contiguous(),
     )
+
+
+def _stored(x: Tensor, storage: torch.dtype | None) -> tuple[Tensor, Tensor | None, Tensor]:
+    """What the cache holds of x [pages, kv_heads, page, dim], its scales, and what both mean, in the dtype of x."""
+    if storage is None:
+        return x, None, x
+    stored, scales = quantise(x, storage)
+    return stored, scales, (stored.float() * scales.float().unsqueeze(-1)).to(x.dtype)
 
 
 def _us(seconds: float) -> float:

@@ -85,11 +85,11 @@ def _suite(name: str, found: dict[str, Any]) -> list[str]:
 
 def _attention(name: str, found: dict[str, Any]) -> list[str]:
     lines = [
-        f"{name:<28} {'ours us':>9} {'sdpa us':>9} {'flex us':>9} {'of copy':>8} {'of prod':>8} {'error':>9}"
+        f"{name:<35} {'ours us':>9} {'sdpa us':>9} {'flex us':>9} {'of copy':>8} {'of prod':>8} {'error':>9}"
     ]
     for case in _cases(found):
         lines.append(
-            f"{case['case']:<28} {_number(case['us']):>9} {_number(case['sdpa_us']):>9} {_number(case['flex_us']):>9}"
+            f"{case['case']:<35} {_number(case['us']):>9} {_number(case['sdpa_us']):>9} {_number(case['flex_us']):>9}"
             f" {case['copy_share']:>8.1%} {case['product_share']:>8.1%} {_number(case.get('sdpa_error')):>9}"
         )
         if case["flex_us"] is None:

@@ -24,26 +24,29 @@ def sdpa(case: Case, inputs: Inputs, device: str) -> dict[str, Any]:
     """`seconds`, `out` [rows, heads, queries, dim], `how` it was asked, `why` other ways failed."""
     q, k, v = inputs.queries, inputs.keys, inputs.values
     ways: dict[str, Callable[[], Tensor]] = {}
-    if case.queries == 1:
+    if case.queries == 1 and case.window is None:
         ways["enable_gqa"] = lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
         # the heads that read one kv head, as its queries: nothing is causal about them
         grouped = q.view(case.rows, case.kv_heads, -1, case.dim)
         ways["heads as queries"] = lambda: F.scaled_dot_product_attention(grouped, k, v).view(q.shape)
-    elif case.queries == case.context:
-        ways["enable_gqa"] = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    else:
-        bias = causal_lower_right(case.queries, case.context)
-        ways["lower right"] = lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True)
-    if case.queries > 1:
-        group = case.heads // case.kv_heads
-        wide_k, wide_v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-        if case.queries == case.context:
-            ways["repeated heads"] = lambda: F.scaled_dot_product_attention(q, wide_k, wide_v, is_causal=True)
-        else:
-            ways["lower right, repeated heads"] = lambda: F.scaled_dot_product_attention(
-                q, wide_k, wide_v, attn_mask=causal_lower_right(case.queries, case.context)
-            )
+        return _quickest(ways, device)
+    how: dict[str, Any] = {"is_causal": True}
+    if case.window is not None:
+        how = {"attn_mask": _windowed(case, device)}
+    elif case.queries < case.context:
+        how = {"attn_mask": causal_lower_right(case.queries, case.context)}
+    ways["enable_gqa"] = lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **how)
+    wide_k, wide_v = (x.repeat_interleave(case.heads // case.kv_heads, dim=1) for x in (k, v))
+    ways["repeated heads"] = lambda: F.scaled_dot_product_attention(q, wide_k, wide_v, **how)
     return _quickest(ways, device)
+
+
+def _windowed(case: Case, device: str) -> Tensor:
+    """[queries, context]: which tokens a query sees."""
+    assert case.window is not None
+    ahead = torch.arange(case.context, device=device) - torch.arange(case.queries, device=device)[:, None]
+    ahead -= case.context - case.queries
+    return (ahead <= 0) & (ahead > -case.window)
 
 
 def flex(case: Case, inputs: Inputs, device: str) -> dict[str, Any]:
@@ -56,10 +59,11 @@ def flex(case: Case, inputs: Inputs, device: str) -> dict[str, Any]:
         compiled = torch.compile(flex_attention, dynamic=False)
         mask = None
         if case.queries > 1:
-            offset = case.context - case.queries
+            offset, window = case.context - case.queries, case.window or case.context
             mask = create_block_mask(
-                lambda b, h, i, j: i + offset >= j, None, None, case.queries, case.context, device=device
-            )
+                lambda b, h, i, j: (i + offset >= j) & (j > i + offset - window),
+                None, None, case.queries, case.context, device=device,
+            )  # fmt: skip
     except Exception as error:  # whatever a compiler cannot do here is a finding, not a fault
         return {"why": _short(error)}
     return _quickest({"compiled": lambda: compiled(q, k, v, block_mask=mask, enable_gqa=True)}, device)

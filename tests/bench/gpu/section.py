@@ -34,7 +34,7 @@ _HERE = "tests.bench.gpu"
 SECTIONS = {
     "ceilings": Section(f"{_HERE}.ceilings:ceilings", 60),
     "suite": Section(f"{_HERE}.suite:suite", 420),
-    "attention": Section(f"{_HERE}.attention:attention", 75),
+    "attention": Section(f"{_HERE}.attention:attention", 110),
     "nano": Section(f"{_HERE}.engines:nano", 75),
     "eight": Section(f"{_HERE}.engines:eight", 100),
     "shared": Section(f"{_HERE}.engines:shared", 60),
