@@ -127,7 +127,7 @@ def test_all_compile(target: str) -> None:
     assert {kernel["kernel"] for kernel in found} == (NAMES - NEWER if target == "sm_80" else NAMES)
     storages = {kernel.get("storage") for kernel in found}
     assert ("fp8" in storages) == (target != "sm_80")
-    if target == "sm_90":  # fp32 is for checks: there some kernels spill a few words
+    if target == "sm_90":  # fp32 is for checks: there some kernels spill some words
         for kernel in found:
-            most = 64 if kernel["dtype"] == "fp32" else SPILLED.get(kernel["kernel"], 0)
+            most = 128 if kernel["dtype"] == "fp32" else SPILLED.get(kernel["kernel"], 0)
             assert kernel["spilled"] <= most, kernel
