@@ -9,6 +9,7 @@ from __future__ import annotations
 import click
 
 from api.cli_batch_file import run_batch
+from api.cli_doctor import doctor
 from api.cli_jobs import cancel, retry, submit
 from api.cli_keys import keys
 from api.cli_prices import prices
@@ -32,7 +33,7 @@ def main() -> None:
 
 for command in (up, api, worker, migrate, submit, status, results, cancel, retry, usage, schedule, run_batch):
     main.add_command(command)
-for command in (keys, tenants, prices):
+for command in (keys, tenants, prices, doctor):
     main.add_command(command)
 
 

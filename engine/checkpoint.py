@@ -56,7 +56,7 @@ class Checkpoint:
             return cls._gguf(path, model_impl)
         if path.is_dir():
             return cls._folder(path, model_impl)
-        if path.is_absolute() or model.startswith((".", "~")) or not _HUB_ID.fullmatch(model):
+        if not is_hub_id(model):
             raise UnsupportedCheckpoint(f"{model}: no such file or folder")
         return cls._folder(_download(model, revision), model_impl)
 
@@ -112,6 +112,11 @@ class Checkpoint:
         for file in files:
             SafetensorsFile.open(file)  # a file that is cut short says so now
         return cls(path=folder, kind="safetensors", files=files, config=model, quantisation=quantisation)
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether `model`, which is no file or folder here, would be looked for on the hub."""
+    return not model.startswith(("/", ".", "~")) and _HUB_ID.fullmatch(model) is not None
 
 
 def _without_weights(folder: Path, num_gguf: int) -> str:

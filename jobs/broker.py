@@ -11,6 +11,10 @@ from typing import Any, NoReturn
 
 from celery import Celery
 from kombu.entity import Queue
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+from redis.retry import Retry
 
 from jobs.settings import Settings
 
@@ -78,6 +82,18 @@ def make_app(settings: Settings) -> NightpressCelery:
     app.task(_taken_by_the_pool, name=GENERATE)
     app.task(_taken_by_the_pool, name=WORK, ignore_result=True)
     return app
+
+
+def server_info(url: str, timeout: float) -> dict[str, Any]:
+    """What a server says of itself (`INFO`), by redis-py's URL. Raises `OSError` where none answers in `timeout`
+    seconds or nobody may ask."""
+    try:
+        with Redis.from_url(
+            url, socket_timeout=timeout, socket_connect_timeout=timeout, retry=Retry(NoBackoff(), 0)
+        ) as client:
+            return dict(client.info())
+    except RedisError as error:
+        raise OSError(str(error)) from None
 
 
 def _taken_by_the_pool(*args: Any, **kwargs: Any) -> NoReturn:

