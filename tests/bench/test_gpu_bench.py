@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +46,7 @@ def test_intervals_that_overlap_count_once() -> None:
     assert union([]) == 0.0
 
 
-def run_sections(out: Path, *names: str) -> dict[str, Any]:
+def run_sections(out: Path, *names: str, **environment: str) -> dict[str, Any]:
     command = [
         sys.executable,
         "-m",
@@ -57,7 +58,9 @@ def run_sections(out: Path, *names: str) -> dict[str, Any]:
         str(out),
         *names,
     ]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=280)
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, text=True, timeout=280
+    )
     assert done.returncode == 0, done.stdout
     json.loads(done.stdout.splitlines()[-1])
     result: dict[str, Any] = json.loads(out.read_text())
@@ -76,3 +79,11 @@ def test_it_runs_through(tmp_path: Path) -> None:
         sections["shared"]["cached"]["cached_tokens"] > 0 == sections["shared"]["uncached"]["cached_tokens"]
     )
     assert sections["peer"]["theirs"]["output_tok_s"] > 0
+
+
+@pytest.mark.long
+def test_other_tiles_are_tried(tmp_path: Path) -> None:
+    sections = run_sections(tmp_path / "result.json", "tiles", TRITON_INTERPRET="1")["sections"]
+    for case in sections["tiles"]["cases"]:
+        assert len(case["us"]) == 2
+        assert case["us"][case["own"]] > 0

@@ -97,6 +97,20 @@ def _attention(name: str, found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _tiles(name: str, found: dict[str, Any]) -> list[str]:
+    lines = []
+    for case in _cases(found):
+        times = {label: us for label, us in case["us"].items() if us is not None}
+        if not times:
+            continue
+        best = min(times, key=lambda label: times[label])
+        own = _number(times.get(case["own"]))
+        lines.append(
+            f"{name:<9} {case['case']:<35} {case['own']}: {own} us; best {best}: {times[best]:.1f} us"
+        )
+    return lines
+
+
 def _engine(name: str, found: dict[str, Any]) -> list[str]:
     if "output_tok_s" not in found:
         return [f"{name:<9} nothing measured"]
@@ -163,6 +177,7 @@ _LINES = {
     "ceilings": _ceilings,
     "suite": _suite,
     "attention": _attention,
+    "tiles": _tiles,
     "shared": _shared,
     "invariant": _invariant,
     "quantised": _quantised,

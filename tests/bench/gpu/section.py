@@ -35,6 +35,7 @@ SECTIONS = {
     "ceilings": Section(f"{_HERE}.ceilings:ceilings", 60),
     "suite": Section(f"{_HERE}.suite:suite", 420),
     "attention": Section(f"{_HERE}.attention:attention", 110),
+    "tiles": Section(f"{_HERE}.tiles:tiles", 400),
     "nano": Section(f"{_HERE}.engines:nano", 75),
     "eight": Section(f"{_HERE}.engines:eight", 100),
     "shared": Section(f"{_HERE}.engines:shared", 60),
@@ -51,7 +52,7 @@ DEFAULT = (
     "shared",
     "invariant",
     "peer",
-)  # the suite has to be named
+)  # the others have to be named
 
 
 def main() -> None:
