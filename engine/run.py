@@ -13,7 +13,7 @@ from dataclasses import replace
 from engine.request import Completion, Generated, Output, Rejected, Request, RequestError, RequestId
 from engine.sequence import Sequence
 from engine.stop import StopChecker
-from engine.waiting import level_of
+from engine.waiting import rank_of
 
 
 def identity(request: Request) -> Hashable:
@@ -82,7 +82,7 @@ class Run:
 
     def serves(self, request: Request) -> bool:
         """Whether it runs as soon as `request`, whose identity is the same, would run by itself."""
-        return level_of(self.sequences[0].request) <= level_of(request)
+        return rank_of(self.sequences[0].request) <= rank_of(request)
 
     def stop(self, sequence: Sequence, token_ids: list[int]) -> bool:
         """Take the tokens that `sequence` just got; if one completes a stop string, that is how the sample ends, even

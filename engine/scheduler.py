@@ -41,6 +41,7 @@ from engine.warming import Warming
 
 RETRY_PLANS = 16  # how long a full engine does not ask again whether the next one fits, unless somebody left
 MARGIN = 0.02  # of the pages, for expectations that were too low
+ROUND = 4  # of the places in the engine: what a worker holds at most (`jobs.claimer`), planned together
 
 
 class Scheduler:
@@ -71,7 +72,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.eos_token_ids = frozenset(eos_token_ids)
         self.running: list[Sequence] = []
-        self.waiting = WaitingQueue(policy)
+        self.waiting = WaitingQueue(policy, round_size=ROUND * max_num_seqs)
         self.warming = Warming()
         self.multi_step = MultiStep(pool, most_steps, self._reserve)
         self.speculation = Speculation(num_speculative_tokens, self._reserve)

@@ -1,11 +1,15 @@
 """WaitingQueue: in which order the waiting sequences run, for queues of tens of thousands.
 
-Owns the order and nothing else. Levels come first: lower `priority`, then the lower `turn`. Turns should be
-coarse, since an exact order would tear siblings apart. Inside a level the sequences hang in a radix tree
-over their prompts' page keys and are taken depth first: siblings run one after another while their prefix is in
+Owns the order and nothing else. Levels come first: lower `priority`, then the lower `turn`, then the earlier round.
+Turns should be coarse, since an exact order would tear siblings apart. Inside a level the sequences hang in a radix
+tree over their prompts' page keys and are taken depth first: siblings run one after another while their prefix is in
 memory, and nobody's prefix is computed, lost and computed again. Which branch comes next, and who inside it, is
 decided by expected length, longest first, so that the long answers do not run alone at the end of the night.
-Sequences that were running, or waited for a sibling's prefix, come back at the front of their level.
+Sequences that were running, or waited for a sibling's prefix, come back at the front of their turn.
+
+A round is what arrives while `round_size` sequences are taken. So what is there together is planned together, however
+much it is, but nobody is passed for ever where work keeps coming: not a rare prefix by a common one, and not a short
+answer by long ones.
 
 Every operation is O(depth of the tree + log n); heaps are cleaned lazily. Knows no pages and no clock. Batch-wide
 prefix ordering after BatchLLM (Zheng et al. 2024), longest first after Graham (1969).
@@ -24,10 +28,11 @@ from engine.request import Request
 from engine.sequence import Sequence
 
 Policy = Literal["planned", "fcfs"]
-Level: TypeAlias = tuple[int, float]
+Level: TypeAlias = tuple[int, float, int]
+RETURNED = -1  # the round of those that come back
 
 
-def level_of(request: Request) -> Level:
+def rank_of(request: Request) -> tuple[int, float]:
     """Smaller runs first."""
     return request.priority, float("inf") if request.turn is None else request.turn
 
@@ -61,8 +66,10 @@ class _LevelQueue:
 class WaitingQueue:
     """`fcfs`: arrival order inside a level, whatever the prompts."""
 
-    def __init__(self, policy: Policy = "planned") -> None:
+    def __init__(self, policy: Policy = "planned", *, round_size: int = 1024) -> None:
         self._policy = policy
+        self._round_size = round_size
+        self._taken = 0  # for the first time
         self._levels: dict[Level, _LevelQueue] = {}
         self._order: list[Level] = []
         self._nodes: dict[Sequence, _Node | None] = {}  # where each hangs; None: it has come back
@@ -81,7 +88,8 @@ class WaitingQueue:
         """`keys`: of the full pages of its prompt; `expected`: tokens that it will probably generate."""
         if self._policy == "fcfs":
             keys, expected = [], 0
-        node, arrival = self._level(sequence).root, next(self._tickets)
+        level = self._level(sequence, self._taken // self._round_size)
+        node, arrival = level.root, next(self._tickets)
         while node.depth < len(keys):
             child = node.children.get(keys[node.depth])
             if child is None:
@@ -100,8 +108,8 @@ class WaitingQueue:
             node.size += 1
 
     def put_back(self, sequence: Sequence) -> None:
-        """To the front of its level."""
-        self._level(sequence).returned.appendleft(sequence)
+        """To the front of its turn."""
+        self._level(sequence, RETURNED).returned.appendleft(sequence)
         self._nodes[sequence] = None
 
     def peek(self) -> Sequence | None:
@@ -120,14 +128,15 @@ class WaitingQueue:
     def remove(self, sequence: Sequence) -> None:
         """Raises KeyError when it does not wait."""
         node = self._nodes.pop(sequence)
+        self._taken += node is not None
         while node is not None:
             node.size -= 1
             if node.size == 0 and node.parent is not None:
                 del node.parent.children[node.keys[node.parent.depth]]
             node = node.parent
 
-    def _level(self, sequence: Sequence) -> _LevelQueue:
-        level = level_of(sequence.request)
+    def _level(self, sequence: Sequence, round_number: int) -> _LevelQueue:
+        level = (*rank_of(sequence.request), round_number)
         if level not in self._levels:
             self._levels[level] = _LevelQueue()
             insort(self._order, level)

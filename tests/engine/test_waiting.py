@@ -187,3 +187,27 @@ def test_a_forecast_is_the_peak_of_growing_and_leaving() -> None:
         assert forecast.peak_with(tokens[-1], remaining[-1]) == pytest.approx(plain(tokens, remaining))
         forecast.add(tokens[-1], remaining[-1])
         assert forecast.peak_with(0, 1) >= plain(tokens, remaining)
+
+
+@pytest.mark.parametrize(
+    "rare",
+    [pytest.param(("b", 10), id="prefix"), pytest.param(("a", 1), id="length")],
+)
+def test_nobody_is_passed_for_ever_while_work_keeps_coming(rare: tuple[str, int]) -> None:
+    queue, waited = WaitingQueue(round_size=8), 0
+    for i in range(8):
+        queue.push(sequence(f"common {i}"), keys("aa"), 10)
+    queue.push(sequence("rare"), keys(rare[0]), rare[1])
+    while (one := queue.peek()) is not None and one.request.id.job_id != "rare":
+        queue.remove(one)
+        waited += 1
+        assert waited <= 2 * 8
+        queue.push(sequence(f"later {waited}"), keys("aa"), 10)
+
+
+def test_what_arrives_together_is_planned_together_however_much_it_is() -> None:
+    queue = WaitingQueue(round_size=4)
+    for i in range(100):
+        queue.push(sequence(f"{i}"), keys("ab"[i % 2]), 100 - i)
+    order = [int(name) for name in drain(queue)]
+    assert order == [*range(0, 100, 2), *range(1, 100, 2)]
