@@ -17,6 +17,9 @@ __all__ = ["LLM", "RepetitionDetectionParams", "SamplingParams", "StructuredOutp
 
 def __getattr__(name: str) -> Any:
     if name == "LLM":
+        from engine import openmp
+
+        openmp.prepare()
         from engine.llm import LLM
 
         return LLM

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import engine.request
+from engine import openmp
 from engine.config import EngineConfig
 from engine.request import Request, RequestId
 from engine.wire import (
@@ -109,9 +110,7 @@ class EngineProcess:
         command += ["--bar"] if self._bar else []
         roots = [str(Path(engine.request.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         environment = {
-            # OpenMP threads that wait for each other give their core away almost at once: no slower alone (11.3
-            # and 12.0 ms a step on two cores), and two engines on one machine no longer starve each other
-            "GOMP_SPINCOUNT": "1000",
+            **openmp.DEFAULTS,
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, roots)),
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from engine import LLM, SamplingParams
 from engine.sampling_params import InvalidParameter
 from tests.support.tiny import write_tiny_llama
+from tests.support.tree import ROOT
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
@@ -184,3 +186,21 @@ def test_importing_the_words_loads_no_torch() -> None:
         [sys.executable, "-c", program], cwd=Path(__file__).parents[2], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_python_door_tells_openmp_how_to_wait_before_torch_comes() -> None:
+    """Unless somebody has said it already."""
+    code = (
+        "import os, sys; from engine import LLM; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
+    )
+    for given, expected in (({}, "1000 False"), ({"GOMP_SPINCOUNT": "7"}, "7 False")):
+        environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"} | given
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.strip() == expected
