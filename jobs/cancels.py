@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import ColumnElement, Connection, select, update
+from sqlalchemy import ColumnElement, Connection, exists, literal_column, select, update
 
 from jobs import tallies
 from jobs.batch_intake import stop_inserting
@@ -50,6 +50,19 @@ class Cancels:
         return self._database.transact(lambda connection: _cancel_batch(connection, batch_id, tenant))
 
 
+def half_cancelled(connection: Connection) -> list[tuple[str, str]]:
+    """(batch, tenant) of batches that get no more jobs and have some that nobody has cancelled: whoever was about to
+    died, or had no database any more. For a moment this is every batch of a file that is being cancelled."""
+    going_on = (JobState.QUEUED, JobState.IN_PROGRESS)
+    query = select(Batch.id, Batch.tenant).where(
+        literal_column("batches.finished_at IS NULL"),  # spelled as the partial index is
+        Batch.state == BatchState.CANCELLING,
+        Batch.finalizing_at.is_(None),
+        exists().where(Job.batch_id == Batch.id, Job.state.in_(going_on)),
+    )
+    return [(row.id, row.tenant) for row in connection.execute(query)]
+
+
 def _stop_file_batch(connection: Connection, batch_id: str, tenant: str) -> None:
     batch = connection.execute(
         select(*Batch.__table__.columns)
@@ -70,6 +83,7 @@ def _stop_file_batch(connection: Connection, batch_id: str, tenant: str) -> None
             finished_at=now() if at_once else None,
         )
     )
+    close_batches(connection, [batch_id])  # nothing may be left to cancel
     tallies.add(connection, [change])
 
 

@@ -1,9 +1,9 @@
 """Sweeper: a loop in every worker and every api that repairs what a death left behind.
 
-Owns three repairs, all idempotent and safe to run in many processes at once: leases that expired are marked
+Owns four repairs, all idempotent and safe to run in many processes at once: leases that expired are marked
 lost, jobs that carry the name of a worker that is gone go back to the queue (or end, if they were being
-cancelled), and models that have queued jobs are announced again, because Redis may have lost the wake-up. It also
-is the clock of `deadlines`.
+cancelled), cancels of batches that were cut off are finished, and models that have queued jobs are announced again,
+because Redis may have lost the wake-up. It also is the clock of `deadlines`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from jobs import tallies
 from jobs.batches import close_batches
+from jobs.cancels import Cancels, half_cancelled
 from jobs.checkpoints import forget
 from jobs.claims import models_with_work
 from jobs.database import Database, now
@@ -151,6 +152,7 @@ class Sweeper(threading.Thread):
             expired, stranded = bool(connection.scalar(EXPIRED)), bool(connection.scalar(STRANDED.limit(1)))
             models = models_with_work(connection)
             due, late = has_due(connection), has_late(connection)
+            to_cancel = half_cancelled(connection)
             edges = edges_of_risk(connection) if self._looks_ahead() else {}
         if due:
             models += self._until_done(make_due)
@@ -158,6 +160,8 @@ class Sweeper(threading.Thread):
             self._until_done(expire)
         for model, edge in edges.items():
             self._until_done(partial(make_urgent, model=model, edge=edge))
+        for batch_id, tenant in to_cancel:
+            Cancels(self.database).cancel_batch(batch_id, tenant=tenant)
         if expired and (lost := self.database.transact(expire_leases)):
             log.warning("sweeper.lost workers=%s", ",".join(lost))
         requeued = cancelled = 0

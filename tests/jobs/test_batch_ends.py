@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from sqlalchemy import update
 
-from jobs import batch_intake
+from jobs import batch_intake, cancels
 from jobs.batches import close_batches
 from jobs.cancels import Cancels
 from jobs.clerk import Clerk
@@ -14,6 +14,7 @@ from jobs.desk import take
 from jobs.models import Job
 from jobs.settings import Settings
 from jobs.states import BatchState, JobState
+from jobs.sweeper import Sweeper
 from jobs.tallies import used
 from jobs.tenants import DEFAULT
 from tests.support.batch_lines import Bench, insert_one_chunk, run
@@ -244,3 +245,49 @@ def test_an_input_that_is_damaged_between_the_passes(bench: Bench, damage: str) 
     assert (batch.state, batch.errors[0]["code"]) == (BatchState.FAILED, "file_lost")
     assert len(bench.lines(batch.output_file_id)) == batch.num_inserted == 3
     check(bench)
+
+
+# --- a cancel that is cut off ---------------------------------------------------------------------------------
+
+
+def cut_off(bench: Bench, batch_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The api dies between the two transactions of a cancel."""
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cancels, "_cancel_batch", die)
+        with pytest.raises(Killed):
+            cancel(bench, batch_id)
+
+
+def sweep(bench: Bench) -> None:
+    Sweeper(bench.database, 1.0, lambda model: None).sweep()
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_cancel_cut_off_with_no_job_left(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch_id = bench.create(9)
+    insert_one_chunk(bench, batch_id)
+    run(bench.database)
+    cut_off(bench, batch_id, monkeypatch)
+    bench.work()
+    batch = bench.batch(batch_id)
+    assert (batch.state, len(bench.lines(batch.output_file_id))) == (BatchState.CANCELLED, 3)
+    check_invariants(bench.database, [])
+
+
+def test_a_cancel_cut_off_before_its_jobs_is_finished(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch_id = bench.create(3)
+    bench.work()
+    cut_off(bench, batch_id, monkeypatch)
+    assert {job.state for job in bench.jobs(batch_id)} == {JobState.QUEUED}
+    sweep(bench)
+    assert {job.state for job in bench.jobs(batch_id)} == {JobState.CANCELLED}
+    bench.work()
+    assert bench.batch(batch_id).state == BatchState.CANCELLED
+    check_invariants(bench.database, [])
