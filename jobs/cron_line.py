@@ -4,7 +4,8 @@ Owns the five fields and the rule for jumps. The fields and their calendar are c
 without a zone; what a wall clock reading means as an instant is decided here: a reading that exists twice is its
 first occurrence, one that a jump leaves out is the first moment after the jump, and readings that fall on one
 moment fire once. So every reading fires exactly once a day. A line whose hour is `*` means every hour that passes,
-not every reading: it goes by the hours, also through a jump. Knows no database and asks no clock.
+not every reading: it fires whenever the wall clock shows it, so twice where the clock does, and not where it never
+does. Knows no database and asks no clock.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from jobs.body import BadField
 
 MAX_LINE_CHARS: Final = 100
 _MINUTE: Final = timedelta(minutes=1)
+_JUMP: Final = timedelta(hours=3)  # of a clock, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,19 +54,37 @@ class CronLine:
 
     def next_after(self, moment: float) -> float | None:
         """The first time to fire strictly after `moment`, both unix seconds; None when there is none in 50 years."""
-        start = datetime.fromtimestamp(moment, self.zone)
-        by_hours = self.text.split()[1] == "*"
-        walk = CronSim(self.text, start if by_hours else start.replace(tzinfo=None))
-        for reading in walk:
-            instant = reading.timestamp() if by_hours else self._instant(reading)
-            if instant > moment:
+        wall = datetime.fromtimestamp(moment, self.zone).replace(tzinfo=None)
+        if self.text.split()[1] == "*":
+            return self._shown_after(moment, wall)
+        for reading in CronSim(self.text, wall):
+            if (instant := self._instant(reading)) > moment:
                 return instant
         return None
+
+    def _shown_after(self, moment: float, wall: datetime) -> float | None:
+        """The first instant after `moment`, which is `wall` on the clock, that the line names on the clock."""
+        first: datetime | None = None
+        for reading in CronSim(self.text, wall - _JUMP):
+            if first is not None and reading > first.replace(tzinfo=None) + _JUMP:
+                break  # whatever jumps lie between, it comes later
+            for fold in (0, 1):
+                shown = reading.replace(tzinfo=self.zone, fold=fold)
+                later = shown.timestamp() > moment and (
+                    first is None or shown.timestamp() < first.timestamp()
+                )
+                if later and self._exists(shown):
+                    first = shown
+        return None if first is None else first.timestamp()
 
     def _instant(self, reading: datetime) -> float:
         """Of a wall clock reading without a zone."""
         instant = reading.replace(tzinfo=self.zone, fold=0)
-        while instant.astimezone(UTC).astimezone(self.zone).replace(tzinfo=None) != reading:
+        while not self._exists(instant):
             reading += _MINUTE
             instant = reading.replace(tzinfo=self.zone, fold=0)
         return instant.timestamp()
+
+    def _exists(self, shown: datetime) -> bool:
+        """Whether the clock ever shows that."""
+        return shown.astimezone(UTC).astimezone(self.zone).replace(tzinfo=None) == shown.replace(tzinfo=None)

@@ -15,7 +15,7 @@ from enum import StrEnum
 from typing import Any, Final
 from zoneinfo import ZoneInfo
 
-from sqlalchemy import Connection, Row, select, tuple_, update
+from sqlalchemy import Connection, Row, func, select, tuple_, update
 
 from jobs.body import BadField
 from jobs.completion_window import terms_of_window
@@ -28,12 +28,13 @@ from jobs.job_rows import new_id
 from jobs.models import Schedule, ScheduleRun
 from jobs.quotas import QuotaExceeded
 from jobs.schedule_body import Missed
-from jobs.schedules import COLUMNS, bodies_of
+from jobs.schedules import COLUMNS, bodies_of, find
 from jobs.tenants import Owner
 from jobs.terms import ORDINARY
 
 LATE_SECONDS: Final = 300.0  # a run that is later than this was missed
 PAGE: Final = 100
+_TICK_SECONDS: Final = 1e-5  # what a unix time of today can tell apart, and more
 
 
 class RunKind(StrEnum):
@@ -131,6 +132,9 @@ class ScheduleRuns:
         """Hand its jobs in now, also while it is paused; None when there is no such schedule. The same `submit`
         starts one run. Raises `BadField`, `QuotaExceeded`, `WindowTooTight` and `KeyReusedError`, and then records
         nothing."""
+        if (known := self._intake.accepted_before(submit, owner)) is not None:
+            with self._database.read() as connection:
+                return Started(_view(_find(connection, known)), None)
         with self._database.read() as connection:
             row = self._read(connection, Schedule.id == schedule_id, Schedule.tenant == owner.tenant)
             time_now = clock(connection)
@@ -146,8 +150,12 @@ class ScheduleRuns:
             ):
                 return Started(_view(_find(connection, known)), None)
             if _find(connection, run["id"]) is None:
+                find(connection, schedule_id, tenant=owner.tenant, lock=True)  # one run after the other
                 self._intake.insert_batch(connection, batch)
-                new = insert_into(connection, ScheduleRun).values(**run, batch_id=batch.id, created_at=now())
+                moment = {"fire_time": max(time_now, _after_the_last(connection, schedule_id))}
+                new = insert_into(connection, ScheduleRun).values(
+                    **run | moment, batch_id=batch.id, created_at=now()
+                )
                 connection.execute(new)
             return Started(_view(_find(connection, run["id"])), batch)
 
@@ -216,6 +224,14 @@ def _run_row(schedule: Row[Any], kind: RunKind, fire_time: float) -> dict[str, A
         "fire_time": fire_time,
         "kind": kind,
     }
+
+
+def _after_the_last(connection: Connection, schedule_id: str) -> float:
+    """A moment behind all runs of a schedule: two by hand may come within one tick of the database's clock."""
+    last = connection.scalar(
+        select(func.max(ScheduleRun.fire_time)).where(ScheduleRun.schedule_id == schedule_id)
+    )
+    return 0.0 if last is None else last + _TICK_SECONDS
 
 
 def _find(connection: Connection, run_id: str) -> Row[Any] | None:

@@ -94,17 +94,19 @@ class Schedules:
                 return None
             values = dict(fields)
             time_now = clock(connection)
-            if values.keys() & {"cron", "time_zone", "enabled"}:
-                timing = {
-                    name: values.get(name, getattr(row, name)) for name in ("cron", "time_zone", "enabled")
-                }
+            before = {name: getattr(row, name) for name in ("cron", "time_zone", "enabled")}
+            timing = {name: values.get(name, known) for name, known in before.items()}
+            if timing != before:
                 CronLine.of(timing["cron"], timing["time_zone"])
-                values["next_at"] = _next(timing, time_now)
+                is_due = (
+                    row.next_at is not None and row.next_at <= time_now
+                )  # and stays so, unless this pauses it
+                values["next_at"] = row.next_at if is_due and timing["enabled"] else _next(timing, time_now)
             if "jobs" in values:
                 values["jobs"] = stored_jobs(values["jobs"])
                 values["num_jobs"] = len(values["jobs"])
-                before = tallies.size_of(_jobs(connection, schedule_id))
-                self._store(connection, tenant, tallies.size_of(values["jobs"]) - before)
+                stored = tallies.size_of(_jobs(connection, schedule_id))
+                self._store(connection, tenant, tallies.size_of(values["jobs"]) - stored)
             connection.execute(
                 update(Schedule)
                 .where(Schedule.id == schedule_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
 
@@ -9,12 +10,14 @@ import pytest
 
 from jobs.body import BadField
 from jobs.database import Database
+from jobs.intake import Intake
 from jobs.quotas import QuotaExceeded
 from jobs.schedule_body import parse_change, parse_schedule
+from jobs.schedule_runs import ScheduleRuns
 from jobs.schedules import Schedules, ScheduleView
 from jobs.settings import Settings
 from jobs.tenants import DEFAULT, OPERATOR, Owner, Tenants
-from tests.jobs.test_schedules import BODY, Make, runs_of
+from tests.jobs.test_schedules import BODY, Make, pass_by, runs_of
 from tests.support.invariants import check_tallies
 
 
@@ -72,3 +75,32 @@ def test_stored_jobs_count_as_stored_bytes(make: Make, schedules: Schedules, dat
     make(name="second", jobs=[{"prompt": "c" * 200}])
     with database.read() as connection:
         check_tallies(connection)
+
+
+def test_what_is_due_stays_due(
+    make: Make, schedules: Schedules, settings: Settings, database: Database
+) -> None:
+    """Whether a change says what is so already or what is new; but a pause misses nothing."""
+    due = pass_by(database, make().id, 1.0)
+    (view,) = schedules.page(tenant=DEFAULT)[0]
+    for data in ({"enabled": True}, {"cron": view.cron}, {"cron": "0 5 * * *"}, {"time_zone": "Asia/Tokyo"}):
+        changed = schedules.change(view.id, parse_change(data, settings), tenant=DEFAULT)
+        assert changed is not None
+        assert changed.next_at == due, data
+    paused = schedules.change(view.id, {"enabled": False}, tenant=DEFAULT)
+    assert paused is not None
+    assert paused.next_at is None
+    resumed = schedules.change(view.id, {"enabled": True}, tenant=DEFAULT)
+    assert resumed is not None
+    assert resumed.next_at is not None
+    assert resumed.next_at > due
+
+
+def test_runs_by_hand_at_the_same_moment(make: Make, database: Database, settings: Settings) -> None:
+    """A clock may not tell them apart: each has a time of its own all the same."""
+    schedule = make()
+    runs = ScheduleRuns(database, Intake(database, settings))
+    with ThreadPoolExecutor(4) as threads:
+        started = list(threads.map(lambda _: runs.start(schedule.id, OPERATOR), range(24)))
+    assert all(one is not None and one.run.batch_id for one in started)
+    assert len({one.run.fire_time for one in started if one is not None}) == 24
