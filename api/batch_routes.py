@@ -86,7 +86,10 @@ def routes(services: Services) -> APIRouter:
 
 def _create(services: Services, owner: Owner, data: object, submit: Submit | None) -> BatchObject:
     try:
-        batch_id = services.file_batches.create(parse_wish(data), owner, submit)
+        wish = parse_wish(data)
+        if not is_id(wish.input_file_id):
+            raise NoSuchFile(wish.input_file_id)
+        batch_id = services.file_batches.create(wish, owner, submit)
     except NoSuchFile as error:
         raise no_such_file(error.file_id, param="input_file_id") from None
     services.notice()

@@ -66,6 +66,8 @@ def accept_awaited(
 ) -> str:
     """Put the job into SQL and wake its workers at once; its id. Raises `ApiError` 404 for a model that nobody
     serves, and what `Intake.accept_one` raises."""
+    if (known := services.intake.accepted_before(submit, owner)) is not None:
+        return known
     (body,) = services.intake.name_models([body])
     model = str(body.model)
     if model != services.settings.served_model and model not in services.reads.models():

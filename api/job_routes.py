@@ -99,6 +99,8 @@ def routes(services: Services) -> APIRouter:
 
 
 def _submit_job(services: Services, owner: Owner, data: object, submit: Submit | None) -> JSONResponse:
+    if (known := services.intake.accepted_before(submit, owner)) is not None:
+        return _accepted(_job(services, owner.tenant, known), f"/v1/jobs/{known}")
     terms, data = split_terms(data, time_now=time.time()) if isinstance(data, dict) else (ORDINARY, data)
     (body,) = services.intake.name_models([parse_job(data, services.settings)])
     if submit is None:
@@ -106,17 +108,14 @@ def _submit_job(services: Services, owner: Owner, data: object, submit: Submit |
         made = job_object(job, services.forecasts.of_job(job))
     else:
         made = _job(services, owner.tenant, services.intake.accept_one(body, owner, submit, terms=terms))
-    return JSONResponse(
-        made.model_dump(mode="json"),
-        202,
-        {"Location": f"/v1/jobs/{made.id}"},
-        background=BackgroundTask(services.wake_workers_later, Counter([str(body.model)])),
-    )
+    return _accepted(made, f"/v1/jobs/{made.id}", services.wake_workers_later, Counter([str(body.model)]))
 
 
 def _submit_batch(
     services: Services, owner: Owner, data: dict[str, Any], submit: Submit | None
 ) -> JSONResponse:
+    if (known := services.intake.accepted_before(submit, owner)) is not None:
+        return _accepted(_batch(services, owner.tenant, known), f"/v1/batches/{known}")
     terms, data = split_terms(data, time_now=time.time())
     for name in data:
         if name not in ("jobs", "metadata"):
@@ -128,14 +127,24 @@ def _submit_batch(
     refuse_terms_inside(data["jobs"])
     bodies = services.intake.name_models(parse_jobs(data["jobs"], services.settings))
     batch_id = services.intake.accept_many(bodies, owner, metadata, submit, terms)
-    batch = services.reads.batch(batch_id, tenant=owner.tenant)
-    assert batch is not None  # it has just been committed, and batches are never deleted
-    return JSONResponse(
-        batch_object(batch, services.forecasts.of_batch(batch)).model_dump(mode="json"),
-        202,
-        {"Location": f"/v1/batches/{batch_id}"},
-        background=BackgroundTask(services.wake_workers_later, Counter(str(body.model) for body in bodies)),
+    return _accepted(
+        _batch(services, owner.tenant, batch_id),
+        f"/v1/batches/{batch_id}",
+        services.wake_workers_later,
+        Counter(str(body.model) for body in bodies),
     )
+
+
+def _accepted(made: JobObject | BatchObject, location: str, *afterwards: Any) -> JSONResponse:
+    """`afterwards`: a function and its arguments, called when the answer is out."""
+    background = BackgroundTask(*afterwards) if afterwards else None
+    return JSONResponse(made.model_dump(mode="json"), 202, {"Location": location}, background=background)
+
+
+def _batch(services: Services, tenant: str, batch_id: str) -> BatchObject:
+    batch = services.reads.batch(batch_id, tenant=tenant)
+    assert batch is not None  # it has been committed, and batches are never deleted
+    return batch_object(batch, services.forecasts.of_batch(batch))
 
 
 def _cancel(services: Services, tenant: str, job_id: str) -> JobObject:

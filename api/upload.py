@@ -91,7 +91,11 @@ def _refuse_web_pages(request: Request) -> None:
     """Browsers let any page send forms anywhere, without asking first as they do for JSON; but they say whose page it
     is."""
     origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+    try:
+        same = origin is None or urlsplit(origin).netloc == request.headers.get("host")
+    except ValueError:  # half an IPv6 address
+        same = False
+    if not same:
         message = "forms from web pages of another origin are not accepted"
         raise ApiError(403, message, code="cross_origin", param="origin")
 

@@ -162,7 +162,8 @@ class Arrivals(threading.Thread):
     def _refuse(self, task_id: str, error: Refusal, tenant: str) -> None:
         log.warning("arrivals.refused param=%s code=%s", error.param, error.code)
         try:
-            self.intake.accept_invalid(task_id, error.as_error(), tenant)
+            if not self.intake.accept_invalid(task_id, error.as_error(), tenant):
+                return  # delivered again: what became of it the first time stands, and is told by whoever ends it
         except BadField:
             pass  # not even its id can be stored: the sender still hears of it
         self.results.failed(task_id, error.as_error())

@@ -26,7 +26,7 @@ from jobs.database import clock, now
 from jobs.fair_tags import tags
 from jobs.models import Job, Worker
 from jobs.states import LIVE_WORKER, JobState
-from jobs.terms import DELAYED, Tier
+from jobs.terms import DELAYED, Tier, tier_of
 
 MOVES_PER_SWEEP: Final = 1000
 SPAN_SECONDS: Final = 60.0  # deadlines within one such span are looked at together
@@ -62,7 +62,9 @@ def make_due(connection: Connection) -> list[str]:
     """Jobs whose time has come take their places in the order of work; their models, once for each job."""
     rows = connection.execute(
         _due(connection)
-        .with_only_columns(Job.id, Job.tenant, Job.model, Job.tier, Job.priority, Job.estimated_tokens)
+        .with_only_columns(
+            Job.id, Job.tenant, Job.model, Job.tier, Job.priority, Job.estimated_tokens, Job.deadline
+        )
         .order_by(Job.not_before, Job.id)
         .limit(MOVES_PER_SWEEP)
         .with_for_update(skip_locked=True)
@@ -70,6 +72,7 @@ def make_due(connection: Connection) -> list[str]:
     due = [dict(row) for row in rows]
     if due:
         turns = {row["id"]: turn for row, turn in zip(due, tags(connection, due), strict=True)}
+        turns |= {row["id"]: row["deadline"] for row in due if tier_of(row["tier"]) is Tier.URGENT}
         job = Job.__table__
         connection.execute(
             update(Job)

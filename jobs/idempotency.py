@@ -49,6 +49,19 @@ class Submit:
         return cls(key, hashlib.sha256(text.encode()).hexdigest())
 
 
+def known_target(connection: Connection, submit: Submit, *, tenant: str) -> str | None:
+    """The id of what an earlier submit was accepted as; None for one that is new. Ask it before anything is judged
+    that time may change. Raises `KeyReusedError`."""
+    row = connection.execute(
+        select(IdempotencyKey.fingerprint, IdempotencyKey.target).where(
+            IdempotencyKey.tenant == tenant, IdempotencyKey.key == submit.key
+        )
+    ).one_or_none()
+    if row is not None and row.fingerprint != submit.fingerprint:
+        raise KeyReusedError
+    return None if row is None else str(row.target)
+
+
 def claim(connection: Connection, submit: Submit, *, tenant: str, target: str) -> str:
     """The id that this submit stands for: `target`, from now on, or what an earlier one was accepted as.
 
@@ -61,11 +74,6 @@ def claim(connection: Connection, submit: Submit, *, tenant: str, target: str) -
         )
         .on_conflict_do_nothing()
     )
-    row = connection.execute(
-        select(IdempotencyKey.fingerprint, IdempotencyKey.target).where(
-            IdempotencyKey.tenant == tenant, IdempotencyKey.key == submit.key
-        )
-    ).one()
-    if row.fingerprint != submit.fingerprint:
-        raise KeyReusedError
-    return str(row.target)
+    known = known_target(connection, submit, tenant=tenant)
+    assert known is not None
+    return known

@@ -24,7 +24,7 @@ from jobs.body import BadField, JobBody
 from jobs.database import Database, Texts, clock, is_among, now
 from jobs.forecasts import Forecasts, WindowTooTight
 from jobs.group_commit import GroupCommit
-from jobs.idempotency import Submit, claim
+from jobs.idempotency import Submit, claim, known_target
 from jobs.job_rows import JobRow, insert_all, insert_new, job_row, load_of, new_id, refused_row
 from jobs.models import Batch, Job, Worker
 from jobs.quotas import QuotaExceeded, Room, open_room
@@ -134,6 +134,14 @@ class Intake:
         return named
 
     # --- doors ----------------------------------------------------------------------------------------------
+
+    def accepted_before(self, submit: Submit | None, owner: Owner) -> str | None:
+        """What the same `submit` was accepted as, whatever has become of its deadline, its model or the tenant's room
+        since. Raises `KeyReusedError`."""
+        if submit is None:
+            return None
+        with self._database.read() as connection:
+            return known_target(connection, submit, tenant=owner.tenant)
 
     def accept_one(
         self,
@@ -273,15 +281,17 @@ class Intake:
 
         return self._database.transact(work)
 
-    def accept_invalid(self, task_id: str, error: dict[str, Any], tenant: str) -> None:
-        """A Redis message that is refused: nobody waits for a 400, so it becomes a failed job with `error`."""
+    def accept_invalid(self, task_id: str, error: dict[str, Any], tenant: str) -> bool:
+        """A Redis message that is refused: nobody waits for a 400, so it becomes a failed job with `error`. False
+        where the id is a job already, which stays as it is."""
         row = refused_row(check_task_id(task_id), tenant, self._settings.served_model, error)
 
-        def work(connection: Connection) -> None:
+        def work(connection: Connection) -> bool:
             num_new = len(insert_new(connection, [row]))
             tallies.add(connection, [tallies.Change(tenant, stored_bytes=tallies.size_of({}) * num_new)])
+            return num_new > 0
 
-        self._database.transact(work)
+        return self._database.transact(work)
 
     def _accept_singles(self, singles: Sequence[Single]) -> list[JobView | Exception]:
         """Each as it is queued, or why it is refused."""

@@ -194,10 +194,12 @@ def _group(
     for row in rows:
         kind = LedgerKind(row.kind)
         group.tokens[kind].add(row)
+        if kind is not LedgerKind.BILLED:
+            continue  # costs nothing, at any price
         price = prices.get((row.of_model, row.price_from))
         if price is None:
             priced = False
-        elif kind is LedgerKind.BILLED:
+        else:
             costs.append(
                 price.cost(prompt=int(row.prompt), cached=int(row.cached), completion=int(row.completion))
             )

@@ -299,3 +299,15 @@ def test_an_answer_that_its_length_cut_is_incomplete(client: TestClient, databas
     assert response.incomplete_details is not None
     assert response.incomplete_details.reason == "max_output_tokens"
     assert response.output_text == "so\u2028"
+
+
+def test_the_same_key_is_answered_when_its_model_has_left(client: TestClient, database: Database) -> None:
+    database.transact(partial(register, worker_id="gone", model="other", lease_seconds=60.0))
+    body, headers = {"model": "other", "input": "hi", "background": True}, {"Idempotency-Key": "gone"}
+    first = client.post("/v1/responses", json=body, headers=headers)
+    assert first.status_code == 200
+    database.transact(partial(leave, worker_id="gone"))
+    again = client.post("/v1/responses", json=body, headers=headers)
+    assert (again.status_code, again.json()["id"]) == (200, first.json()["id"])
+    assert error_of(client.post("/v1/responses", json=body), 404)["code"] == "model_not_found"
+    client.post(f"/v1/responses/{first.json()['id']}/cancel")

@@ -194,7 +194,7 @@ def test_only_a_plain_form_is_read(door: TestClient, headers: dict[str, str]) ->
 
 
 @pytest.mark.usefixtures("nothing_stays")
-@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://127.0.0.1:9", ""])
+@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://127.0.0.1:9", "http://[::1", ""])
 def test_a_web_page_of_elsewhere_cannot_fill_the_disk(door: TestClient, origin: str) -> None:
     answer = door.post("/v1/files", content=form(PURPOSE, CONTENT), headers={**TYPE, "origin": origin})
     assert error_of(answer, 403)["code"] == "cross_origin"

@@ -100,6 +100,23 @@ def test_a_clear_refusal(server: tuple[Process, str], row: Row) -> None:
     assert "x-evil" not in headers
 
 
+def test_headers_without_end(server: tuple[Process, str]) -> None:
+    """Nobody has shown a key yet, so nobody may fill the memory."""
+    place = urlsplit(server[1])
+    with socket.create_connection((place.hostname or "", place.port or 0), 30) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nX-Long: " + b"a" * 70_000)
+        said = b""
+        while piece := connection.recv(65_536):
+            said += piece
+    assert said.startswith(b"HTTP/1.1 431 ")
+    assert json.loads(said.partition(b"\r\n\r\n")[2])["error"]["code"] == "headers_too_large"
+
+
+def test_many_requests_through_one_connection_are_counted_one_by_one(server: tuple[Process, str]) -> None:
+    with httpx.Client(base_url=server[1], headers={"X-Long": "a" * 30_000}) as client:
+        assert [client.get("/health").status_code for _ in range(5)] == [200] * 5
+
+
 def test_there_are_sixty_rows_of_different_names() -> None:
     assert len({row.name for row in TABLE}) == len(TABLE)
     assert len(TABLE) + len(LINES) >= 60

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -300,3 +301,18 @@ def test_a_key_of_a_submit_must_be_one(client: TestClient) -> None:
     error = error_of(client.post("/v1/jobs", json={"prompt": "a"}, headers=long), 400)
     assert (error["code"], error["param"]) == ("invalid_header", "idempotency-key")
     assert client.get("/v1/jobs").json()["data"] == []
+
+
+@pytest.mark.parametrize(
+    "body", [{"prompt": "a"}, {"jobs": [{"prompt": "a"}, {"prompt": "b"}]}], ids=["job", "batch"]
+)
+def test_a_submit_that_is_sent_again_after_its_deadline_is_answered(
+    client: TestClient, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    headers = {"Idempotency-Key": "night 8"}
+    dated = body | {"deadline": int(time.time()) + 60}
+    first = client.post("/v1/jobs", json=dated, headers=headers)
+    monkeypatch.setattr(time, "time", lambda at=time.time: at() + 3_600)
+    again = client.post("/v1/jobs", json=dated, headers=headers)
+    assert (again.status_code, again.json()["id"]) == (202, first.json()["id"])
+    assert error_of(client.post("/v1/jobs", json=dated), 400)["param"] == "deadline"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -105,3 +106,27 @@ def test_a_message_that_the_database_refuses_harms_only_itself(database: Databas
     assert committed == ["a", "b", "c"]
     assert rows.jobs_by_state(database) == {"queued": ["a", "c"], "failed": ["b"]}
     assert rows.job(database, "b").error["code"] == "unstorable_job"
+
+
+def test_a_message_that_comes_again_too_late_changes_nothing(database: Database, app: Celery) -> None:
+    """Its ack was lost, and its deadline has passed meanwhile: whoever waits is not told that it was refused."""
+    results = CeleryResults(app)
+    results.start()
+    arrivals = Arrivals(
+        database, app.settings, results, on_jobs=set[str]().update, is_revoked=lambda _: False, cancel=print
+    )
+    arrivals.start()
+    committed: list[str] = []
+
+    def put(deadline: float) -> None:
+        body = {"prompt": "x", "deadline": deadline}
+        arrivals.put(Arrival("a", [], body, lambda: committed.append("a")))
+        before = len(committed)
+        wait_until(lambda: len(committed) > before, "the message is dealt with")
+
+    put(time.time() + 3_600)
+    put(time.time() - 1)
+    arrivals.stop(10.0)
+    results.stop(10.0)
+    assert rows.jobs_by_state(database) == {"queued": ["a"]}
+    assert AsyncResult("a", app=app).state == "STARTED"

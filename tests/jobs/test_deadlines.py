@@ -258,3 +258,20 @@ def test_others_fail_at_once(database: Database, intake: Intake, terms: Terms, e
     job = intake.accept_one(BODY, OPERATOR, terms=terms)
     assert take(database) == [job]
     assert finish(database, job, "failed", error=error) is JobState.FAILED
+
+
+def test_an_urgent_job_that_is_tried_again_keeps_its_place_by_deadline(
+    database: Database, intake: Intake, clock: float
+) -> None:
+    retry = Retry(max_attempts=3, backoff_seconds=10)
+    late = intake.accept_one(BODY, OPERATOR, terms=Terms(deadline=clock + 500, retry=retry))
+    soon = intake.accept_one(BODY, OPERATOR, terms=Terms(deadline=clock + 100))
+    database.transact(partial(make_urgent, model="tiny", edge=clock + 600))
+    assert take(database) == [soon, late]
+    error = {"code": "numerics", "message": "NaN"}
+    assert finish(database, late, "failed", error=error) is JobState.QUEUED
+    finish(database, soon, "released")
+    set_columns(database, late, not_before=clock - 1)
+    database.transact(make_due)
+    again = database.transact(partial(claim, worker_id="w", model="tiny", limit=9))
+    assert [one.job_id for one in again] == [soon, late]

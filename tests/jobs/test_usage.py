@@ -7,7 +7,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from sqlalchemy import select, text, update
+from sqlalchemy import insert, select, text, update
 
 from jobs.body import BadField, JobBody
 from jobs.cancels import Cancels
@@ -297,3 +297,16 @@ def test_history_stays_as_it_is(database: Database) -> None:
         "0.0000001",
         "0.1",
     ]
+
+
+def test_what_is_not_billed_has_no_price_to_miss(database: Database, intake: Intake, usages: Usages) -> None:
+    job_id = intake.accept_one(JobBody(prompt="a"), OPERATOR)
+    Prices(database).set("priced", prompt="1", completion="1", currency="EUR", valid_from=0.0)
+    row = {"job_id": job_id, "tenant": "default", "prompt_tokens": 1_000_000, "completion_tokens": 0}
+    with database.write() as connection:
+        for fence, kind, model in ((1, WASTED, "unpriced"), (2, BILLED, "priced")):
+            entry = row | {"fence": fence, "kind": kind, "model": model, "created_at": 1.0}
+            connection.execute(insert(LedgerEntry).values(entry))
+    (group,) = usages.page(UsageQuery(tenant="default")).groups
+    assert group.cost is not None
+    assert amount_text(group.cost) == "1"

@@ -243,6 +243,30 @@ TABLE = [
         path="/v1/files",
         headers=(("Content-Type", "multipart/form-data; boundary=x"), ("Origin", "http://evil.example")),
     ),
+    Row(
+        "half an origin",
+        403,
+        "cross_origin",
+        "origin",
+        b"",
+        path="/v1/files",
+        headers=(("Content-Type", "multipart/form-data; boundary=x"), ("Origin", "http://[")),
+    ),
+    *(
+        Row(
+            f"{name} as a file",
+            404,
+            "not_found",
+            "input_file_id",
+            {"input_file_id": file_id, "endpoint": CHAT, "completion_window": "24h"},
+            path="/v1/batches",
+        )
+        for name, file_id in (
+            ("half a character", "\ud800"),
+            ("NUL", "file-\x00"),
+            ("4,000 letters", "f" * 4_000),
+        )
+    ),
     # --- query strings ---
     get("a limit of none", "/v1/jobs?limit=0", 400, "invalid_value", "limit"),
     get("a limit without end", "/v1/jobs?limit=1e9", 400, "invalid_value", "limit"),
