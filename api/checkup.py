@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from sqlalchemy import make_url, text
 from sqlalchemy.exc import SQLAlchemyError
@@ -27,12 +27,12 @@ from api.loopback import is_loopback
 from engine.checkpoint import Checkpoint, is_hub_id
 from engine.tokenizer import Tokenizer
 from jobs.broker import server_info
-from jobs.database import Database, clock
+from jobs.database import Database, clock, reason_of
 from jobs.keys import Keys
 from jobs.reads import Reads
 from jobs.settings import Settings
 from jobs.valkey import valkey_binary
-from migrations.schema import is_current
+from migrations.schema import misfit
 
 CLOCK_SECONDS = 2.0  # how far the database's clock may be from ours
 BROKER_SECONDS = 5.0
@@ -54,23 +54,29 @@ class Finding:
 
 
 def checkup(settings: Settings) -> Iterator[Finding]:
-    """One finding or more of each part, the slowest last. Raises nothing that a part's trouble raises."""
-    yield from _database(settings)
-    yield from _broker(settings)
-    yield from _files(settings)
-    yield from _model(settings)
-    yield _engine(settings)
+    """One finding or more of each part, the slowest last. Whatever a part raises is a finding, too."""
+    for part, look in (
+        ("database", _database),
+        ("broker", _broker),
+        ("files", _files),
+        ("model", _model),
+        ("engine", _engine),
+    ):
+        try:
+            yield from look(settings)
+        except Exception as error:  # a path that nobody can look at, an address that no driver can read
+            yield Finding(part, Verdict.FAILED, f"cannot be looked at: {type(error).__name__}: {error}")
 
 
 def _database(settings: Settings) -> Iterator[Finding]:
     """And what only it knows: keys and workers."""
-    url = make_url(settings.database)
-    where = url.render_as_string(hide_password=True)
-    if url.get_backend_name() == "sqlite" and not Path(str(url.database)).exists():
+    where = make_url(settings.database).render_as_string(hide_password=True)
+    path = settings.database_path
+    if path is not None and not path.exists():
         advice = "`nightpress up` and `nightpress migrate` make it"
-        yield Finding("database", Verdict.WARNING, f"{url.database} is not there yet: {advice}")
+        yield Finding("database", Verdict.WARNING, f"{path} is not there yet: {advice}")
         return
-    database = Database(settings.database, pool_size=1)
+    database = Database(settings.database, pool_size=1, read_only=True)
     try:
         with database.read() as connection:
             skew = clock(connection) - time.time()
@@ -78,11 +84,8 @@ def _database(settings: Settings) -> Iterator[Finding]:
             if not database.is_sqlite:
                 for name in ("server_version", "fsync", "full_page_writes", "synchronous_commit"):
                     kept[name] = str(connection.execute(text(f"SHOW {name}")).scalar_one())
-        if not is_current(database):
-            advice = "run `nightpress migrate`"
-            yield Finding(
-                "database", Verdict.FAILED, f"{where} has another shape than this version: {advice}"
-            )
+        if (why := misfit(database)) is not None:
+            yield Finding("database", Verdict.FAILED, f"{where}: {why}")
             return
         version = f"PostgreSQL {kept['server_version']}, " if kept else ""
         yield Finding("database", Verdict.OK, f"{version}{where}, of this version")
@@ -96,8 +99,7 @@ def _database(settings: Settings) -> Iterator[Finding]:
         yield _keys(settings, Keys(database))
         yield _workers(settings, Reads(database))
     except SQLAlchemyError as error:
-        cause = str(getattr(error, "orig", None) or "").strip() or type(error).__name__
-        yield Finding("database", Verdict.FAILED, f"{where} cannot be used: {cause.splitlines()[0]}")
+        yield Finding("database", Verdict.FAILED, f"{where} cannot be used: {reason_of(error)}")
     finally:
         database.close()
 
@@ -124,19 +126,19 @@ def _workers(settings: Settings, reads: Reads) -> Finding:
 
 
 def _broker(settings: Settings) -> Iterator[Finding]:
-    if settings.embedded_broker and not settings.valkey_socket.exists():
-        try:
-            valkey_binary()
-        except RuntimeError as error:
-            yield Finding("broker", Verdict.FAILED, str(error))
-        else:
-            said = "a private Valkey server, which `nightpress up` starts, and no other command"
-            yield Finding("broker", Verdict.OK, said)
-        return
     try:
         info = server_info(settings.redis, BROKER_SECONDS)
     except (OSError, ValueError) as error:
-        yield Finding("broker", Verdict.FAILED, f"cannot be used: {error}")
+        if not settings.embedded_broker:
+            yield Finding("broker", Verdict.FAILED, f"cannot be used: {error}")
+            return
+        try:
+            valkey_binary()
+        except RuntimeError as missing:
+            yield Finding("broker", Verdict.FAILED, str(missing))
+        else:
+            said = "a private Valkey server, which `nightpress up` starts, and no other command"
+            yield Finding("broker", Verdict.OK, said)
         return
     name, version = info.get("server_name", "redis"), info.get("valkey_version", info.get("redis_version"))
     yield Finding("broker", Verdict.OK, f"{name} {version} answers")
@@ -161,7 +163,7 @@ def exposed(redis_url: str) -> Iterator[Finding]:
         return
     if address.scheme == "redis":
         yield Finding("broker", Verdict.WARNING, "prompts and answers travel to it unencrypted: rediss://")
-    if not address.password:
+    if not address.password and not parse_qs(address.query).get("password"):
         said = "it asks for no password, and whoever reaches it can hand in jobs for any tenant"
         yield Finding("broker", Verdict.WARNING, said)
 
@@ -186,8 +188,8 @@ def _model(settings: Settings) -> Iterator[Finding]:
         yield Finding("model", Verdict.WARNING, "none named: NIGHTPRESS_MODEL, which workers and `up` need")
         return
     if not Path(settings.model).expanduser().exists() and is_hub_id(settings.model):
-        said = f"{settings.model} is no path here, so a hub id, which a worker fetches when it starts"
-        yield Finding("model", Verdict.OK, said)
+        said = f"{settings.model} is no path here; as a hub id it is fetched when a worker starts, not looked at now"
+        yield Finding("model", Verdict.WARNING, said)
         return
     try:
         config = settings.engine_config()
@@ -205,24 +207,33 @@ def _model(settings: Settings) -> Iterator[Finding]:
     )
 
 
-def _engine(settings: Settings) -> Finding:
-    command = [sys.executable, "-m", "engine.machine", settings.engine.device, settings.engine.kernels]
+def _engine(settings: Settings) -> Iterator[Finding]:
+    # -P: what lies in the folder where the user happens to be must not be taken for ours
+    roots = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, roots))}
+    command = [sys.executable, "-P", "-m", "engine.machine", settings.engine.device, settings.engine.kernels]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False, env=environment
+        )
     except subprocess.TimeoutExpired:
-        return Finding("engine", Verdict.FAILED, f"nothing was ready to compute in {COMPILE_SECONDS:.0f} s")
+        yield Finding("engine", Verdict.FAILED, f"nothing was ready to compute in {COMPILE_SECONDS:.0f} s")
+        return
     warned = done.stderr.strip().splitlines()
     try:
         found = json.loads(done.stdout)
     except ValueError:
         reason = warned[-1] if warned else f"status {done.returncode}"
-        return Finding("engine", Verdict.FAILED, f"torch and the kernels do not load: {reason}")
+        yield Finding("engine", Verdict.FAILED, f"torch and the kernels do not load: {reason}")
+        return
     if "error" in found:
-        return Finding("engine", Verdict.FAILED, found["error"])
+        yield Finding("engine", Verdict.FAILED, found["error"])
+        return
     said = (
         f"{found['device']} ({found['name']}), {found['free_bytes'] / _GIB:.1f} GiB free, {found['kernels']} "
         f"kernels, torch {found['torch']}"
     )
     if found["kernels"] == "reference" and settings.engine.kernels != "reference":
-        return Finding("engine", Verdict.WARNING, f"{said}; {warned[-1] if warned else 'slow'}")
-    return Finding("engine", Verdict.OK, said)
+        yield Finding("engine", Verdict.WARNING, f"{said}; {warned[-1] if warned else 'slow'}")
+        return
+    yield Finding("engine", Verdict.OK, said)

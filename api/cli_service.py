@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from api.cli_settings import load_settings
+from api.cli_tenants import fail, opened
 
 data_dir_option = click.option(
     "--data-dir", type=click.Path(file_okay=False, path_type=Path), help="Where embedded mode keeps its data."
@@ -29,11 +30,18 @@ def up(data_dir: Path | None, model: str | None, port: int | None) -> None:
     the file `url` in the data directory. Ctrl-C lets running jobs finish within the grace period.
     """
     settings = load_settings(data_dir=data_dir, model=model, port=port)
+    from engine.checkpoint import is_hub_id
+
     if not settings.model:
         raise click.UsageError("name a model to serve: --model or NIGHTPRESS_MODEL")
+    if not Path(settings.model).expanduser().exists() and not is_hub_id(settings.model):
+        raise click.UsageError(f"{settings.model}: there is no such model")
     from api.supervisor import Supervisor
 
-    sys.exit(Supervisor(settings).run())
+    try:
+        sys.exit(Supervisor(settings).run())
+    except OSError as error:  # of the data directory
+        fail(str(error))
 
 
 @click.command()
@@ -51,7 +59,10 @@ def api(data_dir: Path | None, host: str | None, port: int | None, url_file: Pat
     settings = load_settings(data_dir=data_dir, host=host, port=port)
     from api import server
 
-    sys.exit(server.run(settings, url_file))
+    try:
+        sys.exit(server.run(settings, url_file))
+    except OSError as error:  # of the data directory
+        fail(str(error))
 
 
 @click.command()
@@ -59,7 +70,8 @@ def api(data_dir: Path | None, host: str | None, port: int | None, url_file: Pat
 @model_option
 def worker(data_dir: Path | None, model: str | None) -> None:
     """Run one worker with its engine. SIGTERM drains it."""
-    settings = load_settings(data_dir=data_dir, model=model)
+    with opened(data_dir) as (settings, _):
+        settings = settings.model_copy(update={} if model is None else {"model": model})
     from jobs.worker_main import main
 
     sys.exit(main(settings))
@@ -72,16 +84,14 @@ def migrate(data_dir: Path | None) -> None:
     settings = load_settings(data_dir=data_dir)
     from sqlalchemy.exc import SQLAlchemyError
 
+    from jobs.database import reason_of
     from migrations import upgrade
+    from migrations.schema import TooNew
 
     try:
         upgrade(settings.database)
+    except TooNew as error:
+        fail(str(error))
     except SQLAlchemyError as error:
-        click.echo(f"nightpress: migration failed: {type(error).__name__}: {_cause(error)}", err=True)
-        sys.exit(1)
+        fail(f"migration failed: {type(error).__name__}: {reason_of(error)}")
     click.echo("database is up to date")
-
-
-def _cause(error: BaseException) -> str:
-    lines = str(getattr(error, "orig", None) or error).strip().splitlines()
-    return lines[0] if lines else "no reason given"

@@ -23,7 +23,7 @@ def load_settings(**given: Any) -> Settings:
         lines = []
         for one in error.errors(include_url=False, include_input=False):
             name = "NIGHTPRESS_" + "__".join(str(part).upper() for part in one["loc"])
-            lines.append(f"{name.rstrip('_')}: {one['msg']}")
+            lines.append(f"{name.rstrip('_')}: {one['msg'].removeprefix('Value error, ')}")
         raise click.UsageError("\n".join(lines)) from None
     except SettingsError as error:
         raise click.UsageError(str(error)) from None

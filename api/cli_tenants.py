@@ -35,18 +35,21 @@ def opened(data_dir: Path | None) -> Iterator[tuple[Settings, Database]]:
     from sqlalchemy.exc import SQLAlchemyError
 
     from jobs.body import BadField
-    from jobs.database import Database
-    from migrations.schema import is_current
+    from jobs.database import Database, reason_of
+    from migrations.schema import misfit
 
+    path = settings.database_path
+    if path is not None and not path.exists():
+        fail(f"there is no database at {path}: `nightpress up` and `nightpress migrate` make one")
     database = Database(settings.database, pool_size=1)
     try:
-        if not is_current(database):
-            fail("the database has another shape than this version needs: run `nightpress migrate`")
+        if (why := misfit(database)) is not None:
+            fail(why)
         yield settings, database
     except BadField as error:
         fail(str(error))
     except SQLAlchemyError as error:
-        fail(f"the database cannot be used: {type(error).__name__}")
+        fail(f"the database cannot be used: {reason_of(error)}")
     finally:
         database.close()
 

@@ -21,14 +21,14 @@ from api.http_protocol import HttpProtocol
 from api.loopback import is_loopback
 from jobs.broker import make_app
 from jobs.clerk import Clerks
-from jobs.database import Database
+from jobs.database import Database, reason_of
 from jobs.intake import Intake
 from jobs.keys import Keys
 from jobs.settings import Settings
 from jobs.sweeper import Sweeper
 from jobs.timekeeper import Timekeeper
 from jobs.wakeups import WakeUps
-from migrations.schema import is_current
+from migrations.schema import misfit
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +48,8 @@ def run(settings: Settings, url_file: Path | None = None) -> int:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     database = Database(settings.database)
     try:
-        if not is_current(database):
-            return _refuse("the database has another shape than this version needs: run `nightpress migrate`")
+        if (why := misfit(database)) is not None:
+            return _refuse(why)
         if not is_loopback(settings.host) and not Keys(database).any():
             return _refuse(
                 f"refusing to bind {settings.host}: there is no API key yet, so whoever reaches it could submit "
@@ -57,7 +57,7 @@ def run(settings: Settings, url_file: Path | None = None) -> int:
             )
         listener = _bind(settings.host, settings.port)
     except SQLAlchemyError as error:
-        return _refuse(f"the database cannot be reached ({type(error).__name__})")
+        return _refuse(f"the database cannot be reached: {reason_of(error)}")
     except OSError as error:
         return _refuse(f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}")
     wakeups = WakeUps(make_app(settings))

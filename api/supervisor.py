@@ -24,7 +24,7 @@ from typing import TextIO
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from jobs.database import Database
+from jobs.database import Database, reason_of
 from jobs.reads import Reads
 from jobs.settings import Settings
 from jobs.valkey import PrivateValkey
@@ -156,7 +156,7 @@ class Supervisor:
             except (StartError, RuntimeError, OSError) as error:
                 return self._fail(str(error))
             except SQLAlchemyError as error:
-                return self._fail(f"the database cannot be used: {type(error).__name__}")
+                return self._fail(f"the database cannot be used: {reason_of(error)}")
             finally:
                 self._stop()
         return 0

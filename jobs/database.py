@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 from sqlalchemy import (
     JSON,
@@ -115,18 +116,23 @@ _NOW = select(now())
 
 class Database:
     """Raises `sqlalchemy.exc.SQLAlchemyError` subclasses; `transact` only after its patience has run out. No thread
-    may begin to write within a transaction that writes."""
+    may begin to write within a transaction that writes. `read_only`: an SQLite file is not made, nor changed."""
 
-    def __init__(self, url: str, *, pool_size: int = 8) -> None:
+    def __init__(self, url: str, *, pool_size: int = 8, read_only: bool = False) -> None:
         self.url = url
         parsed = make_url(url)
         self.is_sqlite = parsed.get_backend_name() == "sqlite"
         # SQLite lets one writer in and has the others ask again and again; here they queue
         self._writing: AbstractContextManager[Any] = threading.Lock() if self.is_sqlite else nullcontext()
-        if self.is_sqlite:
+        if self.is_sqlite and read_only:
+            path = quote(str(Path(str(parsed.database)).absolute()))
+            self.engine: Engine = create_engine(
+                f"sqlite:///file:{path}?mode=ro&uri=true", hide_parameters=True
+            )
+        elif self.is_sqlite:
             if parsed.database:
                 Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-            self.engine: Engine = create_engine(
+            self.engine = create_engine(
                 url,
                 connect_args={"timeout": BUSY_SECONDS},
                 hide_parameters=True,
@@ -175,7 +181,7 @@ class Database:
             except DBAPIError as error:
                 if not is_transient(error) or time.monotonic() + delay > deadline:
                     raise
-                log.warning("database.retry delay=%.2f error=%s", delay, type(error.orig).__name__)
+                log.warning("database.retry delay=%.2f error=%s", delay, reason_of(error))
                 time.sleep(delay * (0.5 + random.random()))
                 delay = min(delay * 2, 1.0)
 
@@ -245,6 +251,12 @@ def in_words_of(
 def clock(connection: Connection) -> float:
     """The database's time, in unix seconds."""
     return float(connection.scalars(_NOW).one())
+
+
+def reason_of(error: BaseException) -> str:
+    """What the driver says, in one line. It names servers, and what was to be stored only where that is at fault."""
+    lines = str(getattr(error, "orig", None) or "").strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def is_transient(error: DBAPIError) -> bool:

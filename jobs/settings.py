@@ -190,6 +190,12 @@ class Settings(BaseSettings):
         return self.database_url or f"sqlite:///{self.data_dir.absolute() / 'nightpress.sqlite3'}"
 
     @property
+    def database_path(self) -> Path | None:
+        """The file of an SQLite database; None for others."""
+        name = self.database.partition("sqlite:///")[2].partition("?")[0]
+        return Path(name) if name and name != ":memory:" else None
+
+    @property
     def redis(self) -> str:
         """redis-py URL."""
         return self.redis_url or f"unix://{quote(str(self.valkey_socket))}?db=0"

@@ -22,8 +22,18 @@ _LOCK = 0x6E69676874  # "night": names our advisory lock in PostgreSQL
 _PATIENCE_SECONDS = 120.0  # how long to wait for another process's migration
 
 
+class TooNew(RuntimeError):
+    """A version of this code that came later has made the database."""
+
+    def __init__(self, revision: str) -> None:
+        super().__init__(
+            f"the database was made by a newer version (its shape is {revision}): run that one, or restore a backup"
+        )
+
+
 def upgrade(url: str, revision: str = "head") -> None:
-    """Bring the database at `url` (SQLAlchemy's spelling) to `revision`. Repeating it changes nothing."""
+    """Bring the database at `url` (SQLAlchemy's spelling) to `revision`. Repeating it changes nothing. Raises
+    `TooNew`."""
     _in_transaction(url, lambda config: command.upgrade(config, revision))
 
 
@@ -40,9 +50,28 @@ def downgrade(url: str, revision: str = "base") -> None:
 
 def is_current(database: Database) -> bool:
     """True when the database has the shape that this version of the code was written for."""
-    head = ScriptDirectory.from_config(alembic_config()).get_current_head()
-    with database.read() as connection:
-        return MigrationContext.configure(connection).get_current_revision() == head
+    return misfit(database) is None
+
+
+def misfit(database: Database) -> str | None:
+    """None when the database has the shape that this version of the code was written for, else what is to be done."""
+    try:
+        with database.read() as connection:
+            revision = _known_revision(connection)
+    except TooNew as error:
+        return str(error)
+    if revision == ScriptDirectory.from_config(alembic_config()).get_current_head():
+        return None
+    return "the database has another shape than this version needs: run `nightpress migrate`"
+
+
+def _known_revision(connection: Connection) -> str | None:
+    """None of an empty database. Raises `TooNew`."""
+    revision = MigrationContext.configure(connection).get_current_revision()
+    scripts = ScriptDirectory.from_config(alembic_config()).walk_revisions()
+    if revision is not None and revision not in {script.revision for script in scripts}:
+        raise TooNew(revision)
+    return revision
 
 
 def _in_transaction(url: str, work: Callable[[Config], None]) -> None:
@@ -51,6 +80,7 @@ def _in_transaction(url: str, work: Callable[[Config], None]) -> None:
     def run(connection: Connection) -> None:
         if not database.is_sqlite:  # SQLite's BEGIN IMMEDIATE is this lock already
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+        _known_revision(connection)
         work(alembic_config(connection))
 
     try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ from jobs.database import Database
 from jobs.keys import Keys, Scope
 from jobs.leases import register
 from jobs.settings import Settings
+from migrations.schema import TooNew, upgrade
 from tests.support.databases import Databases
 from tests.support.tiny import write_tiny_llama
 
@@ -168,6 +171,7 @@ def test_a_broker_that_is_away(tmp_path: Path) -> None:
         ("redis://broker.example:6379/0", 2),
         ("redis://:secret@broker.example:6379/0", 1),
         ("rediss://:secret@broker.example:6379/0", 0),
+        ("rediss://broker.example:6379/0?password=secret", 0),
         ("redis://127.0.0.1:6379/0", 0),
         ("unix:///run/valkey.sock", 0),
     ],
@@ -190,7 +194,7 @@ def test_models(tmp_path: Path) -> None:
     for model in (broken, tmp_path / "missing", "a/b/c"):
         assert only("model", data_dir=tmp_path, model=str(model)).verdict is Verdict.FAILED, model
     hub = only("model", data_dir=tmp_path, model="some/model")
-    assert (hub.verdict, "hub id" in hub.says) == (Verdict.OK, True)
+    assert (hub.verdict, "hub id" in hub.says) == (Verdict.WARNING, True)
     wrong = {"data_dir": tmp_path, "model": str(write_tiny_llama(tmp_path / "tiny"))}
     finding = only("model", **wrong, engine={"max_num_seqs": 0})
     assert (finding.verdict, "max_num_seqs" in finding.says) == (Verdict.FAILED, True)
@@ -219,3 +223,59 @@ def test_a_failure_is_the_status_and_json_holds_all(tmp_path: Path, monkeypatch:
     wrong = doctor()
     assert wrong.exit_code == 2
     assert "NIGHTPRESS_LEASE_SECONDS" in wrong.output
+
+
+def test_what_it_looks_at_stays_as_it_is(databases: Databases, tmp_path: Path) -> None:
+    empty, foreign = tmp_path / "empty.sqlite3", tmp_path / "foreign.sqlite3"
+    empty.touch()
+    with sqlite3.connect(foreign) as connection:
+        connection.execute("CREATE TABLE something (id)")
+    connection.close()
+    before = foreign.read_bytes()
+    for path in (empty, foreign):
+        assert only("database", data_dir=tmp_path, database_url=f"sqlite:///{path}").verdict is Verdict.FAILED
+    assert empty.stat().st_size == 0
+    assert foreign.read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {empty.name, foreign.name}
+
+
+@pytest.mark.parametrize(
+    ("part", "given"),
+    [
+        ("database", {"database_url": "postgresql://u:p@host:notaport/db"}),
+        ("database", {"database_url": f"sqlite:///{'/deep' * 2000}"}),
+        ("broker", {"redis_url": "redis://127.0.0.1:1?zzz=1"}),
+        ("files", {"files_dir": Path("/deep" * 2000)}),
+        ("model", {"model": "~nosuchuser/model"}),
+    ],
+)
+def test_what_cannot_even_be_looked_at_is_a_finding(part: str, given: dict[str, Any], tmp_path: Path) -> None:
+    findings = found(part, data_dir=tmp_path, **given)
+    assert [finding.verdict for finding in findings] == [Verdict.FAILED]
+
+
+def test_a_socket_that_a_killed_server_left(tmp_path: Path) -> None:
+    left = socket.socket(socket.AF_UNIX)
+    left.bind(str(tmp_path / "valkey.sock"))
+    left.close()
+    finding = only("broker", data_dir=tmp_path)
+    assert (finding.verdict, "nightpress up" in finding.says) == (Verdict.OK, True)
+
+
+def test_a_database_of_a_newer_version(databases: Databases, tmp_path: Path) -> None:
+    with databases.fresh("sqlite") as url:
+        database = Database(url)
+        with database.write() as connection:
+            connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+        database.close()
+        finding = only("database", data_dir=tmp_path, database_url=url)
+        assert (finding.verdict, "newer version" in finding.says) == (Verdict.FAILED, True)
+        assert "migrate" not in finding.says
+        with pytest.raises(TooNew, match="9999"):
+            upgrade(url)
+
+
+def test_what_lies_in_the_current_folder_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('this was run')")
+    monkeypatch.chdir(tmp_path)
+    assert only("engine", data_dir=tmp_path).verdict is Verdict.OK

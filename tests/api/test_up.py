@@ -101,6 +101,7 @@ def test_nothing_outlives_an_up_that_is_killed(up: Process) -> None:
 
 
 def test_a_model_that_cannot_be_served_ends_up(tmp_path: Path) -> None:
+    (tmp_path / "none").mkdir()  # a folder without a model; a path that leads nowhere is refused at once
     arguments = ["up", "--port", "0", "--data-dir", str(tmp_path / "d"), "--model", str(tmp_path / "none")]
     process = Process("up", arguments, ENVIRONMENT, tmp_path)
     assert process.wait(SECONDS) == 1

@@ -12,7 +12,9 @@ ENVIRONMENT_READERS = {
 }
 # Hand their own environment on to a child process, or extend it for one; decide nothing by it.
 ENVIRONMENT_CARRIERS = {
+    "api/checkup.py",
     "api/supervisor.py",
+    "engine/openmp.py",
     "jobs/engine_process.py",
     "jobs/line_checker.py",
 }
