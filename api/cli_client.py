@@ -69,6 +69,10 @@ def fails_politely(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except ClientError as error:
             click.echo(f"nightpress: {error}", err=True)
+            if isinstance(error, Unreachable):
+                click.echo(
+                    "if it runs elsewhere, say where: --url, or NIGHTPRESS_DATA_DIR as `up` has it", err=True
+                )
             sys.exit(FAILED)
         except KeyboardInterrupt:
             click.echo("nightpress: interrupted; what was handed in goes on", err=True)

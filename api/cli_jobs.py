@@ -9,7 +9,7 @@ from typing import IO, Any
 import click
 
 from api.cli_client import client_options, fails_politely, json_option, plural, progress
-from api.client import Client
+from api.client import Client, Refused
 
 JOBS_PER_BATCH = 10_000  # what POST /v1/jobs takes at once
 BYTES_PER_BATCH = 32_000_000  # of lines, well below the limit of an array's body
@@ -73,6 +73,8 @@ def submit(
         bodies = list(bodies_of(file))
     for body in bodies:
         body |= {name: value for name, value in terms.items() if value is not None}
+    for name in _asleep(client, bodies):
+        click.echo(f"nightpress: no worker serves {name} now: its jobs wait until one does", err=True)
     sizes = [len(body["jobs"]) if isinstance(body.get("jobs"), list) else 1 for body in bodies]
     with progress("submitted", sum(sizes), wanted=len(bodies) > 1) as bar:
         for number, (body, size) in enumerate(zip(bodies, sizes, strict=True)):
@@ -80,6 +82,21 @@ def submit(
             made = client.post("v1", "jobs", body=body, idempotency_key=key)
             click.echo(json.dumps(made) if as_json else made["id"])
             bar.update(size)
+
+
+def _asleep(client: Client, bodies: list[dict[str, Any]]) -> list[str]:
+    """Models that jobs name and nobody serves: perhaps later, perhaps never."""
+    jobs = (
+        job for body in bodies for job in (body["jobs"] if isinstance(body.get("jobs"), list) else [body])
+    )
+    named = {str(job["model"]) for job in jobs if isinstance(job, dict) and isinstance(job.get("model"), str)}
+    if not named:
+        return []
+    try:
+        served = {model["id"] for model in client.get("v1", "models")["data"]}
+    except Refused:  # a key that may hand in and not look
+        return []
+    return sorted(named - served)
 
 
 @click.command()

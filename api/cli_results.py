@@ -61,6 +61,8 @@ def results(
     In input order --follow waits for the last job before it writes the first. Exit status 1 when a job failed, 3 when
     none did but one was cancelled or expired. That jobs are still open is said on standard error.
     """
+    if batch.startswith("job_"):
+        raise click.UsageError(f"{batch} is a job: `nightpress status {batch}` shows what came out of it")
     order = order or ("completion" if follow else "input")
     states: Counter[str] = Counter()
     with _opened(output) as file:

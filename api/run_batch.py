@@ -8,6 +8,7 @@ the only state. No torch here: that is the engine process's.
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import queue
 import signal
@@ -128,6 +129,7 @@ class BatchRun:
         self._exhausted = False
         self._stopping = False
         self._num_answered = self._num_failed = 0
+        self._first_failure = ""
         self._num_prompt = self._num_generated = 0
         self._partial = 0  # tokens of requests in flight
         self._samples: deque[tuple[float, int]] = deque()
@@ -346,6 +348,9 @@ class BatchRun:
 
     def _write(self, line: bytes, *, failed: bool = False) -> None:
         self._output.write(line)
+        if failed and not self._num_failed:
+            told = json.loads(line)
+            self._first_failure = (told["error"] or told["response"]["body"]["error"])["message"]
         self._num_answered += 1
         self._num_failed += failed
         self._bar.update()
@@ -369,6 +374,8 @@ class BatchRun:
         )
         if self._stopping and not self._finished():
             return _say(f"interrupted: {summary}. The same command goes on from here.", 1)
+        if self._first_failure:
+            summary += f"; the first failure: {self._first_failure}"
         return _say(summary, 1 if failed else 0)
 
     def _on_signal(self, number: int, frame: object) -> None:

@@ -112,6 +112,13 @@ def test_a_submit_names_its_terms(run: Run, database: Database) -> None:
     assert "--max-attempts" in alone.output
 
 
+def test_a_model_that_nobody_serves_is_said(run: Run) -> None:
+    done = run("submit", "--prompt", "a", "--model", "somebody-else")
+    assert (done.exit_code, "no worker serves somebody-else" in done.stderr) == (0, True)
+    assert run("cancel", done.stdout.strip()).exit_code == 0
+    assert "no worker" not in run("submit", "--prompt", "a", "--model", "tiny").stderr
+
+
 def test_the_api_says_where_it_listens(api: Process) -> None:
     url = (api.log.parent / "url").read_text().strip()
     assert url.startswith("http://127.0.0.1:")
@@ -232,6 +239,8 @@ def test_cancel(run: Run) -> None:
         (["submit", "/no/such/file"], None, 2, "/no/such/file"),
         (["status", "job_1", "--url", "ftp://x"], None, 2, "http://"),
         (["status", "job_1", "--url", "http://127.0.0.1:1"], None, 1, "cannot be reached"),
+        (["status", "job_1", "--url", "http://127.0.0.1:1"], None, 1, "NIGHTPRESS_DATA_DIR"),
+        (["results", "job_1"], None, 2, "is a job"),
         (["status"], None, 2, "ID"),
         (["api", "--allow-public"], None, 2, "--allow-public"),
         (["status", "job_1", "--api-key", "sk-1"], None, 2, "is not an API key"),
@@ -365,31 +374,3 @@ def test_status_says_when(run: Run, database: Database) -> None:
     assert "done at" not in status()
     with database.write() as connection:
         connection.execute(delete(Worker).where(Worker.id == "measured"))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (("worker", "--model", "x"), "nightpress migrate"),
-        (("keys", "list"), "there is no database"),
-        (("up", "--model", "/no/such/model"), "there is no such model"),
-        (("api", "--data-dir", "/dev/null/x"), "Not a directory"),
-    ],
-    ids=["worker", "keys", "up", "api"],
-)
-def test_what_is_not_there_is_one_sentence_and_nothing_is_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], said: str
-) -> None:
-    folder = tmp_path / "new"
-    monkeypatch.setenv("NIGHTPRESS_DATA_DIR", str(folder))
-    done = CliRunner().invoke(main, arguments)
-    assert done.exit_code in (1, 2)
-    assert isinstance(done.exception, SystemExit), done.exception
-    assert said in done.output
-    assert not folder.exists()
-
-
-def test_a_wrong_setting_is_told_in_our_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NIGHTPRESS_DATABASE_URL", "mysql://x")
-    done = CliRunner().invoke(main, ["migrate"])
-    assert "NIGHTPRESS_DATABASE_URL: must start with sqlite:/// or postgresql://" in done.output

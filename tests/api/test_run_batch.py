@@ -83,6 +83,7 @@ def test_every_line_is_answered_and_bad_ones_do_not_stop_the_rest(tmp_path: Path
     write(tmp_path, [*good[:3], "nonsense", bad_body, too_long, "", form, bad_form, *good[3:]])
     process = start(tmp_path, model)
     assert process.wait(SECONDS) == 1, process.tail()
+    assert "the first failure: line 4" in process.text()
     answers = {one["custom_id"]: one for one in read(tmp_path)}
     assert set(answers) == {f"r{i}" for i in range(6)} | {"bad", "long", "form", "bad form", None}
     for i in range(6):

@@ -1,0 +1,38 @@
+"""Commands that run the service say in one sentence what they cannot start with, and make nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from api.cli import main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("worker", "--model", "x"), "nightpress migrate"),
+        (("keys", "list"), "there is no database"),
+        (("up", "--model", "/no/such/model"), "there is no such model"),
+        (("api", "--data-dir", "/dev/null/x"), "Not a directory"),
+    ],
+    ids=["worker", "keys", "up", "api"],
+)
+def test_what_is_not_there_is_one_sentence_and_nothing_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], said: str
+) -> None:
+    folder = tmp_path / "new"
+    monkeypatch.setenv("NIGHTPRESS_DATA_DIR", str(folder))
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code in (1, 2)
+    assert isinstance(done.exception, SystemExit), done.exception
+    assert said in done.output
+    assert not folder.exists()
+
+
+def test_a_wrong_setting_is_told_in_our_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NIGHTPRESS_DATABASE_URL", "mysql://x")
+    done = CliRunner().invoke(main, ["migrate"])
+    assert "NIGHTPRESS_DATABASE_URL: must start with sqlite:/// or postgresql://" in done.output
