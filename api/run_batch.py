@@ -301,7 +301,8 @@ class BatchRun:
         if completion.error is not None:
             error = completion.error
             status = status_of(error.code)
-            self._write(error_line(entry.line, status, error.message, code=error.code), failed=True)
+            told = error_line(entry.line, status, error.message, code=error.code, param=error.param)
+            self._write(told, failed=True)
             return
         outcome = outcome_of(completion, self._tokenizer)
         self._num_prompt += outcome.prompt_tokens

@@ -8,6 +8,7 @@ worker and the command line all import it and none of them may load torch.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -15,6 +16,7 @@ from typing import Literal, NamedTuple
 from engine.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "repetition"]
+_FIELD = re.compile(r"([a-z_]+(?:\.[a-z_]+)*): ")
 
 
 class Rejected(ValueError):
@@ -117,10 +119,16 @@ class Output:
 class RequestError:
     """Why one request failed. `code`: `numerics`, `context_length_exceeded`, `kv_capacity_exceeded`,
     `invalid_request`, `grammar_error`, `invalid_checkpoint` (`Request.generated` does not fit; without it the request
-    may run)."""
+    may run). A message about one field begins with its name and a colon."""
 
     code: str
     message: str
+
+    @property
+    def param(self) -> str | None:
+        """The field at fault, if it is one."""
+        found = _FIELD.match(self.message)
+        return None if found is None else found[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

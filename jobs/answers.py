@@ -42,7 +42,11 @@ def outcome_of(completion: Completion, tokenizer: Tokenizer) -> Outcome:
             job_id=job_id,
             fence=fence,
             kind="failed",
-            error={"code": completion.error.code, "message": completion.error.message},
+            error={
+                "code": completion.error.code,
+                "message": completion.error.message,
+                "param": completion.error.param,
+            },
             prompt_tokens=completion.num_prompt if completion.num_generated else 0,
             completion_tokens=completion.num_generated,
         )

@@ -101,7 +101,7 @@ def test_every_line_is_answered_and_bad_ones_do_not_stop_the_rest(tmp_path: Path
     assert answers["long"]["response"]["body"]["error"]["code"] == "context_length_exceeded"
     assert answers["form"]["response"]["body"]["choices"][0]["text"] in ("yes", "no")
     assert answers["bad form"]["response"]["status_code"] == 400
-    assert "structured_outputs.regex" in answers["bad form"]["response"]["body"]["error"]["message"]
+    assert answers["bad form"]["response"]["body"]["error"]["param"] == "structured_outputs.regex"
     assert (answers[None]["response"], answers[None]["error"]["line"]) == (None, 4)
     before = (tmp_path / "out.jsonl").read_bytes()
     again = start(tmp_path, model, "again")

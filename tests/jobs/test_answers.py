@@ -53,7 +53,11 @@ def test_logprobs_have_openais_shape(tokenizer: Tokenizer) -> None:
 def test_failures_and_aborts_tell_what_was_worked_for(tokenizer: Tokenizer) -> None:
     error = RequestError(code="numerics", message="NaN")
     failed = outcome_of(Completion(id=ID, error=error, num_prompt=5, num_generated=2), tokenizer)
-    assert (failed.kind, failed.error) == ("failed", {"code": "numerics", "message": "NaN"})
+    assert (failed.kind, failed.error) == ("failed", {"code": "numerics", "message": "NaN", "param": None})
     assert (failed.prompt_tokens, failed.completion_tokens, failed.outputs) == (5, 2, [])
+    named = RequestError(code="invalid_request", message="structured_outputs.regex: at 1(8): no")
+    error_told = outcome_of(Completion(id=ID, error=named, num_prompt=5), tokenizer).error
+    assert error_told is not None
+    assert error_told["param"] == "structured_outputs.regex"
     gone = outcome_of(Completion(id=ID, aborted=True, num_prompt=5), tokenizer)
     assert (gone.kind, gone.prompt_tokens, gone.completion_tokens) == ("released", 0, 0)
