@@ -12,12 +12,10 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 from sqlalchemy import make_url, text
@@ -29,6 +27,7 @@ from engine.tokenizer import Tokenizer
 from jobs.broker import server_info
 from jobs.database import Database, clock, reason_of
 from jobs.keys import Keys
+from jobs.python_process import command_of, environment_of
 from jobs.reads import Reads
 from jobs.settings import Settings
 from jobs.valkey import valkey_binary
@@ -37,6 +36,7 @@ from migrations.schema import misfit
 CLOCK_SECONDS = 2.0  # how far the database's clock may be from ours
 BROKER_SECONDS = 5.0
 COMPILE_SECONDS = 300.0
+_DURABLE = ("fsync", "full_page_writes", "synchronous_commit")  # off: PostgreSQL forgets what it has accepted
 _GIB = 2**30
 
 
@@ -82,14 +82,14 @@ def _database(settings: Settings) -> Iterator[Finding]:
             skew = clock(connection) - time.time()
             kept: dict[str, str] = {}
             if not database.is_sqlite:
-                for name in ("server_version", "fsync", "full_page_writes", "synchronous_commit"):
+                for name in ("server_version", *_DURABLE):
                     kept[name] = str(connection.execute(text(f"SHOW {name}")).scalar_one())
         if (why := misfit(database)) is not None:
             yield Finding("database", Verdict.FAILED, f"{where}: {why}")
             return
         version = f"PostgreSQL {kept['server_version']}, " if kept else ""
         yield Finding("database", Verdict.OK, f"{version}{where}, of this version")
-        for name in ("fsync", "full_page_writes", "synchronous_commit"):
+        for name in _DURABLE:
             if kept.get(name) == "off":
                 said = f"{name} is off: jobs that were accepted can be lost with the machine's power"
                 yield Finding("database", Verdict.FAILED, said)
@@ -187,7 +187,7 @@ def _model(settings: Settings) -> Iterator[Finding]:
     if not settings.model:
         yield Finding("model", Verdict.WARNING, "none named: NIGHTPRESS_MODEL, which workers and `up` need")
         return
-    if not Path(settings.model).expanduser().exists() and is_hub_id(settings.model):
+    if is_hub_id(settings.model):
         said = f"{settings.model} is no path here; as a hub id it is fetched when a worker starts, not looked at now"
         yield Finding("model", Verdict.WARNING, said)
         return
@@ -208,13 +208,15 @@ def _model(settings: Settings) -> Iterator[Finding]:
 
 
 def _engine(settings: Settings) -> Iterator[Finding]:
-    # -P: what lies in the folder where the user happens to be must not be taken for ours
-    roots = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, roots))}
-    command = [sys.executable, "-P", "-m", "engine.machine", settings.engine.device, settings.engine.kernels]
+    command = command_of("engine.machine", settings.engine.device, settings.engine.kernels)
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False, env=environment
+            command,
+            capture_output=True,
+            text=True,
+            timeout=COMPILE_SECONDS,
+            check=False,
+            env=environment_of(),
         )
     except subprocess.TimeoutExpired:
         yield Finding("engine", Verdict.FAILED, f"nothing was ready to compute in {COMPILE_SECONDS:.0f} s")

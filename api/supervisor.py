@@ -18,13 +18,13 @@ import sys
 import threading
 import time
 import urllib.request
-from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from jobs.database import Database, reason_of
+from jobs.python_process import command_of, environment_of
 from jobs.reads import Reads
 from jobs.settings import Settings
 from jobs.valkey import PrivateValkey
@@ -57,8 +57,6 @@ class Child:
         self._again = 0.0  # when it may be started again
 
     def start(self) -> None:
-        root = str(Path(__file__).parent.parent)
-        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", ""))))
         parent = os.getpid()
 
         def tie_to_parent() -> None:
@@ -68,11 +66,10 @@ class Child:
                 os._exit(1)
 
         self._process = subprocess.Popen(
-            # -P: a folder `api` where the user happens to be must not be taken for ours.
-            [sys.executable, "-P", "-m", "api.cli", *self._arguments],
+            command_of("api.cli", *self._arguments),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": path},
+            env=environment_of(),
             start_new_session=True,
             preexec_fn=tie_to_parent,
         )

@@ -115,8 +115,9 @@ class Checkpoint:
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether `model`, which is no file or folder here, would be looked for on the hub."""
-    return not model.startswith(("/", ".", "~")) and _HUB_ID.fullmatch(model) is not None
+    """Whether `model` would be looked for on the hub: it is no file or folder here, and could not be one."""
+    is_path = model.startswith(("/", ".", "~")) or _HUB_ID.fullmatch(model) is None
+    return not is_path and not Path(model).exists()
 
 
 def _without_weights(folder: Path, num_gguf: int) -> str:

@@ -11,13 +11,10 @@ import logging
 import os
 import queue
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
-import engine.request
 from engine import openmp
 from engine.config import EngineConfig
 from engine.request import Request, RequestId
@@ -36,6 +33,7 @@ from engine.wire import (
     ToEngine,
     WireError,
 )
+from jobs.python_process import command_of, environment_of
 
 log = logging.getLogger(__name__)
 
@@ -98,25 +96,15 @@ class EngineProcess:
             raise RuntimeError("an EngineProcess is started once; make a new one")
         child_read, our_write = os.pipe()
         our_read, child_write = os.pipe()
-        command = [sys.executable, "-P", "-m", "engine.process"]
-        command += [
-            "--read-fd",
-            str(child_read),
-            "--write-fd",
-            str(child_write),
-            "--parent-pid",
-            str(os.getpid()),
-        ]
+        ends = {"--read-fd": child_read, "--write-fd": child_write, "--parent-pid": os.getpid()}
+        command = command_of("engine.process", *(str(part) for end in ends.items() for part in end))
         command += ["--bar"] if self._bar else []
-        roots = [str(Path(engine.request.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-        environment = {
-            **openmp.DEFAULTS,
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, roots)),
-        }
         try:
             self._process = subprocess.Popen(
-                command, pass_fds=(child_read, child_write), stdin=subprocess.DEVNULL, env=environment
+                command,
+                pass_fds=(child_read, child_write),
+                stdin=subprocess.DEVNULL,
+                env=environment_of(openmp.DEFAULTS),
             )
         except BaseException:
             os.close(our_write)

@@ -18,13 +18,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Final
 
-import engine.request
 from engine import codec
 from jobs.line_check import BLOCK_BYTES, Block, Found, LineCheck
+from jobs.python_process import command_of, environment_of
 from jobs.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -46,13 +45,12 @@ class LineChecker:
 
     def __init__(self, check: LineCheck) -> None:
         """Raises `OSError` when no process can be made."""
-        roots = [str(Path(engine.request.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "jobs.line_checker"],
+            command_of("jobs.line_checker"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, roots))},
+            env=environment_of(),
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None

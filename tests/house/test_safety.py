@@ -12,11 +12,8 @@ ENVIRONMENT_READERS = {
 }
 # Hand their own environment on to a child process, or extend it for one; decide nothing by it.
 ENVIRONMENT_CARRIERS = {
-    "api/checkup.py",
-    "api/supervisor.py",
     "engine/openmp.py",
-    "jobs/engine_process.py",
-    "jobs/line_checker.py",
+    "jobs/python_process.py",
 }
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 UNSAFE_CALLS = {"eval", "exec", "torch.load", "numpy.load", "np.load", "yaml.load", "os.system"}
