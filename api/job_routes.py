@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 
 from api.auth import BEARER, By
@@ -100,7 +99,7 @@ def routes(services: Services) -> APIRouter:
 
 def _submit_job(services: Services, owner: Owner, data: object, submit: Submit | None) -> JSONResponse:
     if (known := services.intake.accepted_before(submit, owner)) is not None:
-        return _accepted(_job(services, owner.tenant, known), f"/v1/jobs/{known}")
+        return services.accepted(_job(services, owner.tenant, known), f"/v1/jobs/{known}", Counter())
     terms, data = split_terms(data, time_now=time.time()) if isinstance(data, dict) else (ORDINARY, data)
     (body,) = services.intake.name_models([parse_job(data, services.settings)])
     if submit is None:
@@ -108,14 +107,14 @@ def _submit_job(services: Services, owner: Owner, data: object, submit: Submit |
         made = job_object(job, services.forecasts.of_job(job))
     else:
         made = _job(services, owner.tenant, services.intake.accept_one(body, owner, submit, terms=terms))
-    return _accepted(made, f"/v1/jobs/{made.id}", services.wake_workers_later, Counter([str(body.model)]))
+    return services.accepted(made, f"/v1/jobs/{made.id}", Counter([str(body.model)]))
 
 
 def _submit_batch(
     services: Services, owner: Owner, data: dict[str, Any], submit: Submit | None
 ) -> JSONResponse:
     if (known := services.intake.accepted_before(submit, owner)) is not None:
-        return _accepted(_batch(services, owner.tenant, known), f"/v1/batches/{known}")
+        return services.accepted(_batch(services, owner.tenant, known), f"/v1/batches/{known}", Counter())
     terms, data = split_terms(data, time_now=time.time())
     for name in data:
         if name not in ("jobs", "metadata"):
@@ -127,18 +126,11 @@ def _submit_batch(
     refuse_terms_inside(data["jobs"])
     bodies = services.intake.name_models(parse_jobs(data["jobs"], services.settings))
     batch_id = services.intake.accept_many(bodies, owner, metadata, submit, terms)
-    return _accepted(
+    return services.accepted(
         _batch(services, owner.tenant, batch_id),
         f"/v1/batches/{batch_id}",
-        services.wake_workers_later,
         Counter(str(body.model) for body in bodies),
     )
-
-
-def _accepted(made: JobObject | BatchObject, location: str, *afterwards: Any) -> JSONResponse:
-    """`afterwards`: a function and its arguments, called when the answer is out."""
-    background = BackgroundTask(*afterwards) if afterwards else None
-    return JSONResponse(made.model_dump(mode="json"), 202, {"Location": location}, background=background)
 
 
 def _batch(services: Services, tenant: str, batch_id: str) -> BatchObject:

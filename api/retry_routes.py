@@ -6,11 +6,8 @@ What a retry is lies in `jobs.retries`.
 
 from __future__ import annotations
 
-from collections import Counter
-
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse
-from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 
 from api.auth import BEARER, By
@@ -67,7 +64,7 @@ def _retry_job(
     job = None if made is None else services.reads.job(made[0], tenant=owner.tenant)
     if made is None or job is None:
         raise not_found("job", job_id)
-    return _accepted(services, job_object(job), f"/v1/jobs/{job.id}", made[1])
+    return services.accepted(job_object(job), f"/v1/jobs/{job.id}", made[1])
 
 
 def _retry_batch(
@@ -81,15 +78,4 @@ def _retry_batch(
     batch = None if made is None else services.reads.batch(made[0], tenant=owner.tenant)
     if made is None or batch is None:
         raise not_found("batch", batch_id)
-    return _accepted(services, batch_object(batch), f"/v1/batches/{batch.id}", made[1])
-
-
-def _accepted(
-    services: Services, answer: JobObject | BatchObject, location: str, models: Counter[str]
-) -> JSONResponse:
-    return JSONResponse(
-        answer.model_dump(mode="json"),
-        202,
-        {"Location": location},
-        background=BackgroundTask(services.wake_workers_later, models),
-    )
+    return services.accepted(batch_object(batch), f"/v1/batches/{batch.id}", made[1])

@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal, NoReturn
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 
 from api.auth import BEARER, By
@@ -157,12 +156,7 @@ def _run(services: Services, owner: Owner, schedule_id: str, submit: Submit | No
     if started is None:
         _missing(schedule_id)
     models = started.batch.models if started.batch else Counter[str]()
-    return JSONResponse(
-        run_object(started.run).model_dump(mode="json"),
-        202,
-        {"Location": f"/v1/batches/{started.run.batch_id}"},
-        background=BackgroundTask(services.wake_workers_later, models),
-    )
+    return services.accepted(run_object(started.run), f"/v1/batches/{started.run.batch_id}", models)
 
 
 def _missing(schedule_id: str) -> NoReturn:

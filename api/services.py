@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Request
-from pydantic import Field
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+from starlette.background import BackgroundTask
 
 from api.errors import ApiError
 from api.waits import Waits
@@ -67,6 +69,15 @@ class Services:
     async def wake_workers_later(self, models: Counter[str]) -> None:
         """The same as a background task; for a plain function each would take a thread."""
         self.wake_workers(models)
+
+    def accepted(self, made: BaseModel, location: str, models: Counter[str]) -> JSONResponse:
+        """The 202 of a submit: what it is now and where to ask for it. Workers hear of it when the answer is out."""
+        return JSONResponse(
+            made.model_dump(mode="json"),
+            202,
+            {"Location": location},
+            background=BackgroundTask(self.wake_workers_later, models),
+        )
 
 
 async def refuse_query(request: Request) -> None:
