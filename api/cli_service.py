@@ -8,11 +8,8 @@ from pathlib import Path
 import click
 
 from api.cli_settings import load_settings
-from api.cli_tenants import fail, opened
+from api.cli_tenants import data_dir_option, fail, opened
 
-data_dir_option = click.option(
-    "--data-dir", type=click.Path(file_okay=False, path_type=Path), help="Where embedded mode keeps its data."
-)
 model_option = click.option("--model", help="Folder of safetensors, GGUF file or hub id to serve.")
 port_option = click.option(
     "--port", type=click.IntRange(0, 65535), help="Port of the API; 0 takes a free one."

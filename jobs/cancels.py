@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import ColumnElement, Connection, exists, literal_column, select, update
+from sqlalchemy import ColumnElement, Connection, exists, select, update
 
 from jobs import tallies
 from jobs.batch_intake import stop_inserting
-from jobs.batches import close_batches
+from jobs.batches import UNFINISHED, close_batches
 from jobs.checkpoints import forget
 from jobs.database import Database, now, portions
 from jobs.models import Batch, Job
@@ -55,7 +55,7 @@ def half_cancelled(connection: Connection) -> list[tuple[str, str]]:
     died, or had no database any more. For a moment this is every batch of a file that is being cancelled."""
     going_on = (JobState.QUEUED, JobState.IN_PROGRESS)
     query = select(Batch.id, Batch.tenant).where(
-        literal_column("batches.finished_at IS NULL"),  # spelled as the partial index is
+        UNFINISHED,
         Batch.state == BatchState.CANCELLING,
         Batch.finalizing_at.is_(None),
         exists().where(Job.batch_id == Batch.id, Job.state.in_(going_on)),

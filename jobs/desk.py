@@ -13,15 +13,14 @@ import threading
 import time
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, exists, literal_column, or_, select, update
+from sqlalchemy import Connection, exists, or_, select, update
 from sqlalchemy.orm import aliased
 
+from jobs.batches import UNFINISHED
 from jobs.database import Database, now
 from jobs.models import Batch
 from jobs.states import BatchState
 
-# Spelled as the partial index is, so that it serves.
-_UNFINISHED: ColumnElement[bool] = literal_column("batches.finished_at IS NULL")
 _LOOK_EVERY = 512  # ticks
 
 
@@ -94,7 +93,7 @@ def take(database: Database, seconds: float, stopping: threading.Event | None = 
     waiting = (
         select(Batch.id)
         .where(
-            _UNFINISHED,
+            UNFINISHED,
             Batch.input_file_id.is_not(None),
             or_(
                 Batch.state == BatchState.VALIDATING,
@@ -111,7 +110,7 @@ def take(database: Database, seconds: float, stopping: threading.Event | None = 
     name = secrets.token_hex(16)
 
     def work(connection: Connection) -> str | None:
-        mine = select(Batch.id).where(Batch.clerk == name, _UNFINISHED)
+        mine = select(Batch.id).where(Batch.clerk == name, UNFINISHED)
         if (known := connection.scalars(mine).first()) is not None:
             return known  # committed before the connection was lost
         batch_id = connection.scalars(

@@ -48,11 +48,6 @@ def downgrade(url: str, revision: str = "base") -> None:
     _in_transaction(url, work)
 
 
-def is_current(database: Database) -> bool:
-    """True when the database has the shape that this version of the code was written for."""
-    return misfit(database) is None
-
-
 def misfit(database: Database) -> str | None:
     """None when the database has the shape that this version of the code was written for, else what is to be done."""
     try:

@@ -21,7 +21,7 @@ from jobs.database import Database
 from jobs.leases import register
 from jobs.models import Job, Worker
 from jobs.outcomes import Outcome, record
-from migrations.schema import is_current
+from migrations.schema import misfit
 from tests.support.databases import Databases
 from tests.support.processes import Process
 from tests.support.waiting import wait_until
@@ -282,7 +282,7 @@ def test_migrate(empty_database_url: str, monkeypatch: pytest.MonkeyPatch) -> No
     for _ in range(2):
         result = CliRunner().invoke(main, ["migrate"])
         assert (result.exit_code, result.output) == (0, "database is up to date\n")
-        assert is_current(database)
+        assert misfit(database) is None
     database.close()
 
 

@@ -13,7 +13,7 @@ from sqlalchemy import Engine, inspect, text
 from jobs.database import Database
 from jobs.models import Base
 from migrations import downgrade, upgrade
-from migrations.schema import is_current
+from migrations.schema import misfit
 from tests.support.tree import ROOT
 
 
@@ -56,13 +56,13 @@ def test_the_way_back_leaves_nothing(empty_database_url: str) -> None:
     downgrade(empty_database_url)
     assert things(database.engine) == before
     upgrade(empty_database_url)
-    assert is_current(database)
+    assert misfit(database) is None
     database.close()
 
 
 def test_a_repeated_upgrade_changes_nothing(empty_database_url: str) -> None:
     database = Database(empty_database_url)
-    assert not is_current(database)
+    assert misfit(database) is not None
     upgrade(empty_database_url)
     made = things(database.engine)
     with database.write() as connection:
@@ -88,7 +88,7 @@ def test_processes_that_start_together_migrate_once(empty_database_url: str) -> 
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors.decode()
     database = Database(empty_database_url)
-    assert is_current(database)
+    assert misfit(database) is None
     database.close()
 
 

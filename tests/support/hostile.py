@@ -234,23 +234,20 @@ TABLE = [
         path="/v1/files",
         headers=(("Content-Type", "multipart/form-data; boundary=x"),),
     ),
-    Row(
-        "a form from a web page",
-        403,
-        "cross_origin",
-        "origin",
-        b"",
-        path="/v1/files",
-        headers=(("Content-Type", "multipart/form-data; boundary=x"), ("Origin", "http://evil.example")),
-    ),
-    Row(
-        "half an origin",
-        403,
-        "cross_origin",
-        "origin",
-        b"",
-        path="/v1/files",
-        headers=(("Content-Type", "multipart/form-data; boundary=x"), ("Origin", "http://[")),
+    *(
+        Row(
+            name,
+            403,
+            "cross_origin",
+            "origin",
+            b"",
+            path="/v1/files",
+            headers=(("Content-Type", "multipart/form-data; boundary=x"), ("Origin", origin)),
+        )
+        for name, origin in (
+            ("a form from a web page", "http://evil.example"),
+            ("half an origin", "http://["),
+        )
     ),
     *(
         Row(
