@@ -1,24 +1,27 @@
-"""README.md tells the truth: its map names every source file, its tables every setting and every route."""
+"""The READMEs tell the truth: their maps name every source file, their tables every setting and every route."""
 
 from __future__ import annotations
 
 import re
 from pathlib import PurePosixPath
 
-from tests.support.tree import ROOT, name_of, source_files, tree_of
+import pytest
+
+from tests.support.tree import PACKAGES, ROOT, name_of, source_files, tree_of
 
 README = (ROOT / "README.md").read_text("utf-8")
+READMES = {folder: (ROOT / folder / "README.md").read_text("utf-8") for folder in PACKAGES} | {"": README}
 
 
-def section(title: str) -> str:
-    match = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", README, re.MULTILINE | re.DOTALL)
+def section(title: str, readme: str = README) -> str:
+    match = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", readme, re.MULTILINE | re.DOTALL)
     assert match, f"README has no section {title}"
     return match[1]
 
 
-def files_on_the_map() -> list[str]:
-    """Paths of the files in the tree, put together from its indentation, two spaces a level."""
-    match = re.search(r"```\n(.*?)```", section("The map"), re.DOTALL)
+def files_on_the_map(package: str) -> list[str]:
+    """Paths of the files in the package's tree, put together from its indentation, two spaces a level."""
+    match = re.search(r"```\n(.*?)```", section("The map", READMES[package]), re.DOTALL)
     assert match
     found: list[str] = []
     folders: list[str] = []
@@ -35,14 +38,15 @@ def files_on_the_map() -> list[str]:
     return found
 
 
-def test_the_map_names_every_source_file() -> None:
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_maps_name_every_source_file(package: str) -> None:
     # An __init__.py that holds nothing but words needs no line.
     expected = {
         name_of(path)
-        for path in source_files()
+        for path in source_files(package)
         if path.name != "__init__.py" or path.parent.name in ("kernels", "cpu", "gpu")
     }
-    found = files_on_the_map()
+    found = files_on_the_map(package)
     assert len(found) == len(set(found))
     assert set(found) == expected
 
@@ -79,9 +83,28 @@ def test_the_table_of_routes_is_complete() -> None:
 
 
 def test_files_that_are_named_exist() -> None:
-    named = set(re.findall(r"`((?:api|jobs|engine|kernels|migrations|tests)/[\w/.]+)`", README))
+    text = "".join(READMES.values())
+    named = set(re.findall(r"`((?:api|jobs|engine|kernels|migrations|tests)/[\w/.]+)`", text))
     assert named
     assert not {name for name in named if not (ROOT / name).exists()}
+
+
+@pytest.mark.parametrize("folder", [name for name in READMES if name != "migrations"])
+def test_links_lead_somewhere(folder: str) -> None:
+    """Every link of our own names a README that exists and, behind #, one of its headings."""
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", READMES[folder])
+    assert links
+    for path, anchor in links:
+        target = (ROOT / folder / path).resolve() if path else ROOT / folder / "README.md"
+        assert target.exists(), path
+        if anchor:
+            assert anchor in anchors(target.read_text("utf-8")), f"{path}#{anchor}"
+
+
+def anchors(readme: str) -> set[str]:
+    """What a link may name behind #, as GitHub makes it of a heading."""
+    titles = re.findall(r"^#+ (.*)$", readme, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def test_commands_exist() -> None:
