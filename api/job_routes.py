@@ -101,7 +101,7 @@ def _submit_job(services: Services, owner: Owner, data: object, submit: Submit |
     if (known := services.intake.accepted_before(submit, owner)) is not None:
         return services.accepted(_job(services, owner.tenant, known), f"/v1/jobs/{known}", Counter())
     terms, data = split_terms(data, time_now=time.time()) if isinstance(data, dict) else (ORDINARY, data)
-    (body,) = services.intake.name_models([parse_job(data, services.settings)])
+    (body,) = services.intake.name_models([parse_job(data, services.settings, forms=True)])
     if submit is None:
         job = services.intake.accept_new(body, owner, terms=terms)
         made = job_object(job, services.forecasts.of_job(job))

@@ -1,12 +1,11 @@
 """Grammars: compiles what requests ask for into automata over this model's tokens, and keeps the last ones.
 
-Owns the limits of size, the tokenizer as the library wants it, and a small cache. Safe to use from several
-threads, so that nothing here need run on the thread that steps (`compiling`). Knows no requests. No torch.
+Owns the tokenizer as the library wants it, and a small cache. Safe to use from several threads, so that nothing here
+need run on the thread that steps (`compiling`). Knows no requests. No torch.
 
-The limits are counts, not seconds, so what is refused does not depend on how busy the machine is. They bound a
-compile to well under a second, whatever is asked for (tests/bench/bench_grammar.py tries): threads do, and no process
-that could be killed is needed. The first mask is made at once, because an automaton is built while masks are
-made: most of what is too complex shows here and not in a step that others share.
+A compile is bounded (`grammar_source`): threads do, and no process that could be killed is needed. The first mask is
+made at once, because an automaton is built while masks are made: most of what is too complex shows here and not in a
+step that others share.
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ from collections import OrderedDict
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from engine.matcher import Matcher, reason
+from engine.grammar_source import limits, shortened, source_of
+from engine.matcher import Matcher
 from engine.structured_outputs import StructuredOutputsParams
 from engine.tokenizer import Tokenizer
 
@@ -44,15 +44,15 @@ class Grammar:
         self.spoiled = False  # somebody met a limit of what is shared: new samples start from a new one
         self._tokenizer = tokenizer
         try:
-            self._source = _source(params)
-        except (ValueError, RecursionError) as error:
-            raise GrammarError(f"{params.param}: {str(error)[:300]}") from None
+            self._source = source_of(params)
+        except ValueError as error:
+            raise GrammarError(f"{params.param}: {error}") from None
         self._state = self._compiled()
         first = self._state.deep_copy()
         if not first.is_error():
             first.compute_bitmask()
         if first.is_error():
-            raise GrammarError(f"{params.param}: {reason(first)}")
+            raise GrammarError(f"{params.param}: {shortened(first.get_error())}")
 
     def shared(self) -> LLMatcher:
         """A state at the start, which shares its automaton with all others that came from here."""
@@ -64,18 +64,9 @@ class Grammar:
         return self._compiled()
 
     def _compiled(self) -> LLMatcher:
-        from llguidance import LLMatcher, LLParserLimits
+        from llguidance import LLMatcher
 
-        limits = LLParserLimits(
-            max_grammar_size=5_000,  # symbols; a schema of 500 properties has fewer
-            max_items_in_row=2_000,
-            initial_lexer_fuel=100_000,  # expressions of the automaton
-            step_lexer_fuel=100_000,
-            step_max_items=5_000,  # Earley items of one mask
-            max_lexer_states=20_000,  # about 2 kB each
-            verbose_errors=False,
-        )
-        return LLMatcher(self._tokenizer, self._source, log_level=0, limits=limits)
+        return LLMatcher(self._tokenizer, self._source, log_level=0, limits=limits())
 
 
 class Grammars:
@@ -132,24 +123,6 @@ class Grammars:
             raise GrammarError(
                 f"structured_outputs: cannot be had with this checkpoint's tokenizer: {str(error)[:300]}"
             ) from None
-
-
-def _source(params: StructuredOutputsParams) -> str:
-    """What the library compiles."""
-    from llguidance import LLMatcher, grammar_from
-
-    match params.kind:
-        case "json" | "json_object":
-            return LLMatcher.grammar_from_json_schema(
-                params.json or {"type": "object"},
-                overrides={"whitespace_flexible": not params.disable_any_whitespace, "lenient": False},
-            )
-        case "regex":
-            return grammar_from("regex", params.regex or "")
-        case "choice":
-            return grammar_from("lark", "start: " + " | ".join(map(json.dumps, params.choice or ())))
-        case "grammar":
-            return grammar_from("grammar", params.grammar or "")
 
 
 def _plain_decoder(tokenizer_json: str) -> str:

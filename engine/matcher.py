@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.grammar_source import shortened
+
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher
 
@@ -81,7 +83,7 @@ class Matcher:
 
     def _note(self) -> None:
         if self._state.is_error():
-            self.error = reason(self._state)
+            self.error = shortened(self._state.get_error())
 
 
 def fill(samples: Items[tuple[Matcher, Items[int], int]], masks: NDArray[np.int32]) -> None:
@@ -111,11 +113,3 @@ def _executor() -> LLExecutor:
     from llguidance import LLExecutor
 
     return LLExecutor(max(1, min(MAX_FILL_THREADS, os.cpu_count() or 1)))
-
-
-def reason(state: LLMatcher) -> str:
-    """The library's own words, shortened to what a client can use."""
-    said = state.get_error().split("<non-verbose/>")[0].split("<state>")[0].strip()
-    if " " not in said:  # nothing, or one word of the library's own
-        said = f"the grammar does not allow this {said}"
-    return " ".join(said.split())[:300]

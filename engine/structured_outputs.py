@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from engine.invalid_parameter import InvalidParameter
@@ -30,6 +30,7 @@ class StructuredOutputsParams:
     the schema's order. `json_object`: any JSON object. `regex`: the whole text matches, in the syntax of Rust's
     regex crate, without look-around. `choice`: the text is one of these. `grammar`: Lark in llguidance's dialect
     with a rule `start`, or GBNF (EBNF as llama.cpp and vLLM write it) with a rule `root`.
+    `asked_as`: the field's name where this came from, for refusals; equal wishes may have come from different fields.
     """
 
     json: str | dict[str, Any] | None = None
@@ -38,6 +39,7 @@ class StructuredOutputsParams:
     choice: tuple[str, ...] | None = None
     grammar: str | None = None
     disable_any_whitespace: bool = False  # JSON without any white space between its tokens
+    asked_as: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.json_object, bool | None):
@@ -65,7 +67,7 @@ class StructuredOutputsParams:
     @property
     def param(self) -> str:
         """The name of the field that says what is wanted, for refusals."""
-        return _path(self.kind)
+        return self.asked_as or _path(self.kind)
 
 
 def _path(field: str) -> str:

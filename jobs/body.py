@@ -22,13 +22,20 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from engine.sampling_params import InvalidParameter, RepetitionDetectionParams, SamplingParams
+from engine.grammar_source import complaint
+from engine.sampling_params import (
+    InvalidParameter,
+    RepetitionDetectionParams,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 from jobs.json_text import JsonText, written
 from jobs.settings import Settings
 from jobs.structured_outputs import ResponseFormat, StructuredOutputs
 from jobs.texts import CustomId, Metadata, ModelName, NonEmptyText, Text
 
 MAX_JOB_LOGPROBS = 100_000  # of one job, likeliest tokens included: some 8 MB of JSON
+MAX_FORMS = 64  # of one array, each looked at for some 30 ms at most
 
 # fmt: off
 # OpenAI's fields that mean something we cannot do yet: told apart from a typing mistake.
@@ -269,18 +276,31 @@ def _known_sampling(wish: _Wish, default_max_tokens: int, max_n: int) -> Samplin
     return body._sampling(default_max_tokens, max_n)
 
 
-def parse_job(data: object, settings: Settings) -> JobBody:
-    """The body of one job, wholly checked. Raises `BadField` for the first thing that is wrong."""
+def parse_job(data: object, settings: Settings, *, forms: bool = False) -> JobBody:
+    """The body of one job, wholly checked. `forms`: also whether a model can be held to the form that it asks for (a
+    broken expression, a keyword that would be ignored), for clients who would else hear of it by morning. Raises
+    `BadField` for the first thing that is wrong."""
+    body, sampling = _parsed(data, settings)
+    if forms and sampling.structured_outputs is not None:
+        _refuse_form(sampling.structured_outputs)
+    return body
+
+
+def _parsed(data: object, settings: Settings) -> tuple[JobBody, SamplingParams]:
     body = validated(JobBody, data)
     texts = [body.prompt] if body.messages is None else [message.content for message in body.messages]
     if sum(len(text or "") for text in texts) > settings.max_body_bytes:
         param = "prompt" if body.messages is None else "messages"
         raise BadField(param, f"has more than {settings.max_body_bytes} characters")
     try:
-        body.sampling(settings.default_max_tokens, settings.max_n)
+        return body, body.sampling(settings.default_max_tokens, settings.max_n)
     except InvalidParameter as error:
         raise BadField(error.param, error.message) from None
-    return body
+
+
+def _refuse_form(form: StructuredOutputsParams) -> None:
+    if (why := complaint(form)) is not None:
+        raise BadField(form.param, why)
 
 
 def read_job(data: object) -> JobBody:
@@ -298,17 +318,23 @@ def parse_metadata(data: object) -> dict[str, str]:
 
 
 def parse_jobs(jobs: object, settings: Settings) -> list[JobBody]:
-    """The bodies of an array of jobs. Raises `BadField`; its param begins with `jobs` or `jobs[i]`."""
+    """The bodies of an array of jobs, and the first `MAX_FORMS` different forms that they ask for; a later form that
+    nobody can be held to fails its job alone. Raises `BadField`; its param begins with `jobs` or `jobs[i]`."""
     if not isinstance(jobs, list):
         raise BadField("jobs", "must be an array of jobs", "invalid_type")
     if not 1 <= len(jobs) <= settings.max_array_jobs:
         raise BadField("jobs", f"must hold 1 to {settings.max_array_jobs} jobs, got {len(jobs)}")
     bodies: list[JobBody] = []
+    forms: set[StructuredOutputsParams] = set()
     for index, one in enumerate(jobs):
         try:
-            bodies.append(parse_job(one, settings))
+            body, sampling = _parsed(one, settings)
+            if (form := sampling.structured_outputs) is not None and len(forms) < MAX_FORMS:
+                _refuse_form(form)
+                forms.add(form)
         except BadField as error:
             raise error.inside(f"jobs[{index}]") from None
+        bodies.append(body)
     return bodies
 
 

@@ -72,7 +72,7 @@ def read_response(given: Mapping[str, Any], settings: Settings) -> AskedResponse
         known = "this OpenAI field is not supported yet" if name in REFUSED else "unknown field"
         raise BadField(name, f"{known}; unknown fields are refused", "unknown_parameter")
     try:
-        body = parse_job(job, settings)
+        body = parse_job(job, settings, forms=True)
     except BadField as error:
         first, _, more = (error.param or "").partition("[")
         name = "text.format" if first.startswith("response_format") else _OURS.get(first, first)

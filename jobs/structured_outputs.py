@@ -65,8 +65,9 @@ class ResponseFormat(_Strict):
         if self.type == "text":
             return None
         if self.json_schema is None:
-            return StructuredOutputsParams(json_object=True)
+            return StructuredOutputsParams(json_object=True, asked_as="response_format")
+        place = "response_format.json_schema.schema"
         try:
-            return StructuredOutputsParams(json=self.json_schema.schema_)
+            return StructuredOutputsParams(json=self.json_schema.schema_, asked_as=place)
         except InvalidParameter as error:
-            raise InvalidParameter("response_format.json_schema.schema", error.message) from None
+            raise InvalidParameter(place, error.message) from None

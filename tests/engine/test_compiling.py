@@ -13,6 +13,7 @@ import pytest
 from engine import LLM, SamplingParams, StructuredOutputsParams
 from engine.compiling import Compiling
 from engine.engine import Engine
+from engine.grammar_source import complaint
 from engine.grammars import Grammars
 from engine.matcher import Matcher, fill
 from engine.request import Completion, RequestId
@@ -57,6 +58,9 @@ def test_hostile_grammars_harm_nobody(engine: Engine) -> None:
         wanted = wishes[name].param if error.code == "invalid_request" else "structured_outputs"
         assert error.message.startswith(f"{wanted}: ")
         assert len(error.message) < 400
+    told_at_the_door = {name for name, wish in wishes.items() if complaint(wish) is not None}
+    assert told_at_the_door <= {name for name, error in errors.items() if error.code == "invalid_request"}
+    assert {"look-ahead", "a remote reference", "nullable rules"} <= told_at_the_door
     assert {"look-ahead", "a remote reference", "deep parentheses", "deep GBNF"} <= errors.keys()
     assert {"nested quantifiers", "far look-back", "doubling references"} <= done.keys() - errors.keys()
 

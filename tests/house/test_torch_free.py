@@ -27,7 +27,14 @@ ENGINE_FRONT = (
     "pages",
 )
 ENGINE_FRONT += ("prefix_cache", "making_way", "waiting", "warming", "lengths", "forecast", "run")
-ENGINE_FRONT += ("invalid_parameter", "structured_outputs", "matcher", "grammars", "compiling")
+ENGINE_FRONT += (
+    "invalid_parameter",
+    "structured_outputs",
+    "grammar_source",
+    "matcher",
+    "grammars",
+    "compiling",
+)
 ENGINE_FRONT += ("logit_rules", "repetition", "vocabulary", "scheduler", "stop", "tokenizer", "wire", "codec")
 ENGINE_FRONT += ("multi_step", "speculation", "ngram_proposer", "flight", "step_times", "endings", "openmp")
 

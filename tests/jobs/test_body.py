@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engine.sampling_params import MAX_SEED, RepetitionDetectionParams, StructuredOutputsParams
+from engine.sampling_params import MAX_SEED, RepetitionDetectionParams
 from jobs.body import NOT_SUPPORTED_YET, BadField, JobBody, parse_job, parse_metadata
 from jobs.settings import Settings
 
@@ -282,33 +282,6 @@ def test_everything_at_once_is_kept_and_read_back(settings: Settings) -> None:
     assert sampling.repetition_detection == RepetitionDetectionParams(max_pattern_size=9, min_count=3)
     assert (sampling.seed, sampling.max_tokens, sampling.min_tokens) == (-5, 7, 7)
     assert (sampling.stop, sampling.stop_token_ids, sampling.ignore_eos) == (("a", "b"), (1, 2), True)
-
-
-@pytest.mark.parametrize(
-    ("asked", "meant"),
-    [
-        ({"response_format": {"type": "text"}}, None),
-        ({"response_format": {"type": "json_object"}}, {"json_object": True}),
-        ({"response_format": json_schema(strict=True, description="d")}, {"json": SCHEMA}),
-        ({"structured_outputs": {"json": SCHEMA}}, {"json": SCHEMA}),
-        ({"structured_outputs": {"json": '{"const": null}'}}, {"json": {"const": None}}),
-        ({"structured_outputs": {"choice": ["a", "b"]}}, {"choice": ("a", "b")}),
-        ({"structured_outputs": {"grammar": "start: /a/"}}, {"grammar": "start: /a/"}),
-        (
-            {"structured_outputs": {"json_object": True, "disable_any_whitespace": True}},
-            {"json_object": True, "disable_any_whitespace": True},
-        ),
-    ],
-)
-def test_the_form_of_the_text_is_kept_and_read_back(
-    settings: Settings, asked: dict[str, Any], meant: dict[str, Any] | None
-) -> None:
-    """In either spelling, with every null that a schema has."""
-    body = parse_job({"prompt": "a", **asked}, settings)
-    stored = json.loads(body.written())
-    assert stored == {"prompt": "a", **asked}
-    expected = None if meant is None else StructuredOutputsParams(**meant)
-    assert JobBody.model_validate(stored).sampling(50, 16).structured_outputs == expected
 
 
 @pytest.mark.parametrize(

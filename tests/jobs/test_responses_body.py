@@ -103,6 +103,10 @@ def test_what_is_ignored_or_off_changes_nothing() -> None:
         ({"text": {"format": "json"}}, "text.format"),
         ({"text": {"format": {"type": "json_schema", "name": "n"}}}, "text.format"),
         ({"text": {"format": {"type": "xml"}}}, "text.format"),
+        (
+            {"text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "banana"}}}},
+            "text.format",
+        ),
         ({"metadata": {"a": 1}}, "metadata.a"),
     ],
 )
