@@ -105,6 +105,7 @@ def create_app(
         redirect_slashes=False,
         lifespan=lifespan,
     )
+    app.state.waits = waits  # for whoever stops the process
     app.add_middleware(Gate, keys=Keys(store))
     errors.install(app)  # around the gate, whose refusals have request ids too
     openai = (completion_routes, response_routes, model_routes)

@@ -6,6 +6,7 @@ so that a port that is taken is a plain message, and port 0 can be told to whoev
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import signal
 import socket
@@ -13,18 +14,19 @@ import sys
 from pathlib import Path
 
 import uvicorn
+from fastapi import FastAPI
 from sqlalchemy.exc import SQLAlchemyError
-from starlette.types import ASGIApp
 
 from api.app import create_app
 from api.http_protocol import HttpProtocol
 from api.loopback import is_loopback
+from api.waits import Waits
 from jobs.broker import make_app
 from jobs.clerk import Clerks
 from jobs.database import Database, reason_of
 from jobs.intake import Intake
 from jobs.keys import Keys
-from jobs.settings import Settings
+from jobs.settings import REQUEST_GRACE_SECONDS, Settings
 from jobs.sweeper import Sweeper
 from jobs.timekeeper import Timekeeper
 from jobs.wakeups import WakeUps
@@ -32,7 +34,7 @@ from migrations.schema import misfit
 
 log = logging.getLogger(__name__)
 
-GRACE_SECONDS = 10  # for requests that are being answered when a stop comes
+FAREWELL_SECONDS = 2  # before a stop's grace is over: who still waits for a job is told, and can be answered
 
 
 def run(settings: Settings, url_file: Path | None = None) -> int:
@@ -83,7 +85,7 @@ def run(settings: Settings, url_file: Path | None = None) -> int:
 
 class _Server(uvicorn.Server):
     def __init__(
-        self, app: ASGIApp, settings: Settings, listener: socket.socket, url_file: Path | None
+        self, app: FastAPI, settings: Settings, listener: socket.socket, url_file: Path | None
     ) -> None:
         super().__init__(
             uvicorn.Config(
@@ -94,9 +96,10 @@ class _Server(uvicorn.Server):
                 access_log=False,  # addresses hold ids and filters, and there is a request id for errors
                 server_header=False,
                 proxy_headers=False,
-                timeout_graceful_shutdown=GRACE_SECONDS,
+                timeout_graceful_shutdown=REQUEST_GRACE_SECONDS,
             )
         )
+        self._waits: Waits = app.state.waits
         self._listener = listener
         self._url_file = url_file
 
@@ -114,6 +117,12 @@ class _Server(uvicorn.Server):
             write_whole(self._url_file, url + "\n")
         sys.stdout.write(f"listening on {url}\n")
         sys.stdout.flush()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        seconds = REQUEST_GRACE_SECONDS - FAREWELL_SECONDS
+        farewell = asyncio.get_running_loop().call_later(seconds, self._waits.dismiss)
+        await super().shutdown(sockets)
+        farewell.cancel()
 
 
 def write_whole(path: Path, text: str) -> None:

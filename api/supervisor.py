@@ -26,13 +26,13 @@ from sqlalchemy.exc import SQLAlchemyError
 from jobs.database import Database, reason_of
 from jobs.python_process import command_of, environment_of
 from jobs.reads import Reads
-from jobs.settings import Settings
+from jobs.settings import REQUEST_GRACE_SECONDS, Settings
 from jobs.valkey import PrivateValkey
 from migrations import upgrade
 
 LOOK_SECONDS = 0.1  # how often the children are looked at
 API_START_SECONDS = 60.0
-STOP_MARGIN_SECONDS = 10.0  # beyond the grace period, before a child is killed
+STOP_MARGIN_SECONDS = 10.0  # beyond its grace period, before a child is killed
 MAX_BACKOFF_SECONDS = 30.0
 STEADY_SECONDS = 60.0  # a child that lived so long starts its backoff anew
 MAX_FAILED_STARTS = 3  # of a worker that was never ready: its model cannot be served
@@ -209,7 +209,7 @@ class Supervisor:
 
     def _stop(self) -> None:
         self._worker.stop(self._settings.grace_seconds + STOP_MARGIN_SECONDS, self._hurry)
-        self._api.stop(STOP_MARGIN_SECONDS, self._hurry)
+        self._api.stop(REQUEST_GRACE_SECONDS + STOP_MARGIN_SECONDS, self._hurry)
         if self._valkey is not None:
             self._valkey.stop()
         if self._database is not None:

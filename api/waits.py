@@ -76,21 +76,30 @@ class Wait:
         self._open = ExitStack()
         self._listener: Listener = self._open.enter_context(waits.listeners.listen(job_id))
         self._done = False
+        waits.open.add(self)
 
     def close(self) -> None:
         """Let go of the job, and cancel it if it has not ended. Safe to repeat."""
         self._open.close()
+        self._waits.open.discard(self)
         if not self._done and not self.keep:
             self._waits.cancel(self.job_id, self._tenant)
         self._done = True
 
+    def rouse(self) -> None:
+        self._listener.rouse()
+
     async def news(self, timeout: float) -> list[Piece]:
         """Text that has come, or none after `timeout` seconds or when the job has `ended`. Raises `ApiError` 504
-        when the time of the whole request is up."""
-        left = self._deadline - time.monotonic()
+        when the time of the whole request is up, 503 when that of the process is."""
+        left = 0.0 if self._waits.dismissed else self._deadline - time.monotonic()
         pieces = await self._listener.next(max(0.0, min(timeout, left)))
-        if not pieces and not self.ended and time.monotonic() >= self._deadline:
-            goes_on = "it goes on" if self.keep else "it was cancelled"
+        if pieces or self.ended:
+            return pieces
+        goes_on = "it goes on" if self.keep else "it was cancelled"
+        if self._waits.dismissed:
+            raise ApiError(503, f"the service is being stopped; {goes_on}", code="shutting_down")
+        if time.monotonic() >= self._deadline:
             message = f"the request was not done within {self._waits.seconds:g} seconds; {goes_on}"
             raise ApiError(504, message, code="timeout", headers=FINAL)
         return pieces
@@ -125,12 +134,14 @@ class Wait:
 
 
 class Waits:
-    """Of one api process. `seconds`: how long a request may wait."""
+    """Of one api process. `seconds`: how long a request may wait. `open`: those that are not closed."""
 
     def __init__(self, listeners: Listeners, reads: Reads, cancels: Cancels, seconds: float) -> None:
         self.listeners = listeners
         self.reads = reads
         self.seconds = seconds
+        self.open: set[Wait] = set()
+        self.dismissed = False
         self._cancels = cancels
         self._chores: set[asyncio.Task[None]] = set()
 
@@ -149,8 +160,16 @@ class Waits:
         except Exception as error:  # nobody is left to hear of it
             log.warning("waits.cancel_failed job=%s error=%s", job_id, type(error).__name__)
 
+    def dismiss(self) -> None:
+        """The process is about to end: nobody waits any longer."""
+        self.dismissed = True
+        for wait in self.open:
+            wait.rouse()
+
     async def close(self) -> None:
-        """Finish the cancels that are on their way."""
+        """Finish the cancels that are on their way, and those of requests that were cut off just now."""
+        for wait in list(self.open):
+            wait.close()
         await asyncio.gather(*self._chores)
         await self.listeners.close()
 

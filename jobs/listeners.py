@@ -46,8 +46,12 @@ class Listener:
         if self._pieces or self.ended:
             self._news.set()
 
+    def rouse(self) -> None:
+        """Whoever waits for news waits no longer."""
+        self._news.set()
+
     async def next(self, timeout: float) -> list[Piece]:
-        """Pieces that have come, or none if the job has ended or `timeout` seconds have passed."""
+        """Pieces that have come, or none if the job has ended, `timeout` seconds have passed or it was roused."""
         try:
             async with asyncio.timeout(timeout):
                 await self._news.wait()

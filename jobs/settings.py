@@ -8,13 +8,15 @@ result is embedded mode: SQLite and a private Valkey server under `./.nightpress
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 from urllib.parse import quote, unquote, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from engine.config import EngineConfig
+
+REQUEST_GRACE_SECONDS: Final = 10  # for requests that an api is answering when it is told to stop
 
 
 class EngineSettings(BaseModel):

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import urllib.request
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
+from jobs.database import Database
+from tests.support import rows
 from tests.support.processes import Process
 from tests.support.tiny import write_tiny_llama
 from tests.support.waiting import wait_until
@@ -28,7 +33,7 @@ ENVIRONMENT = {
 
 @pytest.fixture
 def up(tmp_path: Path) -> Iterator[Process]:
-    write_tiny_llama(tmp_path / "tiny")
+    write_tiny_llama(tmp_path / "tiny", max_position=16_384)
     arguments = ["up", "--port", "0", "--data-dir", str(tmp_path / "d"), "--model", str(tmp_path / "tiny")]
     process = Process("up", arguments, ENVIRONMENT, tmp_path)
     wait_until(lambda: "\nready\n" in process.text() or not process.alive, "up is ready", SECONDS)
@@ -90,6 +95,31 @@ def test_up_works_survives_its_worker_and_stops_cleanly(up: Process, tmp_path: P
     assert up.wait(SECONDS) == 0, up.tail()
     assert not [command for pid, command in children.items() if alive(pid)]
     assert not (tmp_path / "d" / "url").exists()
+    assert "Traceback" not in up.text()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_waits_is_told_when_up_is_stopped(up: Process, tmp_path: Path, stream: bool) -> None:
+    """In the error envelope, and what nobody will fetch does not run at the next start."""
+    body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 16_000, "ignore_eos": True}
+    answers: list[httpx.Response] = []
+
+    def ask() -> None:
+        url = (tmp_path / "d" / "url").read_text().strip() + "/v1/chat/completions"
+        answers.append(httpx.post(url, json=body | {"stream": stream}, timeout=SECONDS, trust_env=False))
+
+    client = threading.Thread(target=ask)
+    client.start()
+    wait_until(lambda: call(tmp_path, "/v1/jobs")["data"], "the job is there", SECONDS)
+    up.signal(signal.SIGTERM)
+    assert up.wait(SECONDS) == 0, up.tail()
+    client.join()
+    (answer,) = answers
+    told = json.loads(answer.text.split("\n\n")[-2].removeprefix("data: ")) if stream else answer.json()
+    assert told["error"]["code"] == "shutting_down"
+    assert answer.status_code == (200 if stream else 503)
+    with closing(Database(f"sqlite:///{tmp_path / 'd' / 'nightpress.sqlite3'}")) as database:
+        assert list(rows.jobs_by_state(database)) == ["cancelled"]
     assert "Traceback" not in up.text()
 
 
