@@ -2,7 +2,8 @@
 
 Owns the arithmetic that every kernel of attention shares. Knows no programs, no splits, and not whose queries and
 pages they are. Scores and sums are fp32 and in base 2; the weights of the softmax are rounded to the dtype of the
-queries before they meet V, as tensor cores take them.
+queries before they meet V, as tensor cores take them. But over a cache of 8 bits, where they are multiplied by V's
+scales first, float16 is too short for the small ones: there they meet in bfloat16, in which stored numbers are exact.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ def walk(
     scales start at the kv head, `table` at the row.
     """
     channel, lane = tl.arange(0, WIDTH), tl.arange(0, TILE)
+    HALF: tl.constexpr = value_scales is not None and query.dtype == tl.float16
+    MIXED: tl.constexpr = tl.bfloat16 if HALF else query.dtype  # in which weights meet V
     LATER: tl.constexpr = key_scales is None and cap is None and slope is None  # scores are scaled
     for start in range(first, stop, TILE):
         token = start + lane
@@ -91,13 +94,13 @@ def walk(
             v = tl.load(values + place)
         else:
             v = tl.load(values + place, mask=channel[None, :] < DIM, other=0.0)
-        v = v.to(query.dtype)
+        v = v.to(MIXED)
         if value_scales is not None:
             v_scale = tl.load(value_scales + scale_place, mask=useful, other=0.0).to(tl.float32)
         total = total * kept + tl.sum(weights, axis=1)
         if value_scales is not None:
             weights *= v_scale[None, :]
-        mixed = tl.dot(weights.to(query.dtype), v, mixed * kept[:, None], input_precision="ieee")
+        mixed = tl.dot(weights.to(MIXED), v, mixed * kept[:, None], input_precision="ieee")
         top = higher
     return top, total, mixed
 

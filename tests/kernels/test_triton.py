@@ -187,6 +187,18 @@ def test_float16() -> None:
     torch.testing.assert_close(case.run(TRITON), case.run(REFERENCE), rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("storage", [torch.int8, torch.float8_e4m3fn])
+def test_float16_over_a_cache_of_8_bits(storage: torch.dtype) -> None:
+    """V may be small, and so may a token's weight: their product is below what float16 can tell from 0."""
+    rows = [(1, 300), (6, 200)]
+    case = paged(rows, heads=2, kv_heads=1, dim=32, page_size=16, dtype=torch.float16, storage=storage)
+    assert case.cache.value_scales is not None
+    case.cache.value_scales.mul_(1e-3)
+    expected = case.run(REFERENCE).float()
+    error = case.run(TRITON).float() - expected
+    assert error.norm() < 4e-3 * expected.norm()
+
+
 def results(kernels: Kernels) -> list[Tensor]:
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(5, 37, generator=generator)
