@@ -12,6 +12,7 @@ padding: they see nothing and store nothing, as rows do that have reached their 
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain, product, starmap
@@ -33,6 +34,8 @@ from kernels import Filters, SharedPrefixes, Sharing
 
 if TYPE_CHECKING:
     from engine.fallback import Fallback
+
+logger = logging.getLogger(__name__)
 
 LEAST_PAGES = 32  # in a page table: fewer kinds of graphs
 MOST_GROUPS = 8  # that attention is told of
@@ -62,11 +65,12 @@ DRAWS = tuple(starmap(Draw, product((False, True), repeat=3)))  # every kind
 
 
 class Graphs(NamedTuple):
-    """Of one `Shape`."""
+    """Of one `Shape`. The logits between them are memory that the graphs of all shapes share: they are gone when
+    another shape's are replayed."""
 
     forward: torch.cuda.CUDAGraph  # from the inputs to the logits
     draws: dict[Draw, torch.cuda.CUDAGraph]  # from the logits to the next step's inputs
-    logits: Tensor  # [rows, vocab]
+    keep: torch.cuda.CUDAGraph  # the logits to where others may read them
 
 
 class Drawn:
@@ -123,8 +127,10 @@ class DecodeSteps:
         self._device = torch.device(decoder.device)
         self._captures = self._device.type == "cuda" and decoder.capturable
         self._sharing = sharing
-        self._graphs: dict[Shape, Graphs] = {}
+        self._graphs: dict[Shape, Graphs | None] = {}  # None: there is no memory for them
         self._memory = torch.cuda.graph_pool_handle() if self._captures else None
+        # one for all captures: products keep some memory for every stream that they have met
+        self._aside = torch.cuda.Stream(self._device) if self._captures else None  # type: ignore[no-untyped-call]
         rows, pages = self._bucket(most_rows), _power_of_two(most_pages)
         with torch.inference_mode():
             self._numbers = self._zeros(5, rows)  # token ids, positions, limits, seeds, top_k
@@ -140,6 +146,9 @@ class DecodeSteps:
                 device=self._device,
             )
             self._count = self._zeros(1)  # steps since the inputs were written
+            self._logits = self._zeros(
+                rows if self._captures else 0, decoder.config.vocab_size, dtype=decoder.dtype
+            )
 
     def capture(self) -> None:
         """Make the graphs of short contexts, for every number of rows, the largest first: they share its memory.
@@ -162,14 +171,25 @@ class DecodeSteps:
         draw = Draw.of(rows)
         if draw.penalised and not behind:
             self._penalties.write([row.sequence for row in rows], shape[0], self._put)
+        graphs = self._graphs.get(shape)
         for _ in range(num_steps):
-            self._draw(shape, self._forward(shape), draw)
+            if graphs is None:
+                self._advance(shape, self._compute(shape), draw)
+            else:
+                graphs.forward.replay()
+                graphs.draws[draw].replay()
         made = self._made[:num_steps, : len(rows)]
         return Drawn(made, self._logprobs[:num_steps, : len(rows)] if draw.scored else None)
 
     def logits(self, rows: tuple[Row, ...]) -> Tensor:
         """`[len(rows), vocab]` behind each row's last token, which is stored; valid until the next call."""
-        return self._forward(self._write(rows, 1))[: len(rows)]
+        shape = self._write(rows, 1)
+        graphs = self._graphs.get(shape)
+        if graphs is None:
+            return self._compute(shape)[: len(rows)]
+        graphs.forward.replay()
+        graphs.keep.replay()
+        return self._logits[: len(rows)]
 
     # --- inputs ---------------------------------------------------------------------------------------------
 
@@ -281,21 +301,8 @@ class DecodeSteps:
         torch.clamp(drawn, min=0, out=token_ids)
         self._count += 1
 
-    def _forward(self, shape: Shape) -> Tensor:
-        if not self._captures:
-            return self._compute(shape)
-        graphs = self._graphs[shape]
-        graphs.forward.replay()
-        return graphs.logits
-
-    def _draw(self, shape: Shape, logits: Tensor, draw: Draw) -> None:
-        if self._captures:
-            self._graphs[shape].draws[draw].replay()
-        else:
-            self._advance(shape, logits, draw)
-
     def _prepare(self, shape: Shape) -> None:
-        """Capture a step of this shape, unless that was done."""
+        """Capture a step of this shape, unless that was done. One without memory for its graphs does without."""
         if not self._captures or shape in self._graphs:
             return
         numbers = self._numbers.clone()  # of a launch that may still run
@@ -303,25 +310,47 @@ class DecodeSteps:
         lengths = self._penalties.clear()
         self._shared.zero_()  # it may name rows that this shape lacks, and is written anew for every launch
         self._count.zero_()
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with _uncollected(), torch.cuda.stream(stream):
-            logits = self._compute(shape)
-            for draw in DRAWS:
-                self._advance(shape, logits, draw)  # compiles and allocates what a capture must not
-                self._count.zero_()
-            forward, draws = torch.cuda.CUDAGraph(), {draw: torch.cuda.CUDAGraph() for draw in DRAWS}
-            forward.capture_begin(pool=self._memory, capture_error_mode="thread_local")
-            logits = self._compute(shape)
-            forward.capture_end()
-            for draw, graph in draws.items():
-                graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
-                self._advance(shape, logits, draw)
-                graph.capture_end()
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        self._numbers.copy_(numbers)
-        self._penalties.restore(lengths)
-        self._graphs[shape] = Graphs(forward, draws, logits)
+        torch.cuda.empty_cache()  # a capture gets nothing of what is merely kept for others
+        try:
+            self._graphs[shape] = self._captured(shape)
+        except torch.OutOfMemoryError as error:
+            self._graphs[shape] = None
+            reason = str(error).split("\n")[0]
+            logger.warning("steps of %d rows and %d pages run without a graph: %s", *shape[:2], reason)
+        finally:
+            self._numbers.copy_(numbers)
+            self._penalties.restore(lengths)
+
+    def _captured(self, shape: Shape) -> Graphs:
+        assert self._aside is not None
+        ours = torch.cuda.current_stream(self._device)
+        self._aside.wait_stream(ours)
+        try:
+            with _uncollected(), torch.cuda.stream(self._aside):
+                logits = self._compute(shape)
+                for draw in DRAWS:
+                    self._advance(shape, logits, draw)  # compiles and allocates what a capture must not
+                    self._count.zero_()
+                with self._capture() as forward:
+                    logits = self._compute(shape)
+                draws = {}
+                for draw in DRAWS:
+                    with self._capture() as draws[draw]:
+                        self._advance(shape, logits, draw)
+                with self._capture() as keep:
+                    self._logits[: shape[0]].copy_(logits)
+        finally:
+            ours.wait_stream(self._aside)
+        return Graphs(forward, draws, keep)
+
+    @contextmanager
+    def _capture(self) -> Iterator[torch.cuda.CUDAGraph]:
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
+        try:
+            yield graph
+        finally:
+            graph.capture_end()
 
     # --- shapes ---------------------------------------------------------------------------------------------
 

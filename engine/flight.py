@@ -1,7 +1,7 @@
 """Flight: plans on their way through the device, the next one launched before the last one's draws are read.
 
 Owns the plan that was launched ahead, what its draws mean for sequences that have gone meanwhile (nothing), and what
-becomes of a plan that the device has no memory for: smaller ones. Knows neither pages nor tensors.
+becomes of a plan that the device has no memory for: smaller ones, one by one. Knows neither pages nor tensors.
 
 Whatever happens to a sequence between two steps, its pages may be given to others at once: the device works in the
 order of launches, so whoever gets them writes to them later.
@@ -20,7 +20,7 @@ from engine.step_times import StepTimes
 
 logger = logging.getLogger(__name__)
 
-LEAST_BUDGET = 64  # tokens of a step: who has no memory for so few has none
+LEAST_BUDGET = 16  # tokens of a step: who has no memory for so few has none
 
 
 class Launcher(Protocol):
@@ -35,6 +35,7 @@ class Flight:
         self._runner = runner
         self._scheduler = scheduler
         self._ahead: tuple[Plan, Launched] | None = None
+        self._room_ahead = True
 
     def next(self) -> tuple[Plan, Draws] | None:
         """Make and launch a plan, or take the one that was launched ahead, and wait for what it draws. None where
@@ -50,9 +51,13 @@ class Flight:
         plan, launched = self._ahead
         self._ahead = None
         times.begin("plan")
-        following = self._scheduler.follow(plan)
+        following = self._scheduler.follow(plan) if self._room_ahead else None
         if following is not None:
-            self._ahead = following, self._runner.launch(following)
+            try:
+                self._ahead = following, self._runner.launch(following)
+            except OutOfDeviceMemory as error:  # its rows are planned again when this one is read
+                self._room_ahead = False
+                logger.warning("no plan is launched ahead from now on: %s", error)
         times.begin("wait")
         draws = launched()
         times.begin("answer")

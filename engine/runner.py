@@ -178,12 +178,17 @@ class ModelRunner:
         self.times.begin("inputs")
         with torch.inference_mode():
             self.cache.move(plan.moves)
-            if plan.num_steps > 1:
-                return self._decode_freely(plan)
-            if self._steps.captures and _decodes(plan):
-                draws = self._decode(plan)
-            else:
-                draws = self._compute(plan)
+            try:
+                return self._launched(plan)
+            except torch.OutOfMemoryError as error:
+                reason = str(error).split("\n")[0]
+            torch.cuda.empty_cache()  # here, where the tensors of the plan are gone
+            raise OutOfDeviceMemory(reason)
+
+    def _launched(self, plan: Plan) -> Launched:
+        if plan.num_steps > 1:
+            return self._decode_freely(plan)
+        draws = self._decode(plan) if self._steps.captures and _decodes(plan) else self._compute(plan)
         return lambda: draws
 
     def run(self, plan: Plan) -> Draws:
@@ -196,27 +201,21 @@ class ModelRunner:
         if not plan.rows:
             return Draws([], {})
         sampling_rows = plan.sampling_rows
-        try:
-            step = self._input(plan)
-            self.times.begin("forward")
-            hidden = self._decoder.hidden(step, self.cache)
-            scores: dict[int, PromptScores] = {}
-            if step.scored_rows.shape[0]:
-                at_once = slice_rows(self.model_config.vocab_size, self._row_multiple)
-                logits_of = partial(self._decoder.logits, hidden)
-                normalisers = self._decoder.kernels.normalisers
-                scores = score_prompts(plan, step.scored_rows, logits_of, at_once, normalisers)
-            if not sampling_rows:
-                return Draws([], {}, scores)
-            logits = self._decoder.logits(hidden, step.logit_rows)
-            self.times.begin("sample")
-            draws = self._sampler(logits[: plan.num_draws], sampling_rows)
-        except torch.OutOfMemoryError as error:
-            reason = str(error).split("\n")[0]
-        else:
-            return draws.with_scores(plan, scores) if scores else draws
-        torch.cuda.empty_cache()  # here, where the tensors of the step are gone
-        raise OutOfDeviceMemory(reason)
+        step = self._input(plan)
+        self.times.begin("forward")
+        hidden = self._decoder.hidden(step, self.cache)
+        scores: dict[int, PromptScores] = {}
+        if step.scored_rows.shape[0]:
+            at_once = slice_rows(self.model_config.vocab_size, self._row_multiple)
+            logits_of = partial(self._decoder.logits, hidden)
+            normalisers = self._decoder.kernels.normalisers
+            scores = score_prompts(plan, step.scored_rows, logits_of, at_once, normalisers)
+        if not sampling_rows:
+            return Draws([], {}, scores)
+        logits = self._decoder.logits(hidden, step.logit_rows)
+        self.times.begin("sample")
+        draws = self._sampler(logits[: plan.num_draws], sampling_rows)
+        return draws.with_scores(plan, scores) if scores else draws
 
     def _input(self, plan: Plan) -> StepInput:
         return StepInput.build(

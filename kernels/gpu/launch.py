@@ -34,8 +34,8 @@ def paged_attention(
     if width > WIDEST:
         raise ValueError(f"the triton kernels attend with heads of at most {WIDEST} channels, not {dim}")
     out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
-    if not tokens:
-        return out
+    if not tokens or not most_pages:  # nobody sees anything
+        return out.zero_()
 
     group, most_tokens = heads // kv_heads, most_pages * page_size
     scaled = cache.key_scales is not None

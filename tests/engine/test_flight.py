@@ -64,6 +64,30 @@ def test_a_device_that_has_no_memory_at_all_is_given_up() -> None:
         engine.step()
 
 
+class NoRoomAhead(CheckedRunner):
+    """A device that has no memory for a plan beside another one."""
+
+    asked = 0
+
+    def launch(self, plan: Plan) -> Launched:
+        if plan.behind:
+            self.asked += 1
+            self._move(plan.moves)
+            raise OutOfDeviceMemory("two plans at once")
+        return super().launch(plan)
+
+
+def test_where_there_is_no_memory_ahead_plans_come_one_by_one(caplog: pytest.LogCaptureFixture) -> None:
+    runner = NoRoomAhead(400, 4, 50, num_scheduler_steps=8)
+    engine = Engine(runner, None, EngineConfig(model="checked", num_scheduler_steps=8))
+    asked = requests(8, 10, max_tokens=64)
+    done = run(engine, asked, poison=False)
+    for one in asked:
+        assert done[one.id].outputs[0].token_ids == expected(one, 0, 64)
+    assert runner.asked == 1
+    assert "two plans at once" in caplog.text
+
+
 def test_who_leaves_while_a_plan_runs_ahead_gets_nothing_of_it() -> None:
     engine = checked_engine(400, max_num_seqs=8, steps=8)
     asked = requests(8, 10, max_tokens=64)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
+from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.multi_step import decodes_freely, steps_together
 from engine.plan import FAILED, Draws, Row
 from engine.request import Completion, Request, RequestId, TokenLogprobs
+from engine.runner import ModelRunner, load_decoder
 from engine.sampling_params import InvalidParameter, RepetitionDetectionParams, SamplingParams
 from engine.sequence import Sequence
+from kernels.reference import KERNELS as REFERENCE
 from tests.support.checked import EOS, checked_engine, draw, expected, fingerprints
 from tests.support.pressure import run
 from tests.support.tiny import write_tiny_llama
@@ -53,6 +59,28 @@ def test_who_decodes_freely(sampling: dict[str, Any], free: bool) -> None:
     one = decoding(10, **sampling)
     assert decodes_freely(one) is free
     assert steps_together({one: 1, decoding(50): 1}, 8) == (8 if free else 1)
+
+
+@pytest.mark.parametrize("steps", [1, 8])
+def test_a_plan_that_finds_no_memory_is_made_anew(tmp_path: Path, steps: int) -> None:
+    """In the middle of its steps, and while another one runs."""
+    folder, asked = write_tiny_llama(tmp_path), [request(str(number), 20) for number in range(80)]
+    config = EngineConfig(model=str(folder), device="cpu", num_scheduler_steps=steps, max_num_seqs=80)
+    calls = count(1)
+
+    def narrow(logits: Tensor, *rest: Any) -> Tensor:
+        if next(calls) in (5, 15):
+            raise torch.OutOfMemoryError("none is left\nmore words")
+        return REFERENCE.sample(logits, *rest)
+
+    found = []
+    for kernels in (REFERENCE, replace(REFERENCE, sample=narrow)):
+        with torch.inference_mode():
+            decoder = load_decoder(Checkpoint.open(str(folder)), kernels, dtype=torch.float32, device="cpu")
+        engine = Engine(ModelRunner.over(decoder, config), None, config)
+        found.append({name: one.outputs for name, one in run(engine, asked, poison=False).items()})
+    assert found[0] == found[1]
+    assert next(calls) > 15
 
 
 def test_known_ends_make_it_shorter() -> None:
