@@ -117,7 +117,6 @@ def _whole(asked: Asked, job: JobView) -> dict[str, Any]:
         created=int(job.created_at),
         model=job.model,
         usage=_usage(job),
-        numbered=asked.numbered,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, Final
 from jobs.failures import failure_of
 from jobs.reads import JobView
 from jobs.states import JobState
+from jobs.terms import Tier
 
 PREFIX: Final = "resp_"
 _STATUS: Final = {
@@ -33,7 +34,7 @@ def job_id_of(response_id: str) -> str | None:
     return None if name == response_id else "job_" + name
 
 
-def response_object(job: JobView, body: dict[str, Any], *, background: bool) -> dict[str, Any]:
+def response_object(job: JobView, body: dict[str, Any]) -> dict[str, Any]:
     """`body`: what the job asks for, as it is stored. An answer that its length has cut is `incomplete`."""
     outputs = job.outputs or []
     cut = any(output["finish_reason"] == "length" for output in outputs)
@@ -44,7 +45,7 @@ def response_object(job: JobView, body: dict[str, Any], *, background: bool) -> 
         "created_at": int(job.created_at),
         "completed_at": None if job.finished_at is None else int(job.finished_at),
         "status": "incomplete" if cut else _STATUS[job.state],
-        "background": background,
+        "background": job.tier is not Tier.INTERACTIVE,  # nobody waited for it
         "error": failure
         and {
             "code": "invalid_prompt" if failure.status < 500 else "server_error",

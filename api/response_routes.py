@@ -53,9 +53,7 @@ def routes(services: Services) -> APIRouter:
                 await unless_client_leaves(request.receive, wait.end())
             finally:
                 wait.close()
-        return JSONResponse(
-            await run_in_threadpool(_response, services, caller.tenant, job_id, background=asked.background)
-        )
+        return JSONResponse(await run_in_threadpool(_response, services, caller.tenant, job_id))
 
     @router.get("/{response_id}")
     def get_response(response_id: str, caller: By) -> JSONResponse:
@@ -74,12 +72,12 @@ def routes(services: Services) -> APIRouter:
     return router
 
 
-def _response(services: Services, tenant: str, job_id: str, *, background: bool = True) -> dict[str, Any]:
+def _response(services: Services, tenant: str, job_id: str) -> dict[str, Any]:
     job = services.reads.job(job_id, tenant=tenant)
     body = services.reads.body(job_id, tenant=tenant)
     if job is None or body is None:
         raise _unknown(id_of(job_id))
-    return response_object(job, body, background=background)
+    return response_object(job, body)
 
 
 def _job_id(response_id: str) -> str:

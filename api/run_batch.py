@@ -165,7 +165,7 @@ class BatchRun:
             try:
                 line = parse_line(number, raw)
             except BadLine as error:
-                if number not in self._done.bad_lines:
+                if number not in self._done.bad_lines and error.custom_id not in self._done.custom_ids:
                     self._write(bad_line(number, error), failed=True)
                 continue
             if line.custom_id in self._done.custom_ids:

@@ -33,11 +33,20 @@ class BatchFileError(ValueError):
 
 
 class BadLine(ValueError):
-    """One line that is not a request. `code` and `param` as in the errors of OpenAI's batch object."""
+    """One line that is not a request. `code` and `param` as in the errors of OpenAI's batch object; `custom_id`: the
+    line has one all the same."""
 
-    def __init__(self, message: str, *, code: str = "invalid_request", param: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str = "invalid_request",
+        param: str | None = None,
+        custom_id: str | None = None,
+    ) -> None:
         self.code = code
         self.param = param
+        self.custom_id = custom_id
         super().__init__(f"{param}: {message}" if param else message)
 
 
@@ -81,14 +90,16 @@ def parse_line(number: int, raw: bytes, endpoint: str | None = None) -> BatchLin
         raise BadLine("must be a non-empty string", param="custom_id")
     if not custom_id.isascii() and any("\ud800" <= character <= "\udfff" for character in custom_id):
         raise BadLine("must be valid Unicode, without lone surrogates", param="custom_id")
+    known = {"custom_id": custom_id}
     if data.get("method", "POST") != "POST":
-        raise BadLine("must be POST", param="method")
+        raise BadLine("must be POST", param="method", **known)
     if url not in (ENDPOINTS if endpoint is None else (endpoint,)):
-        raise BadLine(f"must be {endpoint or ' or '.join(ENDPOINTS)}", code="url_mismatch", param="url")
+        allowed = endpoint or " or ".join(ENDPOINTS)
+        raise BadLine(f"must be {allowed}", code="url_mismatch", param="url", **known)
     if not isinstance(body, dict):
-        raise BadLine("must be an object", param="body")
+        raise BadLine("must be an object", param="body", **known)
     if unknown := data.keys() - {"custom_id", "method", "url", "body"}:
-        raise BadLine("unknown field", param=ascii(min(unknown))[1:-1][:80])
+        raise BadLine("unknown field", param=ascii(min(unknown))[1:-1][:80], **known)
     return BatchLine(number, custom_id, url, body)
 
 
@@ -102,11 +113,16 @@ def bounded_lines(file: BinaryIO, max_bytes: int) -> Iterator[bytes | None]:
         yield line if rest is line else None
 
 
+def is_blank(raw: bytes) -> bool:
+    """Whether a line says nothing."""
+    return not raw.removeprefix(codecs.BOM_UTF8).strip()
+
+
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Number and bytes of every line that is not blank."""
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
-            if raw.strip():
+            if not is_blank(raw):
                 yield number, raw
 
 
@@ -120,8 +136,10 @@ def check_input(path: Path) -> int:
         count += 1
         try:
             custom_id = parse_line(number, raw).custom_id
-        except BadLine:
-            continue
+        except BadLine as error:
+            if error.custom_id is None:
+                continue
+            custom_id = error.custom_id
         if custom_id in seen:
             twice.append(f"lines {seen[custom_id]} and {number}: {custom_id[:80]!r}")
         else:
@@ -137,7 +155,7 @@ class Done:
     """What an output file already holds."""
 
     custom_ids: set[str] = field(default_factory=set)
-    bad_lines: set[int] = field(default_factory=set)  # of the input, by number
+    bad_lines: set[int] = field(default_factory=set)  # of the input without a custom_id, by number
     num_failed: int = 0
 
     def __len__(self) -> int:
@@ -181,7 +199,6 @@ def resume(path: Path) -> Done:
 
 def answer_line(line: BatchLine, model: str, outputs: list[dict[str, Any]], usage: dict[str, Any]) -> bytes:
     """`outputs` and `usage` as `jobs.openai_answers` takes them."""
-    number = line.body.get("logprobs")
     body = completion_object(
         line.url,
         outputs,
@@ -189,7 +206,6 @@ def answer_line(line: BatchLine, model: str, outputs: list[dict[str, Any]], usag
         created=int(time.time()),
         model=model,
         usage=usage,
-        numbered=line.url == COMPLETIONS and isinstance(number, int) and not isinstance(number, bool),
     )
     return output_line(secrets.token_hex(12), line.custom_id, response(secrets.token_hex(12), 200, body))
 
@@ -201,9 +217,9 @@ def error_line(line: BatchLine, status: int, message: str, *, code: str, param: 
 
 
 def bad_line(number: int, error: BadLine) -> bytes:
-    """A line that is no request has no custom_id to answer under; `line` is its number in the input."""
-    told = {"code": "invalid_line", "message": f"line {number}: {error}", "line": number}
-    return output_line(secrets.token_hex(12), None, None, told)
+    """A line that is no request; `line` is its number in the input, where it has no custom_id to answer under."""
+    told = {"code": error.code, "message": f"line {number}: {error}", "line": number}
+    return output_line(secrets.token_hex(12), error.custom_id, None, told)
 
 
 def response(name: str, status: int, body: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from sqlalchemy import Connection, select, update
 
 from jobs import tallies
 from jobs.batch_check import FILE_LOST
-from jobs.batch_file import BadLine, bounded_lines, parse_line
+from jobs.batch_file import BadLine, bounded_lines, is_blank, parse_line
 from jobs.batches import close_batches
 from jobs.body import BadField
 from jobs.completion_window import terms_of_window
@@ -130,7 +130,7 @@ class BatchIntake:
                 return
             number = 1 if end == 0 else 2
             end += len(raw)
-            if raw.strip():
+            if not is_blank(raw):
                 line = parse_line(number, raw, batch.endpoint)
                 rows.append((end, draft_of(line.named_job(self._settings, checked=True), self._settings)))
             if rows and (len(rows) == CHUNK or end - begin >= BLOCK_BYTES):

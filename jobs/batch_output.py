@@ -15,7 +15,7 @@ from sqlalchemy import Connection, select, update
 
 from jobs import tallies
 from jobs.batch_check import FILE_LOST
-from jobs.batch_file import BadLine, bounded_lines, output_line, parse_line, response
+from jobs.batch_file import BadLine, bounded_lines, is_blank, output_line, parse_line, response
 from jobs.batch_intake import job_id_of
 from jobs.database import Database, now
 from jobs.desk import Claim, ClaimLost
@@ -25,7 +25,7 @@ from jobs.files import Purpose, insert_file
 from jobs.line_check import max_line_bytes
 from jobs.models import Batch
 from jobs.openai_answers import completion_object, error_object, usage_object
-from jobs.openai_body import CHAT, COMPLETIONS, Url
+from jobs.openai_body import CHAT, Url
 from jobs.reads import JobView, Reads
 from jobs.settings import Settings
 from jobs.states import BatchState, JobState
@@ -40,7 +40,7 @@ _NOT_RUN: Final = {
 
 
 def line_of(job: JobView, url: Url, *, cancelled: bool) -> bytes:
-    """The line of a job that has ended; `url`: `openai_body.CHAT` or COMPLETIONS; `cancelled`: its whole batch."""
+    """The line of a job that has ended; `cancelled`: its whole batch."""
     name = job.id.removeprefix("job_")
     if job.state is JobState.COMPLETED and job.usage is not None and job.finished_at is not None:
         body = completion_object(
@@ -50,7 +50,6 @@ def line_of(job: JobView, url: Url, *, cancelled: bool) -> bytes:
             created=int(job.finished_at),
             model=job.model,
             usage=usage_object(job.usage.prompt, job.usage.completion, job.usage.cached),
-            numbered=url == COMPLETIONS,
         )
         return output_line(name, job.custom_id, response(name, 200, body))
     if job.state is JobState.FAILED:
@@ -136,7 +135,7 @@ class BatchOutput:
             position = 0
             for raw in bounded_lines(file, max_line_bytes(self._settings)):
                 claimed.tick()
-                if raw is not None and not raw.strip():
+                if raw is not None and is_blank(raw):
                     continue
                 if position >= batch.num_inserted:
                     name = job_id_of(batch.id, position).removeprefix("job_")

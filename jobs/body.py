@@ -40,9 +40,9 @@ MAX_FORMS = 64  # of one array, each looked at for some 30 ms at most
 # fmt: off
 # OpenAI's fields that mean something we cannot do yet: told apart from a typing mistake.
 NOT_SUPPORTED_YET = frozenset({
-    "audio", "best_of", "echo", "function_call", "functions", "modalities", "parallel_tool_calls", "prediction",
-    "reasoning_effort", "stream", "stream_options", "suffix", "tool_choice", "tools", "verbosity",
-    "web_search_options",
+    "audio", "best_of", "echo", "function_call", "functions", "modalities", "moderation", "parallel_tool_calls",
+    "prediction", "prompt_cache_options", "reasoning_effort", "stream", "stream_options", "suffix", "tool_choice",
+    "tools", "verbosity", "web_search_options",
 })
 # fmt: on
 

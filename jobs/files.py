@@ -2,8 +2,9 @@
 
 Owns the files table, its share of the tenant's stored bytes, and the end of a file: deleted, expired, or left over by
 a process that died. A file exists when its row has committed, which is after its bytes are safe (`jobs.file_store`);
-it ends with its row, and its bytes follow. An expired file is not found any more, and its bytes stay while a batch
-that has not ended needs them. Refuses to know HTTP and what a file says.
+it ends when it is deleted or its time has come, and is not found any more; its bytes stay while a batch that has not
+ended needs them. Its row stays for an hour, emptied, as a place in lists: who deletes what it lists must be able to
+go on behind it. Refuses to know HTTP and what a file says.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final, Literal
 
-from sqlalchemy import ColumnElement, Connection, delete, exists, insert, or_, select
+from sqlalchemy import ColumnElement, Connection, delete, exists, insert, or_, select, update
 
 from jobs import tallies
 from jobs.body import BadField
@@ -32,7 +33,10 @@ SHORTEST_LIFE, LONGEST_LIFE = 3_600, 2_592_000  # seconds, as OpenAI has them
 LEFTOVER_SECONDS: Final = (
     3_600.0  # an upload or an output takes less, from write to write and from name to row
 )
+PLACE_SECONDS: Final = 3_600.0  # that the row of a file stays behind its end
 ENDS_PER_SWEEP: Final = 500
+GONE: Final = "gone"  # the purpose of a row that is only a place
+_EMPTIED: Final = {"purpose": GONE, "bytes": 0, "filename": ""}
 # OpenAI's list; here they have nothing to be used for.
 OTHER_PURPOSES: Final = frozenset({"assistants", "evals", "fine-tune", "user_data", "vision"})
 
@@ -206,7 +210,7 @@ class Files:
             ).first()
             if user is not None:
                 raise FileInUse(user)
-            connection.execute(delete(File).where(File.id == file_id))
+            connection.execute(update(File).where(File.id == file_id).values(expires_at=now(), **_EMPTIED))
             tallies.add(connection, [tallies.Change(tenant, stored_bytes=-file.bytes)])
             return True
 
@@ -218,20 +222,28 @@ class Files:
     # --- repairs, by any api process ------------------------------------------------------------------------
 
     def end_expired(self) -> int:
-        """Remove files whose time has come and that no batch needs; how many."""
+        """Remove files whose time has come and that no batch needs; how many. Their rows go in a later call."""
         needed = exists().where(Batch.input_file_id == File.id, Batch.finished_at.is_(None))
-        due = select(File.id).where(File.expires_at <= now(), ~needed).limit(ENDS_PER_SWEEP)
+        rows = select(*File.__table__.columns)
+        full = rows.where(File.expires_at <= now(), File.purpose != GONE, ~needed)
+        emptied = rows.where(File.expires_at <= now() - PLACE_SECONDS, File.purpose == GONE)
         with self._database.read() as connection:
-            if connection.scalars(due.limit(1)).first() is None:
+            if not any(connection.execute(some.limit(1)).first() for some in (full, emptied)):
                 return 0
 
+        full, emptied = (
+            some.order_by(File.id).limit(ENDS_PER_SWEEP).with_for_update(skip_locked=True, of=File)
+            for some in (full, emptied)
+        )
+
         def work(connection: Connection) -> list[str]:
-            ids = list(connection.scalars(due.order_by(File.id).with_for_update(skip_locked=True, of=File)))
-            gone = connection.execute(
-                delete(File).where(File.id.in_(ids)).returning(File.id, File.tenant, File.bytes)
-            ).all()
+            old = [row.id for row in connection.execute(emptied)]
+            connection.execute(delete(File).where(File.id.in_(old)))
+            gone = connection.execute(full).all()
+            ids = [row.id for row in gone]
+            connection.execute(update(File).where(File.id.in_(ids)).values(_EMPTIED))
             tallies.add(connection, [tallies.Change(row.tenant, stored_bytes=-row.bytes) for row in gone])
-            return [row.id for row in gone]
+            return ids
 
         ended = self._database.transact(work)
         for file_id in ended:

@@ -13,7 +13,7 @@ import io
 from collections.abc import Iterator
 from typing import Any, BinaryIO, Final, NamedTuple
 
-from jobs.batch_file import BadLine, BatchLine, bounded_lines, parse_line
+from jobs.batch_file import BadLine, BatchLine, bounded_lines, is_blank, parse_line
 from jobs.body import BadField
 from jobs.drafts import Draft, by_column, draft_of
 from jobs.settings import Settings
@@ -91,7 +91,7 @@ class LineCheck:
         found = bounded_lines(io.BytesIO(block.raw), max_line_bytes(self.settings))
         for number, raw in enumerate(found, block.number):
             end += len(raw or b"")
-            if raw is None or raw.strip():
+            if raw is None or not is_blank(raw):
                 yield number, end, raw
 
     def check(self, block: Block, most: int | None = None) -> Found:

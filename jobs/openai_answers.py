@@ -33,9 +33,8 @@ def completion_object(
     created: int,
     model: str,
     usage: JSON,
-    numbered: bool = False,
 ) -> JSON:
-    """`numbered`: logprobs in the shape of text completions (`openai_body.Asked`). `created` in unix seconds."""
+    """`created` in unix seconds."""
     chat = url == CHAT
     choices = []
     for output in outputs:
@@ -48,7 +47,7 @@ def completion_object(
                     if chat
                     else {"text": text}
                 ),
-                "logprobs": numbered_logprobs(logprobs) if numbered and logprobs else logprobs,
+                "logprobs": logprobs if chat or logprobs is None else numbered_logprobs(logprobs),
                 "finish_reason": output["finish_reason"],
                 "stop_reason": output["stop_reason"],
             }

@@ -26,9 +26,9 @@ IGNORED: Final = frozenset({
 })
 # Values that ask for nothing.
 OFF: Final[dict[str, tuple[Any, ...]]] = {
-    "stream": (False,), "echo": (False,), "tools": ([],), "tool_choice": ("none",), "best_of": (1,), "suffix": ("",),
-    "functions": ([],), "function_call": ("none",), "parallel_tool_calls": (False, True), "modalities": (["text"],),
-    "reasoning_effort": ("none",),
+    "stream": (False,), "echo": (False,), "tools": ([],), "tool_choice": ("none", "auto"), "best_of": (1,),
+    "suffix": ("",), "functions": ([],), "function_call": ("none",), "parallel_tool_calls": (False, True),
+    "modalities": (["text"],), "reasoning_effort": ("none",),
 }
 # What clients copy into a conversation from answers that had none of it.
 MESSAGE_EXTRAS: Final = frozenset({
@@ -40,14 +40,12 @@ _SPECIAL: Final = IGNORED | OFF.keys() | NOT_SUPPORTED_YET
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """One request. `numbered`: its logprobs are wanted in the shape of text completions. `store`: the client says
-    that it will come back for the answer."""
+    """One request. `store`: the client says that it will come back for the answer."""
 
     url: Url
     body: JobBody
     stream: bool = False
     include_usage: bool = False
-    numbered: bool = False
     store: bool = False
 
 
@@ -73,11 +71,10 @@ def read_asked(
     if rest.get(wanted) is None:
         raise BadField(wanted, "is required", "missing_required_parameter")
     stream, include_usage = _stream_of(rest) if may_stream else (False, False)
-    numbered = False
     if url == CHAT:
         rest["messages"] = plain_messages(rest["messages"])
     else:
-        numbered = _completion_fields(rest)
+        _completion_fields(rest)
     if not may_stream and "stream" in rest:
         raise BadField("stream", "a batch answers in a file and cannot stream; leave it out or give false")
     if custom_id is not None:
@@ -90,7 +87,6 @@ def read_asked(
         body=body,
         stream=stream,
         include_usage=include_usage,
-        numbered=numbered,
         store=given.get("store") is True,
     )
 
@@ -139,8 +135,8 @@ def _stream_of(rest: dict[str, Any]) -> tuple[bool, bool]:
     return True, bool(options.get("include_usage"))
 
 
-def _completion_fields(rest: dict[str, Any]) -> bool:
-    """What /v1/completions spells in its own way; whether logprobs were asked for with a number."""
+def _completion_fields(rest: dict[str, Any]) -> None:
+    """What /v1/completions spells in its own way, as a chat spells it."""
     prompt = rest["prompt"]
     if isinstance(prompt, list):
         if len(prompt) != 1 or not isinstance(prompt[0], str):
@@ -155,10 +151,9 @@ def _completion_fields(rest: dict[str, Any]) -> bool:
         rest["max_tokens"] = max(COMPLETION_TOKENS, least) if isinstance(least, int) else COMPLETION_TOKENS
     number = rest.get("logprobs")
     if not isinstance(number, int) or isinstance(number, bool):
-        return False
+        return
     if not 0 <= number <= MAX_COMPLETION_LOGPROBS:
         raise BadField("logprobs", f"must be a number from 0 to {MAX_COMPLETION_LOGPROBS}, true or false")
     if "top_logprobs" in rest:
         raise BadField("top_logprobs", "goes with logprobs as true; a number says both")
     rest |= {"logprobs": True, "top_logprobs": number}
-    return True

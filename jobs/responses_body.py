@@ -7,6 +7,7 @@ ours.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -22,7 +23,7 @@ IGNORED: Final = frozenset({
 # Values that ask for nothing; so does null, everywhere.
 OFF: Final[dict[str, tuple[Any, ...]]] = {
     "stream": (False,), "tools": ([],), "tool_choice": ("none", "auto"), "include": ([],),
-    "truncation": ("disabled",), "top_logprobs": (0,), "reasoning": ({},),
+    "truncation": ("disabled",), "top_logprobs": (0,), "reasoning": ({}, {"effort": "none"}),
 }
 REFUSED: Final = frozenset({
     *OFF, "conversation", "context_management", "max_tool_calls", "moderation", "previous_response_id", "prompt",
@@ -38,6 +39,7 @@ TAKEN: Final = {
     "max_output_tokens": "max_completion_tokens",
 }
 _OURS: Final = {"max_completion_tokens": "max_output_tokens", "messages": "input"}
+_FORMAT: Final = re.compile(r"^response_format(\.json_schema)?")
 _TEXT_PARTS: Final = frozenset({"input_text", "output_text", "text"})
 _ITEM_EXTRAS: Final = frozenset({"type", "id", "status", "phase"})
 _PART_EXTRAS: Final = frozenset({"annotations", "logprobs"})
@@ -75,7 +77,7 @@ def read_response(given: Mapping[str, Any], settings: Settings) -> AskedResponse
         body = parse_job(job, settings, forms=True)
     except BadField as error:
         first, _, more = (error.param or "").partition("[")
-        name = "text.format" if first.startswith("response_format") else _OURS.get(first, first)
+        name = _FORMAT.sub("text.format", _OURS.get(first, first))
         raise BadField(f"{name}[{more}" if more else name or None, error.message, error.code) from None
     return AskedResponse(body, bool(background), bool(store))
 

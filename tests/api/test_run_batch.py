@@ -80,12 +80,13 @@ def test_every_line_is_answered_and_bad_ones_do_not_stop_the_rest(tmp_path: Path
     form = {"custom_id": "form", "url": "/v1/completions", "body": choice}
     bad_form = {"custom_id": "bad form", "url": "/v1/completions", "body": {"prompt": "a"}}
     bad_form["body"] |= {"structured_outputs": {"regex": "(?=a)b"}}
-    write(tmp_path, [*good[:3], "nonsense", bad_body, too_long, "", form, bad_form, *good[3:]])
+    bad_url = bad_body | {"custom_id": "bad url", "url": "/v1/embeddings"}
+    write(tmp_path, [*good[:3], "nonsense", bad_body, too_long, "", form, bad_form, bad_url, *good[3:]])
     process = start(tmp_path, model)
     assert process.wait(SECONDS) == 1, process.tail()
     assert "the first failure: line 4" in process.text()
     answers = {one["custom_id"]: one for one in read(tmp_path)}
-    assert set(answers) == {f"r{i}" for i in range(6)} | {"bad", "long", "form", "bad form", None}
+    assert set(answers) == {f"r{i}" for i in range(6)} | {"bad", "long", "form", "bad form", "bad url", None}
     for i in range(6):
         body = answers[f"r{i}"]["response"]["body"]
         assert body["usage"]["completion_tokens"] == 5
@@ -102,12 +103,13 @@ def test_every_line_is_answered_and_bad_ones_do_not_stop_the_rest(tmp_path: Path
     assert answers["form"]["response"]["body"]["choices"][0]["text"] in ("yes", "no")
     assert answers["bad form"]["response"]["status_code"] == 400
     assert answers["bad form"]["response"]["body"]["error"]["param"] == "structured_outputs.regex"
+    assert answers["bad url"]["error"]["code"] == "url_mismatch"
     assert (answers[None]["response"], answers[None]["error"]["line"]) == (None, 4)
     before = (tmp_path / "out.jsonl").read_bytes()
     again = start(tmp_path, model, "again")
     assert again.wait(SECONDS) == 1
     assert (tmp_path / "out.jsonl").read_bytes() == before
-    assert "11 of 11 requests answered, 4 failed" in again.text()
+    assert "12 of 12 requests answered, 5 failed" in again.text()
 
 
 @pytest.mark.long

@@ -124,9 +124,12 @@ def test_the_input_is_counted_and_repeated_ids_are_refused(tmp_path: Path) -> No
     path.write_bytes(b"\n".join([line(), b"", b"nonsense", b"  ", line(custom_id="b")]))
     assert check_input(path) == 3
     assert [number for number, _ in read_lines(path)] == [1, 3, 5]
-    path.write_bytes(b"\n".join([line(), line(custom_id="b"), line()]))
-    with pytest.raises(BatchFileError, match="lines 1 and 3: 'a'"):
-        check_input(path)
+    for last in (line(), line(url="/v1/embeddings")):  # which is answered under its custom_id, too
+        path.write_bytes(b"\n".join([line(), line(custom_id="b"), last]))
+        with pytest.raises(BatchFileError, match="lines 1 and 3: 'a'"):
+            check_input(path)
+    path.write_bytes(b"\xef\xbb\xbf\n")
+    assert check_input(path) == 0
 
 
 def test_answers_have_openais_shape() -> None:
@@ -155,11 +158,12 @@ def test_what_has_a_whole_line_is_done(tmp_path: Path) -> None:
         answer_line(chat(), "m", OUTPUTS, USAGE)
         + error_line(parse_line(2, line(custom_id="b")), 400, "wrong", code="invalid_value", param="n")
         + bad_line(3, BadLine("is not JSON"))
+        + bad_line(4, BadLine("must be POST", param="method", custom_id="c"))
     )
     for torn in (b"", b"{", answer_line(chat(), "m", OUTPUTS, USAGE)[:-1]):
         path.write_bytes(whole + torn)
         done = resume(path)
-        assert (done.custom_ids, done.bad_lines, done.num_failed) == ({"a", "b"}, {3}, 2)
+        assert (done.custom_ids, done.bad_lines, done.num_failed) == ({"a", "b", "c"}, {3}, 3)
         assert path.read_bytes() == whole
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import select, update
@@ -12,7 +13,7 @@ from sqlalchemy import select, update
 from jobs.body import BadField
 from jobs.database import Database, now
 from jobs.file_store import FileStore, new_file_id
-from jobs.files import FileInUse, check_life, check_purpose
+from jobs.files import PLACE_SECONDS, FileInUse, check_life, check_purpose
 from jobs.models import Batch, File
 from jobs.quotas import QuotaExceeded
 from jobs.settings import Settings
@@ -148,6 +149,33 @@ def test_expired_files_are_gone_and_give_their_room_back(bench: Bench) -> None:
     view = bench.files.find(stays, tenant=DEFAULT)
     assert view is not None
     assert view.expires_at == pytest.approx(view.created_at + 3600)
+    assert bench.files.end_expired() == 0
+
+
+@pytest.mark.parametrize("order", ["asc", "desc"])
+def test_who_deletes_what_is_listed_can_go_on_behind_it(bench: Bench, order: Any) -> None:
+    """For an hour; then the place of what is gone is gone as well."""
+    ids = {bench.upload(b"x") for _ in range(5)}
+    seen: list[str] = []
+    more = True
+    while more:
+        after = seen[-1] if seen else None
+        page, more = bench.files.page(tenant=DEFAULT, purpose=None, after=after, limit=2, order=order)
+        for file in page:
+            assert bench.files.delete(file.id, tenant=DEFAULT)
+            assert not bench.files.delete(file.id, tenant=DEFAULT)
+            seen.append(file.id)
+    assert sorted(seen) == sorted(ids)
+    assert (stored(bench), on_disk(bench)) == (0, set())
+    assert bench.files.end_expired() == 0
+    with bench.database.write() as connection:
+        assert not any(connection.scalars(select(File.filename)))
+        connection.execute(update(File).values(expires_at=now() - PLACE_SECONDS))
+    bench.files.end_expired()
+    with bench.database.read() as connection:
+        assert connection.scalars(select(File.id)).all() == []
+    with pytest.raises(BadField):
+        bench.files.page(tenant=DEFAULT, purpose=None, after=seen[-1], limit=2, order=order)
 
 
 @ON_SQLITE

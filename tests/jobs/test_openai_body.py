@@ -31,7 +31,7 @@ def test_a_plain_chat() -> None:
         "metadata": {"a": "b"},
         "response_format": {"type": "json_object"},
     }
-    assert (asked.stream, asked.include_usage, asked.numbered, asked.store) == (False, False, False, False)
+    assert (asked.stream, asked.include_usage, asked.store) == (False, False, False)
 
 
 def test_what_is_ignored_or_off_changes_nothing() -> None:
@@ -114,10 +114,8 @@ def test_text_completions_have_openais_defaults() -> None:
     assert text(max_completion_tokens=3).body.max_tokens is None
     assert text(prompt=["one"]).body.prompt == "one"
     asked = text(logprobs=0)
-    assert asked.numbered
     assert (asked.body.logprobs, asked.body.top_logprobs) == (True, 0)
-    assert not text(logprobs=True, top_logprobs=2).numbered
-    assert not text(logprobs=False).numbered
+    assert text(logprobs=True, top_logprobs=2).body.top_logprobs == 2
 
 
 def test_an_answer_can_be_put_back_into_the_conversation() -> None:
