@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
-from api.errors import ApiError
+from api.errors import ApiError, shown_name
 from jobs import strict_json
 
 SMALL_BYTES = 16_384  # of JSON that takes a fraction of a millisecond
@@ -36,7 +36,7 @@ async def read_json(request: Request, *, max_bytes: int, max_array_bytes: int) -
 async def refuse_body(request: Request, *, max_bytes: int) -> None:
     """For routes that take no fields: an empty body or `{}`."""
     for name in await read_fields(request, max_bytes=max_bytes):
-        shown = name[:80].encode("utf-8", "backslashreplace").decode()
+        shown = shown_name(name)
         raise ApiError(400, f"{shown}: this route takes no fields", code="unknown_parameter", param=shown)
 
 

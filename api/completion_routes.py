@@ -21,14 +21,14 @@ from starlette.types import Receive, Scope, Send
 from api.auth import BEARER, By
 from api.body_limit import read_json
 from api.chunks import HEADERS, KEEP_ALIVE, MEDIA_TYPE, Chunks, event
-from api.errors import NO_DATABASE, ApiError, error_body
+from api.errors import NO_DATABASE, ApiError
 from api.schemas import REFUSALS
 from api.services import Services, refuse_query, submit_of
 from api.waits import DivergedError, Transcript, Wait, unless_client_leaves
 from jobs.audience import Audience, Piece
 from jobs.body import BadField, JobBody
 from jobs.idempotency import Submit
-from jobs.openai_answers import completion_object, usage_object
+from jobs.openai_answers import completion_object, error_object, usage_object
 from jobs.openai_body import CHAT, COMPLETIONS, Asked, Url, read_asked
 from jobs.reads import JobView
 from jobs.tenants import Owner
@@ -162,15 +162,15 @@ async def _events(
         done = ended or await wait.result()
         yield _last_words(chunks, transcript, done)
     except ApiError as error:
-        yield event(error_body(error.status, error.message, code=error.code, param=error.param))
+        yield event(error_object(error.status, error.message, code=error.code, param=error.param))
     except DivergedError:
         log.error("completions.diverged job=%s", job.id)
         message = "the text sent so far is not that of the result: the request was interrupted and began anew"
-        yield event(error_body(500, message, code="stream_diverged"))
+        yield event(error_object(500, message, code="stream_diverged"))
     except NO_DATABASE as error:
         log.error("completions.database job=%s error=%s", job.id, type(error).__name__)
         message = "the database cannot be reached at the moment; try again"
-        yield event(error_body(503, message, code="database_unreachable"))
+        yield event(error_object(503, message, code="database_unreachable"))
 
 
 def _last_words(chunks: Chunks, transcript: Transcript, job: JobView) -> bytes:

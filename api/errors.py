@@ -27,6 +27,7 @@ from jobs.body import BadField
 from jobs.files import FileInUse
 from jobs.forecasts import WindowTooTight
 from jobs.idempotency import KeyReusedError
+from jobs.openai_answers import error_object
 from jobs.quotas import QuotaExceeded
 from jobs.retries import NothingToRetry
 
@@ -56,6 +57,11 @@ class ApiError(Exception):
         self.param = param
 
 
+def shown_name(name: str) -> str:
+    """Of a field or parameter that a client has made up."""
+    return name[:80].encode("utf-8", "backslashreplace").decode()
+
+
 def not_found(noun: str, name: str) -> ApiError:
     return ApiError(404, f"there is no {noun} {name[:80]!a}", code="not_found", param=f"{noun}_id")
 
@@ -74,12 +80,7 @@ def envelope(
     param: str | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
-    return JSONResponse(error_body(status, message, code=code, param=param), status, dict(headers or {}))
-
-
-def error_body(status: int, message: str, *, code: str, param: str | None = None) -> dict[str, Any]:
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return JSONResponse(error_object(status, message, code=code, param=param), status, dict(headers or {}))
 
 
 def new_request_id() -> str:

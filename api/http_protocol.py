@@ -13,7 +13,8 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from api.errors import error_body, new_request_id
+from api.errors import new_request_id
+from jobs.openai_answers import error_object
 
 MAX_HEAD_BYTES = 64 * 1024  # of a request's line and headers, give or take what comes in one piece
 
@@ -30,7 +31,7 @@ class HttpProtocol(HttpToolsProtocol):
                 f"the request line and headers are too large: at most {MAX_HEAD_BYTES} bytes are allowed"
             )
             self._refuse(
-                "431 Request Header Fields Too Large", error_body(431, message, code="headers_too_large")
+                "431 Request Header Fields Too Large", error_object(431, message, code="headers_too_large")
             )
 
     def on_message_begin(self) -> None:
@@ -43,7 +44,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answers and closes, as uvicorn's own does."""
-        self._refuse("400 Bad Request", error_body(400, msg, code="invalid_http_request"))
+        self._refuse("400 Bad Request", error_object(400, msg, code="invalid_http_request"))
 
     def _refuse(self, status: str, error: dict[str, Any]) -> None:
         body = json.dumps(error).encode()

@@ -11,14 +11,14 @@ import json
 from collections.abc import Iterator
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Depends, Query
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.auth import BEARER, By
-from api.errors import ApiError, not_found
+from api.errors import not_found
 from api.schemas import REFUSALS, job_object
-from api.services import Services, is_id
+from api.services import Services, is_id, refuse_repeats
 from jobs.completion_order import MAX_PAGE, Order, Page
 
 _SEND_BYTES = 65_536  # lines are sent in pieces of about this size
@@ -42,16 +42,13 @@ def routes(services: Services) -> APIRouter:
         responses=REFUSALS,
     )
 
-    @router.get("/{batch_id}/results", response_class=StreamingResponse)
-    def get_results(
-        batch_id: str, query: Annotated[ResultQuery, Query()], request: Request, caller: By
-    ) -> StreamingResponse:
+    @router.get(
+        "/{batch_id}/results", response_class=StreamingResponse, dependencies=[Depends(refuse_repeats)]
+    )
+    def get_results(batch_id: str, query: Annotated[ResultQuery, Query()], caller: By) -> StreamingResponse:
         """One line per ended job. `X-Incomplete: true`: more will follow, now or later. With `order=completion`,
         `after` or `limit` (at most 1,000, which is also what is meant without it) one page; its header `X-Next` is
         the `after` of the following one, and the same as before when nothing new has ended."""
-        for name in request.query_params:
-            if len(request.query_params.getlist(name)) > 1:
-                raise ApiError(400, f"{name}: is given several times", code="invalid_value", param=name)
         tenant, order = caller.tenant, query.order
         if order is Order.INPUT and query.after is None and query.limit is None:
             batch = services.reads.batch(batch_id, tenant=tenant) if is_id(batch_id) else None

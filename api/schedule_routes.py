@@ -16,7 +16,7 @@ from starlette.concurrency import run_in_threadpool
 
 from api.auth import BEARER, By
 from api.body_limit import read_json, refuse_body
-from api.errors import ApiError, not_found
+from api.errors import not_found
 from api.schedule_objects import (
     RunList,
     RunObject,
@@ -28,7 +28,7 @@ from api.schedule_objects import (
     schedule_object,
 )
 from api.schemas import REFUSALS
-from api.services import Services, is_id, refuse_query, submit_of
+from api.services import Services, is_id, refuse_query, refuse_repeats, submit_of
 from jobs.idempotency import Submit
 from jobs.reads import MAX_LIMIT
 from jobs.schedule_body import parse_change, parse_schedule
@@ -72,22 +72,18 @@ def routes(services: Services) -> APIRouter:
         """`jobs` and `metadata` as in POST /v1/jobs, beside `name`, `cron` and `time_zone`."""
         return await run_in_threadpool(_create, services, caller.owner, await body_of(request))
 
-    @router.get("")
-    def list_schedules(query: Annotated[ListQuery, Query()], request: Request, caller: By) -> ScheduleList:
+    @router.get("", dependencies=[Depends(refuse_repeats)])
+    def list_schedules(query: Annotated[ListQuery, Query()], caller: By) -> ScheduleList:
         """A page of schedules, newest first. `after` is the `last_id` of the page before."""
-        _once(request)
         return schedule_list(
             *services.schedules.page(
                 tenant=caller.tenant, name=query.name, after=query.after, limit=query.limit
             )
         )
 
-    @router.get("/{schedule_id}")
-    def get(
-        schedule_id: str, query: Annotated[GetQuery, Query()], request: Request, caller: By
-    ) -> ScheduleObject:
+    @router.get("/{schedule_id}", dependencies=[Depends(refuse_repeats)])
+    def get(schedule_id: str, query: Annotated[GetQuery, Query()], caller: By) -> ScheduleObject:
         """Also one that has been deleted, for the sake of its runs. Its jobs only with `include=jobs`."""
-        _once(request)
         found = services.schedules.get(schedule_id, tenant=caller.tenant) if is_id(schedule_id) else None
         if found is None:
             _missing(schedule_id)
@@ -120,10 +116,9 @@ def routes(services: Services) -> APIRouter:
         submit = submit_of(request, ["run", schedule_id])
         return await run_in_threadpool(_run, services, caller.owner, schedule_id, submit)
 
-    @router.get("/{schedule_id}/runs")
-    def runs(schedule_id: str, query: Annotated[PageQuery, Query()], request: Request, caller: By) -> RunList:
+    @router.get("/{schedule_id}/runs", dependencies=[Depends(refuse_repeats)])
+    def runs(schedule_id: str, query: Annotated[PageQuery, Query()], caller: By) -> RunList:
         """A page of runs, latest first, also of a deleted schedule."""
-        _once(request)
         if not is_id(schedule_id) or services.schedules.get(schedule_id, tenant=caller.tenant) is None:
             _missing(schedule_id)
         return run_list(
@@ -161,9 +156,3 @@ def _run(services: Services, owner: Owner, schedule_id: str, submit: Submit | No
 
 def _missing(schedule_id: str) -> NoReturn:
     raise not_found("schedule", schedule_id)
-
-
-def _once(request: Request) -> None:
-    for name, times in Counter(name for name, _ in request.query_params.multi_items()).items():
-        if times > 1:
-            raise ApiError(400, f"{name}: is given {times} times", code="invalid_value", param=name)

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.background import BackgroundTask
 
-from api.errors import ApiError
+from api.errors import ApiError, shown_name
 from api.waits import Waits
 from jobs.batch_reads import BatchReads
 from jobs.body import BadField
@@ -83,20 +83,21 @@ class Services:
 async def refuse_query(request: Request) -> None:
     """A route dependency: query parameters that nobody reads are mistakes."""
     for name in request.query_params:
-        shown = _shown(name)
+        shown = shown_name(name)
         raise ApiError(400, f"{shown}: unknown query parameter", code="unknown_parameter", param=shown)
 
 
 async def refuse_repeats(request: Request) -> None:
     """A route dependency: of a query parameter that is given twice, only one would count."""
+    refuse_repeated(request)
+
+
+def refuse_repeated(request: Request, *, but: str | None = None) -> None:
+    """The same, `but` for one that may be given often."""
     for name, times in Counter(name for name, _ in request.query_params.multi_items()).items():
-        if times > 1:
-            shown = _shown(name)
+        if times > 1 and name != but:
+            shown = shown_name(name)
             raise ApiError(400, f"{shown}: is given {times} times", code="invalid_value", param=shown)
-
-
-def _shown(name: str) -> str:
-    return name[:80].encode("utf-8", "backslashreplace").decode()
 
 
 def submit_of(request: Request, data: object) -> Submit | None:

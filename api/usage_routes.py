@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from api.auth import BEARER, By, Caller
 from api.errors import ApiError, not_found
 from api.schemas import REFUSALS
-from api.services import Services
+from api.services import Services, refuse_repeated
 from jobs.body import BadField
 from jobs.keys import Scope
 from jobs.moments import day_text, parse_moment
@@ -95,9 +95,7 @@ def routes(services: Services) -> APIRouter:
     def get_usage(query: Annotated[_UsageParameters, Query()], request: Request, caller: By) -> UsageList:
         """Sums by `group_by` (day, tenant, model, key, batch), without it one sum of everything. `start` and `end`,
         which is excluded, are unix seconds or days of UTC. `next` of a page is the `after` of the following one."""
-        for name in request.query_params:
-            if name != "group_by" and len(request.query_params.getlist(name)) > 1:
-                raise ApiError(400, f"{name}: is given several times", code="invalid_value", param=name)
+        refuse_repeated(request, but="group_by")
         start = None if query.start is None else parse_moment("start", query.start)
         end = None if query.end is None else parse_moment("end", query.end)
         if start is not None and end is not None and end <= start:

@@ -132,10 +132,6 @@ class GGUFFile:
         unit = self.rows_per_head(name)
         return array if unit == 1 else _uninterleaved(array, unit)
 
-    def tokenizer_metadata(self) -> dict[str, Any]:
-        """All `tokenizer.*` keys: ggml.tokens, .merges, .token_type, .pre, special ids, chat template."""
-        return {key: value for key, value in self.metadata.items() if key.startswith("tokenizer.")}
-
     def _rope_factors(self) -> NDArray[np.float32]:
         with self.path.open("rb") as file:
             return self.read(file.fileno(), ROPE_FACTORS, 0, self.tensors[ROPE_FACTORS].shape[0])

@@ -6,7 +6,7 @@ first frame is `Configure`; `Hello` answers when the model is loaded.
 
 It must not outlive its worker, whatever it is doing: the kernel is asked for SIGKILL at the parent's death
 (prctl(2), PR_SET_PDEATHSIG), and the end of the pipe ends the process from the reader's own thread. Signals
-meant for the worker's process group (INT, TERM, HUP, QUIT) are ignored: the worker says `Drain` and `Stop`.
+meant for the worker's process group (INT, TERM, HUP, QUIT) are ignored: the worker says `Stop`.
 After an exception in a step, or a broken invariant found when it turns idle, nothing can be trusted: `Fatal`, then
 exit code 1. Without work it blocks.
 """
@@ -33,7 +33,6 @@ from engine.wire import (
     Add,
     Completions,
     Configure,
-    Drain,
     Fatal,
     FrameReader,
     FrameTooLargeError,
@@ -91,7 +90,6 @@ class _Process:
         self._bar = bar
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[FromEngine | None] = queue.SimpleQueue()
-        self._draining = False
         self._stopping = False
         self._reported_at = 0.0
         self._checked_at = float("-inf")
@@ -190,21 +188,18 @@ class _Process:
                 return [answer for request in message.requests if (answer := self._add(engine, request))]
             case Abort():
                 return [answer for request_id in message.ids if (answer := engine.abort(request_id))]
-            case Drain():
-                self._draining = True
             case Stop():
                 self._stopping = True
                 return [answer for request_id in engine.request_ids if (answer := engine.abort(request_id))]
             case _:
                 raise WireError(f"{type(message).__name__} is not for a running engine")
-        return []
 
     def _add(self, engine: Engine, request: Request) -> Completion | None:
         """None when it is in; the answer when it is not. What is `aborted` here can run elsewhere as it is."""
         num_prompt = len(request.prompt_token_ids)
         if request.id in engine:
             raise WireError(f"the request {tuple(request.id)} was added while it was in flight")
-        if self._draining or engine.num_requests >= self._credits:
+        if engine.num_requests >= self._credits:
             return Completion(id=request.id, aborted=True, num_prompt=num_prompt)
         try:
             engine.add(request)

@@ -57,11 +57,6 @@ class Abort:
 
 
 @dataclass(frozen=True, slots=True)
-class Drain:
-    """Finish what is in; answer every later Add with `aborted` completions."""
-
-
-@dataclass(frozen=True, slots=True)
 class Stop:
     """Abort everything, send what is left to send, exit 0."""
 
@@ -130,14 +125,14 @@ class Fatal:
     phase: Literal["start", "run"]
 
 
-ToEngine: TypeAlias = Configure | Add | Abort | Drain | Stop
+ToEngine: TypeAlias = Configure | Add | Abort | Stop
 FromEngine: TypeAlias = Hello | Completions | Progress | Grown | Streamed | Stats | Fatal
 Message: TypeAlias = ToEngine | FromEngine
 
 _KINDS: dict[str, type[Message]] = {
     kind.__name__: kind
     for kind in (
-        *(Configure, Add, Abort, Drain, Stop),
+        *(Configure, Add, Abort, Stop),
         *(Hello, Completions, Progress, Grown, Streamed, Stats, Fatal),
     )
 }

@@ -19,7 +19,7 @@ from jobs.batch_file import BadLine, bounded_lines, is_blank, output_line, parse
 from jobs.batch_intake import job_id_of
 from jobs.database import Database, now
 from jobs.desk import Claim, ClaimLost
-from jobs.failures import status_of
+from jobs.failures import failure_of
 from jobs.file_store import FileStore, Part
 from jobs.files import Purpose, insert_file
 from jobs.line_check import max_line_bytes
@@ -53,9 +53,10 @@ def line_of(job: JobView, url: Url, *, cancelled: bool) -> bytes:
         )
         return output_line(name, job.custom_id, response(name, 200, body))
     if job.state is JobState.FAILED:
-        error = job.error or {"code": "failed", "message": "the job failed"}
-        status = status_of(error["code"])
-        body = error_object(status, error["message"], code=error["code"], param=error.get("param"))
+        failure = failure_of(job)
+        assert failure is not None
+        status, code, message, param = failure
+        body = error_object(status, message, code=code, param=param)
         return output_line(name, job.custom_id, response(name, status, body))
     if job.state is JobState.EXPIRED:
         return _not_run(name, job.custom_id, "batch_expired")

@@ -340,15 +340,13 @@ def parse_jobs(jobs: object, settings: Settings) -> list[JobBody]:
 
 def parse_fields(kind: type[M], data: object, noun: str) -> M:
     """`data` as `kind`, for other things than jobs. Raises `BadField` under the names and in the words of all."""
-    if not isinstance(data, dict):
-        raise BadField(None, f"a {noun} must be a JSON object", "invalid_type")
-    return validated(kind, data)
+    return validated(kind, data, noun)
 
 
-def validated(kind: type[M], data: object) -> M:
+def validated(kind: type[M], data: object, noun: str = "job") -> M:
     """Raises `BadField` for the first thing that is wrong with `data`."""
     if not isinstance(data, dict):
-        raise BadField(None, "a job must be a JSON object", "invalid_type")
+        raise BadField(None, f"a {noun} must be a JSON object", "invalid_type")
     try:
         return kind.model_validate(data)
     except ValidationError as error:

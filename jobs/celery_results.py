@@ -17,6 +17,9 @@ from typing import Any
 from celery.states import READY_STATES
 
 from jobs.broker import NightpressCelery
+from jobs.deadlines import EXPIRED_ERROR
+from jobs.failures import UNKNOWN
+from jobs.openai_answers import usage_object
 from jobs.outcomes import Outcome, Recorded
 from jobs.states import JobState
 
@@ -61,10 +64,9 @@ class CeleryResults(threading.Thread):
         if recorded.state is JobState.COMPLETED:
             self._put((outcome.job_id, "SUCCESS", answer(outcome, recorded.model)))
         elif recorded.state is JobState.FAILED:
-            self.failed(outcome.job_id, outcome.error or {"code": "failed", "message": "the job failed"})
+            self.failed(outcome.job_id, outcome.error or UNKNOWN)
         elif recorded.state is JobState.EXPIRED:
-            expired = {"code": "expired", "message": "the job had not ended by its deadline"}
-            self.failed(outcome.job_id, outcome.error or expired)
+            self.failed(outcome.job_id, outcome.error or EXPIRED_ERROR)
         elif recorded.state is JobState.CANCELLED:
             self.revoked(outcome.job_id)
 
@@ -124,10 +126,5 @@ def answer(outcome: Outcome, model: str) -> dict[str, Any]:
         "model": model,
         "text": outcome.outputs[0]["text"],
         "outputs": outcome.outputs,
-        "usage": {
-            "prompt_tokens": outcome.prompt_tokens,
-            "completion_tokens": outcome.completion_tokens,
-            "total_tokens": outcome.prompt_tokens + outcome.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": outcome.cached_tokens},
-        },
+        "usage": usage_object(outcome.prompt_tokens, outcome.completion_tokens, outcome.cached_tokens),
     }

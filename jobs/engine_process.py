@@ -23,7 +23,6 @@ from engine.wire import (
     Add,
     Completions,
     Configure,
-    Drain,
     Fatal,
     FrameReader,
     FrameWriter,
@@ -201,10 +200,6 @@ class EngineProcess:
     def abort(self, ids: Iterable[RequestId]) -> None:
         """Each that is still running comes back as a Completion with `aborted`. Never blocks or raises."""
         self._outbox.put(Abort(tuple(ids)))
-
-    def drain(self) -> None:
-        """Let it finish what it has; later adds come back `aborted`. Never blocks or raises."""
-        self._outbox.put(Drain())
 
     def _available(self) -> int:
         return 0 if self.hello is None or self._gone else self.hello.credits - len(self._in_flight)

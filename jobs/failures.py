@@ -18,6 +18,7 @@ STATUS: Final = {
     "encode_failed": 500,
     "unstorable_output": 500,
 }
+UNKNOWN: Final = {"code": "failed", "message": "the job failed"}  # of a row without a reason
 
 
 class Failure(NamedTuple):
@@ -34,11 +35,10 @@ def status_of(code: str) -> int:
 
 def failure_of(job: JobView) -> Failure | None:
     """None for a job that is completed, or has not ended."""
-    if job.state is JobState.FAILED:
-        error = job.error or {"code": "failed", "message": "the job failed"}
-        return Failure(status_of(error["code"]), error["code"], error["message"], error.get("param"))
     if job.state is JobState.CANCELLED:
         return Failure(409, "cancelled", "the request was cancelled")
-    if job.state is JobState.EXPIRED:
-        return Failure(504, "expired", "the request was not done by its deadline")
-    return None
+    if job.state not in (JobState.FAILED, JobState.EXPIRED):
+        return None
+    error = job.error or UNKNOWN
+    status = 504 if job.state is JobState.EXPIRED else status_of(error["code"])
+    return Failure(status, error["code"], error["message"], error.get("param"))

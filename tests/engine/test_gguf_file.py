@@ -71,7 +71,7 @@ def test_config_and_tokenizer_metadata(tmp_path: Path, model: Any) -> None:
     assert (config.eos_token_ids, config.bos_token_id, config.dtype) == ((2,), 1, "bfloat16")
     assert (config.qkv_bias, config.out_bias) == (True, True)
     assert not config.tied_embeddings
-    metadata = GGUFFile.open(checkpoint.path).tokenizer_metadata()
+    metadata = GGUFFile.open(checkpoint.path).metadata
     assert metadata["tokenizer.ggml.tokens"] == ["a", "é", "<|end|>"]
     assert metadata["tokenizer.ggml.token_type"] == [1, 1, 3]
 

@@ -192,7 +192,7 @@ def form(name: str, **wish: Any) -> Request:
 
 def test_grammars_compile_beside_the_steps(ready: Peer) -> None:
     """One that cannot be had, one that takes a while, one that is taken back and one that is quick; a request without
-    any goes on. What is in when it is told to drain is finished, also if it has only begun to compile."""
+    any goes on."""
     kind, source = HOSTILE["a product of unions"]
     asked = [
         form("refused", regex="(?=a)b"),
@@ -200,7 +200,7 @@ def test_grammars_compile_beside_the_steps(ready: Peer) -> None:
         form("gone", grammar=HOSTILE["fewer nullable rules"][1]),
         form("quick", choice=("yes", "no")),
     ]
-    ready.send(wire.Add((request("other", 100), *asked)), wire.Abort((RequestId("gone", 1),)), wire.Drain())
+    ready.send(wire.Add((request("other", 100), *asked)), wire.Abort((RequestId("gone", 1),)))
     got = ready.completions(5)
     assert got["refused"].error.code == got["slow"].error.code == "invalid_request"
     assert got["refused"].error.message.startswith("structured_outputs.regex: ")
@@ -211,14 +211,6 @@ def test_grammars_compile_beside_the_steps(ready: Peer) -> None:
     ready.read(wire.Stats, lambda stats: stats.values["num_requests"] == 0)
     ready.send(wire.Stop())
     assert ready.ends() == 0
-
-
-def test_drain_finishes_what_is_in_and_hands_the_rest_back(ready: Peer) -> None:
-    ready.send(wire.Add((request("in", 50),)), wire.Drain(), wire.Add((request("late"),)))
-    got = ready.completions(2)
-    assert got["late"].aborted
-    assert got["late"].num_generated == 0
-    assert len(got["in"].outputs[0].token_ids) == 50
 
 
 def test_stop_answers_everything(ready: Peer) -> None:

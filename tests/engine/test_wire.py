@@ -78,7 +78,6 @@ MESSAGES: list[Message] = [
     wire.Configure(EngineConfig(model="m", max_num_seqs=4, kv_cache_memory_bytes=1 << 40)),
     wire.Add((REQUEST, STRUCTURED)),
     wire.Abort((ID, RequestId("", 0))),
-    wire.Drain(),
     wire.Stop(),
     wire.Hello(
         model="m",
@@ -136,8 +135,8 @@ def with_top(pair: list[object]) -> dict[str, object]:
         (b"", "not msgpack"),
         (msgpack.packb([1, 2, 3]), "must be"),
         (body("Explode", {}), "unknown message 'Explode'"),
-        (body("Drain", []), "Drain: must be a map"),
-        (body("Drain", {"force": True}), "Drain: unknown field 'force'"),
+        (body("Stop", []), "Stop: must be a map"),
+        (body("Stop", {"force": True}), "Stop: unknown field 'force'"),
         (body("Add", {}), "Add: field 'requests' is missing"),
         (body("Add", {"requests": {}}), "Add.requests: must be a list"),
         (body("Add", {"requests": [GOOD | {"id": ["a"]}]}), r"Add.requests\[0\].id: must be a list of 2"),

@@ -131,7 +131,6 @@ def test_a_killed_engine_is_reported_once_with_what_was_in_it(engine: Watched) -
     with pytest.raises(EngineGoneError):
         engine.add([request("c")])
     engine.abort(ids("a"))  # nothing to say it to, and no error
-    engine.drain()
     assert engine.stop(1) == -signal.SIGKILL
 
 
@@ -140,15 +139,6 @@ def test_stop_lets_it_answer_and_end_well(engine: Watched) -> None:
     assert engine.stop(10) == 0
     assert engine.completions["a"].aborted
     assert engine.ends == [(0, ())]
-
-
-def test_drain(engine: Watched) -> None:
-    engine.add([request("in", 60)])
-    engine.drain()
-    engine.add([request("late")])
-    wait_until(lambda: len(engine.completions) == 2, "both are answered")
-    assert engine.completions["late"].aborted
-    assert len(engine.completions["in"].outputs[0].token_ids) == 60
 
 
 def test_an_engine_that_hangs_is_killed_when_its_time_is_up(engine: Watched) -> None:
