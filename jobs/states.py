@@ -21,7 +21,8 @@ A batch of a file; one of an array begins at in_progress and has no finalizing:
     │        (bad line)                    │
     └──► cancelled (cancel)                └───► cancelled (clerk, when its output is written)
 
-A terminal state never changes: every UPDATE names the state it moves from, and the fence of the claim.
+A terminal state never changes: whoever moves a job names the state it moves from in the UPDATE or has locked its row
+and looked, a worker by the fence of its claim, too; and triggers in the database refuse what would get past both.
 """
 
 from __future__ import annotations

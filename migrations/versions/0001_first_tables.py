@@ -1,7 +1,7 @@
 """First tables: batches, jobs, results, ledger, workers; terminal states that cannot change.
 
-The triggers are the last line of defence: every statement already names the state it moves from, and should
-one forget to, the database refuses it instead of ending a job twice.
+The triggers are the last line of defence: should a statement move a job without having looked at its state, the
+database refuses it instead of ending the job twice.
 """
 
 from __future__ import annotations
