@@ -196,14 +196,7 @@ class FileBatches:
                 reserved_bytes=load.stored_bytes,
             )
         )
-        tallies.add(
-            connection,
-            [
-                tallies.Change(
-                    batch.tenant, jobs=load.jobs, tokens=load.tokens, stored_bytes=load.stored_bytes
-                )
-            ],
-        )
+        tallies.add(connection, [load.change(batch.tenant)])
 
     def _fail(self, connection: Connection, claimed: Claim, errors: list[dict[str, Any]]) -> None:
         batch = claimed.locked(connection)

@@ -1,8 +1,8 @@
 """Outcome: how one attempt ended, and the one transaction that records it.
 
-Owns the moves that a worker makes out of `in_progress` and `cancelling`, the result row and the ledger row. A job whose
-row no longer carries our fence and name is stale: nothing of it is written. Result, usage and state change commit
-together, so the billed ledger equals the results at every moment.
+Owns the moves that a worker makes out of `in_progress` and `cancelling`, the result row and the ledger row. A job
+whose row no longer carries our fence and name is stale: nothing of it is written. Result, usage and state change
+commit together, so the billed ledger equals the results at every moment.
 """
 
 from __future__ import annotations
