@@ -24,6 +24,7 @@ from tests.support.waiting import wait_until
 def app(redis_url: str, tmp_path: Path) -> Iterator[Celery]:
     app = make_app(Settings(data_dir=tmp_path, model="tiny", redis_url=redis_url))
     yield app
+    app.backend.client.close()
     app.close()
 
 
@@ -130,3 +131,32 @@ def test_a_message_that_comes_again_too_late_changes_nothing(database: Database,
     results.stop(10.0)
     assert rows.jobs_by_state(database) == {"queued": ["a"]}
     assert AsyncResult("a", app=app).state == "STARTED"
+
+
+@pytest.mark.parametrize("hours", [2, -2])
+def test_moments_go_by_the_databases_clock_wherever_the_workers_may_stand(
+    database: Database, app: Celery, monkeypatch: pytest.MonkeyPatch, hours: float
+) -> None:
+    true = time.time()
+    monkeypatch.setattr(time, "time", lambda at=time.time: at() + 3_600 * hours)
+    arrivals = Arrivals(
+        database,
+        app.settings,
+        CeleryResults(app),
+        on_jobs=set[str]().update,
+        is_revoked=lambda _: False,
+        cancel=print,
+    )
+    for name, terms in (
+        ("window", {"completion_window": "90m"}),
+        ("deadline", {"deadline": true + 3_600}),
+        ("later", {"not_before": true + 3_600}),
+        ("past", {"deadline": true - 3_600}),
+    ):
+        arrivals.put(Arrival(name, [], {"prompt": "x"} | terms, lambda: None))
+    arrivals.start()
+    arrivals.stop(10.0)
+    assert rows.jobs_by_state(database) == {"queued": ["deadline", "later", "window"], "failed": ["past"]}
+    assert rows.job(database, "window").deadline == pytest.approx(true + 5_400, abs=60)
+    assert rows.job(database, "deadline").deadline == true + 3_600
+    assert rows.job(database, "later").not_before == true + 3_600
