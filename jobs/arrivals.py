@@ -162,7 +162,8 @@ class Arrivals(threading.Thread):
             return error
 
     def _refuse(self, task_id: str, error: Refusal, tenant: str) -> None:
-        log.warning("arrivals.refused param=%s code=%s", error.param, error.code)
+        # A field's name is the sender's own: it stays one line, and short.
+        log.warning("arrivals.refused param=%.80a code=%s", error.param, error.code)
         try:
             if not self.intake.accept_invalid(task_id, error.as_error(), tenant):
                 return  # delivered again: what became of it the first time stands, and is told by whoever ends it

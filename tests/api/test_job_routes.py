@@ -173,13 +173,21 @@ def test_a_job_without_a_model_where_none_is_served(database: Database, tmp_path
         assert client.post("/v1/jobs", json={"prompt": "a", "model": "m"}).status_code == 202
 
 
-def test_a_dead_broker_fails_no_submit(database: Database, settings: Settings) -> None:
+def test_a_dead_broker_fails_no_submit(
+    database: Database, settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
     def dead(model: str, num_jobs: int) -> None:
         raise ConnectionError("no Redis")
 
     with local_client(create_app(settings, database, dead)) as client:
         assert client.post("/v1/jobs", json={"prompt": "a"}).status_code == 202
         assert client.post("/v1/jobs", json={"jobs": [{"prompt": "a"}]}).status_code == 202
+        forged = "m\n2026-01-01 ERROR jobs.worker worker.lost" + "y" * 200
+        assert client.post("/v1/jobs", json={"prompt": "a", "model": forged}).status_code == 202
+    *_, line = [message for message in caplog.messages if "wake_failed" in message]
+    assert line.startswith("api.wake_failed model='m\\n2026")
+    assert line.isprintable()
+    assert len(line) < 150
 
 
 def test_pages(client: TestClient) -> None:
