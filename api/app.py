@@ -119,7 +119,7 @@ def create_app(
 
 
 def _nobody(model: str, num_jobs: int) -> None:
-    log.debug("api.no_broker model=%s jobs=%d", model, num_jobs)
+    log.debug("api.no_broker model=%.80a jobs=%d", model, num_jobs)
 
 
 def _no_clerk() -> None:

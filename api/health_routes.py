@@ -1,7 +1,7 @@
 """Health routes: whether this process lives, and whether the service gets work done.
 
-`/health` asks nobody. `/ready` asks the workers table: a database that cannot be reached, or work that no
-live worker moves forward, is a 503 with the reason.
+`/health` asks nobody. `/ready` asks the workers table: a database that cannot be reached, or work of a model that no
+live worker of it moves forward, is a 503 with the reason (`jobs.readiness`).
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ is sent after the commit, and the wake-up of workers after the 202.
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from typing import Annotated, Any, Literal
 
@@ -100,7 +99,9 @@ def routes(services: Services) -> APIRouter:
 def _submit_job(services: Services, owner: Owner, data: object, submit: Submit | None) -> JSONResponse:
     if (known := services.intake.accepted_before(submit, owner)) is not None:
         return services.accepted(_job(services, owner.tenant, known), f"/v1/jobs/{known}", Counter())
-    terms, data = split_terms(data, time_now=time.time()) if isinstance(data, dict) else (ORDINARY, data)
+    terms = ORDINARY
+    if isinstance(data, dict):
+        terms, data = split_terms(data, clock=services.intake.clock)
     (body,) = services.intake.name_models([parse_job(data, services.settings, forms=True)])
     if submit is None:
         job = services.intake.accept_new(body, owner, terms=terms)
@@ -115,7 +116,7 @@ def _submit_batch(
 ) -> JSONResponse:
     if (known := services.intake.accepted_before(submit, owner)) is not None:
         return services.accepted(_batch(services, owner.tenant, known), f"/v1/batches/{known}", Counter())
-    terms, data = split_terms(data, time_now=time.time())
+    terms, data = split_terms(data, clock=services.intake.clock)
     for name in data:
         if name not in ("jobs", "metadata"):
             allowed = ", ".join(("metadata", *TERM_FIELDS))

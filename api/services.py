@@ -64,7 +64,7 @@ class Services:
             try:
                 self.wake(model, num_jobs)
             except Exception as error:
-                log.warning("api.wake_failed model=%s error=%s", model, type(error).__name__)
+                log.warning("api.wake_failed model=%.80a error=%s", model, type(error).__name__)
 
     async def wake_workers_later(self, models: Counter[str]) -> None:
         """The same as a background task; for a plain function each would take a thread."""

@@ -198,11 +198,12 @@ class Supervisor:
                 self._valkey.start()
 
     def _is_ready(self) -> bool:
-        """Our own worker is loaded (a row that a killed one left behind does not count), and the API says so."""
+        """Our own worker is loaded (a row that a killed one left behind does not count), and the API answers. It need
+        not be ready: what waits for another model, which was served here before, is not for this worker."""
         try:
             if self._reads is None or not self._reads.is_worker_ready(socket.gethostname(), self._worker.pid):
                 return False
-            with _direct.open(f"{self._url_file.read_text().strip()}/ready", timeout=2.0) as answer:
+            with _direct.open(f"{self._url_file.read_text().strip()}/health", timeout=2.0) as answer:
                 return bool(answer.status == 200)
         except (OSError, SQLAlchemyError):
             return False

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from sqlalchemy import select
@@ -123,8 +124,9 @@ class Arrivals(threading.Thread):
 
     def _accept(self, group: list[Arrival]) -> None:
         good: list[Message] = []
+        clock = cache(self.intake.clock)  # asked once for all of them, if at all
         for arrival in group:
-            if isinstance(parsed := self._parse(arrival), Message):
+            if isinstance(parsed := self._parse(arrival, clock), Message):
                 good.append(parsed)
             else:
                 self._refuse(arrival.task_id, parsed, DEFAULT)
@@ -145,7 +147,7 @@ class Arrivals(threading.Thread):
         if good:
             self.on_jobs({message.body.model for message in good if message.body.model})
 
-    def _parse(self, arrival: Arrival) -> Message | BadField:
+    def _parse(self, arrival: Arrival, clock: Callable[[], float]) -> Message | BadField:
         try:
             check_task_id(arrival.task_id)
             if arrival.args:
@@ -153,14 +155,15 @@ class Arrivals(threading.Thread):
             named = arrival.kwargs.get("tenant")
             tenant = DEFAULT if named is None else check_tenant(named)
             job = {name: value for name, value in arrival.kwargs.items() if name != "tenant"}
-            terms, job = split_terms(job, time_now=time.time())
+            terms, job = split_terms(job, clock=clock)
             (body,) = self.intake.name_models([parse_job(job, self.settings)])
             return Message(arrival.task_id, body, tenant, terms)
         except BadField as error:
             return error
 
     def _refuse(self, task_id: str, error: Refusal, tenant: str) -> None:
-        log.warning("arrivals.refused param=%s code=%s", error.param, error.code)
+        # A field's name is the sender's own: it stays one line, and short.
+        log.warning("arrivals.refused param=%.80a code=%s", error.param, error.code)
         try:
             if not self.intake.accept_invalid(task_id, error.as_error(), tenant):
                 return  # delivered again: what became of it the first time stands, and is told by whoever ends it

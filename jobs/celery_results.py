@@ -89,7 +89,7 @@ class CeleryResults(threading.Thread):
             try:
                 self._store(job_id, state, value)
             except Exception as error:
-                log.warning("celery_results.failed job=%s error=%s", job_id, type(error).__name__)
+                log.warning("celery_results.failed job=%.80a error=%s", job_id, type(error).__name__)
             else:
                 if state in READY_STATES:
                     self._told.append(job_id)

@@ -1,9 +1,10 @@
 """Database: one SQLAlchemy engine, two kinds of transaction, and the store's clock.
 
 Owns connections, SQLite's settings and the retry of transactions that the database refused for a passing
-reason (lock, deadlock, serialization, a connection that dropped). Knows no table. Every transaction given to
-`transact` must be safe to run twice, because a lost connection leaves it unknown whether the commit happened:
-all writes here are conditional on a fence, a state or a primary key, so a second run changes nothing.
+reason (lock, deadlock, serialization, a connection that dropped or may only read). Knows no table. Every
+transaction given to `transact` must be safe to run twice, because a lost connection leaves it unknown whether
+the commit happened: all writes here are conditional on a fence, a state or a primary key, so a second run
+changes nothing.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from sqlalchemy import (
     Dialect,
     Double,
     Engine,
+    ExceptionContext,
     String,
     TypeDecorator,
     create_engine,
@@ -59,6 +61,7 @@ POSTGRES_ARGUMENTS: dict[str, Any] = {
     "tcp_user_timeout": 15_000,
     "options": "-c lock_timeout=10s -c idle_in_transaction_session_timeout=30s",
 }
+READ_ONLY_SQLSTATE = "25006"
 TRANSIENT_SQLSTATES = {"40001", "40P01", "55P03", "57P01", "57P02", "57P03", "53300"}
 
 
@@ -153,6 +156,7 @@ class Database:
             event.listen(self.engine, "connect", _note_use)
             event.listen(self.engine, "checkin", _note_use)
             event.listen(self.engine, "checkout", self._ping_if_idle)
+            event.listen(self.engine, "handle_error", _leave_reader)
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -227,10 +231,11 @@ def copy_in(connection: Connection, statement: str, text: str) -> None:
         with driver.cursor() as cursor, cursor.copy(statement) as copy:
             copy.write(text)
     except errors as error:
-        lost = dialect.is_disconnect(error, driver, None)
+        reader = _refused_by_reader(statement, error)
+        lost = reader is not None or dialect.is_disconnect(error, driver, None)
         if lost:
             connection.invalidate(error)
-        raise DBAPIError.instance(
+        raise reader or DBAPIError.instance(
             statement, None, error, errors, hide_parameters=True, connection_invalidated=lost, dialect=dialect
         ) from error
 
@@ -270,6 +275,20 @@ def is_transient(error: DBAPIError) -> bool:
         return True
     # A PostgreSQL that cannot be reached raises before there is a connection to invalidate.
     return isinstance(error, OperationalError) and type(error.orig).__module__.startswith("psycopg")
+
+
+def _refused_by_reader(statement: str | None, error: BaseException | None) -> OperationalError | None:
+    """Of a session that may only read, as all of a standby's: no database that anybody could use, for now."""
+    if error is None or getattr(error, "sqlstate", None) != READ_ONLY_SQLSTATE:
+        return None
+    return OperationalError(statement, None, error, hide_parameters=True, connection_invalidated=True)
+
+
+def _leave_reader(context: ExceptionContext) -> OperationalError | None:
+    """Whether a session may write is settled when it begins, so neither it nor any that is as old is used again."""
+    reader = _refused_by_reader(context.statement, context.original_exception)
+    context.is_disconnect |= reader is not None
+    return reader
 
 
 def _note_use(connection: Any, record: Any) -> None:

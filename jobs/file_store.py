@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,9 +90,12 @@ class FileStore:
         self._path(file_id).unlink(missing_ok=True)
 
     def old(self, seconds: float) -> Iterator[tuple[str, bool]]:
-        """Files and parts that nobody has written to for so long: id, and whether it is whole."""
+        """Files and parts that nobody has written to for so long: id, and whether it is whole. The clock is that of
+        the disk, which other machines write to as well."""
         try:
             entries = list(os.scandir(self._folder))
+            with tempfile.TemporaryFile(dir=self._folder) as fresh:
+                time_now = os.fstat(fresh.fileno()).st_mtime
         except FileNotFoundError:
             return
         for entry in entries:
@@ -99,7 +103,7 @@ class FileStore:
             if found is None:
                 continue
             try:
-                silent = time.time() - entry.stat(follow_symlinks=False).st_mtime
+                silent = time_now - entry.stat(follow_symlinks=False).st_mtime
             except FileNotFoundError:
                 continue
             if silent > seconds:

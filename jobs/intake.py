@@ -97,6 +97,11 @@ class Intake:
         self._forecasts = forecasts or Forecasts(database, settings)
         self._singles: GroupCommit[Single, JobView] = GroupCommit(self._accept_singles)
 
+    def clock(self) -> float:
+        """The database's time in unix seconds, which the moments of a submit's terms go by at every door."""
+        with self._database.read() as connection:
+            return clock(connection)
+
     # --- model ----------------------------------------------------------------------------------------------
 
     def default_model(self) -> str | None:

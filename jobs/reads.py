@@ -8,18 +8,19 @@ know how an answer is written (`api.schemas`). Lists and results go by keyset, n
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, and_, bindparam, func, literal_column, select
+from sqlalchemy import ColumnElement, Connection, Row, Select, and_, bindparam, func, select
 
 from jobs.completion_order import Order
 from jobs.database import Database, now, portions
 from jobs.keyset import page
 from jobs.models import Batch, Job, LedgerEntry, Result, Worker
-from jobs.states import HELD, LIVE_WORKER, TERMINAL, BatchState, JobState, LedgerKind, WorkerState
-from jobs.terms import DELAYED, Tier, tier_of
+from jobs.readiness import Readiness, readiness
+from jobs.states import LIVE_WORKER, TERMINAL, BatchState, JobState, LedgerKind, WorkerState
+from jobs.terms import Tier, tier_of
 
 CHUNK = 500  # results read at a time
 MAX_LIMIT = 100
@@ -31,8 +32,6 @@ _PLAIN_COLUMNS = (
     "num_inserted", "schedule_id", "retry_of",
 )
 # fmt: on
-# Spelled out, because a bound parameter would keep the database from using the partial indexes.
-_QUEUED: ColumnElement[str] = literal_column(f"'{JobState.QUEUED.value}'")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,17 +112,6 @@ class JobFilter:
     custom_id: str | None = None
     created_after: float | None = None
     created_before: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Readiness:
-    """Whether work that is waiting gets done. `reason` says why not."""
-
-    ready: bool
-    reason: str | None
-    has_work: bool
-    num_workers: dict[WorkerState, int] = field(default_factory=dict)  # live ones, by state
-    models: tuple[str, ...] = ()  # that ready workers serve
 
 
 class Reads:
@@ -231,41 +219,8 @@ class Reads:
             return {row.model: row.since for row in connection.execute(query)}
 
     def readiness(self, stall_seconds: float) -> Readiness:
-        """Ready: there is nothing to do, or a live worker is loaded and, if it is busy, its engine has made a
-        step in the last `stall_seconds`."""
         with self._database.read() as connection:
-            workers = connection.execute(
-                select(
-                    Worker.model,
-                    Worker.state,
-                    (Worker.num_running + Worker.num_waiting > 0).label("busy"),
-                    (now() - func.coalesce(Worker.last_step_at, Worker.started_at)).label("since_step"),
-                ).where(Worker.state.in_(LIVE_WORKER), Worker.lease_until > now())
-            ).all()
-            queued = select(Job.id).where(Job.state == _QUEUED, Job.tier < DELAYED).limit(1)
-            held = select(Job.id).where(Job.worker_id.is_not(None), Job.state.in_(HELD)).limit(1)
-            has_work = any(connection.execute(query).first() is not None for query in (queued, held))
-        num_workers: dict[WorkerState, int] = {}
-        for worker in workers:
-            state = WorkerState(worker.state)
-            num_workers[state] = num_workers.get(state, 0) + 1
-        loaded = [worker for worker in workers if worker.state == WorkerState.READY]
-        moving = [worker for worker in loaded if not worker.busy or worker.since_step <= stall_seconds]
-        reason = None
-        if has_work and not moving:
-            if loaded:
-                reason = f"no step of any engine in the last {stall_seconds:g} seconds though it is busy"
-            elif WorkerState.STARTING in num_workers:
-                reason = "jobs are waiting and the worker is still loading its model"
-            else:
-                reason = "jobs are waiting and no worker is alive to take them"
-        return Readiness(
-            ready=reason is None,
-            reason=reason,
-            has_work=has_work,
-            num_workers=num_workers,
-            models=tuple(sorted({worker.model for worker in moving})),
-        )
+            return readiness(connection, stall_seconds)
 
     def is_worker_ready(self, host: str, pid: int) -> bool:
         """True when the worker that is this very process has loaded its model and holds its lease."""

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from engine.config import EngineConfig
+from jobs.addresses import ADVICE, is_broker, is_database
 
 REQUEST_GRACE_SECONDS: Final = 10  # for requests that an api is answering when it is told to stop
 
@@ -72,6 +73,7 @@ class Settings(BaseSettings):
         frozen=True,
         env_ignore_empty=True,
         protected_namespaces=(),
+        hide_input_in_errors=True,  # there are passwords among them
     )
 
     data_dir: Path = Field(Path(".nightpress"), description="where embedded mode keeps SQLite and Valkey")
@@ -158,6 +160,8 @@ class Settings(BaseSettings):
             url = "postgresql+psycopg://" + url.split("://", 1)[1]
         if url and not url.startswith(("sqlite:///", "postgresql+psycopg://")):
             raise ValueError("must start with sqlite:/// or postgresql://")
+        if url and not is_database(url):
+            raise ValueError(f"cannot be read as postgresql://USER:PASSWORD@HOST:PORT/NAME; {ADVICE}")
         return url
 
     @field_validator("redis_url")
@@ -165,6 +169,10 @@ class Settings(BaseSettings):
     def _known_broker(cls, url: str) -> str:
         if url and not url.startswith(("redis://", "rediss://", "unix://")):
             raise ValueError("must start with redis://, rediss:// or unix://")
+        if url and not is_broker(url):
+            raise ValueError(
+                f"cannot be read as redis://USER:PASSWORD@HOST:PORT/NUMBER or unix:///PATH?db=NUMBER; {ADVICE}"
+            )
         return url
 
     @model_validator(mode="after")

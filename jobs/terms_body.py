@@ -6,7 +6,7 @@ later must not bring a deadline along that has passed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -43,18 +43,21 @@ class TermsBody(_Strict):
 
 
 TERM_FIELDS: Final = tuple(TermsBody.model_fields)
+_MOMENTS: Final = {"not_before", "deadline", "completion_window"}
 
 
-def split_terms(data: Mapping[str, Any], *, time_now: float) -> tuple[Terms, dict[str, Any]]:
-    """The terms in `data`, and the rest of it. `time_now`: unix seconds. Raises `BadField`."""
+def split_terms(data: Mapping[str, Any], *, clock: Callable[[], float]) -> tuple[Terms, dict[str, Any]]:
+    """The terms in `data`, and the rest of it. `clock`: the database's, in unix seconds; to ask it costs a way there,
+    so it is asked only where a moment is given. Raises `BadField`."""
     given = {name: data[name] for name in TERM_FIELDS if data.get(name) is not None}
     rest = {name: value for name, value in data.items() if name not in TERM_FIELDS}
-    return (parse_terms(given, time_now=time_now), rest) if given else (Terms(), rest)
+    return (_parse_terms(given, clock), rest) if given else (Terms(), rest)
 
 
-def parse_terms(data: Mapping[str, Any], *, time_now: float) -> Terms:
+def _parse_terms(data: dict[str, Any], clock: Callable[[], float]) -> Terms:
     """Raises `BadField` for the first thing that is wrong."""
-    body = validated(TermsBody, dict(data))
+    body = validated(TermsBody, data)
+    time_now = clock() if data.keys() & _MOMENTS else 0.0
     deadline, tier = body.deadline, Tier.BACKGROUND if body.tier == "background" else Tier.NORMAL
     if body.completion_window is not None:
         if deadline is not None:

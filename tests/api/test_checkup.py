@@ -242,7 +242,7 @@ def test_what_it_looks_at_stays_as_it_is(databases: Databases, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("part", "given"),
     [
-        ("database", {"database_url": "postgresql://u:p@host:notaport/db"}),
+        ("database", {"database_url": "postgresql://u:p@host:99999/db"}),
         ("database", {"database_url": f"sqlite:///{'/deep' * 2000}"}),
         ("broker", {"redis_url": "redis://127.0.0.1:1?zzz=1"}),
         ("files", {"files_dir": Path("/deep" * 2000)}),

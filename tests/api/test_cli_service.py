@@ -36,3 +36,25 @@ def test_a_wrong_setting_is_told_in_our_words(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("NIGHTPRESS_DATABASE_URL", "mysql://x")
     done = CliRunner().invoke(main, ["migrate"])
     assert "NIGHTPRESS_DATABASE_URL: must start with sqlite:/// or postgresql://" in done.output
+
+
+@pytest.mark.parametrize(
+    ("name", "url"),
+    [
+        ("REDIS_URL", "redis://:s3cretX/tail@host:6379/0"),
+        ("REDIS_URL", "redis://:s3cretX#tail@host:6379/0"),
+        ("DATABASE_URL", "postgresql://user:s3cretX@tail@host:5432/name"),
+    ],
+)
+@pytest.mark.parametrize("command", ["api", "worker", "migrate", "up", "doctor", "keys list"])
+def test_no_command_shows_a_password_that_it_cannot_read(
+    monkeypatch: pytest.MonkeyPatch, command: str, name: str, url: str
+) -> None:
+    monkeypatch.setenv(f"NIGHTPRESS_{name}", url)
+    done = CliRunner().invoke(main, command.split())
+    assert done.exit_code == 2
+    assert isinstance(done.exception, SystemExit), done.exception
+    assert f"NIGHTPRESS_{name}: cannot be read as" in done.output
+    assert "percent-encode" in done.output
+    assert "s3cretX" not in done.output
+    assert "tail" not in done.output

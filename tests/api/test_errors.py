@@ -18,6 +18,7 @@ from jobs.settings import Settings
 from jobs.states import WorkerState
 from tests.api.test_job_routes import error_of
 from tests.support.clients import local_client
+from tests.support.databases import let_write
 from tests.support.tree import ROOT
 
 SECRET = "the launch code is 1234"
@@ -91,6 +92,22 @@ def test_a_database_that_is_gone_is_a_503() -> None:
             assert answer.headers["retry-after"]
         assert client.get("/health").json() == {"status": "ok"}
     database.close()
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_database_that_only_reads_is_a_503_until_it_writes_again(
+    client: TestClient, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(Database.transact.__kwdefaults__, "patience", 0.1)
+    let_write(database_url, False)
+    bodies = ({"prompt": "a"}, {"jobs": [{"prompt": "a"}]})
+    for body in bodies:
+        answer = client.post("/v1/jobs", json=body)
+        assert error_of(answer, 503)["code"] == "database_unreachable"
+        assert answer.headers["retry-after"]
+    assert client.get("/v1/jobs").json()["data"] == [], "what is there can be read all the same"
+    let_write(database_url, True)
+    assert [client.post("/v1/jobs", json=body).status_code for body in bodies] == [202, 202]
 
 
 def test_health_and_ready(client: TestClient, database: Database) -> None:

@@ -9,14 +9,18 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from sqlalchemy import or_, select
 
 from api.app import create_app
 from jobs.claims import claim
 from jobs.database import Database
 from jobs.leases import register
+from jobs.models import Job
 from jobs.outcomes import Outcome, record
 from jobs.settings import Settings
+from jobs.terms import DELAYED, Tier
 from tests.support.clients import local_client
+from tests.support.waiting import wait_until
 
 OUTPUT = {"index": 0, "text": "out\x00\u2028", "finish_reason": "stop", "stop_reason": "\n"}
 LIKELIEST = {"token": "\x00", "bytes": [0], "logprob": -0.5}
@@ -169,13 +173,21 @@ def test_a_job_without_a_model_where_none_is_served(database: Database, tmp_path
         assert client.post("/v1/jobs", json={"prompt": "a", "model": "m"}).status_code == 202
 
 
-def test_a_dead_broker_fails_no_submit(database: Database, settings: Settings) -> None:
+def test_a_dead_broker_fails_no_submit(
+    database: Database, settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
     def dead(model: str, num_jobs: int) -> None:
         raise ConnectionError("no Redis")
 
     with local_client(create_app(settings, database, dead)) as client:
         assert client.post("/v1/jobs", json={"prompt": "a"}).status_code == 202
         assert client.post("/v1/jobs", json={"jobs": [{"prompt": "a"}]}).status_code == 202
+        forged = "m\n2026-01-01 ERROR jobs.worker worker.lost" + "y" * 200
+        assert client.post("/v1/jobs", json={"prompt": "a", "model": forged}).status_code == 202
+    *_, line = [message for message in caplog.messages if "wake_failed" in message]
+    assert line.startswith("api.wake_failed model='m\\n2026")
+    assert line.isprintable()
+    assert len(line) < 150
 
 
 def test_pages(client: TestClient) -> None:
@@ -308,12 +320,35 @@ def test_a_key_of_a_submit_must_be_one(client: TestClient) -> None:
     "body", [{"prompt": "a"}, {"jobs": [{"prompt": "a"}, {"prompt": "b"}]}], ids=["job", "batch"]
 )
 def test_a_submit_that_is_sent_again_after_its_deadline_is_answered(
-    client: TestClient, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    client: TestClient, body: dict[str, Any]
 ) -> None:
     headers = {"Idempotency-Key": "night 8"}
-    dated = body | {"deadline": int(time.time()) + 60}
+    dated = body | {"deadline": time.time() + 2}
     first = client.post("/v1/jobs", json=dated, headers=headers)
-    monkeypatch.setattr(time, "time", lambda at=time.time: at() + 3_600)
+    wait_until(lambda: time.time() > dated["deadline"], "the deadline has passed")
     again = client.post("/v1/jobs", json=dated, headers=headers)
     assert (again.status_code, again.json()["id"]) == (202, first.json()["id"])
     assert error_of(client.post("/v1/jobs", json=dated), 400)["param"] == "deadline"
+
+
+@pytest.mark.parametrize("hours", [2, -2])
+@pytest.mark.parametrize("door", ["job", "batch"])
+def test_moments_go_by_the_databases_clock_wherever_the_apis_may_stand(
+    client: TestClient, database: Database, monkeypatch: pytest.MonkeyPatch, door: str, hours: float
+) -> None:
+    true = time.time()
+    monkeypatch.setattr(time, "time", lambda at=time.time: at() + 3_600 * hours)
+
+    def submitted(**terms: Any) -> Any:
+        body = {"prompt": "a"} if door == "job" else {"jobs": [{"prompt": "a"}]}
+        made = client.post("/v1/jobs", json=body | terms).json()
+        with database.read() as connection:
+            made_of_it = or_(Job.id == made["id"], Job.batch_id == made["id"])
+            return connection.execute(select(*Job.__table__.columns).where(made_of_it)).one()
+
+    assert submitted(completion_window="90m").deadline == pytest.approx(true + 5_400, abs=60)
+    assert submitted(deadline=true + 3_600).deadline == true + 3_600
+    later = submitted(not_before=true + 3_600)
+    assert (later.not_before, later.tier) == (true + 3_600, Tier.NORMAL + DELAYED)
+    past = client.post("/v1/jobs", json={"prompt": "a", "deadline": true - 3_600})
+    assert error_of(past, 400)["param"] == "deadline"

@@ -7,15 +7,22 @@ import os
 import signal
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 import httpx
 import pytest
 
+from jobs.body import JobBody
 from jobs.database import Database
+from jobs.intake import Intake
+from jobs.leases import register
+from jobs.settings import Settings
+from jobs.tenants import OPERATOR
+from migrations.schema import upgrade
 from tests.support import rows
 from tests.support.processes import Process
 from tests.support.tiny import write_tiny_llama
@@ -32,14 +39,27 @@ ENVIRONMENT = {
 
 
 @pytest.fixture
-def up(tmp_path: Path) -> Iterator[Process]:
-    write_tiny_llama(tmp_path / "tiny", max_position=16_384)
-    arguments = ["up", "--port", "0", "--data-dir", str(tmp_path / "d"), "--model", str(tmp_path / "tiny")]
-    process = Process("up", arguments, ENVIRONMENT, tmp_path)
-    wait_until(lambda: "\nready\n" in process.text() or not process.alive, "up is ready", SECONDS)
-    assert process.alive, process.tail()
-    yield process
-    process.destroy()
+def start(tmp_path: Path) -> Iterator[Callable[[], Process]]:
+    """Starts it, and returns when it is ready."""
+    processes: list[Process] = []
+
+    def start() -> Process:
+        write_tiny_llama(tmp_path / "tiny", max_position=16_384)
+        place = ("--port", "0", "--data-dir", str(tmp_path / "d"))
+        process = Process("up", ["up", *place, "--model", str(tmp_path / "tiny")], ENVIRONMENT, tmp_path)
+        processes.append(process)
+        wait_until(lambda: "\nready\n" in process.text() or not process.alive, "up is ready", SECONDS)
+        assert process.alive, process.tail()
+        return process
+
+    yield start
+    for process in processes:
+        process.destroy()
+
+
+@pytest.fixture
+def up(start: Callable[[], Process]) -> Process:
+    return start()
 
 
 def tree(pid: int) -> dict[int, str]:
@@ -76,6 +96,28 @@ def generate(folder: Path) -> None:
         SECONDS,
     )
     assert done["usage"]["completion_tokens"] == 4
+
+
+def leave_work_for_another_model(folder: Path) -> None:
+    """As an `up` of another day would."""
+    folder.mkdir()
+    url = f"sqlite:///{folder / 'nightpress.sqlite3'}"
+    upgrade(url)
+    with closing(Database(url)) as database:
+        with database.write() as connection:
+            register(connection, worker_id="gone", model="other", lease_seconds=-1)
+        Intake(database, Settings(data_dir=folder)).accept_one(JobBody(prompt="a", model="other"), OPERATOR)
+
+
+def test_up_is_ready_though_jobs_of_another_model_wait(start: Callable[[], Process], tmp_path: Path) -> None:
+    leave_work_for_another_model(tmp_path / "d")
+    start()
+    generate(tmp_path)
+    with pytest.raises(HTTPError) as refused:
+        call(tmp_path, "/ready")
+    with closing(refused.value) as answer:
+        assert answer.code == 503
+        assert json.load(answer)["error"]["message"].startswith("other: jobs are waiting")
 
 
 def test_up_works_survives_its_worker_and_stops_cleanly(up: Process, tmp_path: Path) -> None:

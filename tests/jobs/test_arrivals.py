@@ -24,6 +24,7 @@ from tests.support.waiting import wait_until
 def app(redis_url: str, tmp_path: Path) -> Iterator[Celery]:
     app = make_app(Settings(data_dir=tmp_path, model="tiny", redis_url=redis_url))
     yield app
+    app.backend.client.close()
     app.close()
 
 
@@ -130,3 +131,68 @@ def test_a_message_that_comes_again_too_late_changes_nothing(database: Database,
     results.stop(10.0)
     assert rows.jobs_by_state(database) == {"queued": ["a"]}
     assert AsyncResult("a", app=app).state == "STARTED"
+
+
+@pytest.mark.parametrize("hours", [2, -2])
+def test_moments_go_by_the_databases_clock_wherever_the_workers_may_stand(
+    database: Database, app: Celery, monkeypatch: pytest.MonkeyPatch, hours: float
+) -> None:
+    true = time.time()
+    monkeypatch.setattr(time, "time", lambda at=time.time: at() + 3_600 * hours)
+    arrivals = Arrivals(
+        database,
+        app.settings,
+        CeleryResults(app),
+        on_jobs=set[str]().update,
+        is_revoked=lambda _: False,
+        cancel=print,
+    )
+    for name, terms in (
+        ("window", {"completion_window": "90m"}),
+        ("deadline", {"deadline": true + 3_600}),
+        ("later", {"not_before": true + 3_600}),
+        ("past", {"deadline": true - 3_600}),
+    ):
+        arrivals.put(Arrival(name, [], {"prompt": "x"} | terms, lambda: None))
+    arrivals.start()
+    arrivals.stop(10.0)
+    assert rows.jobs_by_state(database) == {"queued": ["deadline", "later", "window"], "failed": ["past"]}
+    assert rows.job(database, "window").deadline == pytest.approx(true + 5_400, abs=60)
+    assert rows.job(database, "deadline").deadline == true + 3_600
+    assert rows.job(database, "later").not_before == true + 3_600
+
+
+def test_a_name_in_a_message_forges_no_line_of_the_log(
+    database: Database, app: Celery, caplog: pytest.LogCaptureFixture
+) -> None:
+    forged = "x\n2026-01-01 00:00:00 ERROR jobs.worker worker.lost\x1b[2J\u2028é" + "y" * 500
+    arrivals = Arrivals(
+        database,
+        app.settings,
+        CeleryResults(app),
+        on_jobs=set[str]().update,
+        is_revoked=lambda _: False,
+        cancel=print,
+    )
+    arrivals.put(Arrival("a", [], {"prompt": "x", forged: 1}, lambda: None))
+    arrivals.start()
+    arrivals.stop(10.0)
+    (line,) = [message for message in caplog.messages if "arrivals.refused" in message]
+    assert line.isascii()
+    assert line.isprintable()
+    assert len(line) < 150
+    assert "unknown_parameter" in line
+    assert rows.job(database, "a").error["code"] == "unknown_parameter"
+
+
+def test_a_task_id_forges_no_line_of_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    away = make_app(Settings(data_dir=tmp_path, redis_url=f"unix://{tmp_path}/nobody"))
+    results = CeleryResults(away)
+    results.failed("a\nworker.lost" + "y" * 200, {"code": "invalid_value", "message": "no id"})
+    results.start()
+    results.stop(30.0)
+    away.close()
+    (line,) = [message for message in caplog.messages if "celery_results.failed" in message]
+    assert line.startswith("celery_results.failed job='a\\nworker.lost")
+    assert line.isprintable()
+    assert len(line) < 150

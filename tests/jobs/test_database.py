@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Connection, bindparam, event, insert, select, text
+from sqlalchemy.exc import OperationalError
 
-from jobs.database import IDLE_SECONDS, Database, Texts, commit_lazily, copy_in, is_among
+from jobs.database import IDLE_SECONDS, Database, Texts, commit_lazily, copy_in, is_among, is_transient
 from jobs.models import Tenant
+from tests.support.databases import let_write
 from tests.support.waiting import wait_until
 
 NAMES = ["a", 'quo"te', "back\\slash", "comma,{brace}", "é😀", "NULL", "", "10", "1e3"]
+NEW_TENANT = insert(Tenant).values(id="a", weight=1.0, quotas={}, created_at=0.0)
 AMONG = select(Tenant.id).where(is_among(Tenant.__table__.c.id, bindparam("ids", type_=Texts)))
 
 
@@ -73,6 +76,36 @@ def test_a_copy_whose_connection_dies_is_made_again(database: Database) -> None:
     assert len(set(backends)) == 2
     with database.read() as connection:
         assert connection.scalars(select(Tenant.id).where(Tenant.id == "a")).all() == ["a"]
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_sessions_that_may_only_read_are_left_when_one_must_write(
+    database_url: str, database: Database
+) -> None:
+    let_write(database_url, False)
+    with database.read() as first, database.read() as second:
+        readers = {one.scalar(text("SELECT pg_backend_pid()")) for one in (first, second)}
+    with pytest.raises(OperationalError, match="read-only") as caught:
+        database.transact(lambda connection: connection.execute(NEW_TENANT), patience=0.1)
+    assert is_transient(caught.value)
+    let_write(database_url, True)
+    database.transact(lambda connection: connection.execute(NEW_TENANT))
+    with database.read() as first, database.read() as second:
+        assert not readers & {one.scalar(text("SELECT pg_backend_pid()")) for one in (first, second)}
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_copy_into_a_database_that_only_reads_is_made_when_it_writes(
+    database_url: str, database: Database
+) -> None:
+    def work(connection: Connection) -> None:
+        copy_in(connection, "COPY tenants (id, weight, quotas, created_at) FROM STDIN", "a\t1\t{}\t0\n")
+
+    let_write(database_url, False)
+    with pytest.raises(OperationalError, match="read-only"):
+        database.transact(work, patience=0.1)
+    let_write(database_url, True)
+    database.transact(work)
 
 
 def test_only_the_transaction_that_says_so_commits_lazily(database: Database) -> None:

@@ -198,6 +198,21 @@ def test_what_a_death_left_is_cleaned_and_nothing_else(bench: Bench) -> None:
         part.drop()
 
 
+@ON_SQLITE
+@pytest.mark.parametrize("hours", [2, -2])
+def test_an_api_whose_clock_is_wrong_leaves_what_another_uploads(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, hours: float
+) -> None:
+    running, torn = bench.files.store.begin(), bench.files.store.begin()
+    running.write(b"half of an upload")
+    age(bench.settings.files / f"{torn.file_id}.part", 4_000)
+    monkeypatch.setattr(time, "time", lambda at=time.time: at() + 3_600 * hours)
+    assert bench.files.clean() == 1
+    assert on_disk(bench) == {f"{running.file_id}.part"}
+    for part in (running, torn):
+        part.drop()
+
+
 @pytest.mark.parametrize(
     "name", ["", "..", "../x", "file-", "file-" + "0" * 31, "file-" + "0" * 32 + ".part"]
 )

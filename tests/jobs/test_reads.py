@@ -22,6 +22,7 @@ from jobs.reads import CHUNK, JobFilter, Reads, Usage
 from jobs.settings import Settings
 from jobs.states import BatchState, JobState, WorkerState
 from jobs.tenants import OPERATOR
+from jobs.terms import Terms, Tier
 
 WORKER = "w"
 OUTPUTS = [{"index": 0, "text": "out", "finish_reason": "stop", "stop_reason": None}]
@@ -37,9 +38,9 @@ def intake(database: Database, settings: Settings) -> Intake:
     return Intake(database, settings)
 
 
-def worker(database: Database, name: str = WORKER, **columns: Any) -> None:
+def worker(database: Database, name: str = WORKER, *, model: str = "tiny", **columns: Any) -> None:
     with database.write() as connection:
-        register(connection, worker_id=name, model="tiny", lease_seconds=60)
+        register(connection, worker_id=name, model=model, lease_seconds=60)
         connection.execute(
             update(Worker).where(Worker.id == name).values(**{"state": WorkerState.READY, **columns})
         )
@@ -243,6 +244,35 @@ def test_a_busy_engine_without_steps_is_not_ready(database: Database, intake: In
     assert "60 seconds" in str(readiness.reason)
     worker(database, "second")
     assert reads.readiness(60).ready, "another worker moves"
+
+
+def test_work_of_one_model_is_not_done_by_workers_of_another(
+    database: Database, intake: Intake, reads: Reads
+) -> None:
+    worker(database, "second", model="m2")
+    worker(database, "third", model="m3", lease_until=now() - 1)
+    intake.accept_one(JobBody(prompt="a", model="m2"), OPERATOR)
+    intake.accept_one(JobBody(prompt="a", model="invented"), OPERATOR)
+    later = Terms(tier=Tier.NORMAL, not_before=4e9)
+    intake.accept_one(JobBody(prompt="a", model="m3"), OPERATOR, terms=later)
+    assert reads.readiness(60).ready, (
+        "what may not start yet waits for nobody, and no worker ever had the other"
+    )
+    job_id = intake.accept_one(JobBody(prompt="a", model="m3"), OPERATOR)
+    readiness = reads.readiness(60)
+    assert (readiness.ready, readiness.has_work, readiness.models) == (False, True, ("m2",))
+    assert readiness.reason == "m3: jobs are waiting and no worker is alive to take them"
+    worker(database, "fourth", model="m3", state=WorkerState.STARTING)
+    assert "m3: jobs are waiting and the worker is still loading" in str(reads.readiness(60).reason)
+    with database.write() as connection:
+        stuck = update(Worker).where(Worker.id == "fourth")
+        connection.execute(stuck.values(state=WorkerState.READY, num_running=1, last_step_at=now() - 100))
+        held = update(Job).where(Job.id == job_id)
+        connection.execute(held.values(state=JobState.IN_PROGRESS, worker_id="fourth"))
+    assert reads.readiness(120).ready
+    assert "m3: no step of any engine in the last 60 seconds" in str(reads.readiness(60).reason)
+    worker(database, "fifth", model="m3")
+    assert reads.readiness(60).ready
 
 
 def test_one_worker_process_is_told_from_another(database: Database, reads: Reads) -> None:

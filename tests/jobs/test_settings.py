@@ -66,6 +66,73 @@ def test_a_lease_must_outlive_two_renewals() -> None:
         Settings(lease_seconds=3, renew_seconds=2)
 
 
+SECRET = "s3cretX"
+
+
+@pytest.mark.parametrize(
+    ("name", "url"),
+    [
+        ("redis_url", "redis://:s3cretX/tail@host:6379/0"),
+        ("redis_url", "redis://:s3cretX#tail@host:6379/0"),
+        ("redis_url", "redis://:s3cretX?tail@host:6379/0"),
+        ("redis_url", "redis://:12?s3cretX=1@host:6379/0"),
+        ("redis_url", "redis://:12/3?s3cretX@host:6379/0"),
+        ("redis_url", "redis://:12#s3cretX@host:6379/0"),
+        ("redis_url", "redis://user:s3cretX@tail/more@host/0"),
+        ("redis_url", "rediss://:s3cretX[@host/0"),
+        ("redis_url", "redis://:s3cretX℀@host/0"),
+        ("redis_url", "redis://host:s3cretX/0"),
+        ("redis_url", "redis://host/s3cretX"),
+        ("redis_url", "redis://host/0?db=s3cretX"),
+        ("redis_url", "unix:///path?db=s3cretX"),
+        ("redis_url", "unix://:s3cretX/tail@/path"),
+        ("redis_url", "unix://:pass@/s3cretX@/path"),
+        ("redis_url", "unix://s3cretX/path"),
+        ("redis_url", "http://:s3cretX@host"),
+        ("database_url", "postgresql://user:s3cretX@tail@host/name"),
+        ("database_url", "postgresql://user:pass@s3cretX:5@host:5432/name"),
+        ("database_url", "postgresql://user:pass@s3cretX?tail@host/name"),
+        ("database_url", "postgresql://us/er:s3cretX@host/name"),
+        ("database_url", "postgresql://host:s3cretX/name"),
+        ("database_url", "mysql://user:s3cretX@host"),
+    ],
+)
+def test_an_address_that_cannot_be_read_is_refused_without_any_of_it(
+    monkeypatch: pytest.MonkeyPatch, name: str, url: str
+) -> None:
+    monkeypatch.setenv(f"NIGHTPRESS_{name.upper()}", url)
+    with pytest.raises(ValidationError) as caught:
+        Settings()
+    assert SECRET not in str(caught.value)
+    (error,) = caught.value.errors()
+    assert error["loc"] == (name,)
+    assert SECRET not in error["msg"]
+    assert "percent-encode" in error["msg"] or "must start with" in error["msg"]
+
+
+@pytest.mark.parametrize(
+    ("name", "url"),
+    [
+        ("redis_url", "redis://"),
+        ("redis_url", "redis:///3"),
+        ("redis_url", "redis://host"),
+        ("redis_url", "redis://:6379/0"),
+        ("redis_url", "redis://user:p%2Fa%23s%3Fs%40@host:6379/15?socket_timeout=5"),
+        ("redis_url", "redis://:pass:w@rd@host:6379/0/"),
+        ("redis_url", "rediss://[::1]:6379?db=2"),
+        ("redis_url", "unix:///run/a@b/valkey.sock"),
+        ("redis_url", "unix://user:pass@/run/valkey.sock?db=1"),
+        ("database_url", "postgresql+psycopg://user:p/a#s?s@host:5432/name"),
+        ("database_url", "postgresql+psycopg://user:p%40ss@host/name?sslmode=require"),
+        ("database_url", "postgresql+psycopg://postgres@/name?host=%2Frun%2Fa%40b"),
+        ("database_url", "postgresql+psycopg:///name"),
+        ("database_url", "sqlite:////home/a@b/night#press.sqlite3"),
+    ],
+)
+def test_an_address_that_its_library_reads_as_it_is_meant_is_taken(name: str, url: str) -> None:
+    assert getattr(Settings(**{name: url}), name) == url  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("model", "name"),
     [

@@ -15,8 +15,15 @@ NOW = 1_800_000_000.0
 
 def test_a_body_without_terms_is_left_as_it_is() -> None:
     body = {"prompt": "a", "max_tokens": 3}
-    assert split_terms(body, time_now=NOW) == (ORDINARY, body)
-    assert split_terms(body | {"deadline": None}, time_now=NOW) == (ORDINARY, body)
+    assert split_terms(body, clock=lambda: NOW) == (ORDINARY, body)
+    assert split_terms(body | {"deadline": None}, clock=lambda: NOW) == (ORDINARY, body)
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"priority": 1, "tier": "background", "retry": {"max_attempts": 2}}, {"deadline": None}]
+)
+def test_who_names_no_moment_waits_for_no_clock(given: dict[str, Any]) -> None:
+    split_terms({"prompt": "a"} | given, clock=lambda: pytest.fail("it was asked"))
 
 
 @pytest.mark.parametrize(
@@ -38,7 +45,7 @@ def test_a_body_without_terms_is_left_as_it_is() -> None:
     ],
 )
 def test_terms_are_taken_out_of_the_body(given: dict[str, Any], terms: Terms) -> None:
-    assert split_terms({"prompt": "a"} | given, time_now=NOW) == (terms, {"prompt": "a"})
+    assert split_terms({"prompt": "a"} | given, clock=lambda: NOW) == (terms, {"prompt": "a"})
 
 
 @pytest.mark.parametrize(
@@ -69,7 +76,7 @@ def test_terms_are_taken_out_of_the_body(given: dict[str, Any], terms: Terms) ->
 )
 def test_terms_that_cannot_be_kept_are_refused_by_name(given: dict[str, Any], param: str) -> None:
     with pytest.raises(BadField) as refusal:
-        split_terms({"prompt": "a"} | given, time_now=NOW)
+        split_terms({"prompt": "a"} | given, clock=lambda: NOW)
     assert refusal.value.param == param
 
 

@@ -81,3 +81,12 @@ class Databases:
     def _administer(self, command: sql.Composed) -> None:
         with psycopg.connect(libpq(self.admin_url), autocommit=True) as connection:
             connection.execute(command)
+
+
+def let_write(url: str, allowed: bool) -> None:
+    """Whether those who connect to this PostgreSQL database from now on may write to it: not, as on a standby."""
+    command = sql.SQL("ALTER DATABASE {} SET default_transaction_read_only = {}")
+    ours = "-c default_transaction_read_only=off"
+    with psycopg.connect(libpq(url), autocommit=True, options=ours) as connection:
+        name = sql.Identifier(str(make_url(url).database))
+        connection.execute(command.format(name, sql.Literal("off" if allowed else "on")))
