@@ -14,7 +14,15 @@ from typing import Any, Literal, cast
 from engine import family_fields
 from engine.config import ModelConfig, Storage, UnsupportedCheckpoint
 from engine.rope_settings import rope_settings
-from engine.windows import Windowed, all_but_every, by_layer_types, every_layer, upper_layers, windows
+from engine.windows import (
+    Windowed,
+    all_but_every,
+    all_layers,
+    by_layer_types,
+    every_layer,
+    upper_layers,
+    windows,
+)
 
 __all__ = ["FAMILIES", "Family", "UnsupportedCheckpoint", "checked", "model_config"]
 
@@ -78,7 +86,7 @@ FAMILIES: Mapping[str, Family] = {
     "MistralForCausalLM": Family(
         defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
         always={**_NO_BIAS, "use_sliding_window": True},
-        windowed=every_layer,
+        windowed=by_layer_types(all_layers),  # Ministral's say which; transformers takes another class for them
     ),
     "Qwen2ForCausalLM": Family(
         defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768, **_QWEN_WINDOW},
