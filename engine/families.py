@@ -86,7 +86,7 @@ FAMILIES: Mapping[str, Family] = {
     "MistralForCausalLM": Family(
         defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
         always={**_NO_BIAS, "use_sliding_window": True},
-        windowed=by_layer_types(all_layers),  # Ministral's say which; transformers takes another class for them
+        windowed=by_layer_types(all_layers),  # Ministral's has layer_types
     ),
     "Qwen2ForCausalLM": Family(
         defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768, **_QWEN_WINDOW},
@@ -162,7 +162,12 @@ FAMILIES: Mapping[str, Family] = {
             "rope_theta": 1000000.0,
             "rope_local_base_freq": 10000.0,
         },
-        always={"mlp_bias": False, "use_sliding_window": True},
+        # transformers hears the last one only where the layers do not differ
+        always={
+            "mlp_bias": False,
+            "use_sliding_window": True,
+            "original_max_position_embeddings": None,
+        },
         only={"attn_logit_softcapping": None},  # transformers reads it and does not heed it
         flags={**_GEMMA_FLAGS, "qk_norm": "head"},
         read_flags=family_fields.gemma3_flags,

@@ -1,11 +1,12 @@
-"""A config.json that was edited, or that says a thing twice, is read as transformers reads it: the logprobs of a prompt
-are those of the model that `AutoModelForCausalLM` makes of the same folder.
+"""A config.json that was edited, or that says a thing twice, is read as transformers reads it: the logprobs of a
+prompt are those of the model that `AutoModelForCausalLM` makes of the same folder.
 """
 
 from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,47 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from engine.config import EngineConfig
+from engine import families, foreign
+from engine.config import EngineConfig, UnsupportedCheckpoint
 from engine.engine import Engine
 from engine.request import Request, RequestId
 from engine.sampling_params import SamplingParams
 from tests.support.families import write_tiny
 from tests.support.pressure import run
-from tests.support.tiny import VOCAB_SIZE
+from tests.support.tiny import SIZES, VOCAB_SIZE
 
 SLIDING, FULL = "sliding_attention", "full_attention"
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 EDITED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # the model, and what is then written over
+    "YaRN beside rope_parameters": ("Qwen2", {}, {"rope_scaling": YARN}),
+    "YaRN by its old name": ("Qwen2", {}, {"rope_scaling": {"type": "yarn", "factor": 4.0}}),
+    "other than rope_parameters": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}},
+        {"rope_scaling": {**YARN, "rope_theta": 900.0}},
+    ),
+    "over those of a kind of layer": (
+        "Gemma3",
+        {"head_dim": 16, "layer_types": [FULL, SLIDING]},
+        {"rope_scaling": {"rope_type": "linear", "factor": 16.0}},
+    ),
+    "YaRN's original length beside it": (
+        "Llama",
+        {"rope_parameters": {**YARN, "rope_theta": 10000.0}},
+        {"original_max_position_embeddings": 8},
+    ),
+    "Llama 3's original length beside it": (
+        "Llama",
+        {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 64, "rope_theta": 10000.0}},
+        {"original_max_position_embeddings": 16},
+    ),
+    "no original length": ("Llama", {}, {"rope_scaling": LLAMA3}),
+    "an original length that Gemma 3 does not hear": (
+        "Gemma3",
+        {"head_dim": 16, "layer_types": [FULL, SLIDING]},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 16},
+    ),
     "Mistral with layer_types": ("Mistral", {"sliding_window": 9}, {"layer_types": [FULL, SLIDING]}),
 }
 PROMPT = tuple(random.Random(5).choices(range(3, VOCAB_SIZE), k=70))
@@ -63,3 +95,28 @@ def test_an_edited_config_is_read_as_transformers_reads_it(tmp_path: Path, name:
     after = ours(tmp_path)
     assert after == pytest.approx(theirs(tmp_path), abs=1e-4)
     assert after != pytest.approx(before, abs=1e-2)  # the edit tells
+
+
+LOST = [
+    ({"rope_theta": 5e5, "rope_type": "default"}, {}, r"whose rope_theta \(500000.0\) it lacks"),
+    ({"partial_rotary_factor": 0.5}, {}, r"whose partial_rotary_factor \(0.5\) it lacks"),
+    ({}, {"full_attention": YARN}, "rope_scaling by kind of layer is not supported"),
+]
+
+
+@pytest.mark.parametrize(("parameters", "scaling", "says"), LOST)
+@pytest.mark.parametrize("read", [families.model_config, foreign.model_config])
+def test_what_rope_scaling_would_lose_is_named(
+    read: Callable[[dict[str, Any]], Any], parameters: dict[str, Any], scaling: dict[str, Any], says: str
+) -> None:
+    config = {**SIZES, "architectures": ["LlamaForCausalLM"], "rope_parameters": parameters}
+    with pytest.raises(UnsupportedCheckpoint, match=says):
+        read({**config, "rope_scaling": {**YARN, **scaling}})
+
+
+@pytest.mark.parametrize("place", ["rope_scaling", "rope_parameters"])
+def test_a_rope_that_follows_lengths_is_refused_wherever_it_stands(place: str) -> None:
+    config = {**SIZES, "architectures": ["CohereForCausalLM"], "rope_scaling": YARN, "rope_parameters": YARN}
+    foreign.model_config(config)
+    with pytest.raises(UnsupportedCheckpoint, match="rope_type 'dynamic' is not supported"):
+        foreign.model_config({**config, place: {"rope_type": "dynamic", "factor": 2.0}})
