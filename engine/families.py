@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 
 from engine import family_fields
 from engine.config import ModelConfig, Storage, UnsupportedCheckpoint
+from engine.field_kinds import check_kinds
 from engine.rope_settings import rope_settings
 from engine.windows import (
     Windowed,
@@ -63,17 +64,9 @@ _ACTIVATIONS: Mapping[str, Activation] = {
     "relu": "relu",
 }
 _LAYER_NORMS = {"norm_kind": "layer", "norm_bias": True, "gated_mlp": False}
-_NUMBERS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "rope_theta",
+# In Llama's words, where a family has its own: published files have both. Sizes are known to transformers by both.
+_UNHEARD = frozenset(
+    {"hidden_act", "rms_norm_eps", "intermediate_size", "rope_theta", "partial_rotary_factor"}
 )
 _NO_BIAS = {"attention_bias": False, "attention_out_bias": False, "mlp_bias": False}
 
@@ -267,11 +260,7 @@ def model_config(config: Mapping[str, Any], generation: Mapping[str, Any] | None
         raise UnsupportedCheckpoint(
             f"architecture {architecture} is not supported; known: {', '.join(FAMILIES)}"
         )
-    for name in _NUMBERS:
-        if not isinstance(config.get(name), int | float | None):
-            raise UnsupportedCheckpoint(
-                f"config.json has a value of the wrong kind: {name} must be a number, not {config[name]!r}"
-            )
+    check_kinds(config)
     try:
         return _decoder(
             architecture, family, {**config, "eos_token_ids": end_tokens(config, generation or {})}
@@ -345,8 +334,10 @@ def _in_llamas_words(family: Family, given: Mapping[str, Any]) -> dict[str, Any]
     for name, allowed in family.only.items():
         if given.get(name, allowed) != allowed:
             raise UnsupportedCheckpoint(f"{name} {given[name]!r} is not supported; allowed: {allowed!r}")
+    unheard = _UNHEARD.intersection(family.words.values())
+    heard = {name: value for name, value in given.items() if name not in unheard}
     said = {llamas: given[own] for own, llamas in family.words.items() if own in given}
-    config = {**family.defaults, **given, **said}
+    config = {**family.defaults, **heard, **said}
     return {**config, **family.fields(config), **family.always}
 
 

@@ -55,6 +55,26 @@ EDITED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # the model, 
         {"head_dim": 16, "layer_types": [FULL, SLIDING]},
         {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 16},
     ),
+    "an activation that Gemma 2 does not hear": (
+        "Gemma2",
+        {"head_dim": 16, "hidden_activation": "relu"},
+        {"hidden_activation": None, "hidden_act": "relu"},
+    ),
+    "an activation that GPT-2 does not hear": (
+        "GPT2LMHeadModel",
+        {"activation_function": "relu"},
+        {"activation_function": None, "hidden_act": "relu"},
+    ),
+    "an MLP as Falcon does not hear of it": (
+        "Falcon",
+        {"activation": "relu"},
+        {"activation": None, "hidden_act": "relu", "intermediate_size": 7, "rms_norm_eps": 1.0},
+    ),
+    "rotation as GPT-NeoX does not hear of it": (
+        "GPTNeoX",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}},
+        {"rope_parameters": None, "rope_theta": 7.0, "partial_rotary_factor": 1.0, "rms_norm_eps": 1.0},
+    ),
     "Mistral with layer_types": ("Mistral", {"sliding_window": 9}, {"layer_types": [FULL, SLIDING]}),
 }
 PROMPT = tuple(random.Random(5).choices(range(3, VOCAB_SIZE), k=70))
@@ -89,7 +109,7 @@ def theirs(folder: Path) -> list[float]:
 @pytest.mark.parametrize("name", EDITED)
 def test_an_edited_config_is_read_as_transformers_reads_it(tmp_path: Path, name: str) -> None:
     family, changes, fields = EDITED[name]
-    write_tiny(tmp_path, f"{family}ForCausalLM", changes)
+    write_tiny(tmp_path, family if family.endswith("Model") else f"{family}ForCausalLM", changes)
     before = ours(tmp_path)
     edit(tmp_path, fields)
     after = ours(tmp_path)

@@ -15,6 +15,7 @@ ENGINE_FRONT = (
     "sampling_params",
     "config",
     "families",
+    "field_kinds",
     "rope_settings",
     "windows",
     "foreign",
