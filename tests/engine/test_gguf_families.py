@@ -93,6 +93,27 @@ def test_yarn_without_an_original_length_means_the_context_length_in_every_famil
     assert scaling.original_max_position == 512  # not the 4096 of Phi-3's config.json
 
 
+def test_what_ends_a_sample_to_llama_cpp_ends_it(tmp_path: Path) -> None:
+    """By its key or by its spelling, but never a piece of text."""
+    spelled = {
+        "<|im_end|>": 3,
+        "</s>": 1,
+        "<|end|>": 1,
+        "<end_of_turn>": 4,
+        "<|im_start|>": 3,
+        "<|eot_id|>": 3,
+    }
+
+    def change(writer: GGUFWriter) -> None:
+        writer.add_token_list(["a", *spelled, "x", "y"])
+        writer.add_token_types([1, *spelled.values(), 3, 3])
+        writer.add_eos_token_id(8)
+        writer.add_uint32("tokenizer.ggml.eom_token_id", 7)
+
+    path = write_gguf(tmp_path / "tiny.gguf", tiny("Llama", {}), "llama", change=change)
+    assert Checkpoint.open(str(path)).config.eos_token_ids == (8, 7, 1, 4, 6)
+
+
 def test_every_family_is_compared() -> None:
     assert {architecture for architecture, _, _ in MODELS} == set(GGUF_FAMILIES)
 
