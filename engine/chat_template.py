@@ -74,12 +74,14 @@ class ChatTemplate:
         size = 0
         try:
             for chunk in self._template.generate(
-                messages=guarded,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,  # as transformers: templates ask `is not none`
-                documents=None,
-                **self._special_tokens,
-                **{BUDGET: Budget()},
+                {
+                    **self._special_tokens,
+                    "messages": guarded,
+                    "add_generation_prompt": add_generation_prompt,
+                    "tools": None,  # as transformers: templates ask `is not none`
+                    "documents": None,
+                    BUDGET: Budget(),
+                }
             ):
                 size += len(chunk)
                 if size > MAX_RENDERED_CHARS:
@@ -122,13 +124,21 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _raise_exception(message: str) -> NoReturn:
     raise TemplateError(message)
 
 
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
+def _strftime_now(format: str) -> str:  # templates call it by this name, too
+    return datetime.now().strftime(format)

@@ -66,8 +66,9 @@ class ControlTokens:
         return re.sub(f".?{self._seal}", "", text, flags=re.DOTALL)
 
 
-def sealed(definition: str) -> tuple[tokenizers.Tokenizer, ControlTokens]:
-    """The tokenizer of a tokenizer.json's text, with sealed control tokens under their old ids.
+def sealed(definition: str, named: Collection[str] = ()) -> tuple[tokenizers.Tokenizer, ControlTokens]:
+    """The tokenizer of a tokenizer.json's text, with sealed control tokens under their old ids: of its added tokens
+    those that are special there, and those that are `named` as such elsewhere.
 
     Raises Exception, as `tokenizers` does, and ValueError for what is no such file.
     """
@@ -75,6 +76,8 @@ def sealed(definition: str) -> tuple[tokenizers.Tokenizer, ControlTokens]:
     if not isinstance(document, dict) or not isinstance(document.get("model"), dict):
         raise ValueError("it holds no model")
     added: list[dict[str, Any]] = document.get("added_tokens") or []
+    for token in added:
+        token["special"] = token["special"] or token["content"] in named
     ids = {token["content"]: token["id"] for token in added if token["special"]}
     seal = "".join(secrets.choice(_LETTERS) for _ in range(32))
     for token in added:

@@ -13,6 +13,7 @@ import pytest
 from engine.chat_template import MAX_RENDERED_CHARS, ChatTemplate
 from engine.checkpoint import Checkpoint
 from engine.gguf_tokenizer import gguf_tokenizer
+from engine.special_tokens import SpecialTokens
 from engine.tokenizer import ChatTemplateError, Detokenizer, Tokenizer, UnsupportedTokenizer
 from tests.support.smollm2 import bundled
 from tests.support.tiny import write_tiny_llama
@@ -172,10 +173,14 @@ def test_templates_have_what_transformers_gives_them() -> None:
     source = (
         "{{ bos_token }}{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}"
         "{% generation %}{{ m.content | trim | tojson }}{% endgeneration %}{% endfor %}"
-        "{{ strftime_now('%Y') | length }}{% if tools is not none or documents is not none %}!{% endif %}"
+        "{{ strftime_now(format='%Y') | length }}"
+        "{{ {'b': 1, 'a': [2]} | tojson(separators=(',', ':'), sort_keys=true) }}"
+        "{% if tools is not none or documents is not none %}!{% endif %}"
     )
     template = ChatTemplate(source, {"bos_token": "<s>"}, ["<s>"])
-    assert template.render([{"role": "user", "content": " é<s> "}, CHAT[0]]).text == '<s>"é<s>"4'
+    assert (
+        template.render([{"role": "user", "content": " é<s> "}, CHAT[0]]).text == '<s>"é<s>"4{"a":[2],"b":1}'
+    )
 
 
 def test_calls_are_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +237,7 @@ def test_pieces_without_a_byte_level_decoder() -> None:
     backend = tokenizers.Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
-    tokenizer = Tokenizer(backend.to_str(), template=None, special_tokens={})
+    tokenizer = Tokenizer(backend.to_str(), template=None, special_tokens=SpecialTokens())
     assert not tokenizer.byte_level
     smile = [4 + byte for byte in "🙂".encode()]
     pieces = Detokenizer(tokenizer)

@@ -16,6 +16,7 @@ ENGINE_FRONT = (
     "config",
     "families",
     "field_kinds",
+    "special_tokens",
     "rope_settings",
     "windows",
     "foreign",
