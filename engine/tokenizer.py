@@ -41,7 +41,7 @@ class Tokenizer:
         self._backend.no_padding()
         self.control_ids = frozenset(self._controls.ids.values())
         self._template = (
-            ChatTemplate(template, special_tokens.names, self._controls.ids) if template else None
+            ChatTemplate(template, special_tokens.names, self._controls.stand_ins) if template else None
         )
         self.byte_level = isinstance(self._backend.decoder, decoders.ByteLevel)
 
@@ -126,12 +126,13 @@ class Tokenizer:
 
         `messages`: maps with `role` and `content`, both strings. Raises `ChatTemplateError`.
         """
-        return self._chat_template().render(messages, add_generation_prompt=add_generation_prompt).text
+        rendered = self._chat_template().render(messages, add_generation_prompt=add_generation_prompt)
+        return self._controls.stand_ins.put_back(rendered)
 
     def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
         """Token ids of a chat: the template's control tokens are control tokens, those in content are text."""
         rendered = self._chat_template().render(messages, add_generation_prompt=add_generation_prompt)
-        return self._controls.encode(self._backend, rendered.guarded, rendered.nonce)
+        return self._controls.encode(self._backend, rendered)
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         if skip_special_tokens:

@@ -17,6 +17,7 @@ ENGINE_FRONT = (
     "families",
     "field_kinds",
     "special_tokens",
+    "stand_ins",
     "rope_settings",
     "windows",
     "foreign",
