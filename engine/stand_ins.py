@@ -26,7 +26,6 @@ class StandIns:
         if len(ends) > _LAST + 1 - _FIRST:
             raise ValueError("its control tokens begin and end with too many different letters")
         self._stand_ins = {letter: chr(_FIRST + i) for i, letter in enumerate(ends)}
-        self._letters = {ord(stand_in): letter for letter, stand_in in self._stand_ins.items()}
 
     def for_ends(self, text: str) -> str:
         """In the place of every letter with which a control token begins or ends."""
@@ -39,7 +38,9 @@ class StandIns:
         return self._starts.sub(lambda found: self._stand_ins[found[1]], text)
 
     def put_back(self, text: str) -> str:
-        return text.translate(self._letters)
+        for letter, stand_in in self._stand_ins.items():
+            text = text.replace(stand_in, letter)
+        return text
 
 
 def has_stand_in(text: str) -> bool:
