@@ -1,8 +1,8 @@
 """ChatTemplate: a checkpoint's Jinja template, rendered so that content stays content.
 
 Owns what a template sees (what transformers gives it, rebuilt here because importing transformers' renderer would
-load torch), the output cap, and the guard: where a message's text spells a control token, a nonce is put in front
-of it before rendering, so that the tokenizer can tell it from the control tokens the template itself wrote.
+load torch), the output cap, and the guard: a message's text is rendered with `stand_ins`, so that no control token
+comes of it, whatever the template does to it, and the template's own are told from those that a text spells.
 Templates come from the operator's checkpoint, never from a client; `template_sandbox` bounds them all the same.
 """
 
@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -19,9 +18,11 @@ from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 
+from engine.stand_ins import StandIns, has_stand_in
 from engine.template_sandbox import BUDGET, Budget, TemplateSandbox
 
 MAX_RENDERED_CHARS = 4 * 2**20
+_NOT_ASCII = re.compile("[^\x00-\x7f\ud800-\udfff]")  # nor a stand-in
 _ROLE = re.compile(r"[A-Za-z_-]{1,32}")
 
 Message = Mapping[str, str]  # {"role": ..., "content": ...}
@@ -31,23 +32,10 @@ class ChatTemplateError(ValueError):
     """These messages cannot be rendered with this checkpoint's template. The message says why."""
 
 
-class Rendered:
-    """Rendered text. `nonce` stands in front of every control token that came from a message's text."""
-
-    def __init__(self, guarded: str, nonce: str) -> None:
-        self.guarded = guarded
-        self.nonce = nonce
-
-    @property
-    def text(self) -> str:
-        """As transformers renders it."""
-        return self.guarded.replace(self.nonce, "")
-
-
 class ChatTemplate:
-    """`special_tokens`: template variables such as `bos_token`. `control_tokens`: what content must not spell."""
+    """`special_tokens`: template variables such as `bos_token`. `stand_ins`: of the tokenizer's control tokens."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str], control_tokens: Iterable[str]) -> None:
+    def __init__(self, source: str, special_tokens: Mapping[str, str], stand_ins: StandIns) -> None:
         environment = TemplateSandbox(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
         )
@@ -59,27 +47,43 @@ class ChatTemplate:
         except TemplateError as error:
             raise ChatTemplateError(f"the checkpoint's chat template is not valid Jinja: {error}") from error
         self._special_tokens = dict(special_tokens)
-        alternatives = "|".join(map(re.escape, sorted(control_tokens, key=len, reverse=True)))
-        self._control = (
-            re.compile(f"(?={alternatives})") if alternatives else None
-        )  # every start, overlaps too
+        self._stand_ins = stand_ins
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> Rendered:
-        """Raises `ChatTemplateError` for messages that are malformed, refused by the template, or too much."""
-        nonce = "qz" + secrets.token_hex(12)  # letters and digits: no filter of a template changes them
-        guarded = [self._guarded(message, i, nonce) for i, message in enumerate(messages)]
-        if not guarded:
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        """The text, with stand-ins in what came from messages.
+
+        Raises `ChatTemplateError` for messages that are malformed, refused by the template, or too much.
+        """
+        for i, message in enumerate(messages):
+            _check(message, i)
+        if not messages:
             raise ChatTemplateError("messages: at least one message is needed")
+        stand_ins = self._stand_ins
+        safe_messages = [_with_content(message, stand_ins.for_ends) for message in messages]
+        near_messages = [_with_content(message, stand_ins.for_spelled) for message in messages]
+        safe = self._rendered(safe_messages, add_generation_prompt)
+        if near_messages == safe_messages:
+            return safe
+        near = self._rendered(near_messages, add_generation_prompt)
+        if stand_ins.put_back(near) == stand_ins.put_back(safe):
+            return safe
+        # The template looks for such letters, as for </think>. It may not make control tokens of what it finds.
+        same_controls = stand_ins.spelled.findall(near) == stand_ins.spelled.findall(safe)
+        return near if same_controls else safe
+
+    def _rendered(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         chunks: list[str] = []
         size = 0
         try:
             for chunk in self._template.generate(
-                messages=guarded,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,  # as transformers: templates ask `is not none`
-                documents=None,
-                **self._special_tokens,
-                **{BUDGET: Budget()},
+                {
+                    **self._special_tokens,
+                    "messages": messages,
+                    "add_generation_prompt": add_generation_prompt,
+                    "tools": None,  # as transformers: templates ask `is not none`
+                    "documents": None,
+                    BUDGET: Budget(),
+                }
             ):
                 size += len(chunk)
                 if size > MAX_RENDERED_CHARS:
@@ -97,19 +101,23 @@ class ChatTemplate:
             if isinstance(error, ChatTemplateError):
                 raise
             raise ChatTemplateError(f"the chat template refuses these messages: {error}") from error
-        return Rendered("".join(chunks), nonce)
+        return "".join(chunks)
 
-    def _guarded(self, message: Message, index: int, nonce: str) -> dict[str, str]:
-        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-            raise ChatTemplateError(f"messages[{index}]: must have exactly the fields role and content")
-        role, content = message["role"], message["content"]
-        if not isinstance(role, str) or not _ROLE.fullmatch(role):
-            raise ChatTemplateError(
-                f"messages[{index}].role: must be a word such as system, user or assistant"
-            )
-        if not isinstance(content, str):
-            raise ChatTemplateError(f"messages[{index}].content: must be a string")
-        return {"role": role, "content": self._control.sub(nonce, content) if self._control else content}
+
+def _check(message: Message, index: int) -> None:
+    if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+        raise ChatTemplateError(f"messages[{index}]: must have exactly the fields role and content")
+    role, content = message["role"], message["content"]
+    if not isinstance(role, str) or not _ROLE.fullmatch(role):
+        raise ChatTemplateError(f"messages[{index}].role: must be a word such as system, user or assistant")
+    if not isinstance(content, str):
+        raise ChatTemplateError(f"messages[{index}].content: must be a string")
+    if has_stand_in(content):
+        raise ChatTemplateError(f"messages[{index}].content: the text is not valid Unicode")
+
+
+def _with_content(message: Message, change: Callable[[str], str]) -> Message:
+    return {"role": message["role"], "content": change(message["content"])}
 
 
 class _Generation(Extension):
@@ -122,13 +130,20 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
+    return _NOT_ASCII.sub(lambda found: json.dumps(found[0])[1:-1], text) if ensure_ascii else text
 
 
 def _raise_exception(message: str) -> NoReturn:
     raise TemplateError(message)
 
 
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
+def _strftime_now(format: str) -> str:  # templates call it by this name, too
+    return datetime.now().strftime(format)

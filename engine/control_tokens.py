@@ -17,6 +17,8 @@ from typing import Any
 
 import tokenizers
 
+from engine.stand_ins import StandIns
+
 _LETTERS = "abcdefghijklmnop"  # small ones: no normalizer changes them
 
 
@@ -27,28 +29,25 @@ class ControlTokens:
         self.ids = ids
         self._id_set = frozenset(ids.values())
         self._seal = seal
-        self._alternatives = "|".join(map(re.escape, sorted(ids, key=len, reverse=True)))
+        self.stand_ins = StandIns(ids)
 
-    def encode(self, backend: tokenizers.Tokenizer, text: str, nonce: str) -> list[int]:
-        """Ids of a text that means control tokens where it spells them, except behind a `nonce`, which is taken out.
+    def encode(self, backend: tokenizers.Tokenizer, text: str) -> list[int]:
+        """Ids of a text that means control tokens where it spells them. Its stand-ins are put back behind that.
 
         What the tokenizer does not take where it stands (an old Llama's normalizer puts a space before a text, and
         looks for control tokens behind one) is text, as it is to transformers.
         """
-        pattern = re.compile(f"(?<!{nonce})(?:{self._alternatives})" if self._alternatives else "(?!)")
-        meant = list(pattern.finditer(text))
+        put_back = self.stand_ins.put_back
+        meant = list(self.stand_ins.spelled.finditer(text))
         while True:
             parts, spans, at, length = [], [], 0, 0
             for found in meant:
-                before, sealed_token = (
-                    text[at : found.start()].replace(nonce, ""),
-                    _sealed(found[0], self._seal),
-                )
+                before, sealed_token = put_back(text[at : found.start()]), _sealed(found[0], self._seal)
                 parts += [before, sealed_token]
                 length += len(before) + len(sealed_token)
                 spans.append((length - len(sealed_token), length))
                 at = found.end()
-            encoding = backend.encode("".join(parts) + text[at:].replace(nonce, ""), add_special_tokens=False)
+            encoding = backend.encode("".join(parts) + put_back(text[at:]), add_special_tokens=False)
             taken = [i for i, token_id in enumerate(encoding.ids) if token_id in self._id_set]
             if len(taken) == len(meant):
                 return list(encoding.ids)
@@ -66,8 +65,9 @@ class ControlTokens:
         return re.sub(f".?{self._seal}", "", text, flags=re.DOTALL)
 
 
-def sealed(definition: str) -> tuple[tokenizers.Tokenizer, ControlTokens]:
-    """The tokenizer of a tokenizer.json's text, with sealed control tokens under their old ids.
+def sealed(definition: str, named: Collection[str] = ()) -> tuple[tokenizers.Tokenizer, ControlTokens]:
+    """The tokenizer of a tokenizer.json's text, with sealed control tokens under their old ids: of its added tokens
+    those that are special there, and those that are `named` as such elsewhere.
 
     Raises Exception, as `tokenizers` does, and ValueError for what is no such file.
     """
@@ -75,6 +75,8 @@ def sealed(definition: str) -> tuple[tokenizers.Tokenizer, ControlTokens]:
     if not isinstance(document, dict) or not isinstance(document.get("model"), dict):
         raise ValueError("it holds no model")
     added: list[dict[str, Any]] = document.get("added_tokens") or []
+    for token in added:
+        token["special"] = token["special"] or token["content"] in named
     ids = {token["content"]: token["id"] for token in added if token["special"]}
     seal = "".join(secrets.choice(_LETTERS) for _ in range(32))
     for token in added:

@@ -13,8 +13,17 @@ from typing import Any, Literal, cast
 
 from engine import family_fields
 from engine.config import ModelConfig, Storage, UnsupportedCheckpoint
+from engine.field_kinds import check_kinds
 from engine.rope_settings import rope_settings
-from engine.windows import Windowed, all_but_every, by_layer_types, every_layer, upper_layers, windows
+from engine.windows import (
+    Windowed,
+    all_but_every,
+    all_layers,
+    by_layer_types,
+    every_layer,
+    upper_layers,
+    windows,
+)
 
 __all__ = ["FAMILIES", "Family", "UnsupportedCheckpoint", "checked", "model_config"]
 
@@ -55,17 +64,9 @@ _ACTIVATIONS: Mapping[str, Activation] = {
     "relu": "relu",
 }
 _LAYER_NORMS = {"norm_kind": "layer", "norm_bias": True, "gated_mlp": False}
-_NUMBERS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "rope_theta",
+# In Llama's words, where a family has its own: published files have both. Sizes are known to transformers by both.
+_UNHEARD = frozenset(
+    {"hidden_act", "rms_norm_eps", "intermediate_size", "rope_theta", "partial_rotary_factor"}
 )
 _NO_BIAS = {"attention_bias": False, "attention_out_bias": False, "mlp_bias": False}
 
@@ -78,7 +79,7 @@ FAMILIES: Mapping[str, Family] = {
     "MistralForCausalLM": Family(
         defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
         always={**_NO_BIAS, "use_sliding_window": True},
-        windowed=every_layer,
+        windowed=by_layer_types(all_layers),  # Ministral's has layer_types
     ),
     "Qwen2ForCausalLM": Family(
         defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768, **_QWEN_WINDOW},
@@ -154,7 +155,12 @@ FAMILIES: Mapping[str, Family] = {
             "rope_theta": 1000000.0,
             "rope_local_base_freq": 10000.0,
         },
-        always={"mlp_bias": False, "use_sliding_window": True},
+        # transformers hears the last one only where the layers do not differ
+        always={
+            "mlp_bias": False,
+            "use_sliding_window": True,
+            "original_max_position_embeddings": None,
+        },
         only={"attn_logit_softcapping": None},  # transformers reads it and does not heed it
         flags={**_GEMMA_FLAGS, "qk_norm": "head"},
         read_flags=family_fields.gemma3_flags,
@@ -254,11 +260,7 @@ def model_config(config: Mapping[str, Any], generation: Mapping[str, Any] | None
         raise UnsupportedCheckpoint(
             f"architecture {architecture} is not supported; known: {', '.join(FAMILIES)}"
         )
-    for name in _NUMBERS:
-        if not isinstance(config.get(name), int | float | None):
-            raise UnsupportedCheckpoint(
-                f"config.json has a value of the wrong kind: {name} must be a number, not {config[name]!r}"
-            )
+    check_kinds(config)
     try:
         return _decoder(
             architecture, family, {**config, "eos_token_ids": end_tokens(config, generation or {})}
@@ -332,8 +334,10 @@ def _in_llamas_words(family: Family, given: Mapping[str, Any]) -> dict[str, Any]
     for name, allowed in family.only.items():
         if given.get(name, allowed) != allowed:
             raise UnsupportedCheckpoint(f"{name} {given[name]!r} is not supported; allowed: {allowed!r}")
+    unheard = _UNHEARD.intersection(family.words.values())
+    heard = {name: value for name, value in given.items() if name not in unheard}
     said = {llamas: given[own] for own, llamas in family.words.items() if own in given}
-    config = {**family.defaults, **given, **said}
+    config = {**family.defaults, **heard, **said}
     return {**config, **family.fields(config), **family.always}
 
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from engine.config import ModelConfig
 from engine.families import FAMILIES, UnsupportedCheckpoint, checkpoint_dtype, end_tokens, only_architecture
+from engine.rope_settings import rope_parameters
 
 _ENDINGS = ("ForCausalLM", "LMHeadModel")
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -91,7 +93,10 @@ def _size(
 
 def _refuse_rope(architecture: str, config: Mapping[str, Any]) -> None:
     """Frequencies that follow the length of a sequence would follow the longest one of the step."""
-    for kind in _rope_types(config.get("rope_parameters") or config.get("rope_scaling")):
+    rope_parameters(config)  # refuses what contradicts itself
+    for kind in chain.from_iterable(
+        _rope_types(config.get(name)) for name in ("rope_parameters", "rope_scaling")
+    ):
         if kind not in _ROPE_TYPES:
             raise UnsupportedCheckpoint(
                 f"{architecture}: rope_type {kind!r} is not supported; allowed: {', '.join(_ROPE_TYPES)}"

@@ -18,6 +18,15 @@ from engine.config import ModelConfig
 from engine.families import UnsupportedCheckpoint, model_config
 
 ROPE_FACTORS = "rope_freqs.weight"
+CONTROL, USER_DEFINED = 3, 4  # llama.cpp's types of tokens that are matched before any split
+# Added tokens that end a sample by their spelling, whatever the file says of them: llama.cpp's list (llama-vocab.cpp)
+END_SPELLINGS = frozenset(
+    (
+        *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>"),
+        *("<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]"),
+        *("<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>"),
+    )
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +136,9 @@ def gguf_config(
             config["partial_rotary_factor"] = (rotated + 0.5) / head_dim
         if ROPE_FACTORS in shapes:
             config["rope_scaling"] = _llama3(rope_factors(), head_dim, float(config.get("rope_theta", 1e4)))
+        # no family's default is heard: where the file says nothing, it is the context length
+        original = (config["rope_scaling"] or {}).get("original_max_position_embeddings")
+        config["original_max_position_embeddings"] = original
     except (TypeError, ValueError, ArithmeticError) as error:
         if isinstance(error, UnsupportedCheckpoint):
             raise
@@ -148,8 +160,15 @@ def _refuse_window(given: Mapping[str, Any], prefix: str) -> None:
 
 
 def _end_tokens(metadata: Mapping[str, Any]) -> list[int]:
-    ids = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
-    return list(dict.fromkeys(int(token_id) for token_id in ids if token_id is not None))
+    named = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    tokens: list[str] = metadata.get("tokenizer.ggml.tokens", [])
+    types: list[int] = metadata.get("tokenizer.ggml.token_type", [])
+    spelled = [
+        token_id
+        for token_id, (token, kind) in enumerate(zip(tokens, types, strict=False))
+        if kind in (CONTROL, USER_DEFINED) and token in END_SPELLINGS
+    ]
+    return list(dict.fromkeys(int(token_id) for token_id in (*named, *spelled) if token_id is not None))
 
 
 def _rope_scaling(given: Mapping[str, Any], prefix: str) -> dict[str, Any] | None:

@@ -14,12 +14,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers.pre_tokenizers import PreTokenizer
 
 from engine.families import UnsupportedCheckpoint
+from engine.gguf_families import CONTROL, USER_DEFINED
 
-_UNKNOWN, _CONTROL, _USER_DEFINED = (
-    2,
-    3,
-    4,
-)  # llama.cpp's token types; the last two are matched before any split
+_UNKNOWN = 2  # llama.cpp's type
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -97,8 +94,8 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
         else:
             tokenizer = _byte_level(metadata, tokens, pre)
         # Both keep the ids they have in the vocabulary.
-        tokenizer.add_special_tokens(_added(tokens, types, _CONTROL))
-        tokenizer.add_tokens(_added(tokens, types, _USER_DEFINED))
+        tokenizer.add_special_tokens(_added(tokens, types, CONTROL))
+        tokenizer.add_tokens(_added(tokens, types, USER_DEFINED))
         tokenizer.post_processor = _around(metadata, tokens, bos=model == "llama" or pre in _BOS_BY_DEFAULT)
     except KeyError as error:
         raise UnsupportedTokenizer(f"{error.args[0]} is missing") from None
@@ -181,7 +178,7 @@ def _around(
 
 def _added(tokens: list[str], types: list[int], wanted: int) -> list[AddedToken]:
     return [
-        AddedToken(token, special=wanted == _CONTROL, normalized=False)
+        AddedToken(token, special=wanted == CONTROL, normalized=False)
         for token, kind in zip(tokens, types, strict=False)
         if kind == wanted
     ]

@@ -1,7 +1,8 @@
 """How config.json says that positions are rotated → theta and `RopeScaling`.
 
-Owns the fields `rope_parameters` (transformers 5), `rope_theta` and `rope_scaling` (4), and the refusal of kinds that
-cannot be computed exactly. Knows no families and no frequencies (`rope` does).
+Owns the fields `rope_parameters` (transformers 5), `rope_theta` and `rope_scaling` (4), which of them counts where
+both are there, and the refusal of kinds that cannot be computed exactly. Knows no families and no frequencies (`rope`
+does).
 """
 
 from __future__ import annotations
@@ -14,9 +15,29 @@ from engine.config import RopeScaling, UnsupportedCheckpoint
 
 
 def rope_parameters(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Those of the layers that see everything, where layers with a window have some of their own."""
-    found: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    return found.get("full_attention") or found
+    """Those of the layers that see everything, where layers with a window have some of their own.
+
+    `rope_scaling` goes over them field by field there, else it takes the place of the whole `rope_parameters`, as in
+    transformers. Raises `UnsupportedCheckpoint` where that would lose a field which nobody meant to change.
+    """
+    parameters: Mapping[str, Any] = config.get("rope_parameters") or {}
+    scaling: Mapping[str, Any] = config.get("rope_scaling") or {}
+    if any(isinstance(value, Mapping) for value in scaling.values()):
+        raise UnsupportedCheckpoint(
+            "rope_scaling by kind of layer is not supported; say it in rope_parameters"
+        )
+    if "full_attention" in parameters:
+        return {**(parameters["full_attention"] or {}), **scaling}
+    if not scaling:
+        return parameters
+    for name, otherwise in (("rope_theta", 10000.0), ("partial_rotary_factor", 1.0)):
+        lost = parameters.get(name)
+        if name not in scaling and lost is not None and lost != config.get(name, otherwise):
+            raise UnsupportedCheckpoint(
+                f"rope_scaling takes the place of rope_parameters, whose {name} ({lost}) it lacks: "
+                f"write {name} into rope_scaling, or all of it into rope_parameters"
+            )
+    return scaling
 
 
 def windowed_rope_theta(config: Mapping[str, Any]) -> float | None:
@@ -39,6 +60,11 @@ def rope_settings(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]
     if kind in ("su", "yarn") and "long_factor" in parameters:
         kind = "longrope"  # as Phi-3 was first published
     max_position = int(config.get("max_position_embeddings", 2048))
+    original = int(
+        config.get("original_max_position_embeddings")  # beside them it wins, as in transformers
+        or parameters.get("original_max_position_embeddings")
+        or max_position
+    )
     if kind == "default":
         return theta, None
     if kind == "linear":
@@ -49,15 +75,12 @@ def rope_settings(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]
             factor=float(parameters["factor"]),
             low_freq_factor=float(parameters["low_freq_factor"]),
             high_freq_factor=float(parameters["high_freq_factor"]),
-            original_max_position=int(parameters["original_max_position_embeddings"]),
+            original_max_position=original,
         )
     if kind == "yarn":
-        return theta, _yarn(parameters, max_position)
+        return theta, _yarn(parameters, original)
     if kind == "longrope":
-        original = config.get("original_max_position_embeddings") or parameters.get(
-            "original_max_position_embeddings"
-        )
-        return theta, _longrope(parameters, max_position, int(original or max_position))
+        return theta, _longrope(parameters, max_position, original)
     if kind == "dynamic":
         raise UnsupportedCheckpoint(
             "rope_type 'dynamic' is not supported: it rotates a token by the length of its whole sequence, "
@@ -83,7 +106,7 @@ def _longrope(parameters: Mapping[str, Any], max_position: int, original: int) -
     )
 
 
-def _yarn(parameters: Mapping[str, Any], max_position: int) -> RopeScaling:
+def _yarn(parameters: Mapping[str, Any], original: int) -> RopeScaling:
     factor = float(parameters["factor"])
     if factor < 1.0:
         raise UnsupportedCheckpoint(f"factor of rope_type yarn must be at least 1, not {factor}")
@@ -96,7 +119,7 @@ def _yarn(parameters: Mapping[str, Any], max_position: int) -> RopeScaling:
     return RopeScaling(
         kind="yarn",
         factor=factor,
-        original_max_position=int(parameters.get("original_max_position_embeddings") or max_position),
+        original_max_position=original,
         beta_fast=float(parameters.get("beta_fast") or 32.0),
         beta_slow=float(parameters.get("beta_slow") or 1.0),
         truncate=bool(parameters.get("truncate", True)),

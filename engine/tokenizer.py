@@ -21,25 +21,28 @@ from tokenizers import decoders
 from engine.chat_template import ChatTemplate, ChatTemplateError, Message
 from engine.checkpoint import Checkpoint
 from engine.control_tokens import sealed
+from engine.gguf_families import END_SPELLINGS
 from engine.gguf_file import GGUFFile
 from engine.gguf_tokenizer import UnsupportedTokenizer, gguf_tokenizer
+from engine.special_tokens import SpecialTokens
 
 __all__ = ["ChatTemplateError", "Detokenizer", "Tokenizer", "UnsupportedTokenizer"]
 
 _METASPACE = "▁"  # SentencePiece's space (Kudo and Richardson 2018)
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # and its tokens of single bytes
-_TEMPLATE_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
 
 class Tokenizer:
     """Made by `open`, or of the text of a tokenizer.json. Safe to share between threads."""
 
-    def __init__(self, definition: str, *, template: str | None, special_tokens: dict[str, str]) -> None:
-        self._backend, self._controls = sealed(definition)
+    def __init__(self, definition: str, *, template: str | None, special_tokens: SpecialTokens) -> None:
+        self._backend, self._controls = sealed(definition, special_tokens.spellings)
         self._backend.no_truncation()
         self._backend.no_padding()
         self.control_ids = frozenset(self._controls.ids.values())
-        self._template = ChatTemplate(template, special_tokens, self._controls.ids) if template else None
+        self._template = (
+            ChatTemplate(template, special_tokens.names, self._controls.stand_ins) if template else None
+        )
         self.byte_level = isinstance(self._backend.decoder, decoders.ByteLevel)
 
     @classmethod
@@ -60,17 +63,18 @@ class Tokenizer:
 
     @classmethod
     def _from_folder(cls, folder: Path) -> Tokenizer:
-        special_tokens, settings = _settings(folder)
+        settings = _read_json(folder / "tokenizer_config.json")
+        special_tokens_map = _read_json(folder / "special_tokens_map.json")
         return cls._made(
             str(folder),
             _definition(folder),
             template=_template_source(folder, settings),
-            special_tokens=special_tokens,
+            special_tokens=SpecialTokens.read(settings, special_tokens_map),
         )
 
     @classmethod
     def _made(
-        cls, origin: str, definition: str, *, template: str | None, special_tokens: dict[str, str]
+        cls, origin: str, definition: str, *, template: str | None, special_tokens: SpecialTokens
     ) -> Tokenizer:
         try:
             return cls(definition, template=template, special_tokens=special_tokens)
@@ -86,11 +90,12 @@ class Tokenizer:
         tokens = metadata["tokenizer.ggml.tokens"]
         keys = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
         ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
+        names = {name: tokens[i] for name, i in ids.items() if i is not None}
         return cls._made(
             str(path),
             definition,
             template=metadata.get("tokenizer.chat_template"),
-            special_tokens={name: tokens[i] for name, i in ids.items() if i is not None},
+            special_tokens=SpecialTokens(names, END_SPELLINGS.union(names.values())),
         )
 
     @property
@@ -121,12 +126,13 @@ class Tokenizer:
 
         `messages`: maps with `role` and `content`, both strings. Raises `ChatTemplateError`.
         """
-        return self._chat_template().render(messages, add_generation_prompt=add_generation_prompt).text
+        rendered = self._chat_template().render(messages, add_generation_prompt=add_generation_prompt)
+        return self._controls.stand_ins.put_back(rendered)
 
     def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
         """Token ids of a chat: the template's control tokens are control tokens, those in content are text."""
         rendered = self._chat_template().render(messages, add_generation_prompt=add_generation_prompt)
-        return self._controls.encode(self._backend, rendered.guarded, rendered.nonce)
+        return self._controls.encode(self._backend, rendered)
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         if skip_special_tokens:
@@ -266,22 +272,6 @@ def _definition(folder: Path) -> str:
         ) from None
     except (OSError, ValueError) as error:
         raise UnsupportedTokenizer(f"{path} cannot be read: {error}") from None
-
-
-def _settings(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    """(special tokens by the names that templates use, tokenizer_config.json)"""
-    settings = _read_json(folder / "tokenizer_config.json")
-    special = _read_json(folder / "special_tokens_map.json")
-    special |= {name: value for name, value in settings.items() if name in _TEMPLATE_TOKENS}
-    names = {name: _content(special.get(name)) for name in _TEMPLATE_TOKENS}
-    return {name: token for name, token in names.items() if token is not None}, settings
-
-
-def _content(token: Any) -> str | None:
-    """Special tokens are written as strings, or as maps with a `content`."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
 
 
 def _template_source(folder: Path, settings: dict[str, Any]) -> str | None:

@@ -2,6 +2,7 @@
 
 Owns the way from the file's names and layouts to the decoder's, which `Storage` describes, and the demand that every
 tensor of the file is used and every parameter of the model is filled, made before the first byte of a weight is read.
+A tied head that is stored a second time must be the embedding.
 Weights that stay quantised (`kept_weights`) are filled as strictly. Knows no mathematics. A few threads copy pieces
 into the parameters, so loading needs little more memory than the model.
 """
@@ -30,6 +31,7 @@ from kernels.weights import QuantisedWeight
 
 READERS = 8  # threads: fewer would do for copying, more keep a fast disk busy
 _HUGE_PAGE_BYTES = 2 * 2**20
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _FUSED = (".experts.gate_up_proj", ".experts.down_proj")
 
 
@@ -46,7 +48,9 @@ class Place(NamedTuple):
     """Where one stored tensor goes: into a part of a parameter, or, row by row, into one `experts` parameter each."""
 
     parameters: tuple[Tensor, ...]
-    layout: Literal["rows", "transposed", "grouped", "experts"]
+    layout: Literal[
+        "rows", "transposed", "grouped", "experts", "repeated"
+    ]  # the last: they are there already
     kept: QuantisedWeight | None = None  # of these rows; then the parameter has no memory
 
     @property
@@ -73,7 +77,8 @@ def load_weights(
     `bar`: show one where a terminal is.
 
     Raises `UnsupportedCheckpoint` naming the tensor that is unknown, double, of a wrong shape or dtype by its own
-    name, one that is missing by Llama's name for it; then nothing has been read yet.
+    name, one that is missing by Llama's name for it; then nothing has been read yet. A tied head that differs from
+    the embedding is named when all else has been read.
     """
     targets = weight_targets(decoder.config)
     source = source or open_source(checkpoint, targets)
@@ -83,7 +88,10 @@ def load_weights(
 
     def copy(piece: Piece) -> int:
         with torch.inference_mode():  # it is a property of the thread
-            _copy(source, piece, places[piece.name], decoder.config)
+            if places[piece.name].layout == "repeated":
+                _compare(source, piece, places[piece.name], checkpoint)
+            else:
+                _copy(source, piece, places[piece.name], decoder.config)
         return piece.num_bytes
 
     pieces = [piece for name, place in places.items() for piece in _pieces(source, name, place)]
@@ -93,8 +101,10 @@ def load_weights(
         source,
         ThreadPoolExecutor(READERS, thread_name_prefix="load") as pool,
     ):
-        for num_bytes in pool.map(copy, pieces):  # the first failure cancels the rest
-            progress.advance(num_bytes)
+        for repeated in (False, True):
+            some = [piece for piece in pieces if (places[piece.name].layout == "repeated") is repeated]
+            for num_bytes in pool.map(copy, some):  # the first failure cancels the rest
+                progress.advance(num_bytes)
 
 
 def weight_targets(config: ModelConfig) -> dict[str, Target]:
@@ -123,9 +133,13 @@ def _places(
     config = decoder.config
     waiting = set(targets)
     places: dict[str, Place] = {}
-    for stored_name, (shape, _) in source.tensors.items():
+    for stored_name in source.tensors:
         name = canonical_name(stored_name, config)
         if name is None:
+            continue
+        if config.tied_embeddings and name == _HEAD:
+            places[stored_name] = Place((decoder.parameters[_EMBEDDING],), "repeated")
+            _check(source, stored_name, places[stored_name], checkpoint)
             continue
         names = _names_of_experts(name, decoder) if name.endswith(_FUSED) else (name,)
         if not names or any(one not in targets for one in names):
@@ -134,16 +148,21 @@ def _places(
             raise UnsupportedCheckpoint(f"{checkpoint.path}: tensor {stored_name} is not known")
         if not waiting.issuperset(names):
             raise UnsupportedCheckpoint(f"{checkpoint.path}: tensor {stored_name} is there twice")
-        source.check(stored_name)
-        place = places[stored_name] = _place(name, names, targets, decoder)
-        if shape != place.stored_shape:
-            raise UnsupportedCheckpoint(
-                f"{checkpoint.path}: tensor {stored_name} has shape {shape}, not {place.stored_shape}"
-            )
+        places[stored_name] = _place(name, names, targets, decoder)
+        _check(source, stored_name, places[stored_name], checkpoint)
         waiting.difference_update(names)
     if waiting:
         raise UnsupportedCheckpoint(f"{checkpoint.path}: tensor {min(waiting)} is missing")
     return places
+
+
+def _check(source: WeightSource, stored_name: str, place: Place, checkpoint: Checkpoint) -> None:
+    source.check(stored_name)
+    shape, _ = source.tensors[stored_name]
+    if shape != place.stored_shape:
+        raise UnsupportedCheckpoint(
+            f"{checkpoint.path}: tensor {stored_name} has shape {shape}, not {place.stored_shape}"
+        )
 
 
 def canonical_name(stored_name: str, config: ModelConfig) -> str | None:
@@ -151,11 +170,11 @@ def canonical_name(stored_name: str, config: ModelConfig) -> str | None:
     storage, name = config.storage, stored_name
     for pattern, replacement in storage.names:
         name = re.sub(pattern, replacement, name)
-    # old checkpoints store the rope frequencies, some tied ones the head a second time
+    # old checkpoints store the rope frequencies
     derived = stored_name.endswith(".rotary_emb.inv_freq") or (
         storage.derived and re.search(storage.derived, stored_name)
     )
-    return None if derived or (config.tied_embeddings and name == "lm_head.weight") else name
+    return None if derived else name
 
 
 def _names_of_experts(name: str, decoder: Decoder) -> tuple[str, ...]:
@@ -189,7 +208,7 @@ def _pieces(source: WeightSource, name: str, place: Place) -> Iterator[Piece]:
     rows = shape[0]
     if place.layout == "experts":
         rows = 1
-    elif place.layout == "rows":
+    elif place.layout in ("rows", "repeated"):
         unit = source.unit(name)
         rows = max(unit, source.piece_bytes * shape[0] // num_bytes // unit * unit)
     for start in range(0, shape[0], rows):
@@ -210,6 +229,18 @@ def _copy(source: WeightSource, piece: Piece, place: Place, config: ModelConfig)
     stored = rows.new_empty(place.stored_shape)
     source.copy(name, start, end, stored)
     rows.copy_(stored.t() if place.layout == "transposed" else _ungrouped(stored, config))
+
+
+def _compare(source: WeightSource, piece: Piece, place: Place, checkpoint: Checkpoint) -> None:
+    name, start, end, _ = piece
+    (parameter,) = place.parameters
+    rows, again = parameter[start:end], torch.empty_like(parameter[start:end])
+    source.copy(name, start, end, again)
+    if not torch.equal(again.view(torch.uint8), rows.view(torch.uint8)):  # bits: NaN is equal to itself
+        raise UnsupportedCheckpoint(
+            f"{checkpoint.path}: tensor {name} differs from the embedding, though tie_word_embeddings is true. "
+            "Set it to false in config.json to use the tensor, as transformers does, or take the tensor out"
+        )
 
 
 def _ungrouped(tensor: Tensor, config: ModelConfig) -> Tensor:

@@ -34,7 +34,8 @@ def windows(config: Config, windowed: Windowed | None) -> tuple[int | None, ...]
 
 
 def every_layer(config: Config) -> list[bool]:
-    return [config["sliding_window"] is not None] * int(config["num_hidden_layers"])
+    """Whatever `layer_types` says."""
+    return [all_layers(config, i) for i in range(int(config["num_hidden_layers"]))]
 
 
 def by_layer_types(otherwise: Callable[[Config, int], bool]) -> Windowed:
@@ -54,6 +55,10 @@ def by_layer_types(otherwise: Callable[[Config, int], bool]) -> Windowed:
         return [kind == "sliding_attention" for kind in types]
 
     return windowed
+
+
+def all_layers(config: Config, layer: int) -> bool:
+    return config["sliding_window"] is not None
 
 
 def upper_layers(config: Config, layer: int) -> bool:

@@ -29,7 +29,6 @@ from kernels.running_sums import running_sums
 from kernels.weights import BLOCK, Float8Weight, Int4Weight, Int8Weight, rounded_to_int8
 
 LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # largest magnitude that an 8-bit cache can store
-MAX_SCORES = 2**25  # attention scores held at once, so that long contexts need no memory of their own
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
@@ -144,24 +143,20 @@ def paged_attention(
             continue
         window = length if how.window is None else how.window
         base = max(0, length - (end - start) - window + 1)  # the first token that any of them sees
-        k, v = _context(cache, page_table[row], base, length)
-        tokens = torch.arange(base, length, device=q.device)
-        slice_len = max(1, MAX_SCORES // (num_heads * (length - base)))
-        for first in range(start, end, slice_len):
-            last = min(first + slice_len, end)
-            queries = q[first:last].float().reshape(last - first, num_kv_heads, group, head_dim)
-            scores = torch.einsum("nhgd,hld->nhgl", queries, k) * how.scale  # [n, hk, group, length - base]
+        keys, values = _context(cache, page_table[row], base, length)
+        for token in range(start, end):
+            # Each by itself, in memory of its own: how the library sums depends on how many tokens there are
+            seen = length - (end - token) + 1
+            first = max(0, seen - window)
+            k, v = (x[:, first - base : seen - base].contiguous() for x in (keys, values))
+            query = q[token].to(torch.float32, copy=True).reshape(num_kv_heads, group, head_dim)
+            scores = torch.einsum("hgd,hld->hgl", query, k) * how.scale  # [hk, group, seen - first]
             if how.softcap is not None:
                 scores = softcap(scores, how.softcap)
-            position = torch.arange(length - (end - first), length - (end - last), device=q.device)
-            distance = tokens[None, :] - position[:, None]  # [n, length - base]
             if slopes is not None:
-                scores += slopes * distance[:, None, None, :]
-            hidden = (distance > 0) | (distance <= -window)
-            scores.masked_fill_(hidden[:, None, None, :], float("-inf"))
-            weights = torch.softmax(scores, dim=-1)
-            mixed = torch.einsum("nhgl,hld->nhgd", weights, v)
-            out[first:last] = mixed.reshape(last - first, num_heads, head_dim).to(q.dtype)
+                scores += slopes * torch.arange(first + 1 - seen, 1, device=q.device)
+            mixed = torch.einsum("hgl,hld->hgd", torch.softmax(scores, dim=-1), v)
+            out[token] = mixed.reshape(num_heads, head_dim).to(q.dtype)
     return out
 
 

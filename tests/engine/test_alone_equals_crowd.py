@@ -225,6 +225,13 @@ def test_layers_with_a_window_are_as_exact(folder: Path, tmp_path: Path, request
     assert interrupted(load(tmp_path / "windowed", 60, threads=1), swapping, few, seed=6) == single
 
 
+def test_the_reference_kernels_are_as_exact(folder: Path, requests: list[Request]) -> None:
+    few = requests[:18]
+    single = one_by_one(load(folder, 64, threads=1, kernels="reference"), few)
+    engine = load(folder, 24, threads=1, kernels="reference", max_num_batched_tokens=7)
+    assert comparable(run(engine, few, preempting=True)) == single
+
+
 def everywhere(path: Path, dtype: str, requests: list[Request]) -> None:
     """Alone, in one crowd, recomputed, swapped and resumed they give the same."""
     single = one_by_one(load(path, 64, dtype=dtype), requests)

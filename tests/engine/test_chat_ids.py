@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from engine.special_tokens import SpecialTokens
 from engine.tokenizer import Detokenizer, Tokenizer
 from tests.support.tiny_tokenizers import CONTROLS, KINDS, TEMPLATE
 
-SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+SPECIAL = SpecialTokens.read({"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}, {})
 # Spaces, ligatures and marks that normalizers change, bytes that no vocabulary holds, halves of control tokens
 PARTS = [
     "the",

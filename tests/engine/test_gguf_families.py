@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from gguf import GGUFWriter
 
 from engine.checkpoint import Checkpoint, UnsupportedCheckpoint
 from engine.config import EngineConfig
@@ -79,6 +80,38 @@ def test_logits_are_those_of_the_original(
             expected = model(torch.tensor([list(prompt)])).logits[0, -1]
         assert expected.std() > 0.05  # else anything would match
         torch.testing.assert_close(logits[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_yarn_without_an_original_length_means_the_context_length_in_every_family(tmp_path: Path) -> None:
+    def change(writer: GGUFWriter) -> None:
+        writer.add_string("phi3.rope.scaling.type", "yarn")
+        writer.add_rope_scaling_factor(4.0)
+
+    path = write_gguf(tmp_path / "tiny.gguf", tiny("Phi3", {}), "phi3", change=change)
+    scaling = Checkpoint.open(str(path)).config.rope_scaling
+    assert scaling is not None
+    assert scaling.original_max_position == 512  # not the 4096 of Phi-3's config.json
+
+
+def test_what_ends_a_sample_to_llama_cpp_ends_it(tmp_path: Path) -> None:
+    """By its key or by its spelling, but never a piece of text."""
+    spelled = {
+        "<|im_end|>": 3,
+        "</s>": 1,
+        "<|end|>": 1,
+        "<end_of_turn>": 4,
+        "<|im_start|>": 3,
+        "<|eot_id|>": 3,
+    }
+
+    def change(writer: GGUFWriter) -> None:
+        writer.add_token_list(["a", *spelled, "x", "y"])
+        writer.add_token_types([1, *spelled.values(), 3, 3])
+        writer.add_eos_token_id(8)
+        writer.add_uint32("tokenizer.ggml.eom_token_id", 7)
+
+    path = write_gguf(tmp_path / "tiny.gguf", tiny("Llama", {}), "llama", change=change)
+    assert Checkpoint.open(str(path)).config.eos_token_ids == (8, 7, 1, 4, 6)
 
 
 def test_every_family_is_compared() -> None:

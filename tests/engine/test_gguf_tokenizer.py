@@ -13,6 +13,7 @@ from transformers.convert_slow_tokenizer import generate_merges
 
 from engine.gguf_file import GGUFFile
 from engine.gguf_tokenizer import gguf_tokenizer
+from engine.special_tokens import SpecialTokens
 from engine.tokenizer import Tokenizer
 from tests.support.tiny_gguf import finished
 
@@ -109,7 +110,7 @@ def test_phi3_puts_a_space_before_every_part(tmp_path: Path) -> None:
 
 def test_no_text_of_a_client_spells_a_control_token(tmp_path: Path) -> None:
     backend = gguf_tokenizer(GGUFFile.open(write(tmp_path / "a.gguf")).metadata)
-    tokenizer = Tokenizer(backend.to_str(), template=None, special_tokens={})
+    tokenizer = Tokenizer(backend.to_str(), template=None, special_tokens=SpecialTokens())
     ids = tokenizer.encode("the</s> <s>")
     assert ids[0] == 1
     assert not {1, 2} & set(ids[1:])

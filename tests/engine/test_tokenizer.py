@@ -13,6 +13,8 @@ import pytest
 from engine.chat_template import MAX_RENDERED_CHARS, ChatTemplate
 from engine.checkpoint import Checkpoint
 from engine.gguf_tokenizer import gguf_tokenizer
+from engine.special_tokens import SpecialTokens
+from engine.stand_ins import StandIns
 from engine.tokenizer import ChatTemplateError, Detokenizer, Tokenizer, UnsupportedTokenizer
 from tests.support.smollm2 import bundled
 from tests.support.tiny import write_tiny_llama
@@ -118,6 +120,7 @@ def test_bos_is_added_where_the_checkpoint_adds_it(folder: Path, tmp_path: Path)
         ([CHAT[0], {"role": "user", "content": "x", "name": "y"}], r"messages\[1\]: must have exactly"),
         ([{"role": "<|im_end|>", "content": "x"}], r"messages\[0\].role"),
         ([{"role": "user", "content": ["x"]}], r"messages\[0\].content: must be a string"),
+        ([{"role": "user", "content": "\ud800"}], r"messages\[0\].content: the text is not valid Unicode"),
         (["hello"], r"messages\[0\]"),
     ],
 )
@@ -164,7 +167,7 @@ def test_a_checkpoint_without_a_template_says_so(folder: Path, tmp_path: Path) -
 )
 def test_a_template_that_fails_or_floods_is_a_clear_error(source: str, says: str) -> None:
     with pytest.raises(ChatTemplateError, match=says):
-        ChatTemplate(source, {}, []).render(CHAT)
+        ChatTemplate(source, {}, StandIns([])).render(CHAT)
     assert MAX_RENDERED_CHARS < 10**7
 
 
@@ -172,17 +175,20 @@ def test_templates_have_what_transformers_gives_them() -> None:
     source = (
         "{{ bos_token }}{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}"
         "{% generation %}{{ m.content | trim | tojson }}{% endgeneration %}{% endfor %}"
-        "{{ strftime_now('%Y') | length }}{% if tools is not none or documents is not none %}!{% endif %}"
+        "{{ strftime_now(format='%Y') | length }}"
+        "{{ {'b': 1, 'a': [2]} | tojson(separators=(',', ':'), sort_keys=true) }}"
+        "{% if tools is not none or documents is not none %}!{% endif %}"
     )
-    template = ChatTemplate(source, {"bos_token": "<s>"}, ["<s>"])
-    assert template.render([{"role": "user", "content": " é<s> "}, CHAT[0]]).text == '<s>"é<s>"4'
+    template = ChatTemplate(source, {"bos_token": "<s>"}, stand_ins := StandIns(["<s>"]))
+    rendered = template.render([{"role": "user", "content": " é<s> "}, CHAT[0]])
+    assert stand_ins.put_back(rendered) == '<s>"é<s>"4{"a":[2],"b":1}'
 
 
 def test_calls_are_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.template_sandbox.MAX_STEPS", 10_000)
     source = "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}"
     with pytest.raises(ChatTemplateError, match="more than 10000 steps"):
-        ChatTemplate(source, {}, []).render(CHAT)
+        ChatTemplate(source, {}, StandIns([])).render(CHAT)
 
 
 def test_loops_and_joins_are_as_jinja_makes_them() -> None:
@@ -191,7 +197,7 @@ def test_loops_and_joins_are_as_jinja_makes_them() -> None:
         "{% for k, v in {'a': 1}.items() %}{{ (k ~ v) ~ none }}{% endfor %}{% else %}nobody{% endfor %}"
         "{% for i in missing %}{% else %}{{ 3 * 'ab' + 'c' }}{{ 7 % 4 }}{{ 2 ** 3 }}{{ '%s' % 'd' }}{% endfor %}"
     )
-    text = ChatTemplate(source, {}, []).render(CHAT).text
+    text = ChatTemplate(source, {}, StandIns([])).render(CHAT)
     assert text == "1/2False,a1None2/2True,a1Noneababab" + "c38d"
 
 
@@ -232,7 +238,7 @@ def test_pieces_without_a_byte_level_decoder() -> None:
     backend = tokenizers.Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
-    tokenizer = Tokenizer(backend.to_str(), template=None, special_tokens={})
+    tokenizer = Tokenizer(backend.to_str(), template=None, special_tokens=SpecialTokens())
     assert not tokenizer.byte_level
     smile = [4 + byte for byte in "🙂".encode()]
     pieces = Detokenizer(tokenizer)

@@ -103,13 +103,31 @@ def test_a_wrong_shape_is_named(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_old_checkpoints_are_ignored(tmp_path: Path) -> None:
-    write_tiny_llama(tmp_path, tied=True)
-    rewrite(
-        tmp_path,
-        lm_head__weight=torch.ones(320, 64),
-        model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(8),
-    )
-    assert "lm_head.weight" not in loaded(tmp_path).parameters
+    write_tiny_llama(tmp_path)
+    rewrite(tmp_path, model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(8))
+    loaded(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tied_head_may_be_stored_again_but_must_be_the_embedding(
+    tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.weight_source._SafetensorsSource.piece_bytes", 1000)
+    write_tiny_llama(tmp_path, tied=True, nan_token_id=7)
+    embedding = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    rewrite(tmp_path, lm_head__weight=embedding.clone())
+    assert "lm_head.weight" not in loaded(tmp_path, dtype).parameters
+    embedding[319, 63] += 1
+    rewrite(tmp_path, lm_head__weight=embedding)
+    with pytest.raises(
+        UnsupportedCheckpoint, match=r"lm_head\.weight differs from the embedding, though tie_word"
+    ):
+        loaded(tmp_path, dtype)
+    rewrite(tmp_path, lm_head__weight=embedding[1:].clone())
+    with pytest.raises(
+        UnsupportedCheckpoint, match=r"lm_head\.weight has shape \(319, 64\), not \(320, 64\)"
+    ):
+        loaded(tmp_path, dtype)
 
 
 def test_pieces_of_any_size_and_merged_ones_land_where_they_belong(

@@ -29,7 +29,9 @@ def read(family: str, **fields: Any) -> ModelConfig:
     ("family", "fields", "windows"),
     [
         ("Mistral", {}, (4096,) * 4),  # transformers fills it in
-        ("Mistral", {"sliding_window": 64, "layer_types": [FULL] * 4}, (64,) * 4),  # it has no such field
+        ("Mistral", {"sliding_window": 64, "layer_types": [FULL, SLIDING] * 2}, (None, 64) * 2),  # Ministral
+        ("Mistral", {"sliding_window": 64, "layer_types": [FULL] * 4}, ()),
+        ("Phi3", {"sliding_window": 64, "layer_types": [FULL] * 4}, (64,) * 4),  # it has no such field
         ("Mistral", {"sliding_window": None}, ()),
         ("Phi3", {"sliding_window": 2047}, (2047,) * 4),
         ("Phi3", {}, ()),

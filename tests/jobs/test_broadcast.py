@@ -10,6 +10,7 @@ import redis
 
 from engine.growth import Growth
 from engine.request import Generated, RequestId
+from engine.special_tokens import SpecialTokens
 from engine.tokenizer import Tokenizer
 from jobs import broadcast as module
 from jobs.audience import MAX_ENTRIES, Piece, Said, heard, stream_name
@@ -23,7 +24,7 @@ TEXT = "the fox over the dog and the night"
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer(byte_level().to_str(), template=None, special_tokens={})
+    return Tokenizer(byte_level().to_str(), template=None, special_tokens=SpecialTokens())
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from engine.special_tokens import SpecialTokens
 from engine.stop import StopChecker
 from engine.tokenizer import Tokenizer
 from jobs.growing_text import GrowingText
@@ -14,7 +15,7 @@ from tests.support.tiny_tokenizers import KINDS
 
 @pytest.fixture(scope="module", params=["byte-level", "pieces, first", "unigram"])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
-    return Tokenizer(KINDS[request.param]().to_str(), template=None, special_tokens={})
+    return Tokenizer(KINDS[request.param]().to_str(), template=None, special_tokens=SpecialTokens())
 
 
 def shown(text: GrowingText) -> str:
