@@ -21,6 +21,7 @@ from engine.runner import ModelRunner, load_decoder
 from engine.sampling_params import InvalidParameter, RepetitionDetectionParams, SamplingParams
 from engine.sequence import Sequence
 from kernels.reference import KERNELS as REFERENCE
+from tests.engine.test_scheduler import scheduler, sequence
 from tests.support.checked import EOS, checked_engine, draw, expected, fingerprints
 from tests.support.pressure import run
 from tests.support.tiny import write_tiny_llama
@@ -229,3 +230,23 @@ def test_what_several_steps_say_of_their_tokens() -> None:
 
 def told(token_id: int, logprob: float) -> TokenLogprobs:
     return TokenLogprobs(token_id=token_id, logprob=logprob)
+
+
+def test_numbers_that_are_not_finite_end_a_run_of_several_steps() -> None:
+    """What came before them is taken, what came behind them is nobody's."""
+    s, one = scheduler(), sequence("a", 3)
+    s.add(one)
+    assert s.settle(s.plan(), [7], further=([7, FAILED, 7],)) == [one]
+    s.check()
+    assert one.output is None
+    assert one.generated == [7, 7]
+
+
+def test_a_loop_inside_a_run_of_several_steps_is_seen_where_it_closes() -> None:
+    rule = RepetitionDetectionParams(max_pattern_size=1, min_count=3)
+    s, one = scheduler(), sequence("a", 3, max_tokens=9, repetition_detection=rule)
+    s.add(one)
+    assert s.settle(s.plan(), [7], further=([7, 7, 7],)) == [one]
+    s.check()
+    assert one.output is not None
+    assert (one.output.token_ids, one.output.finish_reason) == ((7, 7, 7), "repetition")

@@ -78,3 +78,52 @@ def test_any_history_keeps_the_invariant(history: list[tuple[str, int]]) -> None
                 held.remove(chosen)
                 pool.free(chosen)
         pool.check(held)
+
+
+def test_free_pages_are_lent_first_then_the_coldest() -> None:
+    """Whoever is evicted is told of before its page is lent, and is not remembered any more."""
+    evicted: list[int] = []
+    pool = PagePool(5, 16, on_evict=evicted.append)
+    held = pool.allocate(4)
+    assert held == [0, 1, 2, 3]
+    for page in (2, 0, 1):
+        pool.remember(page)
+    pool.free([2])
+    pool.free([0, 1])
+    assert list(pool.coldest(9)) == [2, 0, 1]
+    assert list(pool.coldest(2)) == [2, 0]
+    assert (pool.num_free, pool.num_cached, pool.num_owned) == (1, 3, 1)
+    assert pool.allocate(1) == [4]
+    assert evicted == []
+    assert pool.allocate(2) == [2, 0]
+    assert evicted == [2, 0]
+    pool.check([[3], [4], [2, 0]])
+    pool.free([2, 0])
+    assert (pool.num_free, pool.num_cached) == (2, 1)
+
+
+def test_cold_pages_go_before_all_others_the_last_of_them_first() -> None:
+    pool = PagePool(4, 16)
+    pages = pool.allocate(4) or []
+    for page in pages:
+        pool.remember(page)
+    pool.free(pages[:2])
+    pool.free(pages[2:], cold=True)
+    assert list(pool.coldest(4)) == [3, 2, 0, 1]
+
+
+def test_a_cached_page_that_is_shared_again_is_hot_afterwards() -> None:
+    pool = PagePool(3, 16)
+    pages = pool.allocate(3) or []
+    for page in pages:
+        pool.remember(page)
+    pool.free(pages)
+    pool.share([0])
+    assert list(pool.coldest(3)) == [1, 2], "what is owned is in no line"
+    assert pool.allocate(3) is None
+    pool.check([[0]])
+    pool.free([0])
+    assert list(pool.coldest(3)) == [1, 2, 0]
+    pool.forget(1)
+    assert (pool.num_free, list(pool.coldest(3))) == (1, [2, 0])
+    pool.check([])

@@ -357,3 +357,16 @@ def test_a_higher_priority_does_not_wait_for_the_same_prefix_of_a_lower_one() ->
     while s.has_work:
         settle(s, plan)
         plan = s.plan()
+
+
+def test_who_waits_for_a_prefix_is_let_go_when_its_maker_leaves() -> None:
+    """Also when no step has computed any of it, as where a device had no memory for the plan."""
+    s = scheduler()
+    first, second = sequence("same", 20), sequence("same", 20)
+    s.add(first)
+    s.add(second)
+    s.plan()
+    assert second in s.warming
+    s.remove(first)
+    s.check()
+    assert [row.sequence for row in s.plan().rows] == [second]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -241,3 +242,29 @@ def test_the_checked_runner_sees_a_wrong_page() -> None:
     pages[0], pages[1] = pages[1], pages[0]
     with pytest.raises(AssertionError, match="not what was computed"):
         engine.step()
+
+
+def test_what_a_preempted_sequence_finds_again_is_no_hit() -> None:
+    """They are its own tokens: nobody had computed them before it came."""
+    engine = checked_engine(100, PAGE_SIZE)
+    engine.add(request("a", prompt(4, 40), max_tokens=6))
+    engine.step()
+    engine.scheduler.preempt(engine.scheduler.running[0])
+    assert finish(engine, [])["a"].num_cached_tokens == 0
+    stats = engine.stats()
+    assert (stats["num_recomputed_tokens"], stats["num_computed_tokens"]) == (0, 40 + 5)
+
+
+def test_who_brings_a_checkpoint_is_nobodys_twin() -> None:
+    """It goes on from its own tokens, and another one of the same words from none."""
+    engine = checked_engine(100, PAGE_SIZE)
+    first = request("first", prompt(5, 40), seed=1, max_tokens=6)
+    engine.add(first)
+    engine.step()
+    made = engine.generated(first.id)
+    assert [len(one.token_ids) for one in made] == [1]
+    second = replace(first, id=RequestId("second", 2), generated=made)
+    engine.add(second)
+    assert engine.scheduler.num_waiting == 1
+    done = finish(engine, [])
+    assert {done[name].outputs[0].token_ids for name in ("first", "second")} == {expected(first, 0, 6)}

@@ -211,3 +211,39 @@ def test_what_arrives_together_is_planned_together_however_much_it_is() -> None:
         queue.push(sequence(f"{i}"), keys("ab"[i % 2]), 100 - i)
     order = [int(name) for name in drain(queue)]
     assert order == [*range(0, 100, 2), *range(1, 100, 2)]
+
+
+def test_the_earlier_of_two_equals_goes_first() -> None:
+    assert drain(filled([("1", "a", 5), ("2", "b", 5), ("3", "a", 5), ("4", "", 5)])) == ["1", "3", "2", "4"]
+
+
+def test_a_family_whose_turn_it_is_ends_before_a_longer_one_that_comes_meanwhile() -> None:
+    """Also where it falls into two families, because the newcomer shares less of its prompt."""
+    queue = filled([("1", "aab", 9), ("2", "aab", 5), ("3", "b", 7)])
+    first = queue.peek()
+    assert first is not None
+    queue.remove(first)
+    queue.push(sequence("4"), keys("b"), 90)
+    queue.push(sequence("5"), keys("aac"), 50)
+    assert drain(queue) == ["2", "5", "4", "3"]
+
+
+def test_the_last_that_comes_back_is_the_first() -> None:
+    queue = filled([("a", "a", 9)])
+    for name in "123":
+        queue.put_back(sequence(name))
+    assert drain(queue) == ["3", "2", "1", "a"]
+
+
+def test_who_comes_back_counts_once() -> None:
+    """A round is so many that are taken for the first time."""
+    queue = WaitingQueue(round_size=2)
+    one = sequence("1")
+    queue.push(one, keys("a"), 5)
+    queue.push(sequence("short"), keys("b"), 1)
+    for _ in range(3):
+        queue.remove(one)
+        queue.put_back(one)
+    queue.push(sequence("long"), keys("c"), 9)
+    queue.remove(one)
+    assert drain(queue) == ["long", "short"]

@@ -10,7 +10,7 @@ from sqlalchemy.exc import DBAPIError
 
 from jobs.batches import close_batches
 from jobs.body import JobBody
-from jobs.cancels import Cancels
+from jobs.cancels import Cancels, half_cancelled
 from jobs.claims import claim
 from jobs.database import Database
 from jobs.intake import Intake, Message
@@ -230,3 +230,10 @@ def test_the_database_itself_refuses_to_move_an_ended_job(
     with database.write() as connection:
         connection.execute(move.values(state=ended, finished_at=1.0))
     assert rows.job(database, job_id).state == ended
+
+
+def test_a_batch_that_nobody_cancels_is_not_half_cancelled(database: Database, intake: Intake) -> None:
+    intake.accept_many([JobBody(prompt="a")] * 2, OPERATOR)
+    take(database, 1)
+    with database.read() as connection:
+        assert half_cancelled(connection) == []

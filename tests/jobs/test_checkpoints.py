@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from functools import partial
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 
 from engine.growth import Growth, join, size_of
 from engine.request import Generated, RequestId, TokenLogprobs
+from jobs.body import JobBody
 from jobs.cancels import Cancels
 from jobs.checkpoints import forget, load, save
 from jobs.claims import Claim, claim
-from jobs.database import Database
-from jobs.models import Checkpoint
+from jobs.database import Database, now
+from jobs.deadlines import make_due
+from jobs.intake import Intake
+from jobs.models import Checkpoint, Job
 from jobs.outcomes import Outcome, record
+from jobs.settings import Settings
 from jobs.states import JobState
 from jobs.sweeper import take_back
+from jobs.tenants import OPERATOR
+from jobs.terms import Retry, Terms
 from tests.support import rows
 
 WEIGHTS = "a" * 64
@@ -59,6 +65,7 @@ def made(*samples: tuple[int, ...]) -> tuple[Generated, ...]:
     lost=st.integers(0, 5),
     repeated=st.booleans(),
 )
+@example(samples=[[5, 6, 7]], cuts=[[2, 2, 2], [1, 1, 1]], lost=1, repeated=False)  # a token each
 def test_parts_make_a_beginning(
     samples: list[list[int]], cuts: list[list[int]], lost: int, repeated: bool
 ) -> None:
@@ -193,3 +200,18 @@ def test_forget_of_nothing(database: Database) -> None:
     database.transact(lambda connection: forget(connection, []))
     with database.read() as connection:
         assert load(connection, [], WEIGHTS) == {}
+
+
+def test_a_job_that_starts_over_leaves_its_checkpoint_behind(database: Database, settings: Settings) -> None:
+    terms = Terms(retry=Retry(max_attempts=2))
+    job_id = Intake(database, settings).accept_one(JobBody(prompt="x"), OPERATOR, terms=terms)
+    take(database)
+    keep(database, growth(job_id, (0, (1, 2))))
+    error = {"code": "numerics", "message": "not finite"}
+    failed = Outcome(job_id=job_id, fence=1, kind="failed", error=error)
+    assert end(database, failed) == [JobState.QUEUED]
+    assert num_parts(database) == 0
+    database.transact(lambda c: c.execute(update(Job).values(not_before=now() - 1)))
+    assert database.transact(make_due) == ["tiny"]
+    (again,) = take(database)
+    assert (again.fence, again.generated) == (2, ())

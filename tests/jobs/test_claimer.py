@@ -23,6 +23,7 @@ from jobs.outcomes import Outcome
 from jobs.settings import Settings
 from jobs.supervisor import EngineSupervisor
 from jobs.tenants import OPERATOR, Owner, Tenants
+from jobs.terms import Terms, Tier
 
 
 class Roomy(EngineSupervisor):
@@ -144,3 +145,25 @@ def test_newcomers_come_in_beyond_a_full_window(database: Database, settings: Se
     assert held() == {OPERATOR.tenant: 7, "other": 3}, "one takes the place that was left, two overtake"
     intake.accept_many(bodies, Owner("other", None))
     assert held() == {OPERATOR.tenant: 7, "other": 5}, "not more than the engine runs at once"
+
+
+def test_the_last_places_are_left_to_those_whom_somebody_waits_for(
+    database: Database, settings: Settings
+) -> None:
+    intake, holdings = Intake(database, settings), Holdings()
+
+    class Scarce(Roomy):
+        @property
+        def room(self) -> int:  # type: ignore[override]
+            return 3 - len(holdings)
+
+    claimer = claimer_of(database, holdings, Scarce, encoded, [])
+    body = JobBody(prompt="x", max_tokens=8)
+    intake.accept_many([body] * 9, OPERATOR)
+    claimer.wake()
+    claimer._fill()
+    assert [one.claim.tier for one in holdings.all()] == [Tier.NORMAL] * 2
+    intake.accept_one(body, OPERATOR, terms=Terms(tier=Tier.INTERACTIVE))
+    claimer.wake()
+    claimer._fill()
+    assert [one.claim.tier for one in holdings.all()] == [Tier.NORMAL] * 2 + [Tier.INTERACTIVE]

@@ -7,8 +7,14 @@ from functools import partial
 
 import pytest
 
+from jobs.body import JobBody
 from jobs.claims import claim, models_with_work
 from jobs.database import Database
+from jobs.intake import Intake
+from jobs.outcomes import Outcome, record
+from jobs.settings import Settings
+from jobs.tenants import OPERATOR
+from jobs.terms import Terms, Tier
 from tests.support import rows
 
 
@@ -61,3 +67,24 @@ def test_the_claim_is_an_index_scan(database: Database, submit, tiers: tuple[int
     details = " ".join(str(row[-1]) for row in plan)
     assert "ix_jobs_claim" in details
     assert "TEMP B-TREE" not in details
+
+
+def test_the_background_is_all_that_its_claim_takes(database: Database, settings: Settings) -> None:
+    """What has just been queued before it is left to a claim of its own."""
+    intake = Intake(database, settings)
+    for tier in (Tier.NORMAL, Tier.BACKGROUND):
+        intake.accept_one(JobBody(prompt="x"), OPERATOR, terms=Terms(tier=tier))
+    background = (Tier.BACKGROUND, Tier.BACKGROUND)
+    taken = database.transact(partial(claim, worker_id="w", model="tiny", limit=9, tiers=background))
+    assert [one.tier for one in taken] == [Tier.BACKGROUND]
+
+
+def test_a_job_has_started_when_it_was_first_claimed(database: Database, submit) -> None:
+    (job_id,) = submit(1)
+    take = partial(claim, worker_id="w", model="tiny", limit=1)
+    database.transact(take)
+    first = rows.job(database, job_id).started_at
+    back = [Outcome(job_id=job_id, fence=1, kind="released")]
+    database.transact(partial(record, worker_id="w", outcomes=back))
+    database.transact(take)
+    assert rows.job(database, job_id).started_at == first

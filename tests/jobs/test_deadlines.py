@@ -8,7 +8,11 @@ from typing import Any
 import pytest
 from sqlalchemy import func, insert, select, update
 
+from engine.growth import Growth
+from engine.request import Generated, RequestId
+from jobs import deadlines
 from jobs.body import JobBody
+from jobs.checkpoints import save
 from jobs.claims import claim, models_with_work
 from jobs.database import Database, now
 from jobs.deadlines import (
@@ -60,6 +64,19 @@ def finish(database: Database, job_id: str, kind: Any, **fields: Any) -> JobStat
     outcome = Outcome(job_id=job_id, fence=rows.job(database, job_id).fence, kind=kind, **fields)
     (recorded,) = database.transact(lambda c: record(c, worker_id="w", outcomes=[outcome]))
     return recorded.state
+
+
+def keep_parts(database: Database, *job_ids: str) -> None:
+    """What a worker has made of jobs that it claimed for the first time."""
+    made = (Generated(token_ids=(1, 2)),)
+    growths = [Growth(id=RequestId(job_id, 1), starts=(0,), generated=made) for job_id in job_ids]
+    saved = database.transact(partial(save, worker_id="w", weights="", growths=growths))
+    assert len(saved) == len(job_ids)
+
+
+def num_parts(database: Database) -> int:
+    with database.read() as connection:
+        return connection.scalar(select(func.count()).select_from(Checkpoint)) or 0
 
 
 # --- not before -----------------------------------------------------------------------------------------------
@@ -145,6 +162,7 @@ def test_a_running_job_is_stopped_and_ends_as_expired(
 ) -> None:
     job = intake.accept_one(BODY, OPERATOR, terms=Terms(deadline=clock + 1000))
     assert take(database) == [job]
+    keep_parts(database, job)
     set_columns(database, job, deadline=clock - 1)
     assert database.transact(expire) == 1
     assert rows.job(database, job).state == JobState.CANCELLING
@@ -154,8 +172,8 @@ def test_a_running_job_is_stopped_and_ends_as_expired(
     assert rows.ledger(database) == [(job, 1, "wasted", 3, 5)]
     with database.read() as connection:
         assert not rows.results(database)
-        assert connection.scalar(select(func.count()).select_from(Checkpoint)) == 0
         check_tallies(connection)
+    assert num_parts(database) == 0
 
 
 def test_with_a_dead_worker_a_sweep_ends_it(database: Database, intake: Intake, clock: float) -> None:
@@ -169,6 +187,39 @@ def test_with_a_dead_worker_a_sweep_ends_it(database: Database, intake: Intake, 
     assert database.transact(take_back) == (0, 2)
     assert rows.job(database, job).state == JobState.EXPIRED
     assert rows.job(database, plain).state == JobState.CANCELLED
+
+
+def test_of_an_expired_job_no_checkpoint_stays(database: Database, intake: Intake, clock: float) -> None:
+    """Neither of one that had been handed back, nor of one whose worker is dead."""
+    waiting, running = (
+        intake.accept_one(BODY, OPERATOR, terms=Terms(deadline=clock + 1000)) for _ in range(2)
+    )
+    take(database)
+    keep_parts(database, waiting, running)
+    finish(database, waiting, "released")
+    assert num_parts(database) == 2
+    database.transact(lambda c: c.execute(update(Job).values(deadline=clock - 1)))
+    assert database.transact(expire) == 2
+    assert num_parts(database) == 1, "the worker may still be making some"
+    database.transact(partial(leave, worker_id="w"))
+    assert database.transact(take_back) == (0, 1)
+    assert rows.jobs_by_state(database) == {"expired": sorted([waiting, running])}
+    assert num_parts(database) == 0
+
+
+def test_those_that_are_being_stopped_are_in_nobodys_way(
+    database: Database, intake: Intake, clock: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deadlines, "MOVES_PER_SWEEP", 1)
+    terms = Terms(deadline=clock + 1000)
+    first, second = sorted(intake.accept_one(BODY, OPERATOR, terms=terms) for _ in range(2))
+    assert sorted(take(database)) == [first, second]
+    database.transact(lambda c: c.execute(update(Job).values(deadline=clock - 1)))
+    assert database.transact(expire) == 1
+    assert rows.job(database, first).state == JobState.CANCELLING
+    finish(database, second, "released")
+    assert database.transact(expire) == 1
+    assert rows.job(database, second).state == JobState.EXPIRED
 
 
 # --- at risk --------------------------------------------------------------------------------------------------
@@ -220,6 +271,14 @@ def test_jobs_at_risk_become_urgent_in_the_order_of_their_deadlines(
     assert database.transact(partial(make_urgent, model="tiny", edge=edges["tiny"])) == 2
     assert take_more(database, 3)[:2] == near[::-1]
     assert rows.job(database, far).tier == Tier.NORMAL
+
+
+def test_only_the_models_own_jobs_become_urgent(database: Database, intake: Intake, clock: float) -> None:
+    body = BODY.model_copy(update={"model": "other"})
+    other = intake.accept_one(body, OPERATOR, terms=Terms(deadline=clock + 100))
+    assert database.transact(partial(make_urgent, model="tiny", edge=clock + 600)) == 0
+    assert rows.job(database, other).tier == Tier.NORMAL
+    assert database.transact(partial(make_urgent, model="other", edge=clock + 600)) == 1
 
 
 # --- retries --------------------------------------------------------------------------------------------------

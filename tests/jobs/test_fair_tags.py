@@ -132,3 +132,38 @@ def test_two_submits_of_one_tenant_at_once_get_different_turns(database: Databas
     tags = [item.fair_tag for item in take(database, 40)]
     assert sorted(set(tags)) == tags
     assert len(tags) == 40
+
+
+def test_who_was_idle_while_the_queue_ran_empty_gains_nothing_by_it(
+    database: Database, intake: Intake
+) -> None:
+    intake.accept_many(bodies(40), OPERATOR)
+    take(database, 40)
+    intake.accept_many(bodies(40), OTHER)
+    intake.accept_many(bodies(40), OPERATOR)
+    assert 8 <= owners(take(database, 20)).count("other") <= 12
+
+
+def test_who_was_here_once_and_has_been_idle_since_gains_next_to_nothing_by_it(
+    database: Database, intake: Intake
+) -> None:
+    intake.accept_many(bodies(1), OTHER)
+    intake.accept_many(bodies(80), OPERATOR)
+    take(database, 41)
+    intake.accept_many(bodies(40), OTHER)
+    assert 9 <= owners(take(database, 20)).count("other") <= 12
+
+
+@pytest.mark.parametrize(("model", "tier"), [("busy", Tier.NORMAL), ("tiny", Tier.BACKGROUND)])
+@pytest.mark.parametrize("left", [20, 0], ids=["queued", "taken"])
+def test_every_model_and_tier_has_a_time_of_its_own(
+    database: Database, intake: Intake, model: str, tier: Tier, left: int
+) -> None:
+    """However far another's has come, the first of all starts at 0."""
+    busy = [JobBody(prompt="x", max_tokens=HEAVY, model=model)] * 40
+    intake.accept_many(busy, OPERATOR, terms=Terms(tier=tier))
+    database.transact(
+        partial(claim, worker_id="w", model=model, limit=40 - left, tiers=(Tier.INTERACTIVE, Tier.BACKGROUND))
+    )
+    intake.accept_one(bodies(1)[0], OTHER)
+    assert [item.fair_tag for item in take(database, 1)] == [0.0]

@@ -341,3 +341,41 @@ def test_the_background_window_has_no_end(bench: Bench) -> None:
     for odd in ([], 7, None):
         with pytest.raises(BadField):
             parse_wish(odd)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_another_tenant_stops_nothing(bench: Bench) -> None:
+    batch_id = bench.create(8)
+    cancels = Cancels(bench.database)
+    assert cancels.cancel_batch(batch_id, tenant="other") is None
+    assert bench.batch(batch_id).state == BatchState.VALIDATING
+    insert_one_chunk(bench, batch_id)
+    assert cancels.cancel_batch(batch_id, tenant="other") is None
+    assert bench.batch(batch_id).state == BatchState.IN_PROGRESS
+    bench.work()
+    assert len(bench.jobs(batch_id)) == 8
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_second_cancel_changes_nothing(bench: Bench) -> None:
+    batch_id = bench.create(8)
+    insert_one_chunk(bench, batch_id)
+    cancels = Cancels(bench.database)
+    first = cancels.cancel_batch(batch_id, tenant=DEFAULT)
+    before = bench.batch(batch_id)
+    assert cancels.cancel_batch(batch_id, tenant=DEFAULT) is first
+    assert bench.batch(batch_id) == before
+    check(bench)
+
+
+def test_room_that_the_check_took_and_no_job_needs_is_given_back(bench: Bench) -> None:
+    """As when a clerk with other settings goes on."""
+    batch_id = bench.create(jsonl([chat_line(i, max_tokens=None) for i in range(3)]))
+    claimed = take(bench.database, 60)
+    assert claimed is not None
+    bench.batches.validate(claimed)
+    claimed.release()
+    fewer = bench.settings.model_copy(update={"default_max_tokens": bench.settings.default_max_tokens // 2})
+    Bench(bench.database, fewer).work()
+    assert len(bench.jobs(batch_id)) == 3
+    check(bench)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,16 @@ from sqlalchemy import select, update
 
 from jobs.body import BadField
 from jobs.database import Database, now
+from jobs.file_batches import NoSuchFile, parse_wish
 from jobs.file_store import FileStore, new_file_id
 from jobs.files import PLACE_SECONDS, FileInUse, check_life, check_purpose
 from jobs.models import Batch, File
 from jobs.quotas import QuotaExceeded
 from jobs.settings import Settings
+from jobs.states import BatchState
 from jobs.tallies import used
 from jobs.tenants import DEFAULT, OPERATOR, Owner, Tenants
-from tests.support.batch_lines import Bench
+from tests.support.batch_lines import CHAT, Bench, run
 from tests.support.databases import ON_SQLITE
 from tests.support.invariants import check_tallies
 
@@ -240,13 +244,41 @@ def test_purposes_and_lives() -> None:
             check_life("created_at", odd)
 
 
+def test_a_file_whose_batch_has_ended_may_go(bench: Bench) -> None:
+    batch_id = bench.create(2)
+    bench.work()
+    run(bench.database)
+    bench.work()
+    assert bench.batch(batch_id).state == BatchState.COMPLETED
+    assert bench.files.delete(bench.batch(batch_id).input_file_id, tenant=DEFAULT)
+
+
 def test_a_delete_and_a_new_batch_are_put_in_an_order(bench: Bench) -> None:
     """Either the batch has the file, or there is neither."""
-    batch_id = bench.create(2)
-    file_id = bench.batch(batch_id).input_file_id
-    bench.clerk.work_once()
-    with pytest.raises(FileInUse):
-        bench.files.delete(file_id, tenant=DEFAULT)
+    for _ in range(15):
+        file_id = bench.upload(b"{}\n")
+        gate = threading.Barrier(2)
+
+        def delete(file_id: str = file_id, gate: threading.Barrier = gate) -> bool:
+            gate.wait()
+            try:
+                return bench.files.delete(file_id, tenant=DEFAULT)
+            except FileInUse:
+                return False
+
+        def create(file_id: str = file_id, gate: threading.Barrier = gate) -> bool:
+            wish = parse_wish({"input_file_id": file_id, "endpoint": CHAT, "completion_window": "24h"})
+            gate.wait()
+            try:
+                bench.batches.create(wish, OPERATOR)
+            except NoSuchFile:
+                return False
+            return True
+
+        with ThreadPoolExecutor(2) as pool:
+            deleted, made = pool.submit(delete), pool.submit(create)
+        assert deleted.result() is not made.result()
+        assert (bench.files.find(file_id, tenant=DEFAULT) is not None) is made.result()
     with bench.database.read() as connection:
-        assert connection.scalars(select(Batch.id)).all() == [batch_id]
-        assert connection.scalars(select(File.id)).all() == [file_id]
+        needed = set(connection.scalars(select(Batch.input_file_id)))
+    assert needed == on_disk(bench), "each batch has its file, and no other is left"

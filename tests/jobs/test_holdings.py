@@ -40,3 +40,16 @@ def test_a_copy_of_the_counts_is_the_callers_own() -> None:
     holdings.add([claim(1, "a", Tier.NORMAL)])
     holdings.of_tenants["a"] += 5
     assert holdings.of_tenants == {"a": 1}
+
+
+def test_who_may_end_a_holding() -> None:
+    """Whoever comes first: the engine once it was sent, before that whoever drops it."""
+    holdings = Holdings()
+    one, two, three = holdings.add(claim(number, "a", Tier.NORMAL) for number in range(3))
+    assert holdings.mark_dropped(one)
+    assert not holdings.mark_dropped(one), "one end is enough"
+    assert not holdings.mark_sent(one)
+    assert holdings.mark_sent(two)
+    assert not holdings.mark_dropped(two), "only the engine can end it"
+    holdings.clear()
+    assert not holdings.mark_sent(three), "it is no longer ours"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
-from sqlalchemy import Connection, select
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import select
 
 from engine.request import derive_seed
 from jobs.body import BadField, JobBody, parse_job
@@ -24,6 +22,7 @@ from jobs.states import BatchState, JobState
 from jobs.tenants import OPERATOR
 from jobs.terms import Terms, Tier
 from tests.support import rows
+from tests.support.invariants import check_tallies
 
 
 @pytest.fixture
@@ -96,29 +95,6 @@ def test_a_new_job_is_shown_as_it_is_read(database: Database, intake: Intake) ->
     for terms in (Terms(), Terms(deadline=time.time() + 9e6), later):
         shown = intake.accept_new(body, OPERATOR, terms=terms)
         assert shown == Reads(database).job(shown.id, tenant=OPERATOR.tenant)
-
-
-class LostOnce(Database):
-    """Its first write transaction is committed, and then nobody hears of it."""
-
-    lost = False
-
-    @contextmanager
-    def write(self) -> Iterator[Connection]:
-        with super().write() as connection:
-            yield connection
-        if not self.lost:
-            self.lost = True
-            raise DBAPIError("COMMIT", None, Exception("gone"), connection_invalidated=True)
-
-
-def test_a_job_whose_commit_got_lost_is_there_once(database: Database, settings: Settings) -> None:
-    forgetful = LostOnce(database.url)
-    shown = Intake(forgetful, settings).accept_new(JobBody(prompt="a"), OPERATOR)
-    forgetful.close()
-    assert forgetful.lost
-    assert rows.jobs_by_state(database) == {"queued": [shown.id]}
-    assert shown == Reads(database).job(shown.id, tenant=OPERATOR.tenant)
 
 
 def test_an_empty_batch_is_refused(intake: Intake) -> None:
@@ -209,3 +185,22 @@ def test_a_prefix_group_is_the_start_of_the_text_and_the_model() -> None:
     assert prefix_group("m", long) != prefix_group("other", long)
     assert prefix_group("m", "a") != prefix_group("m", "b")
     assert 0 <= prefix_group("m", "") < 2**63
+
+
+def test_one_message_that_several_workers_receive_counts_once(database: Database, intake: Intake) -> None:
+    for number in range(5):
+        messages = [message(f"{number}-{i}", JobBody(prompt="a")) for i in range(20)]
+        gate = threading.Barrier(4)
+
+        def receive(messages: list[Message] = messages, gate: threading.Barrier = gate) -> None:
+            gate.wait()
+            intake.accept_messages(messages)
+
+        threads = [threading.Thread(target=receive) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(rows.jobs_by_state(database)["queued"]) == 20 * (number + 1)
+        with database.read() as connection:
+            check_tallies(connection)

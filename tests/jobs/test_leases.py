@@ -111,3 +111,14 @@ def test_jobs_under_a_name_that_nobody_has_are_taken_back(database: Database, su
     database.transact(partial(claim, worker_id="never registered", model="tiny", limit=1))
     sweep(database)
     assert rows.jobs_by_state(database) == {"queued": [job_id]}
+
+
+def test_what_a_dead_worker_was_told_to_stop_is_booked_as_cancelled(
+    database: Database, worker: str, submit
+) -> None:
+    running, stopping = submit(2)
+    database.transact(partial(claim, worker_id=worker, model="tiny", limit=2))
+    Cancels(database).cancel_job(stopping, tenant="default")
+    expire(database, worker)
+    sweep(database)
+    assert rows.ledger(database) == [(running, 1, "wasted", 0, 0), (stopping, 1, "cancelled", 0, 0)]

@@ -114,3 +114,12 @@ def test_terminal_states_are_immutable_in_the_database_itself(database: Database
     write(database, completed(item))
     with pytest.raises(DBAPIError, match="terminal"):
         database.transact(lambda c: c.exec_driver_sql("UPDATE jobs SET state = 'queued'"))
+
+
+def test_a_suspect_that_is_handed_back_stays_one(database: Database, submit) -> None:
+    (job_id,) = submit(1)
+    take(database)
+    write(database, Outcome(job_id=job_id, fence=1, kind="released", crashes=2))
+    take(database)
+    assert write(database, Outcome(job_id=job_id, fence=2, kind="released")) == [JobState.QUEUED]
+    assert rows.job(database, job_id).crashes == 2

@@ -80,10 +80,23 @@ def test_a_repeated_upgrade_changes_nothing(empty_database_url: str) -> None:
 
 
 def test_processes_that_start_together_migrate_once(empty_database_url: str) -> None:
-    program = f"from migrations import upgrade; upgrade({empty_database_url!r})"
+    """Each is ready before the word is given to all: what takes long is to load the program."""
+    program = (
+        "from migrations import upgrade; print('ready', flush=True); input(); "
+        f"upgrade({empty_database_url!r})"
+    )
+    pipe = subprocess.PIPE
     processes = [
-        subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE) for _ in range(4)
+        subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe)
+        for _ in range(4)
     ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write(b"\n")
+        process.stdin.flush()
     for process in processes:
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors.decode()

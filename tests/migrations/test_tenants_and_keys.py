@@ -23,7 +23,8 @@ def insert(connection: Connection, table: str, **values: Any) -> None:
 
 
 def fill(connection: Connection) -> None:
-    """A batch with a queued, a running and a completed job, as 0001 has them, billed today and long ago."""
+    """A batch with a job that waits, one that runs, one that is being stopped and one that is done, as 0001 has them,
+    billed today and long ago."""
     time_now = connection.scalar(now())
     insert(
         connection,
@@ -32,11 +33,11 @@ def fill(connection: Connection) -> None:
         tenant=DEFAULT,
         state="in_progress",
         endpoint="/v1/jobs",
-        total=3,
+        total=4,
         metadata="{}",
         created_at=1.0,
     )
-    for position, state in enumerate(("queued", "in_progress", "completed")):
+    for position, state in enumerate(("queued", "in_progress", "cancelling", "completed")):
         insert(
             connection,
             "jobs",
@@ -110,11 +111,12 @@ def test_what_was_there_stays_and_is_counted(empty_database_url: str) -> None:
         use = used(connection, DEFAULT)
         keys = connection.scalars(text("SELECT count(*) FROM jobs WHERE key_id IS NOT NULL")).one()
         estimates = connection.scalars(text("SELECT estimated_tokens FROM jobs ORDER BY id")).all()
-    assert (use.queued_jobs, use.queued_tokens) == (2, 2 * (len(BODY) // 4 + 1024))
-    assert use.stored_bytes == 3 * len(BODY) + len(OUTPUTS)
+    estimate = len(BODY) // 4 + 1024
+    assert (use.queued_jobs, use.queued_tokens) == (3, 3 * estimate)
+    assert use.stored_bytes == 4 * len(BODY) + len(OUTPUTS)
     assert use.tokens_per_day == 7
     assert keys == 0
-    assert list(estimates) == [0, len(BODY) // 4 + 1024, len(BODY) // 4 + 1024]
+    assert list(estimates) == [estimate, 0, estimate, estimate]
     downgrade(empty_database_url, "0001")
     assert rows(database) == before
     upgrade(empty_database_url)
