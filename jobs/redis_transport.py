@@ -130,19 +130,20 @@ class Channel(redis.Channel):
 
     def _brpop_read(self, **options: Any) -> bool:
         try:
-            super()._brpop_read(**options)
+            with _unreadable():
+                super()._brpop_read(**options)
         except Empty:
             self._refused = False
             raise
         except ResponseError as error:
             self._pause(error)
             raise Empty from None
-        except (RedisError, OSError):
-            raise
-        except Exception as error:  # of the message's JSON; all else is caught where it is delivered
-            log.warning("redis.message_unreadable error=%s", type(error).__name__)
         self._refused = False
         return True
+
+    def _receive_one(self, c: Any) -> Any:
+        with _unreadable():
+            return super()._receive_one(c)
 
     def _pause(self, error: ResponseError) -> None:
         if not self._refused:  # said once, not every second until it reads again
@@ -168,6 +169,17 @@ class Transport(redis.Transport):
 
 
 TRANSPORT_ALIASES[NAME] = f"{__name__}:{Transport.__name__}"
+
+
+@contextmanager
+def _unreadable() -> Iterator[None]:
+    """For errors of a message's JSON; those of what it says are caught where it is delivered."""
+    try:
+        yield
+    except (Empty, RedisError, OSError):
+        raise
+    except Exception as error:
+        log.warning("redis.message_unreadable error=%s", type(error).__name__)
 
 
 @contextmanager

@@ -104,6 +104,16 @@ def test_messages_that_nobody_can_read_harm_only_themselves(press: Press) -> Non
     press.finish()
 
 
+@pytest.mark.parametrize("command", ["[" * 100_000, '{"__type__": "bytes", "__value__": 1}', "[1]", "{}"])
+def test_commands_that_nobody_can_read_harm_nobody(press: Press, command: str) -> None:
+    (worker,) = press.start_workers(1)
+    with redis.Redis.from_url(press.redis_url) as client, bare_celery(press.redis_url) as app:
+        database = client.get_connection_kwargs().get("db", 0)
+        assert client.publish(f"/{database}.celery.pidbox", command) == 1, "the worker hears of it"
+        wait_until(lambda: app.control.ping(timeout=1) or not worker.alive, "it hears the next one")
+    assert worker.alive, worker.tail()
+
+
 def test_what_celery_may_be_asked_for_and_nobody_keeps_is_passed_over(press: Press) -> None:
     (worker,) = press.start_workers(1)
     for number, headers in enumerate(ONLY_STRANGE.values()):
