@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import redis
+from kombu import pools
 
 from jobs.models import Job
 from jobs.states import JobState, WorkerState
@@ -109,7 +110,8 @@ def test_commands_that_nobody_can_read_harm_nobody(press: Press, command: str) -
     (worker,) = press.start_workers(1)
     with redis.Redis.from_url(press.redis_url) as client, bare_celery(press.redis_url) as app:
         database = client.get_connection_kwargs().get("db", 0)
-        assert client.publish(f"/{database}.celery.pidbox", command) == 1, "the worker hears of it"
+        heard = f"/{database}.celery.pidbox"
+        wait_until(lambda: client.publish(heard, command), "it hears of it", START_SECONDS)
         wait_until(lambda: app.control.ping(timeout=1) or not worker.alive, "it hears the next one")
     assert worker.alive, worker.tail()
 
@@ -173,24 +175,23 @@ def test_redis_is_full(press: Press) -> None:
 def test_redis_dies_while_messages_wait_for_sql(press: Press) -> None:
     """They are in no row yet, and their acks belong to a connection that is gone."""
     (worker,) = press.start_workers(1)
-    with bare_celery(press.redis_url) as app, redis.Redis.from_url(press.redis_url) as client:
-        with locked_jobs(press):
-            first = app.send_task(TASK, kwargs=BODY, queue=QUEUE).id
-            wait_until(lambda: client.hlen("unacked") == 1, "a worker has taken it")
-            press.kill_redis()
-            press.revive_redis()
-            second = app.send_task(TASK, kwargs=BODY, queue=QUEUE, retry=True).id
-            wait_until(
-                lambda: not client.llen(QUEUE) or not worker.alive, "it has come back for more", START_SECONDS
-            )
-        sent = Job.id.in_([first, second])
+    with redis.Redis.from_url(press.redis_url) as client, locked_jobs(press):
+        with bare_celery(press.redis_url) as app:
+            sent = [app.send_task(TASK, kwargs=BODY, queue=QUEUE).id]
+        wait_until(lambda: client.hlen("unacked") == 1, "a worker has taken it")
+        press.kill_redis()
+        press.revive_redis()
+        pools.reset()  # ours, which kombu would keep for the stories to come, broken as they are
+        with bare_celery(press.redis_url) as app:
+            sent.append(app.send_task(TASK, kwargs=BODY, queue=QUEUE).id)
         wait_until(
-            lambda: len(press.jobs(sent, Job.state == JobState.COMPLETED)) == 2 or not worker.alive,
-            "both are done",
-            START_SECONDS,
+            lambda: not client.llen(QUEUE) or not worker.alive, "it has come back for more", START_SECONDS
         )
+    done = (Job.id.in_(sent), Job.state == JobState.COMPLETED)
+    wait_until(lambda: len(press.jobs(*done)) == 2 or not worker.alive, "both are done", START_SECONDS)
     assert worker.alive, worker.tail()
     press.finish()
+    press.flush_redis()  # of what was not acked, which would come again in five minutes
 
 
 @contextmanager
