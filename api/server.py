@@ -62,7 +62,7 @@ def run(settings: Settings, url_file: Path | None = None) -> int:
         return _refuse(f"the database cannot be reached: {reason_of(error)}")
     except OSError as error:
         return _refuse(f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}")
-    wakeups = WakeUps(make_app(settings))
+    wakeups = WakeUps(make_app(settings), database)
     sweeper = Sweeper(database, settings.sweep_seconds, wakeups.wake)
     timekeeper = Timekeeper(database, Intake(database, settings), settings.sweep_seconds, wakeups.wake)
     sweeper.start()

@@ -16,6 +16,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
+from jobs.redis_transport import kombu_url
 from jobs.settings import Settings
 
 GENERATE = "nightpress.generate"  # a whole job, from services that know only Redis
@@ -40,9 +41,10 @@ class NightpressCelery(Celery):  # type: ignore[misc]
 def make_app(settings: Settings) -> NightpressCelery:
     """The application of workers and of the API. Connects to nothing yet."""
     app = NightpressCelery(
-        "nightpress", broker=settings.broker, backend=settings.broker, set_as_current=False
+        "nightpress", broker=kombu_url(settings.broker), backend=settings.broker, set_as_current=False
     )
     app.settings = settings
+    app.Task.Request = "jobs.pool:PlainRequest"
     app.conf.update(
         task_serializer="json",
         result_serializer="json",
@@ -65,6 +67,7 @@ def make_app(settings: Settings) -> NightpressCelery:
         result_expires=RESULT_SECONDS,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
+        broker_channel_error_retry=True,  # an error that Redis answers with is a reason to reconnect, not to die
         broker_connection_timeout=SOCKET_SECONDS,
         broker_transport_options={
             "visibility_timeout": 300,

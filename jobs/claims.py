@@ -16,6 +16,7 @@ from sqlalchemy import (
     Double,
     Integer,
     bindparam,
+    exists,
     func,
     literal_column,
     select,
@@ -25,8 +26,8 @@ from sqlalchemy import (
 from engine.request import Generated
 from jobs.checkpoints import load
 from jobs.database import now
-from jobs.models import Job
-from jobs.states import JobState
+from jobs.models import Job, Worker
+from jobs.states import LIVE_WORKER, JobState
 from jobs.terms import DELAYED, Tier
 
 # A literal, not a parameter: a partial index serves only statements that visibly imply its condition.
@@ -149,5 +150,8 @@ _CLAIM_BEFORE = _claim_of(Job.fair_tag < bindparam("before", type_=Double))
 
 
 def models_with_work(connection: Connection) -> list[str]:
-    """Models that have at least one queued job that may start."""
-    return list(connection.scalars(select(Job.model).where(QUEUED, Job.tier < DELAYED).distinct()))
+    """Models that a live worker serves and that have at least one queued job that may start. Asked model by model:
+    how many jobs wait, and for how many names that nobody serves, does not matter."""
+    waits = exists().where(Job.model == Worker.model, QUEUED, Job.tier < DELAYED)
+    served = select(Worker.model).where(Worker.state.in_(sorted(LIVE_WORKER)), waits)
+    return list(connection.scalars(served.distinct()))

@@ -1,8 +1,9 @@
 """Leases: one row per worker stands for all jobs that carry its name.
 
-Owns the workers table: registering, renewing, leaving. One UPDATE renews everything a worker holds, and the
-same transaction brings back which of its jobs are to be cancelled. Every comparison is made on the database's
-clock. An expired lease that nobody has swept may still be renewed, so that a slow database costs no work.
+Owns the workers table: registering, renewing, leaving, which models are served. One UPDATE renews everything a
+worker holds, and the same transaction brings back which of its jobs are to be cancelled. Every comparison is made on
+the database's clock. An expired lease that nobody has swept may still be renewed, so that a slow database costs no
+work.
 """
 
 from __future__ import annotations
@@ -69,3 +70,8 @@ def leave(connection: Connection, *, worker_id: str) -> None:
         .where(Worker.id == worker_id, Worker.state.in_(sorted(LIVE_WORKER)))
         .values(state=WorkerState.STOPPED, lease_until=now(), num_running=0, num_waiting=0)
     )
+
+
+def served_models(connection: Connection) -> frozenset[str]:
+    """Models of workers that live as far as anybody knows: a lease that has run out may still be renewed."""
+    return frozenset(connection.scalars(select(Worker.model).where(Worker.state.in_(sorted(LIVE_WORKER)))))

@@ -22,6 +22,7 @@ from celery.concurrency.base import BasePool
 from celery.worker import state as celery_state
 from celery.worker.control import Panel, control_command
 from celery.worker.control import revoke as celery_revoke
+from celery.worker.request import Request
 from kombu.serialization import loads
 
 from jobs.arrivals import Arrival
@@ -31,6 +32,16 @@ from jobs.worker import Worker
 log = logging.getLogger(__name__)
 
 EXIT_HOPELESS = 70  # EX_SOFTWARE of sysexits.h
+
+
+class PlainRequest(Request):  # type: ignore[misc]
+    """What Celery makes of a message, without the time limits and the other name that its sender may wish for: nobody
+    keeps them here, and what is wrong with them would come out when the message is already on Celery's books."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.time_limits = (None, None)
+        self.name = self.type
 
 
 class EnginePool(BasePool):  # type: ignore[misc]

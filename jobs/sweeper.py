@@ -2,8 +2,8 @@
 
 Owns four repairs, all idempotent and safe to run in many processes at once: leases that expired are marked
 lost, jobs that carry the name of a worker that is gone go back to the queue (or end, if they were being
-cancelled), cancels of batches that were cut off are finished, and models that have queued jobs are announced again,
-because Redis may have lost the wake-up. It also is the clock of `deadlines`.
+cancelled), cancels of batches that were cut off are finished, and models that have queued jobs and a worker are
+announced again, because Redis may have lost the wake-up. It also is the clock of `deadlines`.
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ def take_back(connection: Connection) -> tuple[int, int]:
 
 
 class Sweeper(threading.Thread):
-    """Runs `sweep` every `sweep_seconds`. `announce(model)` is called for each model that has queued jobs, and `also`
-    at the end of each sweep."""
+    """Runs `sweep` every `sweep_seconds`. `announce(model)` is called for each model that has queued jobs and a live
+    worker, and `also` at the end of each sweep."""
 
     def __init__(
         self,
@@ -155,7 +155,7 @@ class Sweeper(threading.Thread):
             to_cancel = half_cancelled(connection)
             edges = edges_of_risk(connection) if self._looks_ahead() else {}
         if due:
-            models += self._until_done(make_due)
+            self._until_done(make_due)
         if late:
             self._until_done(expire)
         for model, edge in edges.items():
@@ -172,22 +172,17 @@ class Sweeper(threading.Thread):
                 break
         if requeued or cancelled:
             log.warning("sweeper.took_back requeued=%d cancelled=%d", requeued, cancelled)
+        if due or requeued:
             with self.database.read() as connection:
                 models = models_with_work(connection)
-        for model in dict.fromkeys(models):
+        for model in models:
             self.announce(model)
         self.also()
 
-    def _until_done(self, move: Callable[[Connection], int | list[str]]) -> list[str]:
-        """Portion after portion, each its own transaction; what they moved, if they say so."""
-        moved: list[str] = []
-        while not self._stopping.is_set():
-            some = self.database.transact(move)
-            number = some if isinstance(some, int) else len(some)
-            moved += [] if isinstance(some, int) else some
-            if number < MOVES_PER_SWEEP:
-                break
-        return list(dict.fromkeys(moved))
+    def _until_done(self, move: Callable[[Connection], int]) -> None:
+        """Portion after portion, each its own transaction."""
+        while not self._stopping.is_set() and self.database.transact(move) >= MOVES_PER_SWEEP:
+            pass
 
     def _looks_ahead(self) -> bool:
         """Whether it is time to look for deadlines at risk, which reads every queued job that has one."""

@@ -85,7 +85,7 @@ class Worker:
         self.results = CeleryResults(app)
         teller = Teller(self.database, self.results)
         self.results.on_told = teller.told
-        self.wake_ups = WakeUps(app)
+        self.wake_ups = WakeUps(app, self.database)
         self.cancels = Cancels(self.database)
         self._chores: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._seen_steps: int | float | None = None

@@ -10,7 +10,8 @@ import logging
 import sys
 import warnings
 
-from celery.platforms import SecurityWarning
+from celery.apps.worker import Worker, install_worker_int_handler
+from celery.platforms import EX_OK, SecurityWarning
 
 from jobs.broker import GENERATE_QUEUE, make_app, work_queue
 from jobs.settings import Settings
@@ -27,6 +28,14 @@ def _without_bodies(record: logging.LogRecord) -> bool:
             None,
         )
     return True
+
+
+class _Worker(Worker):  # type: ignore[misc]
+    def install_platform_tweaks(self, worker: Worker) -> None:
+        super().install_platform_tweaks(worker)
+        install_worker_int_handler(
+            worker, exitcode=EX_OK
+        )  # Celery's own drains as well, but calls that a failure
 
 
 def main(settings: Settings) -> int:
@@ -47,7 +56,8 @@ def main(settings: Settings) -> int:
     warnings.filterwarnings("ignore", category=SecurityWarning)
     app = make_app(settings)
     try:
-        worker = app.Worker(
+        worker = _Worker(
+            app=app,
             queues=[GENERATE_QUEUE, work_queue(settings.served_model)],
             loglevel=settings.log_level.upper(),
             without_gossip=True,

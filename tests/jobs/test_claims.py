@@ -7,10 +7,11 @@ from functools import partial
 
 import pytest
 
-from jobs.body import JobBody
+from jobs.body import JobBody, parse_job
 from jobs.claims import claim, models_with_work
 from jobs.database import Database
 from jobs.intake import Intake
+from jobs.leases import leave, register
 from jobs.outcomes import Outcome, record
 from jobs.settings import Settings
 from jobs.tenants import OPERATOR
@@ -33,8 +34,34 @@ def test_claims_in_order_and_only_once(database: Database, submit) -> None:
 def test_another_models_jobs_are_left_alone(database: Database, submit) -> None:
     submit(2)
     assert database.transact(lambda c: claim(c, worker_id="w", model="other", limit=9)) == []
-    with database.read() as connection:
-        assert models_with_work(connection) == ["tiny"]
+
+
+def test_only_models_that_somebody_serves_have_work_for_anybody(
+    database: Database, settings: Settings, submit
+) -> None:
+    submit(2)
+    intake = Intake(database, settings)
+    for number in range(3):
+        intake.accept_one(parse_job({"prompt": "x", "model": f"junk-{number}"}, settings), OPERATOR)
+
+    def served() -> list[str]:
+        with database.read() as connection:
+            return models_with_work(connection)
+
+    def start(worker_id: str, model: str) -> None:
+        database.transact(partial(register, worker_id=worker_id, model=model, lease_seconds=60.0))
+
+    assert served() == []
+    start("w", "tiny")
+    start("w2", "tiny")
+    start("idle", "idle")
+    assert served() == ["tiny"]
+    start("late", "junk-1")
+    assert sorted(served()) == ["junk-1", "tiny"]
+    database.transact(partial(leave, worker_id="late"))
+    assert served() == ["tiny"]
+    database.transact(partial(claim, worker_id="w", model="tiny", limit=9))
+    assert served() == []
 
 
 def test_concurrent_claims_never_share_a_job(database: Database, submit) -> None:

@@ -54,6 +54,7 @@ def test_an_expired_lease_gives_the_jobs_back(database: Database, worker: str, s
     (job_id,) = submit(1)
     database.transact(partial(claim, worker_id=worker, model="tiny", limit=1))
     expire(database, worker)
+    database.transact(partial(register, worker_id="other", model="tiny", lease_seconds=60.0))
     assert sweep(database) == ["tiny"]
     assert rows.jobs_by_state(database) == {"queued": [job_id]}
     assert rows.ledger(database) == [(job_id, 1, "wasted", 0, 0)]

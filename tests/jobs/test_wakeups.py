@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 
 import redis
 
 from jobs.broker import make_app, work_queue
+from jobs.database import Database
+from jobs.leases import leave, register
 from jobs.settings import Settings
 from jobs.wakeups import APART_SECONDS, ENOUGH_IN_REDIS, REPEAT_SECONDS, WakeUps
 from tests.support.waiting import wait_until
 
 
-def test_a_queue_never_holds_more_than_a_handful(redis_url: str, tmp_path: Path) -> None:
+def serve(database: Database, *models: str) -> None:
+    """Have a live worker for each of them, called like it."""
+    for model in models:
+        database.transact(partial(register, worker_id=model, model=model, lease_seconds=60.0))
+
+
+def test_a_queue_never_holds_more_than_a_handful(database: Database, redis_url: str, tmp_path: Path) -> None:
     app = make_app(Settings(data_dir=tmp_path, model="tiny", redis_url=redis_url))
-    wake_ups = WakeUps(app)
+    serve(database, "tiny")
+    wake_ups = WakeUps(app, database)
     with redis.Redis.from_url(redis_url) as client:
         for count in range(1, ENOUGH_IN_REDIS + 1):
             wake_ups.wake("tiny")
@@ -31,10 +41,11 @@ def test_a_queue_never_holds_more_than_a_handful(redis_url: str, tmp_path: Path)
 
 
 def test_who_says_it_again_and_again_is_heard_at_once_and_then_now_and_then(
-    redis_url: str, tmp_path: Path
+    database: Database, redis_url: str, tmp_path: Path
 ) -> None:
     app = make_app(Settings(data_dir=tmp_path, model="tiny", redis_url=redis_url))
-    wake_ups = WakeUps(app)
+    serve(database, "tiny")
+    wake_ups = WakeUps(app, database)
     with redis.Redis.from_url(redis_url) as client:
         heard: list[float] = []
 
@@ -57,9 +68,12 @@ def test_who_says_it_again_and_again_is_heard_at_once_and_then_now_and_then(
     app.close()
 
 
-def test_what_is_said_right_after_another_is_heard_a_moment_later(redis_url: str, tmp_path: Path) -> None:
+def test_what_is_said_right_after_another_is_heard_a_moment_later(
+    database: Database, redis_url: str, tmp_path: Path
+) -> None:
     app = make_app(Settings(data_dir=tmp_path, model="tiny", redis_url=redis_url))
-    wake_ups = WakeUps(app)
+    serve(database, "tiny")
+    wake_ups = WakeUps(app, database)
     with redis.Redis.from_url(redis_url) as client:
         heard: list[float] = []
 
@@ -69,6 +83,7 @@ def test_what_is_said_right_after_another_is_heard_a_moment_later(redis_url: str
                 return True
             return False
 
+        serve(database, *(f"other-{number}" for number in range(5)))
         for number in range(5):
             wake_ups.wake("tiny")
             wait_until(lambda: hear("tiny"), "it is said", interval=0.001)
@@ -84,9 +99,54 @@ def test_what_is_said_right_after_another_is_heard_a_moment_later(redis_url: str
     app.close()
 
 
-def test_a_dead_redis_is_only_a_line_in_the_log(tmp_path: Path) -> None:
+def test_names_that_nobody_serves_hold_nobody_up_and_leave_nothing(
+    database: Database, redis_url: str, tmp_path: Path
+) -> None:
+    app = make_app(Settings(data_dir=tmp_path, model="tiny", redis_url=redis_url))
+    serve(database, "tiny", "gone")
+    database.transact(partial(leave, worker_id="gone"))
+    wake_ups = WakeUps(app, database)
+    with redis.Redis.from_url(redis_url) as client:
+        for number in range(10_000):
+            wake_ups.wake(f"junk-{number}")
+        wake_ups.wake("gone")
+        begin = time.monotonic()
+        wake_ups.wake("tiny")
+        wait_until(lambda: client.llen(work_queue("tiny")), "it is said", interval=0.001)
+        assert time.monotonic() - begin < 2.0
+        serve(database, "junk-7")  # a worker came: what is said from now on is for it
+        wake_ups.wake("junk-7")
+        wait_until(lambda: client.llen(work_queue("junk-7")), "this is said, too")
+        wake_ups.close()
+        named = {key.rpartition(b"work.")[2] for key in client.scan_iter(count=1000)}
+        assert {name for name in named if name.startswith((b"junk", b"gone"))} == {b"junk-7"}
+        client.flushdb()
+    app.close()
+
+
+def test_who_was_first_is_told_first(database: Database, redis_url: str, tmp_path: Path) -> None:
+    app = make_app(Settings(data_dir=tmp_path, model="tiny", redis_url=redis_url))
+    models = [f"model-{number}" for number in range(30, 0, -1)]
+    serve(database, *models)
+    wake_ups = WakeUps(app, database)
+    with redis.Redis.from_url(redis_url, socket_timeout=10) as client, client.monitor() as commands:
+        for model in models * 3:
+            wake_ups.wake(model)
+        said: list[str] = []
+        while len(said) < len(models):
+            command = commands.next_command()["command"].split()
+            if command[0] == "LPUSH" and command[1] not in said:
+                said.append(command[1])
+        assert said == [work_queue(model) for model in models]
+        wake_ups.close()
+        client.flushdb()
+    app.close()
+
+
+def test_a_dead_redis_is_only_a_line_in_the_log(database: Database, tmp_path: Path) -> None:
     app = make_app(Settings(data_dir=tmp_path, model="tiny", redis_url=f"unix://{tmp_path}/nobody.sock"))
-    wake_ups = WakeUps(app)
+    serve(database, "tiny")
+    wake_ups = WakeUps(app, database)
     wake_ups.wake("tiny")
     wake_ups.close()
     app.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 
 from sqlalchemy import func, select
@@ -36,6 +37,17 @@ def test_sigterm_drains(press: Press) -> None:
     counts = press.finish(5)
     assert counts[JobState.CANCELLED] == len(left)
     assert counts[JobState.FAILED] == 0
+
+
+def test_ctrl_c_drains_too(press: Press) -> None:
+    (worker,) = press.start_workers(1)
+    batch_id = press.submit(long_jobs(60, 1000))
+    wait_until(lambda: press.held_by(worker), "it holds jobs", START_SECONDS)
+    worker.signal(signal.SIGINT)
+    assert worker.wait(30) == 0, worker.tail()
+    assert not press.jobs(Job.state.in_(sorted(HELD))), "no job waits for a lease to expire"
+    assert press.http.post(f"/v1/batches/{batch_id}/cancel").status_code == 200
+    press.finish(5)
 
 
 def test_handed_back_jobs_run_elsewhere(press: Press) -> None:

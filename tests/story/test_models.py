@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import redis
 
+from jobs.broker import work_queue
 from jobs.models import Job
 from jobs.states import JobState
 from tests.support.press import FINISH_SECONDS, START_SECONDS, Press
@@ -32,6 +35,24 @@ def start_other(press: Press, environment: dict[str, str]) -> Process:
     process = press.start(OTHER, ["worker"], environment)
     wait_until(lambda: press._ready(process), "the other worker is ready", START_SECONDS)
     return process
+
+
+def test_a_worker_that_comes_later_looks_by_itself(press: Press, other_model: dict[str, str]) -> None:
+    """Nobody announces work that nobody serves, and nobody is there to announce this."""
+    for worker in press.live_workers():
+        worker.terminate(START_SECONDS)
+    batch_id = press.submit([{"model": "later", "prompt": f"x {i}", "max_tokens": 2} for i in range(3)])
+    press.api.signal(signal.SIGSTOP)
+    try:
+        with redis.Redis.from_url(press.redis_url) as client:
+            assert not client.exists(work_queue("later"))
+        extra = {"NIGHTPRESS_MODEL_NAME": "later", "NIGHTPRESS_SWEEP_SECONDS": "600"}
+        press.start(OTHER, ["worker"], other_model | extra)
+        done = (Job.batch_id == batch_id, Job.state == JobState.COMPLETED)
+        wait_until(lambda: len(press.jobs(*done)) == 3, "its jobs are done", START_SECONDS)
+    finally:
+        press.api.signal(signal.SIGCONT)
+    press.finish()
 
 
 @pytest.mark.long

@@ -233,7 +233,7 @@ class Press:
 
     def wake(self) -> None:
         """Tell the workers that there is work, as whoever has committed some does."""
-        wake_ups = WakeUps(make_app(Settings(redis_url=self.redis_url, model=MODEL)))
+        wake_ups = WakeUps(make_app(Settings(redis_url=self.redis_url, model=MODEL)), self.database)
         wake_ups.wake(MODEL)
         wake_ups.close()
 
