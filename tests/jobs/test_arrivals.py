@@ -28,6 +28,18 @@ def app(redis_url: str, tmp_path: Path) -> Iterator[Celery]:
     app.close()
 
 
+def plain_arrivals(database: Database, app: Celery, results: CeleryResults | None = None) -> Arrivals:
+    """Of messages that nobody has revoked and nobody waits for."""
+    return Arrivals(
+        database,
+        app.settings,
+        results or CeleryResults(app),
+        on_jobs=set[str]().update,
+        is_revoked=lambda _: False,
+        cancel=print,
+    )
+
+
 def test_messages_become_rows_and_then_are_committed(database: Database, app: Celery) -> None:
     results = CeleryResults(app)
     results.start()
@@ -88,14 +100,7 @@ def test_a_message_that_the_database_refuses_harms_only_itself(database: Databas
     refuse = "CREATE UNIQUE INDEX one_custom_id ON jobs (custom_id)"
     database.transact(lambda connection: connection.exec_driver_sql(refuse))
     results = CeleryResults(app)
-    arrivals = Arrivals(
-        database,
-        app.settings,
-        results,
-        on_jobs=lambda models: None,
-        is_revoked=lambda task_id: False,
-        cancel=lambda job_id: None,
-    )
+    arrivals = plain_arrivals(database, app, results)
     committed: list[str] = []
     for task_id, custom_id in (("a", "same"), ("b", "same"), ("c", "other")):
         body = {"prompt": "x", "custom_id": custom_id}
@@ -113,9 +118,7 @@ def test_a_message_that_comes_again_too_late_changes_nothing(database: Database,
     """Its ack was lost, and its deadline has passed meanwhile: whoever waits is not told that it was refused."""
     results = CeleryResults(app)
     results.start()
-    arrivals = Arrivals(
-        database, app.settings, results, on_jobs=set[str]().update, is_revoked=lambda _: False, cancel=print
-    )
+    arrivals = plain_arrivals(database, app, results)
     arrivals.start()
     committed: list[str] = []
 
@@ -139,14 +142,7 @@ def test_moments_go_by_the_databases_clock_wherever_the_workers_may_stand(
 ) -> None:
     true = time.time()
     monkeypatch.setattr(time, "time", lambda at=time.time: at() + 3_600 * hours)
-    arrivals = Arrivals(
-        database,
-        app.settings,
-        CeleryResults(app),
-        on_jobs=set[str]().update,
-        is_revoked=lambda _: False,
-        cancel=print,
-    )
+    arrivals = plain_arrivals(database, app)
     for name, terms in (
         ("window", {"completion_window": "90m"}),
         ("deadline", {"deadline": true + 3_600}),
@@ -166,14 +162,7 @@ def test_a_name_in_a_message_forges_no_line_of_the_log(
     database: Database, app: Celery, caplog: pytest.LogCaptureFixture
 ) -> None:
     forged = "x\n2026-01-01 00:00:00 ERROR jobs.worker worker.lost\x1b[2J\u2028é" + "y" * 500
-    arrivals = Arrivals(
-        database,
-        app.settings,
-        CeleryResults(app),
-        on_jobs=set[str]().update,
-        is_revoked=lambda _: False,
-        cancel=print,
-    )
+    arrivals = plain_arrivals(database, app)
     arrivals.put(Arrival("a", [], {"prompt": "x", forged: 1}, lambda: None))
     arrivals.start()
     arrivals.stop(10.0)

@@ -22,6 +22,13 @@ def insert(connection: Connection, table: str, **values: Any) -> None:
     connection.execute(text(f"INSERT INTO {table} ({names}) VALUES ({places})"), values)  # names are ours
 
 
+def insert_job(connection: Connection, **values: Any) -> None:
+    """A job, beside the `values` as 0001 has it."""
+    plain = {"model": "tiny", "body": BODY, "metadata": "{}", "seed": 1, "tier": 2, "fair_tag": 0.0}
+    plain |= {"tenant": DEFAULT, "prefix_group": 0, "fence": 1, "crashes": 0, "created_at": 1.0}
+    insert(connection, "jobs", **plain, **values)
+
+
 def fill(connection: Connection) -> None:
     """A batch with a job that waits, one that runs, one that is being stopped and one that is done, as 0001 has them,
     billed today and long ago."""
@@ -38,26 +45,8 @@ def fill(connection: Connection) -> None:
         created_at=1.0,
     )
     for position, state in enumerate(("queued", "in_progress", "cancelling", "completed")):
-        insert(
-            connection,
-            "jobs",
-            id=f"job_{state}",
-            tenant=DEFAULT,
-            batch_id="b",
-            position=position,
-            model="tiny",
-            source="http",
-            body=BODY,
-            metadata="{}",
-            seed=1,
-            state=state,
-            tier=2,
-            fair_tag=0.0,
-            prefix_group=0,
-            fence=1,
-            crashes=0,
-            created_at=1.0,
-        )
+        place = {"batch_id": "b", "position": position}
+        insert_job(connection, id=f"job_{state}", source="http", state=state, **place)
     insert(
         connection,
         "results",

@@ -6,7 +6,7 @@ from sqlalchemy import Connection, text
 
 from jobs.database import Database
 from migrations import upgrade
-from tests.migrations.test_tenants_and_keys import BODY, insert
+from tests.migrations.test_tenants_and_keys import insert_job
 
 
 def fill(connection: Connection) -> None:
@@ -16,26 +16,8 @@ def fill(connection: Connection) -> None:
         ("open", "redis", "queued", None),
         ("http", "http", "completed", 8.5),
     ):
-        insert(
-            connection,
-            "jobs",
-            id=job_id,
-            tenant="default",
-            position=0,
-            model="tiny",
-            source=source,
-            body=BODY,
-            metadata="{}",
-            seed=1,
-            state=state,
-            tier=2,
-            fair_tag=0.0,
-            prefix_group=0,
-            fence=1,
-            crashes=0,
-            created_at=1.0,
-            finished_at=finished_at,
-        )
+        end = {"state": state, "finished_at": finished_at}
+        insert_job(connection, id=job_id, position=0, source=source, **end)
 
 
 def test_who_had_ended_before_is_not_told_of_again(empty_database_url: str) -> None:
