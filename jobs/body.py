@@ -338,11 +338,6 @@ def parse_jobs(jobs: object, settings: Settings) -> list[JobBody]:
     return bodies
 
 
-def parse_fields(kind: type[M], data: object, noun: str) -> M:
-    """`data` as `kind`, for other things than jobs. Raises `BadField` under the names and in the words of all."""
-    return validated(kind, data, noun)
-
-
 def validated(kind: type[M], data: object, noun: str = "job") -> M:
     """Raises `BadField` for the first thing that is wrong with `data`."""
     if not isinstance(data, dict):

@@ -9,17 +9,16 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass, field
 
-from sqlalchemy import ColumnElement, Connection, func, literal_column, select
+from sqlalchemy import ColumnElement, Connection, func, select
 
+from jobs.claims import QUEUED
 from jobs.database import now
 from jobs.models import Job, Worker
-from jobs.states import HELD, LIVE_WORKER, JobState, WorkerState
+from jobs.states import HELD, LIVE_WORKER, WorkerState
 from jobs.terms import DELAYED
 
-# Spelled out, because a bound parameter would keep the database from using the partial indexes.
-_QUEUED: ColumnElement[str] = literal_column(f"'{JobState.QUEUED.value}'")
 _WORK = (
-    select(Job.id).where(Job.state == _QUEUED, Job.tier < DELAYED).limit(1),
+    select(Job.id).where(QUEUED, Job.tier < DELAYED).limit(1),
     select(Job.id).where(Job.worker_id.is_not(None), Job.state.in_(HELD)).limit(1),
 )
 

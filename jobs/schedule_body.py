@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from jobs.body import BadField, JobBody, parse_fields, parse_jobs
+from jobs.body import BadField, JobBody, parse_jobs, validated
 from jobs.completion_window import window_seconds
 from jobs.cron_line import CronLine
 from jobs.settings import Settings
@@ -82,7 +82,7 @@ def parse_change(data: object, settings: Settings) -> dict[str, Any]:
 def _given(data: object) -> dict[str, Any]:
     if isinstance(data, dict) and "input_file_id" in data:
         raise BadField("input_file_id", "is not supported yet; give the jobs", "unknown_parameter")
-    return parse_fields(ScheduleFields, data, "schedule").model_dump(exclude_unset=True)
+    return validated(ScheduleFields, data, "schedule").model_dump(exclude_unset=True)
 
 
 def _checked(columns: dict[str, Any], settings: Settings) -> dict[str, Any]:
