@@ -17,6 +17,7 @@ from jobs.database import Database
 from jobs.settings import Settings
 from jobs.tenants import Tenants
 from tests.support import rows
+from tests.support.bare_celery import leave_backend
 from tests.support.waiting import wait_until
 
 
@@ -24,7 +25,7 @@ from tests.support.waiting import wait_until
 def app(redis_url: str, tmp_path: Path) -> Iterator[Celery]:
     app = make_app(Settings(data_dir=tmp_path, model="tiny", redis_url=redis_url))
     yield app
-    app.backend.client.close()
+    leave_backend(app)
     app.close()
 
 

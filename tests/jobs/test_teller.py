@@ -24,7 +24,7 @@ from jobs.states import JobState
 from jobs.teller import Teller
 from jobs.tenants import OPERATOR
 from tests.support import rows
-from tests.support.bare_celery import bare_celery
+from tests.support.bare_celery import bare_celery, leave_backend
 from tests.support.waiting import wait_until
 
 OUTPUTS = [{"index": 0, "text": "out", "finish_reason": "stop", "stop_reason": None}]
@@ -37,7 +37,7 @@ def results(redis_url: str, settings: Settings) -> Iterator[CeleryResults]:
     results.start()
     yield results
     results.stop(10)
-    app.backend.client.close()
+    leave_backend(app)
     app.close()
 
 
