@@ -18,6 +18,7 @@ from torch import Tensor
 
 from engine.penalties import SeenTokens
 from engine.plan import Row
+from engine.staging import staged, staged_ints
 from kernels import Penalties
 
 _Ids = Items[int]
@@ -30,8 +31,8 @@ def adjust(logits: Tensor, rows: list[Row], penalise: Callable[[Tensor, Penaltie
     A row whose largest logit was not finite keeps a NaN, even where the rules hide it.
     """
     asked = [(i, row.sequence.rules) for i, row in enumerate(rows) if row.sequence.rules is not None]
-    index = torch.tensor([i for i, _ in asked], device=logits.device)
-    unsound = index[~torch.isfinite(logits[index].amax(dim=1))]
+    index = staged_ints([i for i, _ in asked], logits.device)
+    sound = torch.isfinite(logits[index].amax(dim=1))
 
     allowed = [
         (i, r.sampling.allowed_token_ids) for i, r in asked if r.sampling.allowed_token_ids is not None
@@ -41,16 +42,15 @@ def adjust(logits: Tensor, rows: list[Row], penalise: Callable[[Tensor, Penaltie
     biased = [(i, r.sampling.biases) for i, r in asked if r.sampling.biases]
     if biased:
         where = _pairs(logits, [(i, [token_id for token_id, _ in pairs]) for i, pairs in biased])
-        logits[where] += torch.tensor(
-            [bias for _, pairs in biased for _, bias in pairs], device=logits.device
-        )
+        biases = np.array([bias for _, pairs in biased for _, bias in pairs], dtype=np.float32)
+        logits[where] += staged(biases, logits.device)
     if any(r.counts is not None for _, r in asked):
         penalise(logits, SeenTokens.of([row.sequence for row in rows]).on(logits.device))
     worded = [(i, r) for i, r in asked if r.bad_words]
     if worded:
         banned = ((i, r.banned(rows[i].sequence.token_ids, rows[i].sequence.num_prompt)) for i, r in worded)
         _ban(logits, [(i, ids) for i, ids in banned if ids])
-    logits[unsound, 0] = float("nan")
+    logits[index, 0] = torch.where(sound, logits[index, 0], float("nan"))
 
 
 def _pairs(logits: Tensor, ids: Iterable[tuple[int, _Ids]]) -> tuple[Tensor, Tensor]:
@@ -58,13 +58,13 @@ def _pairs(logits: Tensor, ids: Iterable[tuple[int, _Ids]]) -> tuple[Tensor, Ten
     arrays = [(i, np.array(of_row, dtype=np.int64)) for i, of_row in ids]
     at = np.repeat([i for i, _ in arrays], [len(array) for _, array in arrays])
     columns = np.concatenate([array for _, array in arrays])
-    return torch.from_numpy(at).to(logits.device), torch.from_numpy(columns).to(logits.device)
+    return staged(at, logits.device), staged(columns, logits.device)
 
 
 def _keep_only(logits: Tensor, allowed: Items[tuple[int, _Ids]]) -> None:
     where = _pairs(logits, allowed)
     kept = logits[where]
-    logits[torch.tensor([i for i, _ in allowed], device=logits.device)] = float("-inf")
+    logits[staged_ints([i for i, _ in allowed], logits.device)] = float("-inf")
     logits[where] = kept
 
 
@@ -75,7 +75,7 @@ def _ban(logits: Tensor, banned: list[tuple[int, list[int]]]) -> None:
     where = _pairs(logits, banned)
     before = logits[where]
     logits[where] = float("-inf")
-    index = torch.tensor([i for i, _ in banned], device=logits.device)
+    index = staged_ints([i for i, _ in banned], logits.device)
     left = logits[index].amax(dim=1) > float("-inf")  # [rows]
-    lengths = torch.tensor([len(ids) for _, ids in banned], device=logits.device)
-    logits[where] = torch.where(left.repeat_interleave(lengths), float("-inf"), before)
+    owner = staged(np.repeat(np.arange(len(banned)), [len(ids) for _, ids in banned]), logits.device)
+    logits[where] = torch.where(left[owner], float("-inf"), before)

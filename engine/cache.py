@@ -18,6 +18,7 @@ from torch import Tensor
 from engine.config import ModelConfig
 from engine.plan import Move
 from engine.sampling_params import InvalidParameter
+from engine.staging import staged_ints
 from kernels import PagedKV
 
 EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -188,7 +189,7 @@ class KVCache:
             yield [source for source, _ in piece], [target for _, target in piece]
 
     def _index(self, pages: Sequence[int]) -> Tensor:
-        return torch.tensor(pages, dtype=torch.int64, device=self._parts[0].device)
+        return staged_ints(pages, self._parts[0].device)
 
     def _staging(self, count: int) -> Tensor:
         """Room on the device for pages as they lie on the host."""

@@ -29,6 +29,7 @@ from engine.penalties import KeptPenalties
 from engine.plan import Row
 from engine.sequence import Sequence
 from engine.shared_prefixes import Group, shared_prefixes
+from engine.staging import put
 from engine.step_input import StepInput
 from kernels import Filters, SharedPrefixes, Sharing
 
@@ -170,7 +171,7 @@ class DecodeSteps:
         shape = self._write(rows, behind + num_steps, on=behind > 0)
         draw = Draw.of(rows)
         if draw.penalised and not behind:
-            self._penalties.write([row.sequence for row in rows], shape[0], self._put)
+            self._penalties.write([row.sequence for row in rows], shape[0])
         graphs = self._graphs.get(shape)
         for _ in range(num_steps):
             if graphs is None:
@@ -201,7 +202,7 @@ class DecodeSteps:
         numbers = np.zeros((5, shape[0]), dtype=np.int64)
         numbers[2, : len(rows)] = limits
         if on:
-            self._put(numbers[2], self._numbers[2, : shape[0]])
+            put(numbers[2], self._numbers[2, : shape[0]])
         else:
             numbers[0, : len(rows)] = [one.token_ids[-1] for one in sequences]
             numbers[1, : len(rows)] = [one.num_computed for one in sequences]
@@ -211,8 +212,8 @@ class DecodeSteps:
             numbers[4, : len(rows)] = [one.top_k for one in params]
             heats = np.zeros((3, shape[0]), dtype=np.float64)
             heats[:, : len(rows)] = np.transpose([(one.temperature, one.top_p, one.min_p) for one in params])
-            self._put(numbers, self._numbers[:, : shape[0]])
-            self._put(heats, self._heats[:, : shape[0]])
+            put(numbers, self._numbers[:, : shape[0]])
+            put(heats, self._heats[:, : shape[0]])
         self._put_groups(groups, shape)
         self._put_table(sequences, limits, shape)
         return shape
@@ -238,7 +239,7 @@ class DecodeSteps:
         members[: starts[-1]] = [row for group in groups for row in group.rows]
         for group in groups:
             tokens[group.rows] = group.tokens
-        self._put(numbers, self._shared[: len(numbers)])
+        put(numbers, self._shared[: len(numbers)])
 
     def _put_table(self, sequences: list[Sequence], limits: list[int], shape: Shape) -> None:
         used = -(-np.array(limits, dtype=np.int64) // self._page_size)
@@ -246,13 +247,8 @@ class DecodeSteps:
         table = np.zeros(shape[:2], dtype=np.int32)
         held = np.arange(shape[1]) < used[:, None]
         table[: len(sequences)][held] = np.fromiter(pages, dtype=np.int32, count=int(used.sum()))
-        self._put(table, self._table(shape))
+        put(table, self._table(shape))
         self._count.zero_()
-
-    def _put(self, values: np.ndarray, target: Tensor) -> None:
-        """In the order of launches, and without waiting for any."""
-        host = torch.from_numpy(values)
-        target.copy_(host.pin_memory() if self._captures else host, non_blocking=True)
 
     def _step(self, shape: Shape) -> StepInput:
         rows = shape[0]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from engine.plan import Plan, PromptScores
 from engine.request import TokenLogprobs
+from engine.staging import staged_ints
 from kernels import Normalisers
 from kernels.ranking import ranked
 
@@ -39,7 +40,7 @@ def token_logprobs(
     wide = [i for i, count in enumerate(counts) if count]
     top: dict[int, tuple[tuple[int, float], ...]] = {}
     if wide:
-        index = torch.tensor(wide, device=logits.device)
+        index = staged_ints(wide, logits.device)
         all_of = logits[index].float() - of.largest[index, None] - of.log_sums[index, None]
         best, order = ranked(all_of, min(max(counts), logits.shape[1]))
         for i, ids, likeliest in zip(wide, order.tolist(), best.tolist(), strict=True):
@@ -77,7 +78,7 @@ def score_prompts(
     made: list[TokenLogprobs | None] = []
     for start in range(0, len(token_ids), at_once):
         part = slice(start, start + at_once)
-        next_ids = torch.tensor(token_ids[part], device=scored_rows.device)
+        next_ids = staged_ints(token_ids[part], scored_rows.device)
         logits = logits_of(scored_rows[part])[: len(next_ids)]
         made += token_logprobs(logits, next_ids, counts[part], normalisers(logits))
     rest = iter(made)

@@ -6,9 +6,8 @@ host, where they are written once and then kept up by the kernels. Knows no logi
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Sequence as Items
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +16,8 @@ from torch import Tensor
 
 from engine.logit_rules import MOST_COUNTED, TokenCounts
 from engine.sequence import Sequence
+from engine.staging import put, staged
 from kernels import Penalties
-
-Put: TypeAlias = Callable[[NDArray[np.generic], Tensor], None]  # from the host to where a device finds it
 
 
 class SeenTokens(NamedTuple):
@@ -42,7 +40,7 @@ class SeenTokens(NamedTuple):
         return cls(entries, lengths, np.array(factors, dtype=np.float32).reshape(-1, 3).T.copy())
 
     def on(self, device: torch.device) -> Penalties:
-        return _penalties(*(torch.from_numpy(one).to(device) for one in self))
+        return _penalties(*(staged(one, device) for one in self))
 
 
 def _penalties(entries: Tensor, lengths: Tensor, factors: Tensor) -> Penalties:
@@ -73,7 +71,7 @@ class KeptPenalties:
         """Of the first rows."""
         return _penalties(self._entries[:, :rows], self._lengths[:rows], self._factors[:, :rows])
 
-    def write(self, sequences: Items[Sequence], rows: int, put: Put) -> None:
+    def write(self, sequences: Items[Sequence], rows: int) -> None:
         """Those of the sequences; rows behind them, up to `rows`, have none."""
         seen, count = SeenTokens.of(sequences), len(sequences)
         put(seen.entries, self._entries[:, :count, : seen.entries.shape[2]])

@@ -12,6 +12,7 @@ Logprobs are taken before all of them.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,8 +21,8 @@ from engine.config import ModelConfig
 from engine.logprobs import token_logprobs
 from engine.plan import FAILED, Draws, Row
 from engine.request import TokenLogprobs
-from engine.sampling_params import SamplingParams
 from engine.speculation import accept
+from engine.staging import staged, staged_ints
 from engine.token_masks import TokenMasks
 from kernels import Filters, Kernels
 from kernels.reference import KERNELS as REFERENCE
@@ -46,7 +47,7 @@ class Sampler:
         if speculative:
             rows = [row for row in rows for _ in range(1 + len(row.proposed))]
         asked = [i for i, row in enumerate(rows) if row.sequence.request.sampling.logprobs is not None]
-        raw = logits[torch.tensor(asked, device=logits.device)] if asked else None
+        raw = logits[staged_ints(asked, logits.device)] if asked else None
         self._masks.apply(logits, rows)
         self._mask_early_ends(logits, rows)
         if any(row.sequence.rules is not None for row in rows):
@@ -58,27 +59,32 @@ class Sampler:
         return accept(sampling_rows, draws) if speculative else draws
 
     def _mask_early_ends(self, logits: Tensor, rows: list[Row]) -> None:
+        early: list[tuple[int, int]] = []  # (row, token)
         for i, row in enumerate(rows):
             sampling = row.sequence.request.sampling
-            if row.sequence.num_generated >= sampling.min_tokens:
-                continue
-            ends = sampling.end_token_ids(self._eos)
-            allowed = [token_id for token_id in ends if token_id < self._vocab_size]
-            if allowed:
-                logits[i, allowed] = float("-inf")
+            if row.sequence.num_generated < sampling.min_tokens:
+                ends = sampling.end_token_ids(self._eos)
+                early += ((i, token_id) for token_id in ends if token_id < self._vocab_size)
+        if early:
+            where = staged(np.array(early, dtype=np.int64).T.copy(), logits.device)
+            logits[where[0], where[1]] = float("-inf")
 
     def _draw(self, logits: Tensor, rows: list[Row], ahead: list[int]) -> Tensor:
         """`[S]` token ids, each from its row's own distribution; logits `[S, vocab]`. `ahead`: how many tokens each
         draw stands behind those that its sequence has."""
-        device, params = logits.device, [row.sequence.request.sampling for row in rows]
-        positions = [len(row.sequence.token_ids) + i for row, i in zip(rows, ahead, strict=True)]
-        return self._sample(
-            logits,
-            torch.tensor([p.temperature for p in params], dtype=torch.float64, device=device),
-            torch.tensor([row.sequence.seed for row in rows], device=device),
-            torch.tensor(positions, device=device),
-            _filters(params, device) if any(p.narrows for p in params) else None,
-        )
+        params = [row.sequence.request.sampling for row in rows]
+        width = len(rows) + len(rows) % 2  # each line begins at an address that kernels call aligned
+        numbers = np.zeros((6, width), dtype=np.int64)
+        lines = numbers[:, : len(rows)]
+        lines[0] = [row.sequence.seed for row in rows]
+        lines[1] = [len(row.sequence.token_ids) + i for row, i in zip(rows, ahead, strict=True)]
+        lines[2] = [p.top_k for p in params]
+        lines[3:].view(np.float64)[:] = np.transpose([(p.temperature, p.top_p, p.min_p) for p in params])
+        on_device = staged(numbers, logits.device)[:, : len(rows)]
+        seeds, positions, top_k = on_device[:3]
+        temperatures, top_p, min_p = on_device[3:].view(torch.float64)
+        filters = Filters(top_k, top_p, min_p) if any(p.narrows for p in params) else None
+        return self._sample(logits, temperatures, seeds, positions, filters)
 
     def _logprobs(
         self, raw: Tensor, tokens: Tensor, rows: list[Row], asked: list[int]
@@ -87,17 +93,9 @@ class Sampler:
         that did not fail; a row whose logprob is not finite (an infinite logit that min_tokens masked) becomes
         `FAILED` in `tokens`."""
         counts = [rows[i].sequence.request.sampling.logprobs or 0 for i in asked]
-        drawn = tokens[torch.tensor(asked, device=tokens.device)]
+        drawn = tokens[staged_ints(asked, tokens.device)]
         made = token_logprobs(raw, drawn, counts, self._normalisers(raw))
         for i, one in zip(asked, made, strict=True):
             if one is None:
                 tokens[i] = FAILED
         return {i: one for i, one in zip(asked, made, strict=True) if one is not None}
-
-
-def _filters(params: list[SamplingParams], device: torch.device) -> Filters:
-    return Filters(
-        top_k=torch.tensor([p.top_k for p in params], device=device),
-        top_p=torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device),
-        min_p=torch.tensor([p.min_p for p in params], dtype=torch.float64, device=device),
-    )

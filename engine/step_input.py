@@ -7,14 +7,15 @@ a step of 96 rows must cost microseconds per row, then handed to torch in one go
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from engine.plan import Plan, Row
 from engine.shared_prefixes import shared_prefixes
+from engine.staging import staged
 from kernels import SharedPrefixes, Sharing
 
 
@@ -56,15 +57,12 @@ class StepInput:
         sampled: list[int] = []
         scored: list[int] = []
         start = 0
+        tensor = partial(staged, device=device)
         for row in rows:
             if row.samples:
                 sampled += range(start + row.num_tokens - 1, start + row.num_queries)
             scored += (start + position - row.sequence.num_computed for position in row.scored)
             start += row.num_queries
-
-        def tensor(array: np.ndarray) -> Tensor:
-            made = torch.from_numpy(array)
-            return made if device == "cpu" else made.to(device, non_blocking=True)
 
         def padded(tokens: list[int]) -> np.ndarray:
             rows = np.zeros(_round_up(len(tokens), row_multiple), dtype=np.int64)
@@ -171,7 +169,7 @@ def _shared(plan: Plan, page_size: int, sharing: Sharing, device: str) -> Shared
         tokens[group.rows] = group.tokens
     members = np.array([row for group in groups for row in group.rows], dtype=np.int32)
     starts = np.cumsum([0, *(len(group.rows) for group in groups)], dtype=np.int32)
-    return SharedPrefixes(*(torch.from_numpy(array).to(device) for array in (tokens, members, starts)))
+    return SharedPrefixes(staged(tokens, device), staged(members, device), staged(starts, device))
 
 
 def _round_up(count: int, multiple: int) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.matcher import fill
 from engine.plan import Row
+from engine.staging import staged, staged_ints
 
 
 class TokenMasks:
@@ -37,8 +38,8 @@ class TokenMasks:
 
         device, vocab = logits.device, logits.shape[1]
         denied = _denied(self._masks[: len(matchers)], device)[:, :vocab]  # [rows with a grammar, vocab]
-        index = torch.tensor([i for i, _ in matchers], device=device)
-        failed = torch.tensor([bool(matcher.error) for _, matcher in matchers], device=device)
+        index = staged_ints([i for i, _ in matchers], device)
+        failed = staged(np.array([bool(matcher.error) for _, matcher in matchers]), device)
         picked = logits[index]
         failed |= ~torch.isfinite(picked.amax(dim=1))
         picked = torch.where(denied, float("-inf"), picked)
@@ -53,4 +54,4 @@ def _denied(masks: NDArray[np.int32], device: torch.device) -> Tensor:
     if device.type == "cpu":
         return torch.from_numpy(np.unpackbits(packed, axis=1, bitorder="little")).view(torch.bool)
     bits = torch.arange(8, dtype=torch.uint8, device=device)
-    return (torch.from_numpy(packed).to(device)[:, :, None] >> bits & 1).flatten(1).bool()
+    return (staged(packed, device)[:, :, None] >> bits & 1).flatten(1).bool()
