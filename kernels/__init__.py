@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 KernelSet = Literal["auto", "reference", "cpu", "triton"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+GatedActivation = Activation | Literal["swiglu_oai"]
 FAILED = -1  # in place of a token that `sample` cannot draw
 
 
@@ -252,7 +253,8 @@ class Kernels:
     - `act(x [T, I], activation) -> [T, I]`, by name: `silu` x / (1 + exp(-x)); `gelu` x · Φ(x), Φ the normal
       distribution function; `gelu_tanh` x / 2 · (1 + tanh(√(2/π) · (x + 0.044715 x³))) (Hendrycks and Gimpel 2016);
       `relu` max(x, 0).
-    - `act_mul(gate_up [T, 2I], activation) -> [T, I]`: act(first half) · second half (Shazeer 2020).
+    - `act_mul(gate_up [T, 2I], activation) -> [T, I]`: act(first half) · second half (Shazeer 2020); `swiglu_oai`
+      g / (1 + exp(-1.702 g)) · (u + 1), g the first half but at most 7, u the second but from -7 to 7 (gpt-oss).
     - `softcap(x [T, N], c) -> [T, N]`: c · tanh(x / c) (Gemma 2).
     - `paged_attention(q [T, hq, d], cache, page_table [R, P] int32, query_start [R+1] int32 or None, context_lens
       [R] int32, how: Attention, shared: SharedPrefixes or None) -> [T, hq, d]`: causal attention of a row's queries
@@ -315,7 +317,7 @@ class Kernels:
     layer_norm: Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
     add_layer_norm: Callable[[Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor]]
     act: Callable[[Tensor, Activation], Tensor]
-    act_mul: Callable[[Tensor, Activation], Tensor]
+    act_mul: Callable[[Tensor, GatedActivation], Tensor]
     softcap: Callable[[Tensor, float], Tensor]
     paged_attention: PagedAttention
     sample: Sample

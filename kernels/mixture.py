@@ -18,7 +18,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from kernels import Activation
+from kernels import GatedActivation
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -27,7 +27,7 @@ class Mixture:
 
     gate_up: Tensor  # [E, 2 · I, hidden], contiguous
     down: Tensor  # [E, hidden, I], contiguous
-    activation: Activation
+    activation: GatedActivation
     num_per_token: int  # 1 to E
     normalised: bool  # the shares of a token's experts are divided by their sum
 

@@ -17,6 +17,7 @@ from kernels import (
     Activation,
     Attention,
     Filters,
+    GatedActivation,
     Kernels,
     Normalisers,
     PagedKV,
@@ -111,8 +112,11 @@ def act(x: Tensor, activation: Activation) -> Tensor:
     return _ACTIVATIONS[activation](x.float()).to(x.dtype)
 
 
-def act_mul(gate_up: Tensor, activation: Activation) -> Tensor:
+def act_mul(gate_up: Tensor, activation: GatedActivation) -> Tensor:
     gate, up = gate_up.float().chunk(2, dim=-1)
+    if activation == "swiglu_oai":
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        return (gate * torch.sigmoid(1.702 * gate) * (up + 1.0)).to(gate_up.dtype)
     return (_ACTIVATIONS[activation](gate) * up).to(gate_up.dtype)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from kernels import (
     Activation,
     Attention,
+    GatedActivation,
     Kernels,
     PagedKV,
     SharedPrefixes,
@@ -225,7 +226,7 @@ class _Ops:
         )  # fmt: skip
         return out
 
-    def act_mul(self, gate_up: Tensor, activation: Activation) -> Tensor:
+    def act_mul(self, gate_up: Tensor, activation: GatedActivation) -> Tensor:
         tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
         require(gate_up.stride(1) == 1 and gate_up.shape[1] % 2 == 0, "act_mul: gate_up [T, 2I]")
         out = torch.empty((tokens, width), dtype=gate_up.dtype)

@@ -11,9 +11,16 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kernels import Activation, PagedKV, SharedPrefixes
+from kernels import GatedActivation, PagedKV, SharedPrefixes
 
-ACTIVATIONS: Mapping[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}  # as in ops.c
+# as in ops.c
+ACTIVATIONS: Mapping[GatedActivation, int] = {
+    "silu": 0,
+    "gelu": 1,
+    "gelu_tanh": 2,
+    "relu": 3,
+    "swiglu_oai": 4,
+}
 PAGED_SUFFIXES = {  # by the dtype of the activations and that of the cache
     (torch.bfloat16, torch.bfloat16): "bf16",
     (torch.float32, torch.float32): "f32",

@@ -179,6 +179,7 @@ KINDS: dict[str, list[dict[str, Any]]] = {
     "head norms": [{"normed": True, "activation": "gelu_tanh"}] * 2,
     "windows in every other": [{}, {"how": SLIDING, "rotation": 1, "offset": 1.0}],
     "no rotation in one": [{"rotary_dim": 0, "how": Attention(0.2, slopes=torch.rand(6))}, {}],
+    "clamped gates": [{"activation": "swiglu_oai", "bias": True}] * 2,
     "other inner widths": [{"inner": 37}, {"inner": 300}],
 }
 

@@ -164,6 +164,7 @@ def rowwise(dtype: torch.dtype) -> Callable[[], object]:
         for activation in ("silu", "gelu", "gelu_tanh", "relu"):
             KERNELS.act(x, activation)
             KERNELS.act_mul(x, activation)
+        KERNELS.act_mul(x, "swiglu_oai")
         KERNELS.softcap(x, 30.0)
 
     return calls
