@@ -139,7 +139,9 @@ def paged_attention(
     _, num_heads, head_dim = q.shape
     num_kv_heads = cache.keys.shape[1]
     group = num_heads // num_kv_heads
-    slopes = None if how.slopes is None else how.slopes.reshape(num_kv_heads, group, 1)
+    slopes, sinks = (
+        None if each is None else each.reshape(num_kv_heads, group, 1) for each in (how.slopes, how.sinks)
+    )
     starts, lens = query_start.tolist(), context_lens.tolist()
     for row, length in enumerate(lens):
         start, end = starts[row], starts[row + 1]
@@ -159,7 +161,10 @@ def paged_attention(
                 scores = softcap(scores, how.softcap)
             if slopes is not None:
                 scores += slopes * torch.arange(first + 1 - seen, 1, device=q.device)
-            mixed = torch.einsum("hgl,hld->hgd", torch.softmax(scores, dim=-1), v)
+            if sinks is not None:
+                scores = torch.cat((scores, sinks), dim=-1)
+            weights = torch.softmax(scores, dim=-1)[:, :, : seen - first]
+            mixed = torch.einsum("hgl,hld->hgd", weights, v)
             out[token] = mixed.reshape(num_heads, head_dim).to(q.dtype)
     return out
 

@@ -76,11 +76,11 @@ def require_rows(operation: str, page_table: Tensor, query_start: Tensor, contex
     )
 
 
-def require_slopes(operation: str, slopes: Tensor | None, heads: int) -> None:
+def require_per_head(operation: str, name: str, numbers: Tensor | None, heads: int) -> None:
     require(
-        slopes is None
-        or (slopes.shape == (heads,) and slopes.dtype == torch.float32 and slopes.is_contiguous()),
-        f"{operation}: slopes [hq] fp32",
+        numbers is None
+        or (numbers.shape == (heads,) and numbers.dtype == torch.float32 and numbers.is_contiguous()),
+        f"{operation}: {name} [hq] fp32",
     )
 
 

@@ -144,7 +144,8 @@ def options(heads: int) -> dict[str, Attention]:
         "window": Attention(0.1, window=128),
         "softcap": Attention(0.1, softcap=50.0),
         "slopes": Attention(0.1, slopes=torch.empty(heads)),
-        "all": Attention(0.1, window=128, softcap=50.0, slopes=torch.empty(heads)),
+        "sinks": Attention(0.1, window=128, sinks=torch.empty(heads)),
+        "all": Attention(0.1, window=128, softcap=50.0, slopes=torch.empty(heads), sinks=torch.empty(heads)),
     }
 
 
