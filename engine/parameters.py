@@ -50,16 +50,18 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def expert_stacks(config: ModelConfig) -> dict[str, list[str]]:
     """For kernels that compute all experts of a layer at once, which are gated, and want each kind of their weights
-    side by side: name of the whole → names of its parts, expert by expert."""
+    and biases side by side: name of the whole → names of its parts, expert by expert."""
     if config.moe is None:
         return {}
+    parts = ("weight", "bias") if config.mlp_bias else ("weight",)
     return {
-        f"model.layers.{i}.mlp.experts.{kind}": [
-            f"model.layers.{i}.mlp.experts.{expert}.{kind}.weight" for expert in range(config.moe.num_experts)
+        f"model.layers.{i}.mlp.experts.{kind}.{part}": [
+            f"model.layers.{i}.mlp.experts.{expert}.{kind}.{part}" for expert in range(config.moe.num_experts)
         ]
         for i in range(config.num_layers)
         if i not in config.moe.dense_layers
         for kind in ("gate_up_proj", "down_proj")
+        for part in parts
     }
 
 

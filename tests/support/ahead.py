@@ -212,6 +212,7 @@ def mixtures(dtype: torch.dtype) -> Callable[[], object]:
             (8, 4096, 14336, 2),
             (128, 2048, 768, 8),
             (60, 100, 36, 4),
+            (32, 2880, 2880, 4),
             (1, 1024, 256, 1),  # as the check of products at load asks
         ):
             mixture = Mixture(
@@ -221,9 +222,19 @@ def mixtures(dtype: torch.dtype) -> Callable[[], object]:
                 num_per_token=num_per_token,
                 normalised=True,
             )
+            with_biases = replace(
+                mixture,
+                gate_up_bias=torch.empty(1, dtype=dtype).expand(experts, 2 * inner),
+                down_bias=torch.empty(1, dtype=dtype).expand(experts, hidden),
+                activation="swiglu_oai",
+            )
             for tokens in (16, 8192):
-                x = torch.empty(tokens, hidden, dtype=dtype)
-                mix_experts(x, torch.empty(tokens, experts, dtype=dtype), mixture)
+                x, logits = (
+                    torch.empty(tokens, hidden, dtype=dtype),
+                    torch.empty(tokens, experts, dtype=dtype),
+                )
+                mix_experts(x, logits, mixture)
+                mix_experts(x, logits, with_biases)
 
     return calls
 
