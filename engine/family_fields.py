@@ -200,9 +200,9 @@ def _softcap(config: Fields, name: str) -> float | None:
 
 
 def gpt_oss_fields(config: Fields) -> Fields:
-    """A rope that config.json does not describe, as transformers fills it in, and the dtype that published ones leave
-    out: of the weights that are stored plainly."""
-    fields: dict[str, Any] = {}
+    """One field for all biases of attention; a rope that config.json does not describe, as transformers fills it in;
+    and the dtype that published ones leave out: of the weights that are stored plainly."""
+    fields: dict[str, Any] = {"attention_out_bias": config["attention_bias"]}
     if not config.get("dtype") and not config.get("torch_dtype"):
         fields["dtype"] = "bfloat16"
     if not config.get("rope_parameters") and not config.get("rope_scaling"):
