@@ -27,6 +27,7 @@ _SAMPLE_BYTES = 65_536
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _PICKLED = ("pytorch_model*.bin", "*.pth", "*.pt", "*.ckpt")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+_HUB_FOLDERS = ["*/*"]  # none: some hold a second copy of all weights, such as gpt-oss's `original`
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +181,11 @@ def _download(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))
+        return Path(
+            snapshot_download(
+                model, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_FOLDERS
+            )
+        )
     except Exception as error:  # the hub's errors share no base class: offline, missing, private, bad id
         raise UnsupportedCheckpoint(
             f"{model}: no such folder, and the hub did not give it; without a network, name the path of a folder "

@@ -159,9 +159,8 @@ class ModelConfig:
     parallel: bool = (
         False  # attention and MLP see the same tokens; else the MLP sees what attention has added
     )
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "swiglu_oai"] = (
-        "silu"  # the last: gated MLPs only
-    )
+    # swiglu_oai: of gated MLPs alone
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "swiglu_oai"] = "silu"
     gated_mlp: bool = True
     moe: MixtureOfExperts | None = None
     embedding_multiplier: float = 1.0
