@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ from engine import LLM, SamplingParams, float4_source
 from engine.checkpoint import Checkpoint, UnsupportedCheckpoint
 from engine.dequantise import scaled_blocks
 from engine.model import Decoder
-from engine.weight_source import _SafetensorsSource
-from engine.weights import load_weights
+from engine.weight_source import _SafetensorsSource, open_source
+from engine.weights import _places, load_weights, weight_targets
 from kernels.reference import KERNELS
+from tests.engine.test_published_configs import GPT_OSS_20B
 from tests.support.families import write_tiny
 from tests.support.quantised import WEIGHTS
 from tests.support.tiny import write_tiny_llama
@@ -208,6 +211,49 @@ def test_experts_that_config_json_calls_plain_must_be(tmp_path: Path, name: str)
         UnsupportedCheckpoint, match=r"experts\.\w+_blocks is quantised, but config\.json lists"
     ):
         parameters(folder, torch.float32)
+
+
+def test_the_tensors_of_the_20b_model_have_places(tmp_path: Path) -> None:
+    """Of its first layer, in a file that is all hole: names, shapes and dtypes, as published, and no memory."""
+    layer, hidden = "model.layers.0", 2880
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (201088, hidden),
+        "lm_head.weight": (201088, hidden),
+        **{f"{layer}.{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")},
+        "model.norm.weight": (hidden,),
+        f"{layer}.mlp.router.weight": (32, hidden),
+        f"{layer}.mlp.router.bias": (32,),
+        f"{layer}.self_attn.sinks": (64,),
+    }
+    for name, outputs, inputs in (
+        ("q", 4096, hidden),
+        ("k", 512, hidden),
+        ("v", 512, hidden),
+        ("o", hidden, 4096),
+    ):
+        shapes[f"{layer}.self_attn.{name}_proj.weight"] = (outputs, inputs)
+        shapes[f"{layer}.self_attn.{name}_proj.bias"] = (outputs,)
+    for name, outputs in (("gate_up_proj", 2 * hidden), ("down_proj", hidden)):
+        part = f"{layer}.mlp.experts.{name}"
+        shapes |= {f"{part}_bias": (32, outputs), f"{part}_scales": (32, outputs, 90)}
+        shapes[f"{part}_blocks"] = (32, outputs, 90, 16)
+    header, offset = {}, 0
+    for name, shape in shapes.items():
+        dtype, width = ("U8", 1) if name.endswith(("_blocks", "_scales")) else ("BF16", 2)
+        end = offset + width * prod(shape)
+        header[name], offset = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}, end
+    text = json.dumps(header).encode()
+    with (tmp_path / WEIGHTS).open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + offset)
+    one = {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]}
+    (tmp_path / "config.json").write_text(json.dumps(GPT_OSS_20B | one))
+    checkpoint = Checkpoint.open(str(tmp_path))
+    decoder = Decoder(checkpoint.config, KERNELS, dtype=torch.bfloat16, device="meta")
+    targets = weight_targets(checkpoint.config)
+    found = _places(open_source(checkpoint, targets), targets, decoder, checkpoint)
+    merged = {name.removesuffix("_blocks") for name in shapes if not name.endswith("_scales")}
+    assert found.keys() == merged
 
 
 def test_other_families_have_no_such_experts(tmp_path: Path) -> None:
