@@ -17,7 +17,7 @@ from typing import Any, Literal
 from engine import families, foreign, gguf_file
 from engine.config import ModelConfig, ModelImpl
 from engine.families import UnsupportedCheckpoint
-from engine.quantisation import Quantisation, read_quantisation
+from engine.quantisation import Float4Blocks, Quantisation, read_quantisation
 from engine.safetensors_file import SafetensorsFile
 
 __all__ = ["Checkpoint", "UnsupportedCheckpoint"]
@@ -105,6 +105,11 @@ class Checkpoint:
                 raise UnsupportedCheckpoint(
                     f"quantization_config ({quantisation.method}) is not supported for {model.architecture}, whose "
                     "matrices are stored transposed; use the original weights, or a GGUF file of them"
+                )
+            if isinstance(quantisation, Float4Blocks) and model.storage.experts != "alternating":
+                raise UnsupportedCheckpoint(
+                    f"quantization_config (mxfp4) is not supported for {model.architecture}, but for the experts of "
+                    "GptOssForCausalLM; use the original weights, or a GGUF file of them"
                 )
         except UnsupportedCheckpoint as error:
             raise UnsupportedCheckpoint(f"{path}: {error}") from None

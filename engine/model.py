@@ -236,7 +236,14 @@ class Decoder:
         slopes = None
         if config.positions == "alibi":
             slopes = (alibi_slopes(config.num_heads) * scale).to(self.device)
-        return Attention(scale, window=self._window(index), softcap=config.attention_softcap, slopes=slopes)
+        sinks = self.parameters.pop(f"model.layers.{index}.self_attn.sinks", None)
+        return Attention(
+            scale,
+            window=self._window(index),
+            softcap=config.attention_softcap,
+            slopes=slopes,
+            sinks=None if sinks is None else sinks.float(),
+        )
 
     def _product(self, name: str) -> Linear:
         # taken out of `parameters`, so that a packed weight frees its plain copy at once
@@ -282,9 +289,12 @@ class Decoder:
         return MixedExperts(router, mixture, self.kernels.mix_experts)
 
     def _one_mlp(self, part: str) -> MLP:
-        kind, name = (GatedMLP, "gate_up_proj") if self.config.gated_mlp else (PlainMLP, "up_proj")
+        name = "gate_up_proj" if self.config.gated_mlp else "up_proj"
         up, down = self._product(f"{part}.{name}"), self._product(f"{part}.down_proj")
-        return kind(self.kernels, self.config.activation, up, down)
+        if self.config.gated_mlp:
+            return GatedMLP(self.kernels, self.config.activation, up, down)
+        assert self.config.activation != "swiglu_oai"  # gated by what it is
+        return PlainMLP(self.kernels, self.config.activation, up, down)
 
     def _norm(self, name: str) -> Norm:
         weight, bias = self.parameters.pop(f"{name}.weight"), self.parameters.pop(f"{name}.bias", None)
