@@ -46,6 +46,9 @@ MODELS: dict[str, tuple[dict[str, Any], ...]] = {
     "Gemma2ForCausalLM": (
         {"sliding_window": 20, "attn_logit_softcapping": 3.0, "head_dim": 16, "tie_word_embeddings": False},
     ),
+    "GraniteSWAForCausalLM": ({"sliding_window": 24, "tie_word_embeddings": False},),
+    "OlmoeForCausalLM": ({"num_experts": 8, "num_experts_per_tok": 3},),
+    # of our own families: the fallback against two references at once
     "GptOssForCausalLM": (
         {
             "num_local_experts": 4,
@@ -55,9 +58,6 @@ MODELS: dict[str, tuple[dict[str, Any], ...]] = {
             "rope_parameters": UNSCALED,
         },
     ),
-    "GraniteSWAForCausalLM": ({"sliding_window": 24, "tie_word_embeddings": False},),
-    "OlmoeForCausalLM": ({"num_experts": 8, "num_experts_per_tok": 3},),
-    # of our own families: the fallback against two references at once
     "LlamaForCausalLM": ({"attention_bias": True},),
 }
 

@@ -192,7 +192,7 @@ def test_a_sink_takes_nothing_or_everything(
 ) -> None:
     """-infinity is none, to the bit; far above all scores it leaves zeros; and far below them it changes no bit."""
     case = paged(
-        [(3, 40), (1, 531), (0, 9)],
+        [(3, 40), (1, 531), (1, 20), (0, 9)],
         heads=3, kv_heads=1, dim=16, page_size=16, dtype=dtype, storage=storage, padding=2,
     )  # fmt: skip
     plain = case.run(kernels)
