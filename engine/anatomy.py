@@ -149,6 +149,11 @@ def _refuse_calls(config: ModelConfig, calls: list[Call]) -> None:
             )
         if (call.q.shape, call.k.shape) != (first.q.shape, first.k.shape) or heads % kv_heads:
             raise UnsupportedCheckpoint(f"{name}: layers whose attention has different shapes")
+        if call.sinks is not None and call.sinks.shape != (heads,):
+            raise UnsupportedCheckpoint(
+                f"{name}: attention sinks of shape {list(call.sinks.shape)} are not supported; "
+                f"they must be one number for each of {heads} heads"
+            )
         if call.others:
             raise UnsupportedCheckpoint(f"{name}: attention with {min(call.others)} is not supported")
         if call.mask is not None:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from engine import families, foreign, gguf_file
 from engine.config import ModelConfig, ModelImpl
 from engine.families import UnsupportedCheckpoint
-from engine.quantisation import Quantisation, read_quantisation
+from engine.quantisation import Float4Blocks, Quantisation, read_quantisation
 from engine.safetensors_file import SafetensorsFile
 
 __all__ = ["Checkpoint", "UnsupportedCheckpoint"]
@@ -27,6 +27,7 @@ _SAMPLE_BYTES = 65_536
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _PICKLED = ("pytorch_model*.bin", "*.pth", "*.pt", "*.ckpt")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+_HUB_FOLDERS = ["*/*"]  # none: some hold a second copy of all weights, such as gpt-oss's `original`
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,11 @@ class Checkpoint:
                     f"quantization_config ({quantisation.method}) is not supported for {model.architecture}, whose "
                     "matrices are stored transposed; use the original weights, or a GGUF file of them"
                 )
+            if isinstance(quantisation, Float4Blocks) and model.storage.experts != "alternating":
+                raise UnsupportedCheckpoint(
+                    f"quantization_config (mxfp4) is not supported for {model.architecture}, but for the experts of "
+                    "GptOssForCausalLM; use the original weights, or a GGUF file of them"
+                )
         except UnsupportedCheckpoint as error:
             raise UnsupportedCheckpoint(f"{path}: {error}") from None
         files = _weight_files(folder)
@@ -175,7 +181,11 @@ def _download(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))
+        return Path(
+            snapshot_download(
+                model, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_FOLDERS
+            )
+        )
     except Exception as error:  # the hub's errors share no base class: offline, missing, private, bad id
         raise UnsupportedCheckpoint(
             f"{model}: no such folder, and the hub did not give it; without a network, name the path of a folder "

@@ -108,6 +108,8 @@ class Storage:
     # q, k, v: three tensors; one, q above k above v; or one, for each kv head its q heads, its k and its v
     qkv: Literal["apart", "stacked", "grouped"] = "apart"
     gate_up: Literal["apart", "stacked"] = "apart"
+    # one tensor of all experts of a layer: [E, out, in], gate above up; or [E, in, out], a gate before each up
+    experts: Literal["stacked", "alternating"] = "stacked"
     transposed: bool = False  # the products of blocks are [in, out]
 
 
@@ -119,6 +121,7 @@ class MixtureOfExperts:
     num_per_token: int
     intermediate_size: int  # of one expert
     normalised: bool  # the shares of a token's experts are divided by their sum
+    router_bias: bool = False
     dense_layers: tuple[int, ...] = ()  # indices of the layers that have one plain MLP instead
 
 
@@ -156,7 +159,8 @@ class ModelConfig:
     parallel: bool = (
         False  # attention and MLP see the same tokens; else the MLP sees what attention has added
     )
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    # swiglu_oai: of gated MLPs alone
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "swiglu_oai"] = "silu"
     gated_mlp: bool = True
     moe: MixtureOfExperts | None = None
     embedding_multiplier: float = 1.0
@@ -166,6 +170,7 @@ class ModelConfig:
     logits_scaling: float = 1.0  # logits are divided by it
     logits_softcap: float | None = None  # c: logits become c · tanh(logit / c)
     attention_softcap: float | None = None  # the same of attention's scores
+    attention_sinks: bool = False  # each head has a score of no token, which takes weight and adds nothing
     # how many tokens a query of each layer sees, itself included; None: all of them; empty: all in every layer
     windows: tuple[int | None, ...] = ()
     windowed_rope_theta: float | None = None  # of layers with a window, unscaled; None: rotated as the others

@@ -1,8 +1,9 @@
-"""Dequantise: stored integers or floats of 8 bits, with their zeros and scales, as fp32 weights.
+"""Dequantise: stored integers or floats of 8 or 4 bits, with their zeros and scales, as fp32 weights.
 
 Owns the order of bits in words and the formulas, (integer - zero) · scale and float · scale, one fp32 product per
-weight, so that a weight is rounded once more only where it is converted to its parameter's dtype. Knows no names and
-no files (`quantised_source`).
+weight, so that a weight is rounded once more only where it is converted to its parameter's dtype; of floats of 4
+bits, whose scales are powers of two, not even there where that is bf16. Knows no names and no files
+(`quantised_source`, `float4_source`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ from torch import Tensor
 # Of eight outputs that share a word, where each one's bits begin: from its lowest bits on, a word holds outputs
 # 0, 2, 4, 6, 1, 3, 5, 7
 _AWQ_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
+# Open Compute Project, Microscaling Formats v1.0: what 4 bits (E2M1) and what a scale of 8 bits (E8M0) mean
+_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_FLOATS_OF_4_BITS = (*_MAGNITUDES, *(-value for value in _MAGNITUDES))
+_POWERS = (*(2.0 ** (byte - 127) for byte in range(255)), float("nan"))
 
 
 def unpacked_awq(words: Tensor) -> Tensor:
@@ -52,3 +57,13 @@ def scaled_floats(floats: Tensor, scales: Tensor, block: tuple[int, int], start:
     if scales.shape[1] > 1:
         of_rows = of_rows[:, :, None].expand(-1, -1, block[1]).flatten(1)[:, : floats.shape[1]]
     return floats.float() * of_rows
+
+
+def scaled_blocks(blocks: Tensor, scales: Tensor) -> Tensor:
+    """blocks `[n, in / 32, 16]` uint8, of two inputs a byte, the first in its low bits; scales `[n, in / 32]` uint8 →
+    `[n, in]` fp32. A scale of 255 is NaN."""
+    floats = torch.tensor(_FLOATS_OF_4_BITS)
+    pairs = torch.stack((floats.repeat(16), floats.repeat_interleave(16)), dim=-1)  # [256, 2]: of each byte
+    powers = torch.tensor(_POWERS, dtype=torch.float64).float()
+    made: Tensor = pairs[blocks.int()].flatten(2) * powers[scales.int()].unsqueeze(-1)  # [n, in / 32, 32]
+    return made.flatten(1)

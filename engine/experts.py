@@ -75,7 +75,7 @@ class Experts:
 
 
 class MixedExperts:
-    """As `Experts`, but gated MLPs without biases, and their sum in the order of the shares."""
+    """As `Experts`, but gated MLPs alone, and their sum in the order of the shares."""
 
     __slots__ = ("_mix", "_mixture", "_router")
 
@@ -98,11 +98,16 @@ class FirstExpert(Linear):
     __slots__ = ("_mix", "_mixture")
 
     def __init__(self, mixture: Mixture, mix: MixExperts) -> None:
-        gate_up, down = mixture.gate_up[:1], mixture.down[:1]
+        first = {
+            name: part[:1]
+            for name in ("gate_up", "down", "gate_up_bias", "down_bias")
+            if (part := getattr(mixture, name)) is not None
+        }
+        gate_up, down = first["gate_up"], first["down"]
         # both products' together: what a row costs is inputs · outputs
         self.num_outputs, self.num_inputs = gate_up.shape[1] + down.shape[2], gate_up.shape[2]
         self._bias = None
-        self._mixture = replace(mixture, gate_up=gate_up, down=down, num_per_token=1)
+        self._mixture = replace(mixture, num_per_token=1, **first)
         self._mix = mix
 
     def compute_by(self, kernels: Kernels) -> None:

@@ -158,7 +158,8 @@ class Fallback:
             pages = cache.layers[self._layer_of[call.module]]
             q, k, v = _rows(call.q), _rows(call.k), _rows(call.v)
             self.kernels.store_kv(k, v, pages, step.slots)
-            how = Attention(call.scale, window=call.window, softcap=call.softcap)
+            sinks = None if call.sinks is None else call.sinks.float().contiguous()
+            how = Attention(call.scale, window=call.window, softcap=call.softcap, sinks=sinks)
             mixed = self.kernels.paged_attention(
                 q, pages, step.page_table, step.query_start, step.context_lens, how, step.shared
             )

@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 
 from engine import family_fields
 from engine.config import ModelConfig, Storage, UnsupportedCheckpoint
+from engine.config_sizes import checked
 from engine.field_kinds import check_kinds
 from engine.rope_settings import rope_settings
 from engine.windows import (
@@ -25,7 +26,7 @@ from engine.windows import (
     windows,
 )
 
-__all__ = ["FAMILIES", "Family", "UnsupportedCheckpoint", "checked", "model_config"]
+__all__ = ["FAMILIES", "Family", "UnsupportedCheckpoint", "model_config"]
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 DTypeName = Literal["bfloat16", "float16", "float32"]
@@ -238,6 +239,22 @@ FAMILIES: Mapping[str, Family] = {
         read_flags=family_fields.qwen3_experts,
         windowed=every_layer,
     ),
+    "GptOssForCausalLM": Family(
+        words={"num_experts": "num_local_experts"},
+        defaults=family_fields.GPT_OSS_DEFAULTS,
+        fields=family_fields.gpt_oss_fields,
+        # transformers hears the first of them nowhere
+        always={
+            "hidden_act": "silu",
+            "mlp_bias": True,
+            "use_sliding_window": True,
+            "sliding_window_pattern": 2,
+        },
+        only={"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
+        flags={"activation": "swiglu_oai", "attention_sinks": True, "storage": family_fields.GPT_OSS_STORAGE},
+        read_flags=family_fields.gpt_oss_experts,
+        windowed=by_layer_types(all_but_every(2)),
+    ),
 }
 
 # Architectures that one may hope for, and why they are not there
@@ -293,7 +310,7 @@ def _decoder(architecture: str, family: Family, given: Mapping[str, Any]) -> Mod
     theta, scaling = rope_settings(config)
     if scaling is not None and scaling.kind == "yarn":  # published configs state the one or the other
         max_position = max(max_position, int(scaling.original_max_position * scaling.factor))
-    flags = {**family.flags, **family.read_flags(config)}
+    flags = {"activation": _ACTIVATIONS[activation], **family.flags, **family.read_flags(config)}
     if "windowed_rope_theta" not in flags and "sliding_attention" in (config.get("rope_parameters") or {}):
         raise UnsupportedCheckpoint(f"rope_parameters by kind of layer are not supported for {architecture}")
     if (
@@ -320,7 +337,6 @@ def _decoder(architecture: str, family: Family, given: Mapping[str, Any]) -> Mod
             qkv_bias=attention_bias,
             out_bias=bool(config.get("attention_out_bias", attention_bias)),
             mlp_bias=bool(config.get("mlp_bias", False)),
-            activation=_ACTIVATIONS[activation],
             windows=windows(config, family.windowed),
             dtype=checkpoint_dtype(config),
             eos_token_ids=config["eos_token_ids"],
@@ -339,38 +355,6 @@ def _in_llamas_words(family: Family, given: Mapping[str, Any]) -> dict[str, Any]
     said = {llamas: given[own] for own, llamas in family.words.items() if own in given}
     config = {**family.defaults, **heard, **said}
     return {**config, **family.fields(config), **family.always}
-
-
-def checked(config: ModelConfig) -> ModelConfig:
-    """The same config, or `UnsupportedCheckpoint` when its sizes contradict each other."""
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
-    for name in (*names, "max_position"):
-        if getattr(config, name) < 1:
-            raise UnsupportedCheckpoint(f"{name} must be at least 1, not {getattr(config, name)}")
-    if config.num_heads % config.num_kv_heads:
-        raise UnsupportedCheckpoint(
-            f"num_attention_heads ({config.num_heads}) must be a multiple of "
-            f"num_key_value_heads ({config.num_kv_heads})"
-        )
-    if config.moe is not None and not 1 <= config.moe.num_per_token <= config.moe.num_experts:
-        raise UnsupportedCheckpoint(
-            f"num_experts_per_tok must be 1 to {config.moe.num_experts}, not {config.moe.num_per_token}"
-        )
-    if config.head_dim < 2 or config.head_dim % 2:
-        raise UnsupportedCheckpoint(f"head_dim must be even, not {config.head_dim}")
-    if not 2 <= config.rotary_dim <= config.head_dim or config.rotary_dim % 2:
-        raise UnsupportedCheckpoint(
-            f"partial_rotary_factor {config.partial_rotary_factor} of head_dim {config.head_dim} must be "
-            f"an even number of channels"
-        )
-    scaling = config.rope_scaling
-    if scaling is not None and scaling.kind == "longrope":
-        for name, factors in (("short_factor", scaling.short_factors), ("long_factor", scaling.long_factors)):
-            if len(factors) != config.rotary_dim // 2 or not all(factor > 0 for factor in factors):
-                raise UnsupportedCheckpoint(
-                    f"{name} of rope_type longrope must be {config.rotary_dim // 2} numbers above 0"
-                )
-    return config
 
 
 def end_tokens(config: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:

@@ -101,6 +101,19 @@ MIXTRAL_STORAGE = Storage(
         (r"\.experts\.(\d+)\.w3\.", r".experts.\1.up_proj."),
     ),
 )
+GPT_OSS_DEFAULTS = {
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 150000.0,
+    "sliding_window": 128,
+    "attention_bias": True,
+    "num_local_experts": 128,
+    "num_experts_per_tok": 4,
+}
+GPT_OSS_STORAGE = Storage(names=((r"\.mlp\.router\.", ".mlp.gate."),), experts="alternating")
 
 
 def four_times_wide(config: Fields) -> Fields:
@@ -184,6 +197,36 @@ def _softcap(config: Fields, name: str) -> float | None:
     if value is not None and not float(value) > 0:
         raise UnsupportedCheckpoint(f"{name} must be above 0 or null, not {value}")
     return None if value is None else float(value)
+
+
+def gpt_oss_fields(config: Fields) -> Fields:
+    """One field for all biases of attention; a rope that config.json does not describe, as transformers fills it in;
+    and the dtype that published ones leave out: of the weights that are stored plainly."""
+    fields: dict[str, Any] = {"attention_out_bias": config["attention_bias"]}
+    if not config.get("dtype") and not config.get("torch_dtype"):
+        fields["dtype"] = "bfloat16"
+    if not config.get("rope_parameters") and not config.get("rope_scaling"):
+        fields["rope_parameters"] = {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        }
+    return fields
+
+
+def gpt_oss_experts(config: Fields) -> Fields:
+    """The softmax over the logits of a token's experts is that over all logits, divided by their sum."""
+    moe = MixtureOfExperts(
+        num_experts=int(config["num_local_experts"]),
+        num_per_token=int(config["num_experts_per_tok"]),
+        intermediate_size=int(config["intermediate_size"]),
+        normalised=True,
+        router_bias=True,
+    )
+    return {"moe": moe}
 
 
 def mixtral_experts(config: Fields) -> Fields:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from engine.linear import Linear
-from kernels import Activation, Kernels
+from kernels import Activation, GatedActivation, Kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class GatedMLP:
     """down(act(gate(x)) · up(x)), with gate and up in one product (Shazeer 2020)."""
 
     kernels: Kernels
-    activation: Activation
+    activation: GatedActivation
     gate_up: Linear
     down: Linear
 

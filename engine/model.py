@@ -69,7 +69,9 @@ class Decoder:
         self.dtype = dtype
         self.device = device
         shapes, kept = parameter_shapes(config), kept or {}
-        self._stacks: dict[str, Tensor] = {}  # of experts that the kernels mix: [E, out, in]
+        self._stacks: dict[
+            str, Tensor
+        ] = {}  # of experts that the kernels mix: [E, out, in], of biases [E, out]
         self.parameters: dict[str, Tensor] = {}
         if _mixes_experts(config, kernels) and not int8 and not any(".experts." in name for name in kept):
             for name, parts in expert_stacks(config).items():
@@ -234,7 +236,14 @@ class Decoder:
         slopes = None
         if config.positions == "alibi":
             slopes = (alibi_slopes(config.num_heads) * scale).to(self.device)
-        return Attention(scale, window=self._window(index), softcap=config.attention_softcap, slopes=slopes)
+        sinks = self.parameters.pop(f"model.layers.{index}.self_attn.sinks", None)
+        return Attention(
+            scale,
+            window=self._window(index),
+            softcap=config.attention_softcap,
+            slopes=slopes,
+            sinks=None if sinks is None else sinks.float(),
+        )
 
     def _product(self, name: str) -> Linear:
         # taken out of `parameters`, so that a packed weight frees its plain copy at once
@@ -264,11 +273,14 @@ class Decoder:
 
     def _mixture(self, router: Linear, part: str, moe: MixtureOfExperts) -> MixedExperts:
         for expert in range(moe.num_experts):
-            del self.parameters[f"{part}.{expert}.gate_up_proj.weight"]
-            del self.parameters[f"{part}.{expert}.down_proj.weight"]
+            for name in ("gate_up_proj", "down_proj"):
+                del self.parameters[f"{part}.{expert}.{name}.weight"]
+                self.parameters.pop(f"{part}.{expert}.{name}.bias", None)
         mixture = Mixture(
-            gate_up=self._stacks[f"{part}.gate_up_proj"],
-            down=self._stacks[f"{part}.down_proj"],
+            gate_up=self._stacks[f"{part}.gate_up_proj.weight"],
+            down=self._stacks[f"{part}.down_proj.weight"],
+            gate_up_bias=self._stacks.get(f"{part}.gate_up_proj.bias"),
+            down_bias=self._stacks.get(f"{part}.down_proj.bias"),
             activation=self.config.activation,
             num_per_token=moe.num_per_token,
             normalised=moe.normalised,
@@ -277,9 +289,12 @@ class Decoder:
         return MixedExperts(router, mixture, self.kernels.mix_experts)
 
     def _one_mlp(self, part: str) -> MLP:
-        kind, name = (GatedMLP, "gate_up_proj") if self.config.gated_mlp else (PlainMLP, "up_proj")
+        name = "gate_up_proj" if self.config.gated_mlp else "up_proj"
         up, down = self._product(f"{part}.{name}"), self._product(f"{part}.down_proj")
-        return kind(self.kernels, self.config.activation, up, down)
+        if self.config.gated_mlp:
+            return GatedMLP(self.kernels, self.config.activation, up, down)
+        assert self.config.activation != "swiglu_oai"  # gated by what it is
+        return PlainMLP(self.kernels, self.config.activation, up, down)
 
     def _norm(self, name: str) -> Norm:
         weight, bias = self.parameters.pop(f"{name}.weight"), self.parameters.pop(f"{name}.bias", None)
@@ -297,4 +312,4 @@ class Decoder:
 
 
 def _mixes_experts(config: ModelConfig, kernels: Kernels) -> bool:
-    return kernels.mix_experts is not None and config.gated_mlp and not config.mlp_bias
+    return kernels.mix_experts is not None and config.gated_mlp

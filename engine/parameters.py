@@ -36,12 +36,12 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         for norm in NORM_NAMES[config.norm_position].values():
             shapes |= _norm(config, f"{layer}.{norm}")
         shapes |= _attention(config, f"{layer}.self_attn")
-        if config.moe is None or i in config.moe.dense_layers:
+        if (moe := config.moe) is None or i in moe.dense_layers:
             shapes |= _mlp(config, f"{layer}.mlp", config.intermediate_size)
         else:
-            shapes |= _product(f"{layer}.mlp.gate", config.moe.num_experts, hidden, bias=False)
-            for expert in range(config.moe.num_experts):
-                shapes |= _mlp(config, f"{layer}.mlp.experts.{expert}", config.moe.intermediate_size)
+            shapes |= _product(f"{layer}.mlp.gate", moe.num_experts, hidden, bias=moe.router_bias)
+            for expert in range(moe.num_experts):
+                shapes |= _mlp(config, f"{layer}.mlp.experts.{expert}", moe.intermediate_size)
     shapes |= _norm(config, "model.norm")
     if not config.tied_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
@@ -50,16 +50,18 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def expert_stacks(config: ModelConfig) -> dict[str, list[str]]:
     """For kernels that compute all experts of a layer at once, which are gated, and want each kind of their weights
-    side by side: name of the whole → names of its parts, expert by expert."""
+    and biases side by side: name of the whole → names of its parts, expert by expert."""
     if config.moe is None:
         return {}
+    parts = ("weight", "bias") if config.mlp_bias else ("weight",)
     return {
-        f"model.layers.{i}.mlp.experts.{kind}": [
-            f"model.layers.{i}.mlp.experts.{expert}.{kind}.weight" for expert in range(config.moe.num_experts)
+        f"model.layers.{i}.mlp.experts.{kind}.{part}": [
+            f"model.layers.{i}.mlp.experts.{expert}.{kind}.{part}" for expert in range(config.moe.num_experts)
         ]
         for i in range(config.num_layers)
         if i not in config.moe.dense_layers
         for kind in ("gate_up_proj", "down_proj")
+        for part in parts
     }
 
 
@@ -75,6 +77,8 @@ def _attention(config: ModelConfig, part: str) -> dict[str, tuple[int, ...]]:
         each = config.qk_norm == "head"
         shapes[f"{part}.q_norm.weight"] = (config.head_dim if each else heads,)
         shapes[f"{part}.k_norm.weight"] = (config.head_dim if each else kv_heads,)
+    if config.attention_sinks:
+        shapes[f"{part}.sinks"] = (config.num_heads,)
     return shapes | _product(f"{part}.o_proj", config.hidden_size, heads, config.out_bias)
 
 

@@ -37,6 +37,7 @@ class Call:
     scale: float
     window: int | None  # a query sees itself and the window − 1 tokens before it
     softcap: float | None
+    sinks: Tensor | None  # per head, the score of a key without a value; of any shape and dtype
     others: dict[str, Any]  # arguments that would change the result, and that nobody here understands
 
 
@@ -101,6 +102,7 @@ def _attend(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
@@ -117,6 +119,7 @@ def _attend(
         scale=q.shape[-1] ** -0.5 if scaling is None else scaling,
         window=sliding_window,
         softcap=softcap,
+        sinks=s_aux,
         others={name: value for name, value in asked.items() if name not in IGNORED},
     )
     return _answer.get()(call), None

@@ -1,8 +1,8 @@
 """Quantisation: how the weights of a safetensors checkpoint are stored in 4 or 8 bits, as its config.json says.
 
-Owns the reading of `quantization_config` (AWQ, GPTQ, FP8, compressed-tensors) into one frozen value, and the refusal,
-by field, of what cannot be undone exactly. Knows no torch, no files and no tensors (`quantised_source` does).
-What such files say about activations is left aside: products are computed in the engine's dtype.
+Owns the reading of `quantization_config` (AWQ, GPTQ, FP8, compressed-tensors, MXFP4) into one frozen value, and the
+refusal, by field, of what cannot be undone exactly. Knows no torch, no files and no tensors (`quantised_source` and
+`float4_source` do). What such files say about activations is left aside: products are computed in the engine's dtype.
 """
 
 from __future__ import annotations
@@ -43,7 +43,15 @@ class Float8:
     plain: tuple[str, ...] = ()
 
 
-Quantisation = PackedIntegers | Float8
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Float4Blocks:
+    """Each weight of an expert is a float of 4 bits (E2M1) · 2^scale, one scale for 32 inputs of an output."""
+
+    method: Literal["mxfp4"] = "mxfp4"
+    plain: tuple[str, ...] = ()
+
+
+Quantisation = PackedIntegers | Float8 | Float4Blocks
 
 
 def read_quantisation(config: Fields) -> Quantisation | None:
@@ -166,11 +174,23 @@ def _block_of(name: str, group: Any) -> tuple[int | None, int | None]:
     return (1, None) if strategy == "channel" else (None, None)
 
 
+def _mxfp4(given: Fields) -> Float4Blocks:
+    """transformers reads the names as regular expressions, in which a star between dots stands for any part."""
+    return Float4Blocks(plain=tuple(map(_unstarred, _names(given, "modules_to_not_convert"))))
+
+
+def _unstarred(name: str) -> str:
+    if "*" not in name or name.startswith("re:"):
+        return name
+    return "re:" + ".*".join(map(re.escape, name.split("*"))) + r"(\.|$)"
+
+
 _READERS: Mapping[str, Callable[[Fields], Quantisation]] = {
     "awq": _awq,
     "gptq": _gptq,
     "fp8": _fp8,
     "compressed-tensors": _compressed_tensors,
+    "mxfp4": _mxfp4,
 }
 
 

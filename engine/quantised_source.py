@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engine.config import UnsupportedCheckpoint
 from engine.dequantise import scaled_floats, scaled_integers, unpacked_awq, unpacked_columns, unpacked_rows
-from engine.quantisation import Float8, PackedIntegers, Quantisation, is_plain
+from engine.quantisation import Float8, PackedIntegers, is_plain
 from engine.safetensors_file import StoredTensor
 from kernels.weights import Float8Weight, Int4Weight, QuantisedWeight
 
@@ -66,7 +66,7 @@ class QuantisedSource:
 
     piece_bytes = 2**20
 
-    def __init__(self, stored: StoredTensors, quantisation: Quantisation) -> None:
+    def __init__(self, stored: StoredTensors, quantisation: PackedIntegers | Float8) -> None:
         self._stored = stored
         self._quantisation = quantisation
         self._modules: dict[str, Module] = {}

@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint import Checkpoint, UnsupportedCheckpoint
+from engine.float4_source import Float4Source
 from engine.gguf_file import GGUFFile
+from engine.quantisation import Float4Blocks
 from engine.quantised_source import QuantisedSource
 from engine.safetensors_file import SafetensorsFile, StoredTensor
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_QUANTISED = {"I32": torch.int32, "F8_E4M3": torch.float8_e4m3fn}
+_QUANTISED = {"I32": torch.int32, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn}
 
 
 class WeightSource(Protocol):
@@ -63,7 +65,11 @@ def open_source(checkpoint: Checkpoint, wanted: Iterable[str]) -> WeightSource:
     if checkpoint.kind == "gguf":
         return _GGUFSource(GGUFFile.open(checkpoint.path), wanted)
     source = _SafetensorsSource([SafetensorsFile.open(path) for path in checkpoint.files])
-    return source if checkpoint.quantisation is None else QuantisedSource(source, checkpoint.quantisation)
+    if checkpoint.quantisation is None:
+        return source
+    if isinstance(checkpoint.quantisation, Float4Blocks):
+        return Float4Source(source, checkpoint.quantisation)
+    return QuantisedSource(source, checkpoint.quantisation)
 
 
 class _SafetensorsSource:

@@ -32,7 +32,13 @@ from kernels.weights import QuantisedWeight
 READERS = 8  # threads: fewer would do for copying, more keep a fast disk busy
 _HUGE_PAGE_BYTES = 2 * 2**20
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_FUSED = (".experts.gate_up_proj", ".experts.down_proj")
+# what one tensor of all experts holds: the end of its name, the modules that share it, and which part of them it is
+_OF_EXPERTS = (
+    (".experts.gate_up_proj", ("gate_proj", "up_proj"), "weight"),
+    (".experts.down_proj", ("down_proj",), "weight"),
+    (".experts.gate_up_proj_bias", ("gate_proj", "up_proj"), "bias"),
+    (".experts.down_proj_bias", ("down_proj",), "bias"),
+)
 
 
 class Target(NamedTuple):
@@ -45,20 +51,30 @@ class Target(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where one stored tensor goes: into a part of a parameter, or, row by row, into one `experts` parameter each."""
+    """Where one stored tensor goes: into a part of a parameter, or, row by row, into one `experts` parameter each.
+
+    `layout`: `experts_transposed` are `[in, out]` each, `experts_alternating` too, and a gate lies before each up.
+    `repeated`: they are there already.
+    """
 
     parameters: tuple[Tensor, ...]
     layout: Literal[
-        "rows", "transposed", "grouped", "experts", "repeated"
-    ]  # the last: they are there already
+        "rows",
+        "transposed",
+        "grouped",
+        "experts",
+        "experts_transposed",
+        "experts_alternating",
+        "repeated",
+    ]
     kept: QuantisedWeight | None = None  # of these rows; then the parameter has no memory
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
         shape = tuple(self.parameters[0].shape)
-        if self.layout == "transposed":
-            return shape[::-1]
-        return (len(self.parameters), *shape) if self.layout == "experts" else shape
+        if self.layout in ("transposed", "experts_transposed", "experts_alternating"):
+            shape = shape[::-1]
+        return (len(self.parameters), *shape) if self.layout.startswith("experts") else shape
 
 
 class Piece(NamedTuple):
@@ -141,8 +157,8 @@ def _places(
             places[stored_name] = Place((decoder.parameters[_EMBEDDING],), "repeated")
             _check(source, stored_name, places[stored_name], checkpoint)
             continue
-        names = _names_of_experts(name, decoder) if name.endswith(_FUSED) else (name,)
-        if not names or any(one not in targets for one in names):
+        names = _names_of_experts(name, decoder) or (name,)
+        if any(one not in targets for one in names):
             if source.leave_out(stored_name):
                 continue
             raise UnsupportedCheckpoint(f"{checkpoint.path}: tensor {stored_name} is not known")
@@ -178,13 +194,14 @@ def canonical_name(stored_name: str, config: ModelConfig) -> str | None:
 
 
 def _names_of_experts(name: str, decoder: Decoder) -> tuple[str, ...]:
-    """transformers 5 may write all experts of a layer as one tensor, `[E, 2·I, H]` or `[E, H, I]`: the targets of its
-    parts, expert by expert."""
-    part, module = name.rsplit(".", 1)
-    modules = ("gate_proj", "up_proj") if module == "gate_up_proj" else (module,)
+    """transformers 5 may write all experts of a layer as one tensor, `[E, 2·I, H]` or `[E, H, I]`, some families do
+    always: the targets of its parts, expert by expert. Empty: it is no such tensor."""
     moe = decoder.config.moe
-    experts = range(moe.num_experts if moe else 0)
-    return tuple(f"{part}.{expert}.{one}.weight" for expert in experts for one in modules)
+    for end, modules, kind in _OF_EXPERTS:
+        if moe is not None and name.endswith(end):
+            part = name.rsplit(".", 1)[0]
+            return tuple(f"{part}.{e}.{one}.{kind}" for e in range(moe.num_experts) for one in modules)
+    return ()
 
 
 def _place(name: str, names: tuple[str, ...], targets: dict[str, Target], decoder: Decoder) -> Place:
@@ -192,7 +209,12 @@ def _place(name: str, names: tuple[str, ...], targets: dict[str, Target], decode
         whole = dict.fromkeys(
             targets[one].name for one in names
         )  # gate and up of an expert are one parameter
-        return Place(tuple(decoder.parameters[one] for one in whole), "experts")
+        parameters = tuple(decoder.parameters[one] for one in whole)
+        if decoder.config.storage.experts == "stacked":
+            return Place(parameters, "experts")
+        if ".gate_up_proj" in name:
+            return Place(parameters, "experts_alternating")
+        return Place(parameters, "experts_transposed")
     target = targets[name]
     rows = decoder.parameters[target.name][target.start : target.end]
     if (kept := decoder.quantised.get(target.name)) is not None:
@@ -206,7 +228,7 @@ def _pieces(source: WeightSource, name: str, place: Place) -> Iterator[Piece]:
     """The tensor in pieces of about `piece_bytes`, in the order of the file; whole where its layout changes."""
     shape, num_bytes = source.tensors[name]
     rows = shape[0]
-    if place.layout == "experts":
+    if place.layout.startswith("experts"):
         rows = 1
     elif place.layout in ("rows", "repeated"):
         unit = source.unit(name)
@@ -218,8 +240,8 @@ def _pieces(source: WeightSource, name: str, place: Place) -> Iterator[Piece]:
 
 def _copy(source: WeightSource, piece: Piece, place: Place, config: ModelConfig) -> None:
     name, start, end, _ = piece
-    if place.layout == "experts":
-        return source.copy(name, start, end, place.parameters[start][None])
+    if place.layout.startswith("experts"):
+        return _copy_expert(source, name, start, place)
     (rows,) = place.parameters
     if place.kept is not None:
         assert isinstance(source, QuantisedSource)
@@ -229,6 +251,18 @@ def _copy(source: WeightSource, piece: Piece, place: Place, config: ModelConfig)
     stored = rows.new_empty(place.stored_shape)
     source.copy(name, start, end, stored)
     rows.copy_(stored.t() if place.layout == "transposed" else _ungrouped(stored, config))
+
+
+def _copy_expert(source: WeightSource, name: str, expert: int, place: Place) -> None:
+    rows = place.parameters[expert]
+    if place.layout != "experts_alternating":
+        stored = rows if place.layout == "experts" or rows.dim() == 1 else rows.t()
+        return source.copy(name, expert, expert + 1, stored[None])
+    alternating = torch.empty_like(rows)  # [2·I, H], or of a bias [2·I]
+    stored = alternating if rows.dim() == 1 else alternating.t()
+    source.copy(name, expert, expert + 1, stored[None])
+    pairs = alternating.view(-1, 2, *rows.shape[1:])
+    rows.view(2, -1, *rows.shape[1:]).copy_(pairs.transpose(0, 1))
 
 
 def _compare(source: WeightSource, piece: Piece, place: Place, checkpoint: Checkpoint) -> None:

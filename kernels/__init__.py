@@ -37,6 +37,10 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from kernels.attending import Attention as Attention
+from kernels.attending import PagedKV as PagedKV
+from kernels.attending import SharedPrefixes as SharedPrefixes
+from kernels.attending import Sharing as Sharing
 from kernels.weights import Float8Weight, Int4Weight, Int8Weight, PackedWeight, QuantisedWeight
 
 if TYPE_CHECKING:
@@ -47,45 +51,8 @@ logger = logging.getLogger(__name__)
 
 KernelSet = Literal["auto", "reference", "cpu", "triton"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+GatedActivation = Activation | Literal["swiglu_oai"]
 FAILED = -1  # in place of a token that `sample` cannot draw
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PagedKV:
-    """K and V of one layer, in pages; page_size is a multiple of 16. All tensors are contiguous, so that one vector
-    load holds the same channel of K of many tokens; but where the set's `keys_by_token` says so, `keys` is a view of
-    [pages, hk, page_size, d], and K lies as V does.
-
-    Without scales K and V have the dtype of q, k and v; with scales they are int8 or float8_e4m3fn.
-    """
-
-    keys: Tensor  # [pages, hk, d, page_size]
-    values: Tensor  # [pages, hk, page_size, d]
-    key_scales: Tensor | None = None  # [pages, hk, page_size] bfloat16
-    value_scales: Tensor | None = None  # [pages, hk, page_size] bfloat16
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Attention:
-    """How one layer attends. The score of a query and a key is `scale` · (q · k); then, where given,
-
-    - `softcap` c: c · tanh(score / c) (Gemma 2),
-    - `slopes` [hq] fp32, on the device of q: plus slope · (key position - query position) (ALiBi: Press et al. 2022),
-    - `window` w: a query sees itself and the w - 1 tokens before it, and no others (Beltagy et al. 2020).
-
-    Raises `ValueError` for a window below 1 and a softcap that is not above 0.
-    """
-
-    scale: float
-    window: int | None = None
-    softcap: float | None = None
-    slopes: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window must be at least 1, not {self.window}")
-        if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"softcap must be above 0, not {self.softcap}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,31 +63,6 @@ class HeadNorms:
     k: Tensor  # [d] weight
     eps: float
     offset: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class SharedPrefixes:
-    """Which rows of a step begin with the same tokens, in the same pages: a hint, with which a set may read them once
-    for all. All tensors are int32.
-
-    G groups and N members are upper bounds: a group may be empty, and what `members` holds from `starts[G]` on is
-    not read. A row that shares tokens is listed once. The page tables of two rows of a group agree on the pages of
-    as many leading tokens as both share. A row may share more than its context holds.
-    """
-
-    tokens: Tensor  # [R] leading tokens that a row shares with its group; 0: it is in none
-    members: Tensor  # [N] row numbers, one group after the other
-    starts: Tensor  # [G + 1], G at least 1: group g is members[starts[g] : starts[g + 1]]
-
-
-@dataclass(frozen=True, slots=True)
-class Sharing:
-    """What a set makes of a `SharedPrefixes`: from how many tokens and rows of a group on it reads them once for all,
-    and whether that leaves every bit of every result as it is without."""
-
-    least_tokens: int
-    least_rows: int
-    exact: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -252,7 +194,8 @@ class Kernels:
     - `act(x [T, I], activation) -> [T, I]`, by name: `silu` x / (1 + exp(-x)); `gelu` x · Φ(x), Φ the normal
       distribution function; `gelu_tanh` x / 2 · (1 + tanh(√(2/π) · (x + 0.044715 x³))) (Hendrycks and Gimpel 2016);
       `relu` max(x, 0).
-    - `act_mul(gate_up [T, 2I], activation) -> [T, I]`: act(first half) · second half (Shazeer 2020).
+    - `act_mul(gate_up [T, 2I], activation) -> [T, I]`: act(first half) · second half (Shazeer 2020); `swiglu_oai`
+      g / (1 + exp(-1.702 g)) · (u + 1), g the first half but at most 7, u the second but from -7 to 7 (gpt-oss).
     - `softcap(x [T, N], c) -> [T, N]`: c · tanh(x / c) (Gemma 2).
     - `paged_attention(q [T, hq, d], cache, page_table [R, P] int32, query_start [R+1] int32 or None, context_lens
       [R] int32, how: Attention, shared: SharedPrefixes or None) -> [T, hq, d]`: causal attention of a row's queries
@@ -315,7 +258,7 @@ class Kernels:
     layer_norm: Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
     add_layer_norm: Callable[[Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor]]
     act: Callable[[Tensor, Activation], Tensor]
-    act_mul: Callable[[Tensor, Activation], Tensor]
+    act_mul: Callable[[Tensor, GatedActivation], Tensor]
     softcap: Callable[[Tensor, float], Tensor]
     paged_attention: PagedAttention
     sample: Sample

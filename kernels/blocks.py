@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from kernels import Activation, Attention, HeadNorms, PagedKV, SharedPrefixes
+from kernels import Attention, GatedActivation, HeadNorms, PagedKV, SharedPrefixes
 from kernels.weights import PackedWeight
 
 
@@ -47,7 +47,7 @@ class BlockParts:
     rotary_dim: int  # 0: nothing is rotated
     rotation: int  # which of a step's rotations
     how: Attention
-    activation: Activation
+    activation: GatedActivation
     qkv: Product  # [(hq + 2 · hk) · d, hidden]
     out: Product  # [hidden, hq · d]
     gate_up: Product  # [2 · I, hidden]

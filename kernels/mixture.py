@@ -4,7 +4,7 @@ Owns that part of the contract. Knows no set, no model and no checkpoint. Of tok
 `logits` `[T, E]` of a router with them, and E experts of I inner channels, whose weights lie one after the other,
 
     shares = softmax(logits), in fp32; of a token the `num_per_token` largest count, of equals the lower indices
-    made_e = down_e · act_mul(gate_up_e · x), each of the three rounded to the dtype
+    made_e = down_e · act_mul(gate_up_e · x + its bias) + its bias, each of the three rounded to the dtype
     result = Σ share_e · made_e over those experts, in fp32 and in the order of the shares, rounded once
 
 (Shazeer et al. 2017). A token with a logit of NaN, or whose largest is infinite, becomes NaN and harms no other.
@@ -18,7 +18,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from kernels import Activation
+from kernels import GatedActivation
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -27,7 +27,9 @@ class Mixture:
 
     gate_up: Tensor  # [E, 2 · I, hidden], contiguous
     down: Tensor  # [E, hidden, I], contiguous
-    activation: Activation
+    gate_up_bias: Tensor | None = None  # [E, 2 · I], contiguous
+    down_bias: Tensor | None = None  # [E, hidden], contiguous
+    activation: GatedActivation
     num_per_token: int  # 1 to E
     normalised: bool  # the shares of a token's experts are divided by their sum
 

@@ -17,6 +17,7 @@ from kernels import (
     Activation,
     Attention,
     Filters,
+    GatedActivation,
     Kernels,
     Normalisers,
     PagedKV,
@@ -111,8 +112,11 @@ def act(x: Tensor, activation: Activation) -> Tensor:
     return _ACTIVATIONS[activation](x.float()).to(x.dtype)
 
 
-def act_mul(gate_up: Tensor, activation: Activation) -> Tensor:
+def act_mul(gate_up: Tensor, activation: GatedActivation) -> Tensor:
     gate, up = gate_up.float().chunk(2, dim=-1)
+    if activation == "swiglu_oai":
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        return (gate * torch.sigmoid(1.702 * gate) * (up + 1.0)).to(gate_up.dtype)
     return (_ACTIVATIONS[activation](gate) * up).to(gate_up.dtype)
 
 
@@ -135,7 +139,9 @@ def paged_attention(
     _, num_heads, head_dim = q.shape
     num_kv_heads = cache.keys.shape[1]
     group = num_heads // num_kv_heads
-    slopes = None if how.slopes is None else how.slopes.reshape(num_kv_heads, group, 1)
+    slopes, sinks = (
+        None if each is None else each.reshape(num_kv_heads, group, 1) for each in (how.slopes, how.sinks)
+    )
     starts, lens = query_start.tolist(), context_lens.tolist()
     for row, length in enumerate(lens):
         start, end = starts[row], starts[row + 1]
@@ -155,7 +161,10 @@ def paged_attention(
                 scores = softcap(scores, how.softcap)
             if slopes is not None:
                 scores += slopes * torch.arange(first + 1 - seen, 1, device=q.device)
-            mixed = torch.einsum("hgl,hld->hgd", torch.softmax(scores, dim=-1), v)
+            if sinks is not None:
+                scores = torch.cat((scores, sinks), dim=-1)
+            weights = torch.softmax(scores, dim=-1)[:, :, : seen - first]
+            mixed = torch.einsum("hgl,hld->hgd", weights, v)
             out[token] = mixed.reshape(num_heads, head_dim).to(q.dtype)
     return out
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from kernels import (
     Activation,
     Attention,
+    GatedActivation,
     Kernels,
     PagedKV,
     SharedPrefixes,
@@ -40,8 +41,8 @@ from kernels.cpu.tensors import (
     page_size_of,
     pointers_of,
     require,
+    require_per_head,
     require_rows,
-    require_slopes,
     rows_only,
     same_dtype,
     single_queries,
@@ -62,7 +63,7 @@ _PAGED_ARGUMENTS = {
     "store_kv": (_L, _L, _L, _L, _P, _L, _P, _L, _P, _P, _P, _P, _P, _I),
     "paged_attention": (
         *(_L, _L, _L, _L, _L, _P, _L, _P, _P, _P, _P, _P, _L, _P, _P, _F, _L, _F, _P),
-        *(_P, _P, _P, _L, _P, _I),
+        *(_P, _P, _P, _P, _L, _P, _I),
     ),
 }
 
@@ -225,7 +226,7 @@ class _Ops:
         )  # fmt: skip
         return out
 
-    def act_mul(self, gate_up: Tensor, activation: Activation) -> Tensor:
+    def act_mul(self, gate_up: Tensor, activation: GatedActivation) -> Tensor:
         tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
         require(gate_up.stride(1) == 1 and gate_up.shape[1] % 2 == 0, "act_mul: gate_up [T, 2I]")
         out = torch.empty((tokens, width), dtype=gate_up.dtype)
@@ -265,8 +266,8 @@ class _Ops:
         page_size = page_size_of(cache, kv_heads, dim)
         require(rows_only(q) and heads % kv_heads == 0, "paged_attention: q [T, hq, d], hq a multiple of hk")
         require_rows("paged_attention", page_table, query_start, context_lens)
-        slopes = how.slopes
-        require_slopes("paged_attention", slopes, heads)
+        for name, numbers in (("slopes", how.slopes), ("sinks", how.sinks)):
+            require_per_head("paged_attention", name, numbers, heads)
         out = torch.empty((tokens, heads, dim), dtype=q.dtype)
         covered = int(query_start[-1])
         if covered < tokens:
@@ -275,8 +276,8 @@ class _Ops:
             rows, kv_heads, heads // kv_heads, dim, page_size, q.data_ptr(), q.stride(0),
             *pointers_of(cache), page_table.data_ptr(), page_table.shape[1],
             query_start.data_ptr(), context_lens.data_ptr(), how.scale, how.window or 0, how.softcap or 0.0,
-            None if slopes is None else slopes.data_ptr(), *groups_of(shared, rows),
-            out.data_ptr(), torch.get_num_threads(),
+            *(None if each is None else each.data_ptr() for each in (how.slopes, how.sinks)),
+            *groups_of(shared, rows), out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         if failed:
             raise MemoryError("paged_attention: no memory for its list of work items")

@@ -15,7 +15,7 @@
 typedef struct {
     long heads, kv_heads, dim, rotary_dim, inner, activation, rotation, window;
     float eps, offset, head_eps, head_offset, scale, softcap;
-    const float *slopes;
+    const float *slopes, *sinks;
     const void *attention_norm, *q_norm, *k_norm, *mlp_norm;
     const void *qkv, *qkv_bias, *out, *out_bias, *gate_up, *gate_up_bias, *down, *down_bias; /* weights are packed */
 } block_weights;
@@ -85,8 +85,8 @@ static int KV(attention_of_block)(const block_weights *block, const block_pages 
     if (KV(paged_attention)(step->rows, kv_heads, heads / kv_heads, dim, step->page_size, q, stride, pages->keys,
                             pages->values, pages->key_scales, pages->value_scales, step->page_table,
                             step->table_stride, step->query_start, step->context_lens, block->scale, block->window,
-                            block->softcap, block->slopes, step->shared_tokens, step->shared_members,
-                            step->shared_starts, step->groups, mixed, threads))
+                            block->softcap, block->slopes, block->sinks, step->shared_tokens,
+                            step->shared_members, step->shared_starts, step->groups, mixed, threads))
         return -1;
     const long covered = step->query_start[step->rows];
     memset(mixed + covered * width, 0, (tokens - covered) * width * sizeof *mixed);

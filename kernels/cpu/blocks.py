@@ -24,8 +24,8 @@ from kernels.cpu.tensors import (
     page_size_of,
     pointers_of,
     require,
+    require_per_head,
     require_rows,
-    require_slopes,
     same_dtype,
     single_queries,
 )
@@ -41,7 +41,7 @@ class _Weights(Structure):
         *[(name, c_long) for name in ("heads", "kv_heads", "dim", "rotary_dim", "inner", "activation")],
         *[(name, c_long) for name in ("rotation", "window")],
         *[(name, c_float) for name in ("eps", "offset", "head_eps", "head_offset", "scale", "softcap")],
-        *[(name, c_void_p) for name in ("slopes", "attention_norm", "q_norm", "k_norm", "mlp_norm")],
+        *[(name, c_void_p) for name in ("slopes", "sinks", "attention_norm", "q_norm", "k_norm", "mlp_norm")],
         *[(name + kind, c_void_p) for name in PARTS for kind in ("", "_bias")],
     ]
 
@@ -223,11 +223,12 @@ def _weights_of(block: BlockParts, hidden: int) -> _Weights:
         and block.rotary_dim <= dim,
         "fuse: bf16 or fp32, hq a multiple of hk, rotary_dim even and at most d",
     )
-    require_slopes("fuse", how.slopes, heads)
+    require_per_head("fuse", "slopes", how.slopes, heads)
+    require_per_head("fuse", "sinks", how.sinks, heads)
     return _Weights(
         heads, kv_heads, dim, block.rotary_dim, inner, ACTIVATIONS[block.activation], block.rotation, how.window or 0,
         block.eps, block.offset, norms.eps if norms else 0.0, norms.offset if norms else 0.0,
-        how.scale, how.softcap or 0.0, _pointer(how.slopes), _pointer(block.attention_norm),
+        how.scale, how.softcap or 0.0, _pointer(how.slopes), _pointer(how.sinks), _pointer(block.attention_norm),
         _pointer(norms.q if norms else None), _pointer(norms.k if norms else None), _pointer(block.mlp_norm),
         *(_pointer(part) for weight, bias in products for part in (weight.words, bias)),
     )  # fmt: skip

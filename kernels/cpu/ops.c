@@ -26,7 +26,7 @@
 #define PARALLEL_WORK 16384 /* elements below which waking a second thread costs more than it saves */
 
 /* The activations of the contract, by the numbers that kernels/cpu/__init__.py passes. */
-enum { SILU, GELU, GELU_TANH, RELU };
+enum { SILU, GELU, GELU_TANH, RELU, SWIGLU_OAI };
 
 INLINE vn activated(int how, vn x) {
     const float log2_e = 1.44269504f;
@@ -50,6 +50,14 @@ INLINE vn activated(int how, vn x) {
     p = p * t + 0.107205466f;
     vn tail = p * t * nexp2(x * x * (-0.5f * log2_e));
     return x * nchoose(x < (vn){}, tail, 1.0f - tail);
+}
+
+INLINE vn gated(int how, vn x, vn up) {
+    if (how != SWIGLU_OAI) return activated(how, x) * up;
+    vn most = nsplat(7.0f), least = nsplat(-7.0f); /* NaN stays NaN */
+    x = nchoose(x > most, most, x);
+    up = nchoose(up > most, most, nchoose(up < least, least, up));
+    return x / (1.0f + nexp2(x * (-1.702f * LOG2E))) * (up + 1.0f);
 }
 
 #define SCALAR float
@@ -299,21 +307,18 @@ INLINE void FN(act_row)(int how, long width, const SCALAR *x, const SCALAR *up, 
     for (; i + LANES <= width; i += LANES) {
         vn a[PARTS], b[PARTS];
         FN(tile)(x + i, a);
-        UNROLL for (int p = 0; p < PARTS; p++) a[p] = activated(how, a[p]);
-        if (up) {
-            FN(tile)(up + i, b);
-            UNROLL for (int p = 0; p < PARTS; p++) a[p] *= b[p];
-        }
+        if (up) FN(tile)(up + i, b);
+        UNROLL for (int p = 0; p < PARTS; p++) a[p] = up ? gated(how, a[p], b[p]) : activated(how, a[p]);
         FN(untile)(out + i, a);
     }
     for (; i < width; i += NATIVE) {
-        vn a = activated(how, FN(load_some)(x + i, width - i));
-        if (up) a *= FN(load_some)(up + i, width - i);
+        vn a = FN(load_some)(x + i, width - i);
+        a = up ? gated(how, a, FN(load_some)(up + i, width - i)) : activated(how, a);
         FN(store_some)(out + i, a, width - i);
     }
 }
 
-/* out[t] = act(x[t]) (* up[t]); up may be NULL. */
+/* out[t] = act(x[t]) (* up[t]); up may be NULL, but not for SWIGLU_OAI. */
 void FN(act)(long tokens, long width, const SCALAR *x, const SCALAR *up, long stride, SCALAR *out, int how, int threads) {
 #pragma omp parallel for num_threads(threads) if (tokens * width > PARALLEL_WORK)
     for (long t = 0; t < tokens; t++) {
@@ -322,7 +327,8 @@ void FN(act)(long tokens, long width, const SCALAR *x, const SCALAR *up, long st
         if (how == SILU) FN(act_row)(SILU, width, row, by, to);
         else if (how == GELU) FN(act_row)(GELU, width, row, by, to);
         else if (how == GELU_TANH) FN(act_row)(GELU_TANH, width, row, by, to);
-        else FN(act_row)(RELU, width, row, by, to);
+        else if (how == RELU) FN(act_row)(RELU, width, row, by, to);
+        else FN(act_row)(SWIGLU_OAI, width, row, by, to);
     }
 }
 

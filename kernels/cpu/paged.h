@@ -123,8 +123,9 @@ static void KV(attend_vectors)(const attention_call *call, const SCALAR *q, cons
     KV(walk)(chunks, queries, vectors, from, call->context_lens[r], state);
     for (long v = 0; v < vectors; v++) {
         long token = call->query_start[r] + (first + v) / group, which = head * group + (first + v) % group;
-        FN(divide)(state.mixed + v * dim, dim, lane_sum(state.total[v]),
-                   out + (token * call->kv_heads * group + which) * dim);
+        float sum = lane_sum(state.total[v]);
+        if (call->sinks) sum += exp2f(call->sinks[which] * LOG2E - state.largest[v]); /* infinite: nothing is left */
+        FN(divide)(state.mixed + v * dim, dim, sum, out + (token * call->kv_heads * group + which) * dim);
     }
 }
 
@@ -141,12 +142,12 @@ int KV(paged_attention)(long rows, long kv_heads, long group, long dim, long pag
                         const STORED *k_cache, const STORED *v_cache, const uint16_t *k_scales,
                         const uint16_t *v_scales, const int32_t *page_table, long table_stride,
                         const int32_t *query_start, const int32_t *context_lens, float scale, long window,
-                        float softcap, const float *slopes, const int32_t *tokens, const int32_t *members,
-                        const int32_t *starts, long groups, SCALAR *out, int threads) {
+                        float softcap, const float *slopes, const float *sinks, const int32_t *tokens,
+                        const int32_t *members, const int32_t *starts, long groups, SCALAR *out, int threads) {
     const attention_call call = {
         .rows = rows, .kv_heads = kv_heads, .group = group, .dim = dim, .q_stride = q_stride,
         .table_stride = table_stride, .window = window, .page_table = page_table, .query_start = query_start,
-        .context_lens = context_lens, .slopes = slopes, .scale = scale,
+        .context_lens = context_lens, .slopes = slopes, .sinks = sinks, .scale = scale,
         .cache = {
             .keys = k_cache, .values = v_cache, .key_scales = k_scales, .value_scales = v_scales,
             .kv_heads = kv_heads, .dim = dim, .page_size = page_size, .softcap = softcap * LOG2E,

@@ -8,11 +8,11 @@
 #define ITEM_VECTORS 48 /* query vectors that walk together, at most: whole chunks of MAX_QUERIES */
 #define ITEMS_PER_THREAD 4 /* and fewer vectors where there would be fewer items than that */
 
-/* What `paged_attention` is given, without the types of q and of the cache. window 0, slopes NULL: none. */
+/* What `paged_attention` is given, without the types of q and of the cache. window 0, slopes and sinks NULL: none. */
 typedef struct {
     long rows, kv_heads, group, dim, q_stride, table_stride, window;
     const int32_t *page_table, *query_start, *context_lens;
-    const float *slopes;
+    const float *slopes, *sinks;
     float scale;
     head_context cache; /* without pages, head, window and query vectors */
 } attention_call;

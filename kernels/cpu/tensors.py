@@ -11,9 +11,16 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kernels import Activation, PagedKV, SharedPrefixes
+from kernels import GatedActivation, PagedKV, SharedPrefixes
 
-ACTIVATIONS: Mapping[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}  # as in ops.c
+# as in ops.c
+ACTIVATIONS: Mapping[GatedActivation, int] = {
+    "silu": 0,
+    "gelu": 1,
+    "gelu_tanh": 2,
+    "relu": 3,
+    "swiglu_oai": 4,
+}
 PAGED_SUFFIXES = {  # by the dtype of the activations and that of the cache
     (torch.bfloat16, torch.bfloat16): "bf16",
     (torch.float32, torch.float32): "f32",
@@ -69,11 +76,11 @@ def require_rows(operation: str, page_table: Tensor, query_start: Tensor, contex
     )
 
 
-def require_slopes(operation: str, slopes: Tensor | None, heads: int) -> None:
+def require_per_head(operation: str, name: str, numbers: Tensor | None, heads: int) -> None:
     require(
-        slopes is None
-        or (slopes.shape == (heads,) and slopes.dtype == torch.float32 and slopes.is_contiguous()),
-        f"{operation}: slopes [hq] fp32",
+        numbers is None
+        or (numbers.shape == (heads,) and numbers.dtype == torch.float32 and numbers.is_contiguous()),
+        f"{operation}: {name} [hq] fp32",
     )
 
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import Activation
+from kernels import Activation, GatedActivation
 from kernels.gpu.tanh import tanh
 
 BLOCK = 1024  # elements of a program: 8 for each of 128 threads
@@ -29,13 +29,27 @@ def _activated(x, KIND: tl.constexpr):
 
 
 @triton.jit
+def _gated(x, up, KIND: tl.constexpr):
+    """x and up fp32, by the formulas of the contract."""
+    if KIND == "swiglu_oai":  # NaN stays NaN
+        x = tl.where(x > 7.0, 7.0, x)
+        up = tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up))
+        y = x / (1.0 + tl.exp(-1.702 * x)) * (up + 1.0)
+    else:
+        y = _activated(x, KIND) * up
+    return y
+
+
+@triton.jit
 def act_kernel(x, up, out, stride, width, KIND: tl.constexpr, BLOCK: tl.constexpr):
     """out [T, width] = act(x) · up; x and up have rows `stride` apart. up None: act(x)."""
     token, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
-    y = _activated(tl.load(x + token * stride + column, mask=inside).to(tl.float32), KIND)
+    y = tl.load(x + token * stride + column, mask=inside).to(tl.float32)
     if up is not None:
-        y *= tl.load(up + token * stride + column, mask=inside).to(tl.float32)
+        y = _gated(y, tl.load(up + token * stride + column, mask=inside).to(tl.float32), KIND)
+    else:
+        y = _activated(y, KIND)
     tl.store(out + token * width + column, y.to(out.dtype.element_ty), mask=inside)
 
 
@@ -52,7 +66,7 @@ def act(x: Tensor, activation: Activation) -> Tensor:
     return _launch(x, None, x.shape[1], activation)
 
 
-def act_mul(gate_up: Tensor, activation: Activation) -> Tensor:
+def act_mul(gate_up: Tensor, activation: GatedActivation) -> Tensor:
     width = gate_up.shape[1] // 2
     return _launch(gate_up, gate_up[:, width:], width, activation)
 
@@ -67,7 +81,7 @@ def softcap(x: Tensor, cap: float) -> Tensor:
     return out
 
 
-def _launch(x: Tensor, up: Tensor | None, width: int, activation: Activation) -> Tensor:
+def _launch(x: Tensor, up: Tensor | None, width: int, activation: GatedActivation) -> Tensor:
     tokens = x.shape[0]
     out = torch.empty((tokens, width), dtype=x.dtype, device=x.device)
     if tokens:

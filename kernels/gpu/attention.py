@@ -19,12 +19,12 @@ import triton.language as tl
 
 from kernels.gpu.groups import group_of
 from kernels.gpu.splits import merged, prefix_holds, split_of, split_start
-from kernels.gpu.walk import slope_of, walk
+from kernels.gpu.walk import slope_of, walk, with_sink
 
 
 @triton.jit(do_not_specialize=["table_stride", "num_splits"])
 def single(
-    q, keys, values, key_scales, value_scales, slopes, page_table, query_start, context_lens, out,
+    q, keys, values, key_scales, value_scales, slopes, sinks, page_table, query_start, context_lens, out,
     parts, part_stats, shared, q_stride, q_head_stride, table_stride, num_splits, scale, cap, window,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, M: tl.constexpr,
     DIM: tl.constexpr, PAGE: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
@@ -78,6 +78,8 @@ def single(
         KV_HEADS, DIM, PAGE, WIDTH, TILE, True, False,
     )  # fmt: skip
     if (low == begin) & (high == context):
+        if sinks is not None:
+            total = with_sink(top, total, sinks, head, valid)
         target = out + (start.to(tl.int64) * (KV_HEADS * GROUP) + head[:, None]) * DIM + channel[None, :]
         tl.store(target, (mixed / total[:, None]).to(out.dtype.element_ty), mask=held)
     else:
@@ -89,7 +91,7 @@ def single(
 
 @triton.jit(do_not_specialize=["num_splits"])
 def reduce(
-    parts, part_stats, query_start, context_lens, out, num_splits, window,
+    parts, part_stats, sinks, query_start, context_lens, out, num_splits, window,
     HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Merges what `single` and `prefix` left of rows with more than one split. Programs [R, hq]; HEADS is hq."""
@@ -116,6 +118,8 @@ def reduce(
         stats = part_stats + (part + split) * 2 + tl.arange(0, 1)
         values = tl.load(parts + (part + split) * DIM + channel, mask=channel < DIM, other=0.0)
         top, total, mixed = merged(top, total, mixed, tl.load(stats), tl.load(stats + 1), values[None, :])
+    if sinks is not None:
+        total = with_sink(top, total, sinks, head + tl.arange(0, 1), True)
     target = out + (start.to(tl.int64) * HEADS + head) * DIM + channel[None, :]
     tl.store(target, (mixed / total[:, None]).to(out.dtype.element_ty), mask=(channel < DIM)[None, :])
 
@@ -129,7 +133,7 @@ def _target(out, first, inner, head, channel, HEADS: tl.constexpr, DIM: tl.const
 
 @triton.jit(do_not_specialize=["table_stride", "num_tokens", "num_rows"])
 def many(
-    q, keys, values, key_scales, value_scales, slopes, page_table, query_start, context_lens, out,
+    q, keys, values, key_scales, value_scales, slopes, sinks, page_table, query_start, context_lens, out,
     q_stride, q_head_stride, table_stride, num_tokens, num_rows, scale, cap, window,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, QUERIES: tl.constexpr, M: tl.constexpr,
     DIM: tl.constexpr, PAGE: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
@@ -210,6 +214,8 @@ def many(
             KV_HEADS, DIM, PAGE, WIDTH, TILE, True, True,
         )  # fmt: skip
         top, total, mixed = merged(top, total, mixed, part_top, part_total, part)
+    if sinks is not None:
+        total = with_sink(top, total, sinks, head, valid)
     # made anew, so that no registers hold it while the block walks
     target = _target(out, first, inner, head, channel, KV_HEADS * GROUP, DIM)
     tl.store(target, (mixed / total[:, None]).to(out.dtype.element_ty), mask=held)

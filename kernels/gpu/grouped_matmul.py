@@ -20,11 +20,12 @@ from kernels.gpu.tiles import capability
 
 @triton.jit(do_not_specialize=["row_tiles"])
 def grouped_kernel(
-    x, sources, weight, starts, out, x_stride, row_tiles, groups, inputs, outputs,
+    x, sources, weight, bias, starts, out, x_stride, row_tiles, groups, inputs, outputs,
     WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """out [N, outputs]: rows starts[g] until starts[g + 1] are x · weight[g]ᵀ; weight [groups, outputs, inputs]. Row
-    i takes row sources[i] of x; sources None: row i. Programs: row_tiles, as `groups` has them, · column tiles."""
+    """out [N, outputs]: rows starts[g] until starts[g + 1] are x · weight[g]ᵀ + bias[g]; weight [groups, outputs,
+    inputs], bias [groups, outputs] or None: there is none. Row i takes row sources[i] of x; sources None: row i.
+    Programs: row_tiles, as `groups` has them, · column tiles."""
     tile, column_tile = tile_of(tl.program_id(0), row_tiles, tl.cdiv(outputs, COLUMNS), TOGETHER)
     first_column = column_tile.to(tl.int64) * COLUMNS
     group = group_of(tile, starts, groups, ROWS)
@@ -45,27 +46,34 @@ def grouped_kernel(
         tl.zeros((ROWS, COLUMNS), dtype=tl.float32), x, weight, 0, tl.cdiv(inputs, DEPTH), inputs,
         held_rows, held_columns, WHOLE, DEPTH,
     )  # fmt: skip
+    if bias is not None:
+        bias += group.to(tl.int64) * outputs + first_column
+        total += tl.load(bias + column[None, :], mask=held_columns, other=0.0).to(tl.float32)
     place = row.to(tl.int64)[:, None] * outputs + first_column + column[None, :]
     tl.store(out + place, total.to(out.dtype.element_ty), mask=held_rows & held_columns)
 
 
-def grouped_matmul(x: Tensor, weight: Tensor, sources: Tensor | None, starts: Tensor) -> Tensor:
-    """`[N, out]`: of N rows, in groups that begin at `starts` `[G + 1]` int32, each x · weight[g]ᵀ, weight
-    `[G, out, in]` contiguous. `sources` `[N]` int32: the rows of x; None: row i is row i."""
+def grouped_matmul(
+    x: Tensor, weight: Tensor, bias: Tensor | None, sources: Tensor | None, starts: Tensor
+) -> Tensor:
+    """`[N, out]`: of N rows, in groups that begin at `starts` `[G + 1]` int32, each x · weight[g]ᵀ + bias[g], weight
+    `[G, out, in]` and bias `[G, out]` contiguous. `sources` `[N]` int32: the rows of x; None: row i is row i."""
     groups, outputs, inputs = weight.shape
     rows = x.shape[0] if sources is None else sources.shape[0]
     tile = tile_for(tiles_for(capability(x.device), x.dtype), rows // groups, inputs, outputs)
-    return grouped_in_tiles(x, weight, sources, starts, tile)
+    return grouped_in_tiles(x, weight, bias, sources, starts, tile)
 
 
-def grouped_in_tiles(x: Tensor, weight: Tensor, sources: Tensor | None, starts: Tensor, tile: Tile) -> Tensor:
+def grouped_in_tiles(
+    x: Tensor, weight: Tensor, bias: Tensor | None, sources: Tensor | None, starts: Tensor, tile: Tile
+) -> Tensor:
     """The products in tiles of that size, which changes no bit."""
     groups, outputs, inputs = weight.shape
     rows = x.shape[0] if sources is None else sources.shape[0]
     out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
     row_tiles = rows // tile.rows + groups
     grouped_kernel[(row_tiles * triton.cdiv(outputs, tile.columns),)](
-        x, sources, weight, starts, out, x.stride(0), row_tiles, groups, inputs, outputs,
+        x, sources, weight, bias, starts, out, x.stride(0), row_tiles, groups, inputs, outputs,
         WHOLE=inputs % tile.depth == 0, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, TOGETHER=TOGETHER,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

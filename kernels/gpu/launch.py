@@ -73,7 +73,7 @@ def paged_attention(
                 GROUPS=triton.next_power_of_2(groups), num_warps=tiles.warps, num_stages=tiles.stages, **exact,
             )  # fmt: skip
         single[(rows, kv_heads * triton.cdiv(group, single_heads), splits)](
-            q, *pages, how.slopes, page_table, query_start, context_lens, out, parts, stats,
+            q, *pages, how.slopes, how.sinks, page_table, query_start, context_lens, out, parts, stats,
             None if shared is None else shared.tokens,
             q.stride(0), q.stride(1), page_table.stride(0), splits, scale, cap, window,
             **shapes, HEADS=single_heads, M=single_m, TILE=tiles.tokens,
@@ -81,14 +81,14 @@ def paged_attention(
         )  # fmt: skip
         if splits > 1:
             reduce[(rows, heads)](
-                parts, stats, query_start, context_lens, out, splits, window,
+                parts, stats, how.sinks, query_start, context_lens, out, splits, window,
                 HEADS=heads, DIM=dim, WIDTH=width, **exact,
             )  # fmt: skip
 
     if query_start is None:
         return out
     many[(tokens // queries + rows + 1, head_blocks)](
-        q, *pages, how.slopes, page_table, query_start, context_lens, out,
+        q, *pages, how.slopes, how.sinks, page_table, query_start, context_lens, out,
         q.stride(0), q.stride(1), page_table.stride(0), tokens, rows, scale, cap, window,
         **shapes, HEADS=together, QUERIES=queries, M=m, TILE=tiles.tokens,
         num_warps=tiles.warps, num_stages=tiles.stages, **exact,

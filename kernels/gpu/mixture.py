@@ -17,5 +17,6 @@ def mix_experts(x: Tensor, logits: Tensor, mixture: Mixture) -> Tensor:
         return torch.empty_like(x)
     chosen, shares = route(logits, mixture.num_per_token, normalised=mixture.normalised)
     starts, places, sources = grouped(chosen, logits.shape[1])
-    inner = act_mul(grouped_matmul(x, mixture.gate_up, sources, starts), mixture.activation)
-    return combine(grouped_matmul(inner, mixture.down, None, starts), places, shares)
+    gate_up = grouped_matmul(x, mixture.gate_up, mixture.gate_up_bias, sources, starts)
+    made = grouped_matmul(act_mul(gate_up, mixture.activation), mixture.down, mixture.down_bias, None, starts)
+    return combine(made, places, shares)

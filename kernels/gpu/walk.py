@@ -109,3 +109,11 @@ def walk(
 def slope_of(slopes, head, valid):
     """[M] of the heads [M], for scores in base 2."""
     return tl.load(slopes + head, mask=valid, other=0.0) * LOG2_E
+
+
+@triton.jit
+def with_sink(top, total, sinks, head, valid):
+    """What weights are divided by, [M], once all that a query sees is in `top` and `total`: the heads' [M] sinks join
+    the sum, by the same operations in whatever kernel ends a softmax, so that all leave the same bits. A sink so far
+    above all scores that this overflows leaves nothing of them, as it should."""
+    return total + tl.exp2(tl.fma(tl.load(sinks + head, mask=valid, other=0.0), LOG2_E, -top))

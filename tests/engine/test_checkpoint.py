@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
-from engine.checkpoint import Checkpoint, UnsupportedCheckpoint
+from engine.checkpoint import _HUB_FILES, _HUB_FOLDERS, Checkpoint, UnsupportedCheckpoint
 from tests.support.tiny import write_tiny_llama
 
 
@@ -68,6 +69,14 @@ def test_two_gguf_files_are_ambiguous(tmp_path: Path) -> None:
 def test_an_unreachable_hub_id_is_one_clear_error() -> None:
     with pytest.raises(UnsupportedCheckpoint, match="nobody/no-such-model-here"):
         Checkpoint.open("nobody/no-such-model-here")
+
+
+def test_of_a_hub_repository_no_second_copy_of_the_weights_is_fetched() -> None:
+    """gpt-oss has them again in `original`, in names of its own, and once more in `metal`."""
+    files = ["config.json", "chat_template.jinja", "model-00000-of-00002.safetensors", "tokenizer.json"]
+    others = ["original/model.safetensors", "original/config.json", "metal/model.bin", "README.md"]
+    found = filter_repo_objects(files + others, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_FOLDERS)
+    assert list(found) == files
 
 
 def test_reading_a_checkpoint_never_loads_torch(tmp_path: Path) -> None:

@@ -26,6 +26,12 @@ from tests.support.tiny import SIZES, VOCAB_SIZE
 SLIDING, FULL = "sliding_attention", "full_attention"
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+OSS = {
+    "head_dim": 16,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
 EDITED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # the model, and what is then written over
     "YaRN beside rope_parameters": ("Qwen2", {}, {"rope_scaling": YARN}),
     "YaRN by its old name": ("Qwen2", {}, {"rope_scaling": {"type": "yarn", "factor": 4.0}}),
@@ -75,6 +81,24 @@ EDITED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # the model, 
         {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}},
         {"rope_parameters": None, "rope_theta": 7.0, "partial_rotary_factor": 1.0, "rms_norm_eps": 1.0},
     ),
+    "what gpt-oss fills in, and what it does not hear": (
+        "GptOss",
+        OSS,
+        {
+            "rope_parameters": None,
+            "layer_types": None,
+            "sliding_window": 9,
+            "hidden_act": "relu",
+            "mlp_bias": False,
+            "attention_out_bias": False,
+        },
+    ),
+    "gpt-oss's rope as it was published": (
+        "GptOss",
+        OSS,
+        {"rope_parameters": None, "rope_theta": 500, "rope_scaling": {**YARN, "truncate": False}},
+    ),
+    "more experts for a token": ("GptOss", OSS, {"num_experts_per_tok": 3, "experts_per_token": 1}),
     "Mistral with layer_types": ("Mistral", {"sliding_window": 9}, {"layer_types": [FULL, SLIDING]}),
 }
 PROMPT = tuple(random.Random(5).choices(range(3, VOCAB_SIZE), k=70))

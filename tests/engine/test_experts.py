@@ -94,7 +94,7 @@ def test_a_token_that_failed_harms_no_other() -> None:
     assert torch.equal(found[others], clean[others])
 
 
-@pytest.mark.parametrize("architecture", ["MixtralForCausalLM", "Qwen3MoeForCausalLM"])
+@pytest.mark.parametrize("architecture", ["MixtralForCausalLM", "Qwen3MoeForCausalLM", "GptOssForCausalLM"])
 @pytest.mark.parametrize("number", [0, 1])
 def test_experts_that_are_mixed_lie_in_one_tensor_and_hold_the_same_weights(
     tmp_path: Path, architecture: str, number: int

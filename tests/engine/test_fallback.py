@@ -14,6 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
 
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
@@ -27,7 +28,7 @@ from engine.sampling_params import InvalidParameter, SamplingParams
 from engine.sequence import Sequence
 from kernels.reference import KERNELS
 from tests.engine.test_alone_equals_crowd import comparable, load, make_requests, one_by_one
-from tests.engine.test_fallback_parity import OPT, write_foreign
+from tests.engine.test_fallback_parity import OPT, UNSCALED, write_foreign
 from tests.support.pressure import run
 from tests.support.tiny import SIZES, VOCAB_SIZE, write_tokenizer
 
@@ -70,7 +71,6 @@ def runner_of(folder: Path, **settings: Any) -> ModelRunner:
             {"num_hidden_layers": 2},
             "96 channels for q, 96 for k and 64 for v",
         ),
-        ("gpt_oss", "GptOssForCausalLM", {"num_hidden_layers": 2}, "s_aux"),
         ("bert", "BertLMHeadModel", {"num_hidden_layers": 2}, "a mask other than causal"),
         ("diffllama", "DiffLlamaForCausalLM", {**TINY}, "4 times in 2 layers"),
         ("opt", "PhiForCausalLM", {"hidden_size": 64}, "model_type opt"),
@@ -81,6 +81,39 @@ def test_what_cannot_be_run_is_refused_before_any_weight(
     tmp_path: Path, model_type: str, architecture: str, fields: dict[str, Any], reason: str
 ) -> None:
     folder = write_config(tmp_path, model_type, architecture, **fields)
+    with pytest.raises(UnsupportedCheckpoint, match=reason):
+        loaded(folder)
+
+
+@pytest.mark.parametrize(
+    ("sinks", "argument", "reason"),
+    [
+        ((4, 2), {}, r"attention sinks of shape \[4, 2\]"),
+        ((1,), {}, r"attention sinks of shape \[1\]"),
+        ((4,), {"position_bias": torch.zeros(1)}, "attention with position_bias"),
+        ((4,), {}, "is missing"),  # the weights come next
+    ],
+    ids=str,
+)
+def test_what_nobody_here_understands_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sinks: tuple[int, ...],
+    argument: dict[str, Any],
+    reason: str,
+) -> None:
+    """gpt-oss as a later transformers might have it."""
+    asked = GptOssAttention.__init__, GptOssAttention.forward
+
+    def init(self: Any, *args: Any, **fields: Any) -> None:
+        asked[0](self, *args, **fields)
+        self.sinks = nn.Parameter(torch.empty(sinks))
+
+    monkeypatch.setattr(GptOssAttention, "__init__", init)
+    monkeypatch.setattr(
+        GptOssAttention, "forward", lambda *args, **given: asked[1](*args, **given, **argument)
+    )
+    folder = write_config(tmp_path, "gpt_oss", "GptOssForCausalLM", **TINY, rope_parameters=UNSCALED)
     with pytest.raises(UnsupportedCheckpoint, match=reason):
         loaded(folder)
 

@@ -19,6 +19,7 @@ from engine.families import FAMILIES
 from tests.support.families import LENGTHS, Case, assert_equal, generated, reference_case
 from tests.support.tiny import SIZES, write_tokenizer
 
+UNSCALED = {"rope_type": "default", "rope_theta": 10000.0}
 OPT = {"ffn_dim": 96, "word_embed_proj_dim": 64, "num_key_value_heads": None, "intermediate_size": None}
 MODELS: dict[str, tuple[dict[str, Any], ...]] = {
     "Starcoder2ForCausalLM": (
@@ -45,8 +46,18 @@ MODELS: dict[str, tuple[dict[str, Any], ...]] = {
     "Gemma2ForCausalLM": (
         {"sliding_window": 20, "attn_logit_softcapping": 3.0, "head_dim": 16, "tie_word_embeddings": False},
     ),
+    "GraniteSWAForCausalLM": ({"sliding_window": 24, "tie_word_embeddings": False},),
     "OlmoeForCausalLM": ({"num_experts": 8, "num_experts_per_tok": 3},),
     # of our own families: the fallback against two references at once
+    "GptOssForCausalLM": (
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 24,
+            "head_dim": 16,
+            "rope_parameters": UNSCALED,
+        },
+    ),
     "LlamaForCausalLM": ({"attention_bias": True},),
 }
 
@@ -72,6 +83,8 @@ def write_foreign(folder: Path, architecture: str, changes: dict[str, Any]) -> A
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):  # small: what is the same for every token hides what is not
                 parameter.normal_(0.0, 0.1)
+            elif name.endswith("sinks"):  # some heads attend to hardly anything else, some never to them
+                parameter.normal_(2.0, 3.0)
             elif parameter.ndim == 1 or "norm" in name:
                 parameter.normal_(1.0, 0.2)
             else:  # wide enough that attention is peaked and greedy tokens vary

@@ -19,6 +19,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 40,
         "norm_topk_prob": True,
     },
+    "GptOssForCausalLM": {
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "head_dim": 16,
+        "sliding_window": 20,
+    },
     "GPT2LMHeadModel": {},
     "FalconForCausalLM": {"alibi": True},
 }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 
-from engine.config import MixtureOfExperts, ModelConfig
+from engine.config import MixtureOfExperts, ModelConfig, RopeScaling
 from engine.families import UnsupportedCheckpoint, model_config
+from engine.quantisation import read_quantisation
 
 GPT2: dict[str, Any] = {
     "activation_function": "gelu_new",
@@ -130,6 +132,51 @@ QWEN3_30B_A3B: dict[str, Any] = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
+GPT_OSS_20B: dict[str, Any] = {
+    "architectures": ["GptOssForCausalLM"],
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "eos_token_id": 200002,
+    "experts_per_token": 4,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2880,
+    "initial_context_length": 4096,
+    "intermediate_size": 2880,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "max_position_embeddings": 131072,
+    "model_type": "gpt_oss",
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 8,
+    "num_local_experts": 32,
+    "pad_token_id": 199999,
+    "quantization_config": {
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn",
+            "model.layers.*.mlp.router",
+            "model.embed_tokens",
+            "lm_head",
+        ],
+        "quant_method": "mxfp4",
+    },
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    "rope_theta": 150000,
+    "router_aux_loss_coef": 0.9,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 201088,
+}
 
 
 def block(config: ModelConfig) -> tuple[Any, ...]:
@@ -238,6 +285,31 @@ def test_qwen3_30b_a3b() -> None:
     assert model_config({**QWEN3_30B_A3B, "num_experts": 0}).moe is None
 
 
+def test_gpt_oss_20b() -> None:
+    config = model_config(GPT_OSS_20B, {"eos_token_id": [200002, 199999, 200012], "pad_token_id": 199999})
+    assert block(config) == ("rms", "before", False, True, "swiglu_oai")
+    assert sizes(config) == (2880, 2880, 64, 8, 64)
+    assert biases(config) == (True, True, True, False)
+    assert (config.attention_sinks, config.windows) == (True, (128, None) * 12)
+    assert config.moe == MixtureOfExperts(
+        num_experts=32, num_per_token=4, intermediate_size=2880, normalised=True, router_bias=True
+    )
+    assert (config.rope_theta, config.max_position) == (150000.0, 131072)
+    assert config.rope_scaling == RopeScaling(
+        kind="yarn",
+        factor=32.0,
+        original_max_position=4096,
+        truncate=False,
+        attention_factor=0.1 * math.log(32) + 1,
+    )
+    assert config.eos_token_ids == (200002, 199999, 200012)
+    assert (config.dtype, config.tied_embeddings) == ("bfloat16", False)
+    assert read_quantisation(GPT_OSS_20B) is not None
+    left_out = ("layer_types", "rope_scaling", "rope_theta", "head_dim", "sliding_window", "attention_bias")
+    short = {name: value for name, value in GPT_OSS_20B.items() if name not in left_out}
+    assert model_config(short) == model_config(GPT_OSS_20B)  # as transformers fills them in
+
+
 @pytest.mark.parametrize(
     ("published", "fields", "named"),
     [
@@ -251,6 +323,10 @@ def test_qwen3_30b_a3b() -> None:
         (MIXTRAL_8X7B, {"num_experts_per_tok": 9}, "num_experts_per_tok"),
         (QWEN3_30B_A3B, {"num_experts_per_tok": 0}, "num_experts_per_tok"),
         (QWEN3_30B_A3B, {"decoder_sparse_step": 0}, "wrong kind"),
+        (GPT_OSS_20B, {"swiglu_limit": 6.0}, "swiglu_limit 6.0 is not supported; allowed: 7.0"),
+        (GPT_OSS_20B, {"swiglu_alpha": 1.0}, "swiglu_alpha 1.0"),
+        (GPT_OSS_20B, {"sliding_window": None}, "layer_types has sliding_attention, but no sliding_window"),
+        (GPT_OSS_20B, {"num_experts_per_tok": 33}, "num_experts_per_tok must be 1 to 32"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -116,6 +116,13 @@ def test_so_does_one_whose_kernels_mix_experts(tmp_path: Path, architecture: str
     assert answers(tmp_path, "triton", "auto", deterministic=False) == expected
 
 
+@INTERPRETED
+def test_so_does_one_with_sinks_and_experts_with_biases(tmp_path: Path) -> None:
+    write_tiny(tmp_path, "GptOssForCausalLM", MODELS["GptOssForCausalLM"][0] | {"num_hidden_layers": 1})
+    expected = answers(tmp_path, "reference", "auto")
+    assert answers(tmp_path, "triton", "auto", deterministic=False) == expected
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_product_computed_by_the_kernels_has_its_weight_back_in_the_plain_order(bias: bool) -> None:
     kernels = kernels_for("cpu", "triton")

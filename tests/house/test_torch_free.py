@@ -14,6 +14,7 @@ ENGINE_FRONT = (
     "figures",
     "sampling_params",
     "config",
+    "config_sizes",
     "families",
     "field_kinds",
     "special_tokens",

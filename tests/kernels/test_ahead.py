@@ -23,6 +23,7 @@ ALL_OF = {
         "--groups 4 --options causal all --dims 64 80 128 256 --dtypes bf16",
         "--groups 1 7 71 --options causal all --dims 64 --dtypes bf16 --storages plain --parts attention",
         "--groups 4 --options window softcap slopes --dims 128 --dtypes bf16 --storages plain --parts attention",
+        "--groups 8 --options sinks --dims 64 --dtypes bf16 --parts attention",
         "--groups 4 --options causal window --dims 64 128 --dtypes bf16 --parts attention --pages 16",
         "--groups 4 --options all --dims 128 --dtypes fp16 --storages plain fp8",
         "--groups 4 --options all --dims 64 128 256 --dtypes fp32 --storages plain int8",

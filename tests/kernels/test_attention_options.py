@@ -1,4 +1,4 @@
-"""Attention with a window, a cap of scores, slopes, and all of them, in every set: exact, blind outside of the
+"""Attention with a window, a cap of scores, slopes, sinks, and all of them, in every set: exact, blind outside of the
 window, and the same bits in any chunk and crowd.
 """
 
@@ -25,17 +25,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "softcap that scores reach": {"softcap": 50.0, "scale": 12.0},
     "softcap that does nothing": {"softcap": 1e4},  # unless its tanh is coarse near 0
     "slopes": {"slopes": True},
-    "all": {"window": 37, "softcap": 1.5, "slopes": True},
+    "sinks": {"sinks": True},
+    "sinks before a window": {"sinks": True, "window": 37},
+    "all": {"window": 37, "softcap": 1.5, "slopes": True, "sinks": True},
 }
 
 
-def attention(heads: int, dim: int, *, slopes: bool = False, **options: Any) -> Attention:
-    found = Attention(**{"scale": dim**-0.5, **options})
-    if not slopes:
-        return found
-    return replace(
-        found, slopes=2.0 ** -(torch.arange(heads) * 8 / heads)
-    )  # of every steepness; the first is 1
+def attention(
+    heads: int, dim: int, *, slopes: bool = False, sinks: bool = False, **options: Any
+) -> Attention:
+    return Attention(
+        **{"scale": dim**-0.5, **options},
+        slopes=2.0 ** -(torch.arange(heads) * 8 / heads) if slopes else None,  # the first is 1
+        sinks=torch.linspace(-2.0, 9.0, heads) if sinks else None,  # from next to nothing to nearly all
+    )
 
 
 @pytest.mark.parametrize(
@@ -184,6 +187,24 @@ def test_a_window_that_everything_fits_in_is_none(kernels: Kernels, dtype: torch
     assert not torch.equal(replace(case, how=replace(case.how, window=530)).run(kernels), plain)
 
 
+def test_a_sink_takes_nothing_or_everything(
+    kernels: Kernels, dtype: torch.dtype, storage: torch.dtype | None
+) -> None:
+    """-infinity is none, to the bit; far above all scores it leaves zeros; and far below them it changes no bit."""
+    case = paged(
+        [(3, 40), (1, 531), (1, 20), (0, 9)],
+        heads=3, kv_heads=1, dim=16, page_size=16, dtype=dtype, storage=storage, padding=2,
+    )  # fmt: skip
+    plain = case.run(kernels)
+    sinks = torch.tensor([float("-inf"), 1e4, -1e4])
+    found = replace(case, how=replace(case.how, sinks=sinks)).run(kernels)
+    if kernels.name == "reference":  # how the library sums depends on how many there are
+        assert_close(found[:, ::2], plain[:, ::2].double(), dtype)
+    else:
+        assert torch.equal(found[:, ::2], plain[:, ::2])
+    assert torch.equal(found[:, 1], torch.zeros_like(found[:, 1]))
+
+
 def test_a_failure_inside_the_window_shows(kernels: Kernels, dtype: torch.dtype) -> None:
     how = attention(4, 64, **OPTIONS["all"])
     case = paged([(6, 300), (1, 60)], heads=4, kv_heads=2, dim=64, page_size=16, dtype=dtype, how=how)
@@ -206,9 +227,12 @@ def test_options_that_mean_nothing_are_refused(options: dict[str, Any], named: s
         Attention(0.1, **options)
 
 
-@pytest.mark.parametrize("slopes", [torch.ones(3), torch.ones(4).double(), torch.ones(8)[::2]], ids=str)
-def test_slopes_of_another_kind_are_refused_before_c_reads_them(slopes: torch.Tensor) -> None:
-    how = Attention(0.1, slopes=slopes)
+@pytest.mark.parametrize("option", ["slopes", "sinks"])
+@pytest.mark.parametrize("numbers", [torch.ones(3), torch.ones(4).double(), torch.ones(8)[::2]], ids=str)
+def test_numbers_of_heads_of_another_kind_are_refused_before_c_reads_them(
+    numbers: torch.Tensor, option: str
+) -> None:
+    how = replace(Attention(0.1), **{option: numbers})
     case = paged([(1, 5)], heads=4, kv_heads=2, dim=64, page_size=16, dtype=torch.float32, how=how)
-    with pytest.raises(ValueError, match="slopes"):
+    with pytest.raises(ValueError, match=option):
         case.run(kernels_for("cpu", "cpu"))

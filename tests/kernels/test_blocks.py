@@ -173,12 +173,18 @@ def assert_same(blocks: list[BlockParts], step: Step) -> tuple[Tensor, Tensor]:
 
 
 SLIDING = Attention(0.2, window=30, softcap=20.0)
+SINKS_AND_WINDOW = Attention(0.2, window=30, slopes=torch.rand(6), sinks=torch.linspace(5, -1, 6))
 KINDS: dict[str, list[dict[str, Any]]] = {
     "SmolLM2": [{"hidden": 576, "heads": 9, "kv_heads": 3, "dim": 64, "inner": 1536, "rotary_dim": 64}] * 2,
     "partial rotary, biases": [{"rotary_dim": 8, "bias": True}] * 3,
     "head norms": [{"normed": True, "activation": "gelu_tanh"}] * 2,
     "windows in every other": [{}, {"how": SLIDING, "rotation": 1, "offset": 1.0}],
     "no rotation in one": [{"rotary_dim": 0, "how": Attention(0.2, slopes=torch.rand(6))}, {}],
+    "clamped gates": [{"activation": "swiglu_oai", "bias": True}] * 2,
+    "sinks": [
+        {"how": Attention(0.2, sinks=torch.linspace(-2, 4, 6))},
+        {"how": SINKS_AND_WINDOW, "rotation": 1},
+    ],
     "other inner widths": [{"inner": 37}, {"inner": 300}],
 }
 
@@ -300,6 +306,7 @@ def test_what_breaks_the_contract_is_refused() -> None:
         {"rotation": 2},
         {"down": good.out},
         {"how": Attention(1.0, slopes=torch.ones(5))},
+        {"how": Attention(1.0, sinks=torch.ones(6).double())},
     ):
         with pytest.raises(ValueError, match="contract broken"):
             fused([replace(good, **wrong)])

@@ -58,7 +58,11 @@ def test_attention_equals_a_plain_loop(
     assert_close(case.run(kernels), naive_attention(case), dtype)
 
 
-@pytest.mark.parametrize("how", [None, Attention(0.2, window=20)], ids=["plain", "window"])
+@pytest.mark.parametrize(
+    "how",
+    [None, Attention(0.2, window=20), Attention(0.2, sinks=torch.linspace(0.5, 6.0, 6))],
+    ids=["plain", "window", "sinks"],
+)
 def test_rows_of_one_query_need_no_starts(
     kernels: Kernels, dtype: torch.dtype, storage: torch.dtype | None, how: Attention | None
 ) -> None:

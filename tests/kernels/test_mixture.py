@@ -32,7 +32,14 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
 
 
 def mixture_of(
-    hidden: int, inner: int, experts: int, num_per_token: int, dtype: torch.dtype, *, normalised: bool = True
+    hidden: int,
+    inner: int,
+    experts: int,
+    num_per_token: int,
+    dtype: torch.dtype,
+    *,
+    normalised: bool = True,
+    like_gpt_oss: bool = False,
 ) -> Mixture:
     generator = torch.Generator().manual_seed(hidden + inner)
 
@@ -42,7 +49,9 @@ def mixture_of(
     return Mixture(
         gate_up=weight(experts, 2 * inner, hidden),
         down=weight(experts, hidden, inner),
-        activation="silu",
+        gate_up_bias=weight(experts, 2 * inner) * inner**0.5 if like_gpt_oss else None,
+        down_bias=weight(experts, hidden) * hidden**0.5 if like_gpt_oss else None,
+        activation="swiglu_oai" if like_gpt_oss else "silu",
         num_per_token=num_per_token,
         normalised=normalised,
     )
@@ -63,8 +72,16 @@ def exactly(x: Tensor, logits: Tensor, mixture: Mixture) -> Tensor:
         best = sorted(range(len(choices)), key=lambda e: (-float(choices[e]), e))[: mixture.num_per_token]
         total = choices[best].sum() if mixture.normalised else 1.0
         for expert in best:
-            gate, up = (mixture.gate_up[expert].double() @ x[token].double()).chunk(2)
-            made = mixture.down[expert].double() @ (gate / (1 + (-gate).exp()) * up)
+            gate_up = mixture.gate_up[expert].double() @ x[token].double()
+            if mixture.gate_up_bias is not None:
+                gate_up += mixture.gate_up_bias[expert].double()
+            gate, up = gate_up.chunk(2)
+            if mixture.activation == "swiglu_oai":
+                gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0) + 1.0
+            sharp = 1.702 if mixture.activation == "swiglu_oai" else 1.0
+            made = mixture.down[expert].double() @ (gate / (1 + (-sharp * gate).exp()) * up)
+            if mixture.down_bias is not None:
+                made += mixture.down_bias[expert].double()
             found[token] += made * choices[expert] / total
     return found
 
@@ -91,6 +108,19 @@ def test_a_token_is_the_weighted_sum_of_its_experts(
     found = mixed(kernels, x, logits, mixture)
     # three roundings to the dtype before the last one
     assert_close(found / 2, exactly(x, logits, mixture) / 2, dtype)
+
+
+def test_experts_with_biases_and_clamped_gates(kernels: Kernels, dtype: torch.dtype) -> None:
+    """As gpt-oss has them: the softmax over the chosen alone is the shares of all, divided by their sum."""
+    mixture = mixture_of(72, 36, 6, 4, dtype, like_gpt_oss=True)
+    x, logits = inputs(33, 72, 6, dtype)
+    x = 6 * x  # so that gates and ups reach their limits
+    found = mixed(kernels, x, logits, mixture)
+    exact = exactly(x, logits, mixture)
+    assert_close(found / 8, exact / 8, dtype)  # of numbers up to 56, rounded three times
+    best = logits.double().topk(4, dim=-1)
+    shares = torch.zeros(33, 6, dtype=torch.float64).scatter_(1, best.indices, best.values.softmax(dim=-1))
+    assert torch.allclose(exactly(x, shares.log(), mixture), exact)
 
 
 def test_no_tokens_are_no_work(kernels: Kernels) -> None:
@@ -152,7 +182,14 @@ def test_no_tile_changes_a_bit(dtype: torch.dtype) -> None:
     x = torch.randn(90, 128, generator=generator).to(DEVICE, dtype)
     weight = torch.randn(3, 72, 128, generator=generator).to(DEVICE, dtype)
     starts = torch.tensor([0, 80, 80, 90], dtype=torch.int32, device=DEVICE)
-    found = [grouped_in_tiles(x, weight, None, starts, tile) for tile in (tiles.few, tiles.many, tiles.wide)]
+    bias = torch.randn(3, 72, generator=generator).to(DEVICE, dtype)
+    found = [
+        grouped_in_tiles(x, weight, bias, None, starts, tile) for tile in (tiles.few, tiles.many, tiles.wide)
+    ]
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
-    assert_close(found[0][:80].cpu(), x[:80].cpu().double() @ weight[0].cpu().double().T, dtype)
+    assert_close(
+        found[0][:80].cpu(),
+        x[:80].cpu().double() @ weight[0].cpu().double().T + bias[0].cpu().double(),
+        dtype,
+    )

@@ -109,11 +109,18 @@ def test_shapes_of_heads_and_pages(
     [
         Attention(0.2, softcap=2.0),
         Attention(0.2, slopes=torch.tensor([0.01, 0.3, 0.0])),
+        Attention(0.2, sinks=torch.tensor([-1.0, 3.0, 7.0])),
         Attention(0.2, window=600),
-        Attention(0.2, window=4000, softcap=3.0, slopes=torch.tensor([0.1, 0.02, 0.03])),
+        Attention(
+            0.2,
+            window=4000,
+            softcap=3.0,
+            slopes=torch.tensor([0.1, 0.02, 0.03]),
+            sinks=torch.tensor([1.0, 2.0, 3.0]),
+        ),
         Attention(40.0),
     ],
-    ids=["softcap", "slopes", "window", "all", "large scores"],
+    ids=["softcap", "slopes", "sinks", "window", "all", "large scores"],
 )
 def test_options(how: Attention) -> None:
     for layout in ("not a multiple of a block", "two groups and none"):

@@ -91,6 +91,7 @@ def test_rows_that_share_equal_a_plain_loop(
 HOWS = {
     "softcap": Attention(0.2, softcap=2.0),
     "slopes": Attention(0.2, slopes=torch.tensor([0.01, 0.3])),
+    "sinks": Attention(0.2, sinks=torch.tensor([-1.0, 6.0])),
     "window": Attention(0.2, window=530),
     "wide window": Attention(0.2, window=4000),
 }

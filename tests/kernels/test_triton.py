@@ -122,7 +122,10 @@ def long_contexts(dtype: torch.dtype, how: Attention | None, storage: torch.dtyp
     )
 
 
-@pytest.mark.parametrize("how", [None, Attention(0.2, window=520, softcap=2.0)], ids=["plain", "options"])
+OPTIONS = Attention(0.2, window=520, softcap=2.0, sinks=torch.tensor([0.5, 3.0, 7.0]))
+
+
+@pytest.mark.parametrize("how", [None, OPTIONS], ids=["plain", "options"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.interpreted
 def test_a_token_has_the_same_bits_in_any_chunk_and_crowd(dtype: torch.dtype, how: Attention | None) -> None:
@@ -136,7 +139,8 @@ def test_a_token_has_the_same_bits_in_any_chunk_and_crowd(dtype: torch.dtype, ho
 
 
 def test_a_token_has_the_same_bits_in_a_few_chunks_and_crowds() -> None:
-    case = long_contexts(torch.float32, Attention(0.2, window=600))
+    how = Attention(0.2, window=600, sinks=torch.tensor([0.5, 3.0, 7.0]))
+    case = long_contexts(torch.float32, how)
     together = case.run(TRITON)
     for row, first, last in ((0, 1, 3), (1, 0, 1), (3, 16, 20)):
         same_bits(case, together, row, first, last)

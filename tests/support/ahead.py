@@ -144,7 +144,8 @@ def options(heads: int) -> dict[str, Attention]:
         "window": Attention(0.1, window=128),
         "softcap": Attention(0.1, softcap=50.0),
         "slopes": Attention(0.1, slopes=torch.empty(heads)),
-        "all": Attention(0.1, window=128, softcap=50.0, slopes=torch.empty(heads)),
+        "sinks": Attention(0.1, window=128, sinks=torch.empty(heads)),
+        "all": Attention(0.1, window=128, softcap=50.0, slopes=torch.empty(heads), sinks=torch.empty(heads)),
     }
 
 
@@ -164,6 +165,7 @@ def rowwise(dtype: torch.dtype) -> Callable[[], object]:
         for activation in ("silu", "gelu", "gelu_tanh", "relu"):
             KERNELS.act(x, activation)
             KERNELS.act_mul(x, activation)
+        KERNELS.act_mul(x, "swiglu_oai")
         KERNELS.softcap(x, 30.0)
 
     return calls
@@ -203,19 +205,24 @@ def products(dtype: torch.dtype) -> Callable[[], object]:
 
 
 def mixtures(dtype: torch.dtype) -> Callable[[], object]:
-    """Every tile of the products of experts, few of them and many, and what routes to them and back."""
+    """Every tile of the products of experts, few of them and many, and what routes to them and back. With biases:
+    those of gpt-oss's shape, since odd widths take all registers already."""
 
     def calls() -> None:
         for experts, hidden, inner, num_per_token in (
             (8, 4096, 14336, 2),
             (128, 2048, 768, 8),
             (60, 100, 36, 4),
+            (32, 2880, 2880, 4),
             (1, 1024, 256, 1),  # as the check of products at load asks
         ):
+            some, biased = torch.empty(1, dtype=dtype), hidden == inner
             mixture = Mixture(
-                gate_up=torch.empty(1, dtype=dtype).expand(experts, 2 * inner, hidden),
-                down=torch.empty(1, dtype=dtype).expand(experts, hidden, inner),
-                activation="silu",
+                gate_up=some.expand(experts, 2 * inner, hidden),
+                down=some.expand(experts, hidden, inner),
+                gate_up_bias=some.expand(experts, 2 * inner) if biased else None,
+                down_bias=some.expand(experts, hidden) if biased else None,
+                activation="swiglu_oai" if biased else "silu",
                 num_per_token=num_per_token,
                 normalised=True,
             )

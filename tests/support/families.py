@@ -219,6 +219,32 @@ MODELS: dict[str, tuple[dict[str, Any], ...]] = {
             "head_dim": 32,
         },
     ),
+    "GptOssForCausalLM": (
+        {
+            "num_local_experts": 4,
+            "head_dim": 16,
+            "sliding_window": 9,
+            "num_hidden_layers": 3,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        {
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "head_dim": 32,
+            "num_key_value_heads": 1,
+            "sliding_window": 40,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150000.0,
+                "factor": 4.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 32,
+            },
+        },
+    ),
 }
 
 
@@ -240,8 +266,12 @@ def write_tiny(folder: Path, architecture: str, changes: dict[str, Any]) -> Any:
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1 and name.endswith(".weight"):  # a norm
                 parameter.normal_(float(parameter.mean()), 0.2)  # around 1, or 0 where 1 is added
+            elif name.endswith("gate_up_proj_bias"):  # gates that are clamped meet their limit
+                parameter.normal_(0.0, 3.0)
             elif name.endswith("bias"):
                 parameter.normal_(0.0, bias)
+            elif name.endswith("sinks"):  # some take most of the weight, others next to none
+                parameter.normal_(0.0, 2.0)
             elif any(part in name for part in ("embed", "wte", "wpe")):
                 multiplied = getattr(model.get_input_embeddings(), "scalar_embed_scale", 1.0)
                 parameter.normal_(0.0, 0.3 / multiplied)

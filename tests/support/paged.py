@@ -208,5 +208,9 @@ def naive_attention(case: Paged) -> Tensor:
                 scores = how.softcap * torch.tanh(scores / how.softcap)
             if how.slopes is not None:
                 scores += how.slopes.double().view(-1, group, 1) * torch.arange(first - position, 1)
-            out[t] = torch.einsum("hgl,lhd->hgd", torch.softmax(scores, dim=-1), v).flatten(0, 1)
+            weights = torch.softmax(scores, dim=-1)
+            if how.sinks is not None:  # as a key that is not there, apart from how any set computes it
+                sink = how.sinks.double().view(-1, group, 1)
+                weights *= torch.sigmoid(torch.logsumexp(scores, dim=-1, keepdim=True) - sink)
+            out[t] = torch.einsum("hgl,lhd->hgd", weights, v).flatten(0, 1)
     return out
