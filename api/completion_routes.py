@@ -7,7 +7,6 @@ Owns the HTTP side. Each request is one job like any other, of the tier that goe
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from typing import Any
@@ -75,7 +74,7 @@ def accept_awaited(
             404, f"the model {model[:80]!a} is not served here", code="model_not_found", param="model"
         )
     job_id = services.intake.accept_one(body, owner, submit, terms=Terms(tier=tier), audience=audience)
-    services.wake_workers(Counter([model]))
+    services.wake_workers([model])
     return job_id
 
 

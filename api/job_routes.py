@@ -6,7 +6,6 @@ is sent after the commit, and the wake-up of workers after the 202.
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -98,7 +97,7 @@ def routes(services: Services) -> APIRouter:
 
 def _submit_job(services: Services, owner: Owner, data: object, submit: Submit | None) -> JSONResponse:
     if (known := services.intake.accepted_before(submit, owner)) is not None:
-        return services.accepted(_job(services, owner.tenant, known), f"/v1/jobs/{known}", Counter())
+        return services.accepted(_job(services, owner.tenant, known), f"/v1/jobs/{known}", ())
     terms = ORDINARY
     if isinstance(data, dict):
         terms, data = split_terms(data, clock=services.intake.clock)
@@ -108,14 +107,14 @@ def _submit_job(services: Services, owner: Owner, data: object, submit: Submit |
         made = job_object(job, services.forecasts.of_job(job))
     else:
         made = _job(services, owner.tenant, services.intake.accept_one(body, owner, submit, terms=terms))
-    return services.accepted(made, f"/v1/jobs/{made.id}", Counter([str(body.model)]))
+    return services.accepted(made, f"/v1/jobs/{made.id}", [str(body.model)])
 
 
 def _submit_batch(
     services: Services, owner: Owner, data: dict[str, Any], submit: Submit | None
 ) -> JSONResponse:
     if (known := services.intake.accepted_before(submit, owner)) is not None:
-        return services.accepted(_batch(services, owner.tenant, known), f"/v1/batches/{known}", Counter())
+        return services.accepted(_batch(services, owner.tenant, known), f"/v1/batches/{known}", ())
     terms, data = split_terms(data, clock=services.intake.clock)
     for name in data:
         if name not in ("jobs", "metadata"):
@@ -130,7 +129,7 @@ def _submit_batch(
     return services.accepted(
         _batch(services, owner.tenant, batch_id),
         f"/v1/batches/{batch_id}",
-        Counter(str(body.model) for body in bodies),
+        {str(body.model) for body in bodies},
     )
 
 

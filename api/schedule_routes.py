@@ -6,7 +6,6 @@ large as that of POST /v1/jobs.
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Annotated, Any, Literal, NoReturn
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -150,7 +149,7 @@ def _run(services: Services, owner: Owner, schedule_id: str, submit: Submit | No
     started = services.runs.start(schedule_id, owner, submit) if is_id(schedule_id) else None
     if started is None:
         _missing(schedule_id)
-    models = started.batch.models if started.batch else Counter[str]()
+    models = started.batch.models if started.batch else ()
     return services.accepted(run_object(started.run), f"/v1/batches/{started.run.batch_id}", models)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -34,7 +34,7 @@ from jobs.usage import Usages
 
 log = logging.getLogger(__name__)
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # a moment in a query string
-Wake = Callable[[str, int], None]
+Wake = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,20 +57,20 @@ class Services:
     tenants: Tenants
     notice: Callable[[], None]  # there is a new batch of a file
 
-    def wake_workers(self, models: Counter[str]) -> None:
+    def wake_workers(self, models: Collection[str]) -> None:
         """Tell Redis that there is work. The jobs are safe in SQL, so a Redis that is down costs time only:
         the sweeper says it again. `wake` does not block, so neither does this."""
-        for model, num_jobs in models.items():
+        for model in models:
             try:
-                self.wake(model, num_jobs)
+                self.wake(model)
             except Exception as error:
                 log.warning("api.wake_failed model=%.80a error=%s", model, type(error).__name__)
 
-    async def wake_workers_later(self, models: Counter[str]) -> None:
+    async def wake_workers_later(self, models: Collection[str]) -> None:
         """The same as a background task; for a plain function each would take a thread."""
         self.wake_workers(models)
 
-    def accepted(self, made: BaseModel, location: str, models: Counter[str]) -> JSONResponse:
+    def accepted(self, made: BaseModel, location: str, models: Collection[str]) -> JSONResponse:
         """The 202 of a submit: what it is now and where to ask for it. Workers hear of it when the answer is out."""
         return JSONResponse(
             made.model_dump(mode="json"),

@@ -11,7 +11,6 @@ never double.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -49,7 +48,7 @@ class _Chunk:
 
     jobs: ReadyRows
     load: Load
-    models: Counter[str]
+    models: frozenset[str]
     num_inserted: int
     end: int
     last: bool
@@ -80,10 +79,10 @@ def stop_inserting(connection: Connection, batch: Any) -> tallies.Change:
 
 
 class BatchIntake:
-    """`announce(model, count)` is called after each chunk's commit."""
+    """`announce(model)` is called after each chunk's commit."""
 
     def __init__(
-        self, database: Database, settings: Settings, store: FileStore, announce: Callable[[str, int], None]
+        self, database: Database, settings: Settings, store: FileStore, announce: Callable[[str], None]
     ) -> None:
         self._database = database
         self._settings = settings
@@ -108,8 +107,8 @@ class BatchIntake:
                     claimed.check()
                     if not self._database.transact(partial(_insert, claimed=claimed, chunk=chunk)):
                         return
-                    for model, count in chunk.models.items():
-                        self._announce(model, count)
+                    for model in chunk.models:
+                        self._announce(model)
                     if chunk.last:
                         return
         except (FileNotFoundError, BadLine, BadField):
@@ -155,7 +154,7 @@ class BatchIntake:
             yield _Chunk(
                 ReadyRows(dialect, columns_of(ids, drafts, positions, shared)),
                 Load(len(ids), sum(drafts.estimated_tokens), sum(map(len, drafts.bodies))),
-                Counter(drafts.models),
+                frozenset(drafts.models),
                 first,
                 drafts.ends[-1],
                 first == batch.total,

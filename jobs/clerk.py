@@ -44,7 +44,7 @@ class Clerk:
         self,
         database: Database,
         settings: Settings,
-        announce: Callable[[str, int], None],
+        announce: Callable[[str], None],
         stopping: threading.Event | None = None,
     ) -> None:
         self._store = store = FileStore(settings.files)
@@ -81,9 +81,9 @@ class Clerk:
 
 
 class Clerks:
-    """`announce(model, count)` is called after each commit of new jobs."""
+    """`announce(model)` is called after each commit of new jobs."""
 
-    def __init__(self, database: Database, settings: Settings, announce: Callable[[str, int], None]) -> None:
+    def __init__(self, database: Database, settings: Settings, announce: Callable[[str], None]) -> None:
         self._stopping = threading.Event()
         self._noticed = threading.Condition()
         self._num_notices = 0

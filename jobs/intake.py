@@ -71,9 +71,9 @@ class NewBatch:
         return str(self.row["id"])
 
     @property
-    def models(self) -> Counter[str]:
-        """How many of its jobs are for which model."""
-        return Counter(str(job["model"]) for job in self.jobs)
+    def models(self) -> frozenset[str]:
+        """What its jobs are for."""
+        return frozenset(str(job["model"]) for job in self.jobs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,7 +85,7 @@ def test_cancel_in_the_middle_of_the_insertion(bench: Bench) -> None:
 def test_cancel_between_two_chunks_of_a_clerk_that_lives(bench: Bench) -> None:
     batch_id = bench.create(8)
     told: list[BatchState | None] = []
-    clerk = Clerk(bench.database, bench.settings, lambda model, count: told.append(cancel(bench, batch_id)))
+    clerk = Clerk(bench.database, bench.settings, lambda model: told.append(cancel(bench, batch_id)))
     assert clerk.work_once()
     assert told == [BatchState.CANCELLING]
     batch = bench.batch(batch_id)

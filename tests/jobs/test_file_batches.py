@@ -53,7 +53,7 @@ def test_from_a_file_to_its_output(bench: Bench) -> None:
     assert (batch.state, batch.total, batch.num_inserted) == (BatchState.IN_PROGRESS, 5, 5)
     assert batch.expires_at == pytest.approx(batch.created_at + 86_400)
     assert (batch.next_offset, batch.reserved_tokens, batch.reserved_bytes, batch.clerk) == (None, 0, 0, None)
-    assert bench.announced == [("tiny", 5)]
+    assert bench.announced == ["tiny"]
     jobs = bench.jobs(batch_id)
     assert [job.custom_id for job in jobs] == [f"line-{i}" for i in range(5)]
     assert [job.id for job in jobs] == sorted(job.id for job in jobs)

@@ -41,10 +41,10 @@ class Bench:
     def __init__(self, database: Database, settings: Settings) -> None:
         self.database = database
         self.settings = settings
-        self.announced: list[tuple[str, int]] = []
+        self.announced: list[str] = []
         self.files = Files(database, settings)
         self.batches = FileBatches(database, settings, self.files.store)
-        self.clerk = Clerk(database, settings, lambda model, count: self.announced.append((model, count)))
+        self.clerk = Clerk(database, settings, self.announced.append)
 
     def upload(self, content: bytes, *, owner: Owner = OPERATOR, seconds: int | None = None) -> str:
         part = self.files.store.begin()
@@ -128,7 +128,5 @@ def insert_one_chunk(bench: Bench, batch_id: str) -> None:
 
     claimed.check = check_once  # type: ignore[method-assign]
     with pytest.raises(ClaimLost):
-        BatchIntake(bench.database, bench.settings, bench.files.store, lambda model, count: None).insert(
-            claimed
-        )
+        BatchIntake(bench.database, bench.settings, bench.files.store, lambda model: None).insert(claimed)
     bench.change(batch_id, clerk_until=1.0)
