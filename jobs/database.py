@@ -37,7 +37,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, DisconnectionError, OperationalError
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.orm import DeclarativeBase
+from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import NullType
 
@@ -213,6 +213,12 @@ def insert_into(connection: Connection, table: type[DeclarativeBase]) -> sqlite.
     if connection.dialect.name == "sqlite":
         return sqlite.Insert(table)
     return postgresql.Insert(table)
+
+
+def was_committed(connection: Connection, key: InstrumentedAttribute[str], made: str) -> bool:
+    """Whether the row that this transaction makes is there: then it ran before and was committed, and only the answer
+    got lost. `made`: the row's id, from before the transaction."""
+    return connection.execute(select(key).where(key == made)).first() is not None
 
 
 def commit_lazily(connection: Connection) -> None:

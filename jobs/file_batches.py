@@ -17,12 +17,12 @@ from jobs.batch_check import FILE_LOST, Findings, check_file
 from jobs.batch_file import ENDPOINTS
 from jobs.body import BadField, parse_metadata
 from jobs.completion_window import window_seconds
-from jobs.database import Database, clock, now
+from jobs.database import Database, clock, now, was_committed
 from jobs.desk import Claim
 from jobs.drafts import DraftFile
 from jobs.file_store import FileStore
 from jobs.files import Purpose, check_life, find_file
-from jobs.idempotency import Submit, claim
+from jobs.idempotency import Submit, earlier_target
 from jobs.job_rows import new_id
 from jobs.line_check import line_error
 from jobs.line_checker import is_worth
@@ -111,12 +111,11 @@ class FileBatches:
         batch_id = new_id("batch")
 
         def work(connection: Connection) -> str:
-            if submit:
-                known = claim(connection, submit, tenant=owner.tenant, target=batch_id)
-                if known != batch_id:
-                    return known
-            if connection.scalars(select(Batch.id).where(Batch.id == batch_id)).first() is not None:
-                return batch_id  # committed before the connection was lost
+            known = earlier_target(connection, submit, tenant=owner.tenant, target=batch_id)
+            if known is not None:
+                return known
+            if was_committed(connection, Batch.id, batch_id):
+                return batch_id
             # Locked: a file that is deleted meanwhile is either gone for us or kept by us.
             file = find_file(connection, wish.input_file_id, tenant=owner.tenant, lock=True)
             if file is None:

@@ -18,7 +18,7 @@ from sqlalchemy import ColumnElement, Connection, delete, exists, insert, or_, s
 
 from jobs import tallies
 from jobs.body import BadField
-from jobs.database import Database, clock, now, portions
+from jobs.database import Database, clock, now, portions, was_committed
 from jobs.file_store import FileStore, Part
 from jobs.keyset import page
 from jobs.models import Batch, File
@@ -106,7 +106,7 @@ def insert_file(
 ) -> tallies.Change:
     """The row of a file whose bytes are safe, inserted once however often this runs. What it changes of the tenant's
     sums is the caller's to add, last in its transaction."""
-    if connection.scalars(select(File.id).where(File.id == file_id)).first() is not None:
+    if was_committed(connection, File.id, file_id):
         return tallies.Change(owner.tenant)
     time_now = clock(connection)
     connection.execute(

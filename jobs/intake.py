@@ -21,10 +21,10 @@ from sqlalchemy import Connection, bindparam, insert, select
 from jobs import tallies
 from jobs.audience import Audience
 from jobs.body import BadField, JobBody
-from jobs.database import Database, Texts, clock, is_among, now
+from jobs.database import Database, Texts, clock, is_among, now, was_committed
 from jobs.forecasts import Forecasts, WindowTooTight
 from jobs.group_commit import GroupCommit
-from jobs.idempotency import Submit, claim, known_target
+from jobs.idempotency import Submit, earlier_target, known_target
 from jobs.job_rows import JobRow, insert_all, insert_new, job_row, load_of, new_id, refused_row
 from jobs.models import Batch, Job, Worker
 from jobs.quotas import QuotaExceeded, Room, open_room
@@ -165,9 +165,10 @@ class Intake:
 
         def work(connection: Connection) -> str:
             job_id = str(row["id"])
-            if (known := claim(connection, submit, tenant=owner.tenant, target=job_id)) != job_id:
+            known = earlier_target(connection, submit, tenant=owner.tenant, target=job_id)
+            if known is not None:
                 return known
-            if job_id not in _known_ids(connection, [job_id]):
+            if not was_committed(connection, Job.id, job_id):
                 self._insert_whole(connection, owner.tenant, [row], terms=terms)
             return job_id
 
@@ -207,11 +208,12 @@ class Intake:
         new = self.new_batch(bodies, owner, metadata, terms)
 
         def work(connection: Connection) -> str:
-            if submit and (known := claim(connection, submit, tenant=owner.tenant, target=new.id)) != new.id:
+            known = earlier_target(connection, submit, tenant=owner.tenant, target=new.id)
+            if known is not None:
                 return known
-            if connection.scalars(select(Batch.id).where(Batch.id == new.id)).first() is None:
+            if not was_committed(connection, Batch.id, new.id):
                 self.insert_batch(connection, new)
-            return new.id  # there already: this very transaction was committed before its connection was lost
+            return new.id
 
         accepted = self._database.transact(work)
         self.committed(new)

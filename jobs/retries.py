@@ -14,8 +14,8 @@ from sqlalchemy import Connection, Row, String, cast, func, insert, select
 
 from jobs import tallies
 from jobs.body import BadField
-from jobs.database import Database, clock, portions
-from jobs.idempotency import Submit, claim
+from jobs.database import Database, clock, portions, was_committed
+from jobs.idempotency import Submit, earlier_target
 from jobs.job_rows import again_row, insert_all, new_id
 from jobs.models import Batch, Job
 from jobs.quotas import Load, open_room
@@ -65,9 +65,10 @@ class Retries:
             old = connection.execute(query).one_or_none()
             if old is None:
                 return None
-            if submit and (known := claim(connection, submit, tenant=owner.tenant, target=new)) != new:
+            known = earlier_target(connection, submit, tenant=owner.tenant, target=new)
+            if known is not None:
                 return known, frozenset()
-            if connection.scalars(select(Job.id).where(Job.id == new)).first() is not None:
+            if was_committed(connection, Job.id, new):
                 return new, frozenset([old.model])
             if old.state not in states or old.body == {}:
                 wanted = " or ".join(sorted(states))
@@ -102,9 +103,10 @@ class Retries:
             ).one_or_none()
             if old is None:
                 return None
-            if submit and (known := claim(connection, submit, tenant=owner.tenant, target=new)) != new:
+            known = earlier_target(connection, submit, tenant=owner.tenant, target=new)
+            if known is not None:
                 return known, frozenset()
-            if connection.scalars(select(Batch.id).where(Batch.id == new)).first() is not None:
+            if was_committed(connection, Batch.id, new):
                 return new, frozenset(connection.scalars(select(Job.model).where(Job.batch_id == new)))
             return new, self._copy(connection, old, new, owner, states)
 
