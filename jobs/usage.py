@@ -25,9 +25,9 @@ from sqlalchemy.sql.functions import FunctionElement
 from jobs.body import BadField
 from jobs.database import Database
 from jobs.models import LedgerEntry, Price, Tenant
+from jobs.moments import DAY_SECONDS
 from jobs.prices import PriceView, price_list, total
 from jobs.states import LedgerKind
-from jobs.tallies import DAY_SECONDS
 
 MAX_GROUPS: Final = 1000  # of one page
 _ROWS_AT_A_TIME: Final = 1000
