@@ -27,7 +27,7 @@ from jobs.batches import close_batches
 from jobs.body import BadField
 from jobs.completion_window import terms_of_window
 from jobs.database import Database, commit_lazily
-from jobs.desk import Claim
+from jobs.desk import BatchLease
 from jobs.drafts import Draft, DraftFile, Drafts, by_column, draft_of, joined
 from jobs.file_store import FileStore
 from jobs.job_rows import ReadyRows, columns_of, shared_columns
@@ -89,12 +89,12 @@ class BatchIntake:
         self._store = store
         self._announce = announce
 
-    def insert(self, claimed: Claim, drafts: DraftFile | None = None) -> None:
+    def insert(self, lease: BatchLease, drafts: DraftFile | None = None) -> None:
         """Go on until every line has its job, or the batch was cancelled or has expired. `drafts`: what the check has
-        just made of all lines, if it was in this process. Raises `ClaimLost`."""
+        just made of all lines, if it was in this process. Raises `LeaseLost`."""
         with self._database.read() as connection:
             batch = connection.execute(
-                select(*Batch.__table__.columns).where(Batch.id == claimed.batch_id)
+                select(*Batch.__table__.columns).where(Batch.id == lease.batch_id)
             ).one()
         if batch.next_offset is None:
             return
@@ -104,8 +104,8 @@ class BatchIntake:
                 closing(_one_ahead(self._chunks(batch, self._drafts(file, batch, drafts)))) as chunks,
             ):
                 for chunk in chunks:
-                    claimed.check()
-                    if not self._database.transact(partial(_insert, claimed=claimed, chunk=chunk)):
+                    lease.check()
+                    if not self._database.transact(partial(_insert, lease=lease, chunk=chunk)):
                         return
                     for model in chunk.models:
                         self._announce(model)
@@ -114,7 +114,7 @@ class BatchIntake:
         except (FileNotFoundError, BadLine, BadField):
             pass
         # The file has passed the check and is not what it was: what has become jobs goes on, the rest cannot.
-        self._database.transact(partial(_give_up, claimed=claimed))
+        self._database.transact(partial(_give_up, lease=lease))
 
     def _drafts(self, file: BinaryIO, batch: Any, drafts: DraftFile | None) -> Iterator[Drafts]:
         """What is left to insert."""
@@ -192,8 +192,8 @@ def _one_ahead(chunks: Iterator[_Chunk]) -> Generator[_Chunk, None, None]:
             yield chunk
 
 
-def _give_up(connection: Connection, claimed: Claim) -> None:
-    batch = claimed.locked(connection)
+def _give_up(connection: Connection, lease: BatchLease) -> None:
+    batch = lease.locked(connection)
     if batch.next_offset is None:
         return
     change = stop_inserting(connection, batch)
@@ -202,9 +202,9 @@ def _give_up(connection: Connection, claimed: Claim) -> None:
     tallies.add(connection, [change])
 
 
-def _insert(connection: Connection, claimed: Claim, chunk: _Chunk) -> bool:
+def _insert(connection: Connection, lease: BatchLease, chunk: _Chunk) -> bool:
     """False when nothing more is to be inserted."""
-    batch = claimed.locked(connection)
+    batch = lease.locked(connection)
     if batch.num_inserted == chunk.num_inserted:
         return True  # committed before the connection was lost
     if batch.next_offset is None or batch.state != BatchState.IN_PROGRESS:

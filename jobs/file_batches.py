@@ -18,7 +18,7 @@ from jobs.batch_file import ENDPOINTS
 from jobs.body import BadField, parse_metadata
 from jobs.completion_window import window_seconds
 from jobs.database import Database, clock, now, was_committed
-from jobs.desk import Claim
+from jobs.desk import BatchLease
 from jobs.drafts import DraftFile
 from jobs.file_store import FileStore
 from jobs.files import Purpose, check_life, find_file
@@ -143,12 +143,12 @@ class FileBatches:
 
         return self._database.transact(work)
 
-    def validate(self, claimed: Claim, drafts: DraftFile | None = None) -> None:
+    def validate(self, lease: BatchLease, drafts: DraftFile | None = None) -> None:
         """Check the whole file, then let the batch begin or fail. `drafts`: as `check_file` takes them. Raises
-        `ClaimLost`."""
+        `LeaseLost`."""
         with self._database.read() as connection:
             batch = connection.execute(
-                select(Batch.input_file_id, Batch.endpoint).where(Batch.id == claimed.batch_id)
+                select(Batch.input_file_id, Batch.endpoint).where(Batch.id == lease.batch_id)
             ).one()
             known = frozenset(connection.scalars(select(Worker.model).distinct()))
         if known and self._settings.served_model:
@@ -160,27 +160,27 @@ class FileBatches:
                     batch.endpoint,
                     self._settings,
                     known_models=known,
-                    tick=claimed.check,
+                    tick=lease.check,
                     drafts=drafts,
                     in_two=is_worth(os.fstat(file.fileno()).st_size),
                 )
         except FileNotFoundError:
-            self._database.transact(lambda connection: self._fail(connection, claimed, [FILE_LOST]))
+            self._database.transact(lambda connection: self._fail(connection, lease, [FILE_LOST]))
             return
-        self._database.transact(lambda connection: self._begin(connection, claimed, findings))
+        self._database.transact(lambda connection: self._begin(connection, lease, findings))
 
-    def _begin(self, connection: Connection, claimed: Claim, findings: Findings) -> None:
+    def _begin(self, connection: Connection, lease: BatchLease, findings: Findings) -> None:
         if findings.errors:
-            self._fail(connection, claimed, findings.errors)
+            self._fail(connection, lease, findings.errors)
             return
-        batch = claimed.locked(connection)
+        batch = lease.locked(connection)
         if batch.state != BatchState.VALIDATING:
             return
         load = findings.load
         try:
             open_room(connection, batch.tenant, self._settings).take(load)
         except QuotaExceeded as error:
-            self._fail(connection, claimed, [line_error(error.code, error.message)])
+            self._fail(connection, lease, [line_error(error.code, error.message)])
             return
         connection.execute(
             update(Batch)
@@ -197,8 +197,8 @@ class FileBatches:
         )
         tallies.add(connection, [load.change(batch.tenant)])
 
-    def _fail(self, connection: Connection, claimed: Claim, errors: list[dict[str, Any]]) -> None:
-        batch = claimed.locked(connection)
+    def _fail(self, connection: Connection, lease: BatchLease, errors: list[dict[str, Any]]) -> None:
+        batch = lease.locked(connection)
         if batch.state == BatchState.VALIDATING:
             connection.execute(
                 update(Batch)
