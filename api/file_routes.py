@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
-from typing import Annotated, BinaryIO, Final, Literal
+from typing import Annotated, BinaryIO, Final
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import StreamingResponse
@@ -22,6 +22,7 @@ from api.schemas import REFUSALS, FileDeleted, FileList, FileObject, file_list, 
 from api.services import Services, is_id, refuse_query, refuse_repeats
 from jobs.body import BadField
 from jobs.files import FileView
+from jobs.keyset import Direction
 from jobs.quotas import QuotaExceeded
 from jobs.tenants import Owner
 from jobs.texts import Name
@@ -38,7 +39,7 @@ class FileQuery(BaseModel):
     purpose: Annotated[Name, Field(max_length=32)] | None = None
     after: Annotated[Name, Field(max_length=255)] | None = None
     limit: Annotated[int, Field(ge=1, le=MAX_LIMIT)] = MAX_LIMIT
-    order: Literal["asc", "desc"] = "desc"
+    order: Direction = "desc"
 
 
 def routes(services: Services) -> APIRouter:
@@ -66,7 +67,7 @@ def routes(services: Services) -> APIRouter:
             purpose=query.purpose,
             after=query.after,
             limit=query.limit,
-            order=query.order,
+            direction=query.order,
         )
         return file_list(found, has_more)
 

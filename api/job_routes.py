@@ -6,7 +6,7 @@ is sent after the commit, and the wake-up of workers after the 202.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import JSONResponse
@@ -20,6 +20,7 @@ from api.schemas import REFUSALS, BatchObject, JobList, JobObject, batch_object,
 from api.services import Seconds, Services, is_id, refuse_query, refuse_repeats, submit_of
 from jobs.body import BadField, parse_job, parse_jobs, parse_metadata
 from jobs.idempotency import Submit
+from jobs.keyset import Direction
 from jobs.reads import MAX_LIMIT, JobFilter
 from jobs.states import JobState
 from jobs.tenants import Owner
@@ -35,7 +36,7 @@ class JobQuery(BaseModel):
 
     after: Annotated[Name, Field(max_length=255)] | None = None
     limit: Annotated[int, Field(ge=1, le=MAX_LIMIT)] = 20
-    order: Literal["asc", "desc"] = "desc"
+    order: Direction = "desc"
     status: JobState | None = None
     batch_id: Annotated[Name, Field(max_length=255)] | None = None
     model: ModelName | None = None
@@ -77,7 +78,7 @@ def routes(services: Services) -> APIRouter:
             created_before=query.created_before,
         )
         jobs, has_more = services.reads.jobs(
-            only, tenant=caller.tenant, after=query.after, limit=query.limit, order=query.order
+            only, tenant=caller.tenant, after=query.after, limit=query.limit, direction=query.order
         )
         return job_list(jobs, [services.forecasts.of_job(job) for job in jobs], has_more)
 

@@ -14,8 +14,9 @@ from sqlalchemy import ColumnElement, Connection, exists, select, update
 
 from jobs import tallies
 from jobs.batch_intake import stop_inserting
-from jobs.batches import UNFINISHED, close_batches
+from jobs.batches import close_batches
 from jobs.checkpoints import forget
+from jobs.conditions import BATCH_UNFINISHED
 from jobs.database import Database, now, portions
 from jobs.models import Batch, Job
 from jobs.states import OPEN, BatchState, JobState
@@ -55,7 +56,7 @@ def half_cancelled(connection: Connection) -> list[tuple[str, str]]:
     died, or had no database any more. For a moment this is every batch of a file that is being cancelled."""
     going_on = (JobState.QUEUED, JobState.IN_PROGRESS)
     query = select(Batch.id, Batch.tenant).where(
-        UNFINISHED,
+        BATCH_UNFINISHED,
         Batch.state == BatchState.CANCELLING,
         Batch.finalizing_at.is_(None),
         exists().where(Job.batch_id == Batch.id, Job.state.in_(going_on)),

@@ -16,7 +16,7 @@ from typing import Any
 from sqlalchemy import Connection, exists, or_, select, update
 from sqlalchemy.orm import aliased
 
-from jobs.batches import UNFINISHED
+from jobs.conditions import BATCH_UNFINISHED
 from jobs.database import Database, now
 from jobs.models import Batch
 from jobs.states import BatchState
@@ -93,7 +93,7 @@ def take(database: Database, seconds: float, stopping: threading.Event | None = 
     waiting = (
         select(Batch.id)
         .where(
-            UNFINISHED,
+            BATCH_UNFINISHED,
             Batch.input_file_id.is_not(None),
             or_(
                 Batch.state == BatchState.VALIDATING,
@@ -110,7 +110,7 @@ def take(database: Database, seconds: float, stopping: threading.Event | None = 
     name = secrets.token_hex(16)
 
     def work(connection: Connection) -> str | None:
-        mine = select(Batch.id).where(Batch.clerk == name, UNFINISHED)
+        mine = select(Batch.id).where(Batch.clerk == name, BATCH_UNFINISHED)
         if (known := connection.scalars(mine).first()) is not None:
             return known  # committed before the connection was lost
         batch_id = connection.scalars(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from sqlalchemy import ColumnElement, Connection, delete, exists, insert, or_, select, update
 
@@ -20,7 +20,7 @@ from jobs import tallies
 from jobs.body import BadField
 from jobs.database import Database, clock, now, portions, was_committed
 from jobs.file_store import FileStore, Part
-from jobs.keyset import page
+from jobs.keyset import Direction, page
 from jobs.models import Batch, File
 from jobs.quotas import Load, open_room
 from jobs.settings import Settings
@@ -39,8 +39,6 @@ GONE: Final = "gone"  # the purpose of a row that is only a place
 _EMPTIED: Final = {"purpose": GONE, "bytes": 0, "filename": ""}
 # OpenAI's list; here they have nothing to be used for.
 OTHER_PURPOSES: Final = frozenset({"assistants", "evals", "fine-tune", "user_data", "vision"})
-
-Order = Literal["asc", "desc"]
 
 
 class Purpose(StrEnum):
@@ -177,7 +175,7 @@ class Files:
             return find_file(connection, file_id, tenant=tenant)
 
     def page(
-        self, *, tenant: str, purpose: str | None, after: str | None, limit: int, order: Order
+        self, *, tenant: str, purpose: str | None, after: str | None, limit: int, direction: Direction
     ) -> tuple[list[FileView], bool]:
         """A page of files by time of creation, and whether more follow. `after`: the last id of the page before.
         Raises `BadField` when there is no such file."""
@@ -194,7 +192,7 @@ class Files:
                 noun="file",
                 after=after,
                 limit=limit,
-                descending=order == "desc",
+                direction=direction,
             )
         return [_view(row) for row in rows], more
 

@@ -17,9 +17,8 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, func, select
 
-from jobs.claims import QUEUED
+from jobs.conditions import JOB_HAS_DEADLINE, JOB_QUEUED, JOB_UNFINISHED
 from jobs.database import Database
-from jobs.deadlines import HAS_DEADLINE, OPEN
 from jobs.models import Job
 from jobs.queue_depth import Picture, Queue, QueueDepth
 from jobs.reads import BatchView, JobView
@@ -135,9 +134,9 @@ class Forecasts:
     def _due_sooner(self, connection: Connection | None, model: str, deadline: float) -> int:
         """Estimated tokens of the normal jobs that wait and whose deadline comes first."""
         query = select(func.coalesce(func.sum(Job.estimated_tokens), 0)).where(
-            HAS_DEADLINE,
-            OPEN,
-            QUEUED,
+            JOB_HAS_DEADLINE,
+            JOB_UNFINISHED,
+            JOB_QUEUED,
             Job.tier == Tier.NORMAL,
             Job.model == model,
             Job.deadline <= deadline,

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, Select, and_, bindparam, func, select
 
 from jobs.completion_order import Order
 from jobs.database import Database, now, portions
-from jobs.keyset import page
+from jobs.keyset import Direction, page
 from jobs.models import Batch, Job, LedgerEntry, Result, Worker
 from jobs.readiness import Readiness, readiness
 from jobs.states import LIVE_WORKER, TERMINAL, BatchState, JobState, LedgerKind, WorkerState
@@ -134,7 +134,7 @@ class Reads:
         tenant: str,
         after: str | None = None,
         limit: int = 20,
-        order: Literal["asc", "desc"] = "desc",
+        direction: Direction = "desc",
     ) -> tuple[list[JobView], bool]:
         """A page of jobs by time of creation, and whether more follow. `after` is the last id of the page
         before. Raises `BadField` when there is no such job."""
@@ -148,7 +148,7 @@ class Reads:
                 noun="job",
                 after=after,
                 limit=limit,
-                descending=order == "desc",
+                direction=direction,
             )
         return [_job_view(row) for row in rows], more
 

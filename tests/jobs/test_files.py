@@ -71,7 +71,7 @@ def test_another_tenant_sees_nothing(bench: Bench) -> None:
     file_id = bench.upload(b"x")
     assert bench.files.find(file_id, tenant="other") is None
     assert not bench.files.delete(file_id, tenant="other")
-    page = {"purpose": None, "limit": 10, "order": "asc"}
+    page = {"purpose": None, "limit": 10, "direction": "asc"}
     assert bench.files.page(tenant="other", after=None, **page) == ([], False)  # type: ignore[arg-type]
     with pytest.raises(BadField, match="after"):
         bench.files.page(tenant="other", after=file_id, **page)  # type: ignore[arg-type]
@@ -87,11 +87,11 @@ def test_pages(bench: Bench) -> None:
         more = True
         while more:
             page, more = bench.files.page(
-                tenant=DEFAULT, purpose="batch", after=seen[-1] if seen else None, limit=2, order=order
+                tenant=DEFAULT, purpose="batch", after=seen[-1] if seen else None, limit=2, direction=order
             )  # type: ignore[arg-type]
             seen += [file.id for file in page]
         assert seen == expected
-    assert bench.files.page(tenant=DEFAULT, purpose="batch_output", after=None, limit=9, order="asc") == (
+    assert bench.files.page(tenant=DEFAULT, purpose="batch_output", after=None, limit=9, direction="asc") == (
         [],
         False,
     )
@@ -146,7 +146,7 @@ def test_expired_files_are_gone_and_give_their_room_back(bench: Bench) -> None:
         connection.execute(update(File).where(File.id.in_(goes)).values(expires_at=now()))
     assert bench.files.find(goes[0], tenant=DEFAULT) is None
     assert not bench.files.delete(goes[0], tenant=DEFAULT)
-    assert bench.files.page(tenant=DEFAULT, purpose=None, after=goes[0], limit=5, order="desc")[0]
+    assert bench.files.page(tenant=DEFAULT, purpose=None, after=goes[0], limit=5, direction="desc")[0]
     assert bench.files.end_expired() == 2
     assert on_disk(bench) == {stays}
     assert (stored(bench), stored(bench, "other")) == (3, 0)
@@ -164,7 +164,7 @@ def test_who_deletes_what_is_listed_can_go_on_behind_it(bench: Bench, order: Any
     more = True
     while more:
         after = seen[-1] if seen else None
-        page, more = bench.files.page(tenant=DEFAULT, purpose=None, after=after, limit=2, order=order)
+        page, more = bench.files.page(tenant=DEFAULT, purpose=None, after=after, limit=2, direction=order)
         for file in page:
             assert bench.files.delete(file.id, tenant=DEFAULT)
             assert not bench.files.delete(file.id, tenant=DEFAULT)
@@ -179,7 +179,7 @@ def test_who_deletes_what_is_listed_can_go_on_behind_it(bench: Bench, order: Any
     with bench.database.read() as connection:
         assert connection.scalars(select(File.id)).all() == []
     with pytest.raises(BadField):
-        bench.files.page(tenant=DEFAULT, purpose=None, after=seen[-1], limit=2, order=order)
+        bench.files.page(tenant=DEFAULT, purpose=None, after=seen[-1], limit=2, direction=order)
 
 
 @ON_SQLITE

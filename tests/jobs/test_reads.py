@@ -110,7 +110,7 @@ def test_pages_hold_every_job_once_and_in_order(intake: Intake, reads: Reads, or
     seen: list[str] = []
     after = None
     while True:
-        page, more = reads.jobs(JobFilter(), tenant="default", after=after, limit=5, order=order)
+        page, more = reads.jobs(JobFilter(), tenant="default", after=after, limit=5, direction=order)
         seen += [job.id for job in page]
         if not more:
             break
