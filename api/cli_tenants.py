@@ -34,7 +34,7 @@ def opened(data_dir: Path | None) -> Iterator[tuple[Settings, Database]]:
     settings = load_settings(data_dir=data_dir)
     from sqlalchemy.exc import SQLAlchemyError
 
-    from jobs.body import BadField
+    from jobs.bad_field import BadField
     from jobs.database import Database, reason_of
     from migrations.schema import misfit
 

@@ -25,7 +25,8 @@ from api.schemas import REFUSALS
 from api.services import Services, refuse_query, submit_of
 from api.waits import DivergedError, Transcript, Wait, unless_client_leaves
 from jobs.audience import Audience, Piece
-from jobs.body import BadField, JobBody
+from jobs.bad_field import BadField
+from jobs.body import JobBody
 from jobs.idempotency import Submit
 from jobs.openai_answers import completion_object, error_object, usage_object
 from jobs.openai_body import CHAT, COMPLETIONS, Asked, Url, read_asked

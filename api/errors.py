@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jobs.body import BadField
+from jobs.bad_field import BadField
 from jobs.files import FileInUse
 from jobs.forecasts import WindowTooTight
 from jobs.idempotency import KeyReusedError

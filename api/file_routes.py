@@ -20,7 +20,7 @@ from api.auth import BEARER, By
 from api.errors import ApiError, no_such_file
 from api.schemas import REFUSALS, FileDeleted, FileList, FileObject, file_list, file_object
 from api.services import Services, is_id, refuse_query, refuse_repeats
-from jobs.body import BadField
+from jobs.bad_field import BadField
 from jobs.files import FileView
 from jobs.keyset import Direction
 from jobs.quotas import QuotaExceeded

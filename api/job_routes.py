@@ -18,7 +18,8 @@ from api.body_limit import read_json, refuse_body
 from api.errors import not_found
 from api.schemas import REFUSALS, BatchObject, JobList, JobObject, batch_object, job_list, job_object
 from api.services import Seconds, Services, is_id, refuse_query, refuse_repeats, submit_of
-from jobs.body import BadField, parse_job, parse_jobs, parse_metadata
+from jobs.bad_field import BadField
+from jobs.body import parse_job, parse_jobs, parse_metadata
 from jobs.idempotency import Submit
 from jobs.keyset import Direction
 from jobs.reads import MAX_LIMIT, JobFilter

@@ -15,7 +15,7 @@ from api.body_limit import read_fields
 from api.errors import not_found
 from api.schemas import REFUSALS, BatchObject, JobObject, batch_object, job_object
 from api.services import Services, is_id, refuse_query, submit_of
-from jobs.body import BadField
+from jobs.bad_field import BadField
 from jobs.idempotency import Submit
 from jobs.retries import USUAL, parse_states
 from jobs.states import JobState

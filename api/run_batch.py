@@ -28,6 +28,7 @@ from engine.request import Completion, Request, RequestId, derive_seed
 from engine.tokenizer import Tokenizer
 from engine.wire import Completions, FromEngine, Grown, Progress
 from jobs.answers import outcome_of
+from jobs.bad_field import BadField
 from jobs.batch_file import (
     BadLine,
     BatchFileError,
@@ -41,7 +42,6 @@ from jobs.batch_file import (
     read_lines,
     resume,
 )
-from jobs.body import BadField
 from jobs.engine_process import EngineProcess
 from jobs.failures import status_of
 from jobs.openai_answers import usage_object

@@ -15,8 +15,8 @@ from starlette.background import BackgroundTask
 
 from api.errors import ApiError, shown_name
 from api.waits import Waits
+from jobs.bad_field import BadField
 from jobs.batch_reads import BatchReads
-from jobs.body import BadField
 from jobs.cancels import Cancels
 from jobs.completion_order import CompletionOrder
 from jobs.file_batches import FileBatches

@@ -19,7 +19,8 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
-from jobs.body import BadField, parse_job
+from jobs.bad_field import BadField
+from jobs.body import parse_job
 from jobs.celery_results import CeleryResults
 from jobs.database import Database
 from jobs.intake import Intake, Message, Refusal, check_task_id

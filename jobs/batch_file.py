@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-from jobs.body import BadField, JobBody
+from jobs.bad_field import BadField
+from jobs.body import JobBody
 from jobs.openai_answers import completion_object, error_object
 from jobs.openai_body import CHAT, COMPLETIONS, Url, read_asked
 from jobs.settings import Settings

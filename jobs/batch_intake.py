@@ -21,10 +21,10 @@ from typing import Any, BinaryIO, Final
 from sqlalchemy import Connection, select, update
 
 from jobs import tallies
+from jobs.bad_field import BadField
 from jobs.batch_check import FILE_LOST
 from jobs.batch_file import BadLine, bounded_lines, is_blank, parse_line
 from jobs.batches import close_batches
-from jobs.body import BadField
 from jobs.completion_window import terms_of_window
 from jobs.database import Database, commit_lazily
 from jobs.desk import BatchLease

@@ -13,9 +13,10 @@ from typing import Any, Final
 from sqlalchemy import Connection, insert, select, update
 
 from jobs import tallies
+from jobs.bad_field import BadField
 from jobs.batch_check import FILE_LOST, Findings, check_file
 from jobs.batch_file import ENDPOINTS
-from jobs.body import BadField, parse_metadata
+from jobs.body import parse_metadata
 from jobs.completion_window import window_seconds
 from jobs.database import Database, clock, now, was_committed
 from jobs.desk import BatchLease

@@ -17,7 +17,7 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, Connection, delete, exists, insert, or_, select, update
 
 from jobs import tallies
-from jobs.body import BadField
+from jobs.bad_field import BadField
 from jobs.database import Database, clock, now, portions, was_committed
 from jobs.file_store import FileStore, Part
 from jobs.keyset import Direction, page

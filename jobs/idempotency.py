@@ -15,7 +15,7 @@ from typing import Final
 
 from sqlalchemy import Connection, select
 
-from jobs.body import BadField
+from jobs.bad_field import BadField
 from jobs.database import insert_into, now
 from jobs.models import IdempotencyKey
 

@@ -20,7 +20,8 @@ from sqlalchemy import Connection, bindparam, insert, select
 
 from jobs import tallies
 from jobs.audience import Audience
-from jobs.body import BadField, JobBody
+from jobs.bad_field import BadField
+from jobs.body import JobBody
 from jobs.database import Database, Texts, clock, is_among, now, was_committed
 from jobs.forecasts import Forecasts, WindowTooTight
 from jobs.group_commit import GroupCommit

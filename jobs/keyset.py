@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 from sqlalchemy import Connection, Row, Select, select, tuple_
 
-from jobs.body import BadField
+from jobs.bad_field import BadField
 
 Direction: TypeAlias = Literal["asc", "desc"]  # of time: oldest or newest first
 

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias
 
-from jobs.body import NOT_SUPPORTED_YET, BadField, JobBody, parse_job, read_job
+from jobs.bad_field import NOT_SUPPORTED_YET, BadField
+from jobs.body import JobBody, parse_job, read_job
 from jobs.settings import Settings
 
 Url: TypeAlias = Literal["/v1/chat/completions", "/v1/completions"]

@@ -13,7 +13,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, Row, String, cast, func, insert, select
 
 from jobs import tallies
-from jobs.body import BadField
+from jobs.bad_field import BadField
 from jobs.database import Database, clock, portions, was_committed
 from jobs.idempotency import Submit, earlier_target
 from jobs.job_rows import again_row, insert_all, new_id

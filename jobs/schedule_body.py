@@ -9,9 +9,10 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, Final
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from jobs.body import BadField, JobBody, parse_jobs, validated
+from jobs.bad_field import BadField, Strict, validated
+from jobs.body import JobBody, parse_jobs
 from jobs.completion_window import window_seconds
 from jobs.cron_line import CronLine
 from jobs.settings import Settings
@@ -35,9 +36,7 @@ DEFAULTS: Final[dict[str, Any]] = {
 REQUIRED: Final = ("name", "cron", "jobs")
 
 
-class ScheduleFields(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
+class ScheduleFields(Strict):
     name: Annotated[Name, Field(min_length=1, max_length=255)] | None = None
     cron: Name | None = None
     time_zone: Name | None = None

@@ -17,7 +17,7 @@ from zoneinfo import ZoneInfo
 
 from sqlalchemy import Connection, Row, func, select, tuple_, update
 
-from jobs.body import BadField
+from jobs.bad_field import BadField
 from jobs.completion_window import terms_of_window
 from jobs.cron_line import CronLine
 from jobs.database import Database, clock, insert_into, now, was_committed

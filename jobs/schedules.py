@@ -18,7 +18,8 @@ from sqlalchemy import Connection, Row, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from jobs import tallies
-from jobs.body import BadField, JobBody
+from jobs.bad_field import BadField
+from jobs.body import JobBody
 from jobs.cron_line import CronLine
 from jobs.database import Database, clock, now
 from jobs.job_rows import new_id

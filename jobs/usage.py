@@ -22,7 +22,7 @@ from sqlalchemy import ColumnElement, Integer, Row, Select, func, literal, liter
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
-from jobs.body import BadField
+from jobs.bad_field import BadField
 from jobs.database import Database
 from jobs.models import LedgerEntry, Price, Tenant
 from jobs.moments import DAY_SECONDS

@@ -10,6 +10,7 @@ import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
 
+from jobs.bad_field import BadField
 from jobs.batch_file import (
     CHAT,
     COMPLETIONS,
@@ -24,7 +25,6 @@ from jobs.batch_file import (
     read_lines,
     resume,
 )
-from jobs.body import BadField
 from jobs.settings import Settings
 
 OUTPUTS = [{"index": 0, "text": "one\u2028two", "finish_reason": "stop", "stop_reason": None}]

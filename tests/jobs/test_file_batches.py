@@ -10,8 +10,8 @@ import pytest
 from openai.types.chat import ChatCompletion
 
 from jobs import batch_intake, desk
+from jobs.bad_field import BadField
 from jobs.batch_intake import job_id_of
-from jobs.body import BadField
 from jobs.cancels import Cancels
 from jobs.database import Database
 from jobs.desk import LeaseLost, take

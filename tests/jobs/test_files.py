@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select, update
 
-from jobs.body import BadField
+from jobs.bad_field import BadField
 from jobs.database import Database, now
 from jobs.file_batches import NoSuchFile, parse_wish
 from jobs.file_store import FileStore, new_file_id

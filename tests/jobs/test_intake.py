@@ -9,7 +9,8 @@ import pytest
 from sqlalchemy import select
 
 from engine.request import derive_seed
-from jobs.body import BadField, JobBody, parse_job
+from jobs.bad_field import BadField
+from jobs.body import JobBody, parse_job
 from jobs.database import Database
 from jobs.drafts import prefix_group
 from jobs.intake import Intake, Message, check_task_id

@@ -10,7 +10,8 @@ import pytest
 from sqlalchemy import select, text, update
 
 from jobs import tallies
-from jobs.body import BadField, JobBody
+from jobs.bad_field import BadField
+from jobs.body import JobBody
 from jobs.cancels import Cancels
 from jobs.claims import claim
 from jobs.database import Database
