@@ -19,11 +19,12 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
+from jobs.admission import Refusal
 from jobs.bad_field import BadField
 from jobs.body import parse_job
 from jobs.celery_results import CeleryResults
 from jobs.database import Database
-from jobs.intake import Intake, Message, Refusal, check_task_id
+from jobs.intake import Intake, Message, check_task_id
 from jobs.models import Job
 from jobs.quotas import QuotaExceeded
 from jobs.settings import Settings
