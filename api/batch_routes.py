@@ -14,9 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
 from api.auth import BEARER, By
+from api.batch_objects import BatchList, BatchObject, batch_object
 from api.body_limit import read_json, refuse_body
 from api.errors import conflict, no_such_file, not_found
-from api.schemas import REFUSALS, BatchList, BatchObject, batch_list, batch_object
+from api.schemas import REFUSALS
 from api.services import Seconds, Services, is_id, refuse_query, refuse_repeats, submit_of
 from jobs.batch_reads import BatchFilter
 from jobs.file_batches import NoSuchFile, parse_wish
@@ -67,7 +68,7 @@ def routes(services: Services) -> APIRouter:
         batches, has_more = services.batch_reads.page(
             only, tenant=caller.tenant, after=query.after, limit=query.limit
         )
-        return batch_list(batches, has_more)
+        return BatchList.of([batch_object(batch) for batch in batches], has_more)
 
     @router.get("/{batch_id}", dependencies=[Depends(refuse_query)])
     def get_batch(batch_id: str, caller: By) -> BatchObject:

@@ -18,7 +18,8 @@ from starlette.concurrency import run_in_threadpool
 from api import upload
 from api.auth import BEARER, By
 from api.errors import ApiError, no_such_file
-from api.schemas import REFUSALS, FileDeleted, FileList, FileObject, file_list, file_object
+from api.file_objects import FileDeleted, FileList, FileObject, file_object
+from api.schemas import REFUSALS
 from api.services import Services, is_id, refuse_query, refuse_repeats
 from jobs.bad_field import BadField
 from jobs.files import FileView
@@ -69,7 +70,7 @@ def routes(services: Services) -> APIRouter:
             limit=query.limit,
             direction=query.order,
         )
-        return file_list(found, has_more)
+        return FileList.of([file_object(file) for file in found], has_more)
 
     @router.get("/{file_id}", dependencies=[Depends(refuse_query)])
     def get_file(file_id: str, caller: By) -> FileObject:

@@ -14,15 +14,17 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
 from api.auth import BEARER, By
+from api.batch_objects import BatchObject, batch_object
 from api.body_limit import read_json, refuse_body
 from api.errors import not_found
-from api.schemas import REFUSALS, BatchObject, JobList, JobObject, batch_object, job_list, job_object
+from api.job_objects import JobList, JobObject, job_object
+from api.schemas import REFUSALS
 from api.services import Seconds, Services, is_id, refuse_query, refuse_repeats, submit_of
 from jobs.bad_field import BadField
 from jobs.body import parse_job, parse_jobs, parse_metadata
 from jobs.idempotency import Submit
 from jobs.keyset import Direction
-from jobs.reads import MAX_LIMIT, JobFilter
+from jobs.reads import MAX_LIMIT, JobFilter, JobView
 from jobs.states import JobState
 from jobs.tenants import Owner
 from jobs.terms import ORDINARY
@@ -81,7 +83,7 @@ def routes(services: Services) -> APIRouter:
         jobs, has_more = services.reads.jobs(
             only, tenant=caller.tenant, after=query.after, limit=query.limit, direction=query.order
         )
-        return job_list(jobs, [services.forecasts.of_job(job) for job in jobs], has_more)
+        return JobList.of([_object(services, job) for job in jobs], has_more)
 
     @router.get("/{job_id}", dependencies=[Depends(refuse_query)])
     def get_job(job_id: str, caller: By) -> JobObject:
@@ -105,8 +107,7 @@ def _submit_job(services: Services, owner: Owner, data: object, submit: Submit |
         terms, data = split_terms(data, clock=services.intake.clock)
     (body,) = services.intake.name_models([parse_job(data, services.settings, forms=True)])
     if submit is None:
-        job = services.intake.accept_new(body, owner, terms=terms)
-        made = job_object(job, services.forecasts.of_job(job))
+        made = _object(services, services.intake.accept_new(body, owner, terms=terms))
     else:
         made = _job(services, owner.tenant, services.intake.accept_one(body, owner, submit, terms=terms))
     return services.accepted(made, f"/v1/jobs/{made.id}", [str(body.model)])
@@ -151,4 +152,8 @@ def _job(services: Services, tenant: str, job_id: str) -> JobObject:
     job = services.reads.job(job_id, tenant=tenant) if is_id(job_id) else None
     if job is None:
         raise not_found("job", job_id)
+    return _object(services, job)
+
+
+def _object(services: Services, job: JobView) -> JobObject:
     return job_object(job, services.forecasts.of_job(job))

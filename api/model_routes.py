@@ -6,13 +6,26 @@ Owns the HTTP side. A model is there while a live worker serves it, or because t
 from __future__ import annotations
 
 import time
+from typing import Literal
 
 from fastapi import APIRouter, Depends
 
 from api.auth import BEARER
 from api.errors import ApiError
-from api.schemas import REFUSALS, ModelList, ModelObject
+from api.schemas import REFUSALS, Object
 from api.services import Services, refuse_query
+
+
+class ModelObject(Object):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "nightpress"
+
+
+class ModelList(Object):
+    object: Literal["list"] = "list"
+    data: list[ModelObject]
 
 
 def routes(services: Services) -> APIRouter:

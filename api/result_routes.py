@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from api.auth import BEARER, By
 from api.errors import not_found
-from api.schemas import REFUSALS, job_object
+from api.job_objects import job_object
+from api.schemas import REFUSALS
 from api.services import Services, is_id, refuse_repeats
 from jobs.completion_order import MAX_PAGE, Order, Page
 

@@ -11,9 +11,11 @@ from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
 from api.auth import BEARER, By
+from api.batch_objects import BatchObject, batch_object
 from api.body_limit import read_fields
 from api.errors import not_found
-from api.schemas import REFUSALS, BatchObject, JobObject, batch_object, job_object
+from api.job_objects import JobObject, job_object
+from api.schemas import REFUSALS
 from api.services import Services, is_id, refuse_query, submit_of
 from jobs.bad_field import BadField
 from jobs.idempotency import Submit

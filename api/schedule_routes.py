@@ -21,9 +21,7 @@ from api.schedule_objects import (
     RunObject,
     ScheduleList,
     ScheduleObject,
-    run_list,
     run_object,
-    schedule_list,
     schedule_object,
 )
 from api.schemas import REFUSALS
@@ -74,11 +72,10 @@ def routes(services: Services) -> APIRouter:
     @router.get("", dependencies=[Depends(refuse_repeats)])
     def list_schedules(query: Annotated[ListQuery, Query()], caller: By) -> ScheduleList:
         """A page of schedules, newest first. `after` is the `last_id` of the page before."""
-        return schedule_list(
-            *services.schedules.page(
-                tenant=caller.tenant, name=query.name, after=query.after, limit=query.limit
-            )
+        found, has_more = services.schedules.page(
+            tenant=caller.tenant, name=query.name, after=query.after, limit=query.limit
         )
+        return ScheduleList.of([schedule_object(one) for one in found], has_more)
 
     @router.get("/{schedule_id}", dependencies=[Depends(refuse_repeats)])
     def get(schedule_id: str, query: Annotated[GetQuery, Query()], caller: By) -> ScheduleObject:
@@ -120,9 +117,10 @@ def routes(services: Services) -> APIRouter:
         """A page of runs, latest first, also of a deleted schedule."""
         if not is_id(schedule_id) or services.schedules.get(schedule_id, tenant=caller.tenant) is None:
             _missing(schedule_id)
-        return run_list(
-            *services.runs.page(schedule_id, tenant=caller.tenant, after=query.after, limit=query.limit)
+        found, has_more = services.runs.page(
+            schedule_id, tenant=caller.tenant, after=query.after, limit=query.limit
         )
+        return RunList.of([run_object(one) for one in found], has_more)
 
     return router
 

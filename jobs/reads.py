@@ -1,7 +1,7 @@
 """Reads: everything that is asked about jobs, batches and workers without changing them.
 
 Owns the queries behind "how far is it, and what came out?" and the frozen values they answer with. Refuses to
-know how an answer is written (`api.schemas`). Lists and results go by keyset, never by OFFSET, so that page
+know how an answer is written (`api.job_objects`). Lists and results go by keyset, never by OFFSET, so that page
 1,000 costs what page 1 costs and a row that is inserted meanwhile shifts nothing.
 """
 
