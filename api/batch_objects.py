@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from api.schemas import CachedTokens, Named, Object, PageObject, estimated_at, whole_seconds
-from jobs.reads import BatchView
+from jobs.batch_reads import BatchView
 from jobs.states import BatchState, JobState
 
 

@@ -19,10 +19,10 @@ from api.body_limit import read_json, refuse_body
 from api.errors import conflict, no_such_file, not_found
 from api.schemas import REFUSALS
 from api.services import Seconds, Services, is_id, refuse_query, refuse_repeats, submit_of
-from jobs.batch_reads import BatchFilter
+from jobs.batch_reads import BatchFilter, BatchView
 from jobs.file_batches import NoSuchFile, parse_wish
 from jobs.idempotency import Submit
-from jobs.reads import MAX_LIMIT, BatchView
+from jobs.reads import MAX_LIMIT
 from jobs.states import BatchState
 from jobs.tenants import Owner
 from jobs.texts import Name
@@ -108,7 +108,7 @@ def _cancel(services: Services, tenant: str, batch_id: str) -> BatchObject | JSO
 
 
 def _batch(services: Services, tenant: str, batch_id: str) -> BatchView:
-    batch = services.reads.batch(batch_id, tenant=tenant) if is_id(batch_id) else None
+    batch = services.batch_reads.batch(batch_id, tenant=tenant) if is_id(batch_id) else None
     if batch is None:
         raise not_found("batch", batch_id)
     return batch

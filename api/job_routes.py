@@ -137,7 +137,7 @@ def _submit_batch(
 
 
 def _batch(services: Services, tenant: str, batch_id: str) -> BatchObject:
-    batch = services.reads.batch(batch_id, tenant=tenant)
+    batch = services.batch_reads.batch(batch_id, tenant=tenant)
     assert batch is not None  # it has been committed, and batches are never deleted
     return batch_object(batch, services.forecasts.of_batch(batch))
 

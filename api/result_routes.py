@@ -52,7 +52,7 @@ def routes(services: Services) -> APIRouter:
         the `after` of the following one, and the same as before when nothing new has ended."""
         tenant, order = caller.tenant, query.order
         if order is Order.INPUT and query.after is None and query.limit is None:
-            batch = services.reads.batch(batch_id, tenant=tenant) if is_id(batch_id) else None
+            batch = services.batch_reads.batch(batch_id, tenant=tenant) if is_id(batch_id) else None
             if batch is None:
                 raise not_found("batch", batch_id)
             headers = {} if batch.closed else {"X-Incomplete": "true"}

@@ -77,7 +77,7 @@ def _retry_batch(
         if is_id(batch_id)
         else None
     )
-    batch = None if made is None else services.reads.batch(made[0], tenant=owner.tenant)
+    batch = None if made is None else services.batch_reads.batch(made[0], tenant=owner.tenant)
     if made is None or batch is None:
         raise not_found("batch", batch_id)
     return services.accepted(batch_object(batch), f"/v1/batches/{batch.id}", made[1])

@@ -17,11 +17,12 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, func, select
 
+from jobs.batch_reads import BatchView
 from jobs.conditions import JOB_HAS_DEADLINE, JOB_QUEUED, JOB_UNFINISHED
 from jobs.database import Database
 from jobs.models import Job
 from jobs.queue_depth import Picture, Queue, QueueDepth
-from jobs.reads import BatchView, JobView
+from jobs.reads import JobView
 from jobs.settings import Settings
 from jobs.states import BatchState, JobState
 from jobs.terms import DELAYED, Terms, Tier
