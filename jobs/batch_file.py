@@ -26,6 +26,7 @@ from jobs.strict_json import BadJson, parse
 ENDPOINTS: Final = (CHAT, COMPLETIONS)
 MAX_SHOWN = 10  # of many mistakes
 
+_LINE_FIELDS: Final = ("custom_id", "method", "url", "body")
 _OUR_START = b'{"id": "batch_req_'  # of every line that we write
 
 
@@ -99,8 +100,12 @@ def parse_line(number: int, raw: bytes, endpoint: str | None = None) -> BatchLin
         raise BadLine(f"must be {allowed}", code="url_mismatch", param="url", **known)
     if not isinstance(body, dict):
         raise BadLine("must be an object", param="body", **known)
-    if unknown := data.keys() - {"custom_id", "method", "url", "body"}:
-        raise BadLine("unknown field", param=ascii(min(unknown))[1:-1][:80], **known)
+    if unknown := data.keys() - set(_LINE_FIELDS):
+        raise BadLine(
+            f"unknown field; there are {', '.join(_LINE_FIELDS)}",
+            param=ascii(min(unknown))[1:-1][:80],
+            **known,
+        )
     return BatchLine(number, custom_id, url, body)
 
 

@@ -103,7 +103,7 @@ def expire(connection: Connection) -> int:
         connection.execute(
             update(Job).where(Job.id.in_(held)).values(state=JobState.CANCELLING, error=EXPIRED_ERROR)
         )
-    close_batches(connection, sorted({row.batch_id for row in queued if row.batch_id}))
+    close_batches(connection, {row.batch_id for row in queued})
     tallies.add(connection, [tallies.ended(row.tenant, row.estimated_tokens) for row in queued])
     return len(queued) + len(held)
 

@@ -65,7 +65,13 @@ class JobView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobFilter:
-    """What a list of jobs is narrowed to. None: anything. Times in unix seconds, ends excluded."""
+    """What a list of jobs is narrowed to. None: anything. Times in unix seconds, ends excluded.
+
+    `model`, `custom_id` and `state` have no index of their own: the tenant's jobs are looked at from the newest on
+    until the page is full, which for a name that few have is all of them; `batch_id` and `created_after` bound that
+    by an index. One on `custom_id` would be written three times and more for every job, since PostgreSQL enters each
+    change of a job's state into all indexes: the work of a night would pay for a question that is rarely asked.
+    """
 
     state: JobState | None = None
     batch_id: str | None = None

@@ -6,6 +6,7 @@ Refuses to know HTTP and SQL.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Annotated, Any, Final
 
@@ -97,3 +98,8 @@ def _checked(columns: dict[str, Any], settings: Settings) -> dict[str, Any]:
 def stored_jobs(bodies: list[JobBody]) -> list[dict[str, Any]]:
     """As `models.Schedule.jobs` keeps them."""
     return [body.stored() for body in bodies]
+
+
+def bodies_of(stored: Sequence[dict[str, Any]]) -> list[JobBody]:
+    """The way back."""
+    return [JobBody.model_validate(job) for job in stored]

@@ -27,8 +27,8 @@ from jobs.intake import Intake, NewBatch
 from jobs.job_rows import new_id
 from jobs.models import Schedule, ScheduleRun
 from jobs.quotas import QuotaExceeded
-from jobs.schedule_body import Missed
-from jobs.schedules import COLUMNS, bodies_of, find
+from jobs.schedule_body import Missed, bodies_of
+from jobs.schedules import COLUMNS, find
 from jobs.tenants import Owner
 from jobs.terms import ORDINARY
 

@@ -9,7 +9,7 @@ bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 from zoneinfo import ZoneInfo
@@ -19,7 +19,6 @@ from sqlalchemy.exc import IntegrityError
 
 from jobs import tallies
 from jobs.bad_field import BadField
-from jobs.body import JobBody
 from jobs.cron_line import CronLine
 from jobs.database import Database, clock, now
 from jobs.job_rows import new_id
@@ -211,10 +210,6 @@ def view(row: Row[Any] | None) -> ScheduleView:
         updated_at=row.updated_at,
         deleted_at=row.deleted_at,
     )
-
-
-def bodies_of(jobs: Sequence[dict[str, Any]]) -> list[JobBody]:
-    return [JobBody.model_validate(job) for job in jobs]
 
 
 def _jobs(connection: Connection, schedule_id: str) -> list[dict[str, Any]]:

@@ -107,11 +107,8 @@ def take_back(connection: Connection) -> tuple[int, int]:
             for row in rows
         ],
     )
-    close_batches(connection, sorted({row.batch_id for row in cancelled if row.batch_id}))
-    tallies.add(
-        connection,
-        [tallies.ended(row.tenant, row.estimated_tokens) for row in cancelled],
-    )
+    close_batches(connection, {row.batch_id for row in cancelled})
+    tallies.add(connection, [tallies.ended(row.tenant, row.estimated_tokens) for row in cancelled])
     return len(requeued), len(cancelled)
 
 
