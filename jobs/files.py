@@ -248,9 +248,10 @@ class Files:
             self.store.remove(file_id)
         return len(ended)
 
-    def clean(self, seconds: float = LEFTOVER_SECONDS) -> int:
-        """Remove from disk what dead processes left: parts, and files without a row, untouched for so long."""
-        old = list(self.store.old(seconds))
+    def clean(self) -> int:
+        """Remove from disk what dead processes left: parts, and files without a row, untouched for
+        `LEFTOVER_SECONDS`."""
+        old = list(self.store.old(LEFTOVER_SECONDS))
         for file_id, whole in old:
             if not whole:
                 self.store.remove_part(file_id)

@@ -221,8 +221,8 @@ class Intake:
         self,
         bodies: Sequence[JobBody],
         owner: Owner,
-        metadata: dict[str, str] | None = None,
-        terms: Terms = ORDINARY,
+        metadata: dict[str, str] | None,
+        terms: Terms,
         schedule_id: str | None = None,
     ) -> NewBatch:
         """The rows of a batch, for a door whose transaction writes more than that. Raises `BadField`."""
