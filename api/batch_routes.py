@@ -54,9 +54,7 @@ def routes(services: Services) -> APIRouter:
     async def create_batch(request: Request, caller: By) -> BatchObject:
         """A batch of an uploaded file, which is checked afterwards. The same `Idempotency-Key` with the same body is
         accepted once and answered each time."""
-        data = await read_json(
-            request, max_bytes=settings.max_body_bytes, max_array_bytes=settings.max_body_bytes
-        )
+        data = await read_json(request, max_bytes=settings.max_body_bytes)
         return await run_in_threadpool(_create, services, caller.owner, data, submit_of(request, data))
 
     @router.get("", dependencies=[Depends(refuse_repeats)])

@@ -66,6 +66,11 @@ def not_found(noun: str, name: str) -> ApiError:
     return ApiError(404, f"there is no {noun} {name[:80]!a}", code="not_found", param=f"{noun}_id")
 
 
+def model_not_found(name: str) -> ApiError:
+    message = f"the model {name[:80]!a} is not served here"
+    return ApiError(404, message, code="model_not_found", param="model")
+
+
 def no_such_file(name: str, *, param: str = "file_id") -> ApiError:
     """In OpenAI's words, which programs look for."""
     shown = name[:80].encode("unicode_escape").decode()

@@ -11,7 +11,7 @@ from typing import Literal
 from fastapi import APIRouter, Depends
 
 from api.auth import BEARER
-from api.errors import ApiError
+from api.errors import model_not_found
 from api.schemas import REFUSALS, Object
 from api.services import Services, refuse_query
 
@@ -53,8 +53,6 @@ def routes(services: Services) -> APIRouter:
         for model in models():
             if model.id == model_id:
                 return model
-        raise ApiError(
-            404, f"the model {model_id[:80]!a} is not served here", code="model_not_found", param="model"
-        )
+        raise model_not_found(model_id)
 
     return router

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Final
 
 from jobs.bad_field import BadField
 from jobs.body import JobBody
-from jobs.openai_answers import completion_object, error_object
+from jobs.openai_answers import answer_id, completion_object, error_object
 from jobs.openai_body import CHAT, COMPLETIONS, Url, read_asked
 from jobs.settings import Settings
 from jobs.strict_json import BadJson, parse
@@ -208,7 +208,7 @@ def answer_line(line: BatchLine, model: str, outputs: list[dict[str, Any]], usag
     body = completion_object(
         line.url,
         outputs,
-        answer_id=("chatcmpl-" if line.url == CHAT else "cmpl-") + secrets.token_hex(12),
+        answer_id=answer_id(line.url, secrets.token_hex(12)),
         created=int(time.time()),
         model=model,
         usage=usage,

@@ -24,8 +24,8 @@ from jobs.file_store import FileStore, Part
 from jobs.files import Purpose, insert_file
 from jobs.line_check import max_line_bytes
 from jobs.models import Batch
-from jobs.openai_answers import completion_object, error_object, usage_object
-from jobs.openai_body import CHAT, Url
+from jobs.openai_answers import answer_id, completion_object, error_object, usage_object
+from jobs.openai_body import Url
 from jobs.reads import JobView, Reads
 from jobs.settings import Settings
 from jobs.states import BatchState, JobState
@@ -46,7 +46,7 @@ def line_of(job: JobView, url: Url, *, cancelled: bool) -> bytes:
         body = completion_object(
             url,
             job.outputs or [],
-            answer_id=("chatcmpl-" if url == CHAT else "cmpl-") + name,
+            answer_id=answer_id(url, name),
             created=int(job.finished_at),
             model=job.model,
             usage=usage_object(job.usage.prompt, job.usage.completion, job.usage.cached),
