@@ -17,8 +17,9 @@ from api.auth import BEARER, By
 from api.batch_objects import BatchList, BatchObject, batch_object
 from api.body_limit import read_json, refuse_body
 from api.errors import conflict, no_such_file, not_found
+from api.parameters import Seconds, is_id, refuse_query, refuse_repeats, submit_of
 from api.schemas import REFUSALS
-from api.services import Seconds, Services, is_id, refuse_query, refuse_repeats, submit_of
+from api.services import Services
 from jobs.batch_reads import BatchFilter, BatchView
 from jobs.file_batches import NoSuchFile, parse_wish
 from jobs.idempotency import Submit

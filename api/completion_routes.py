@@ -22,8 +22,9 @@ from api.awaited import accept_awaited
 from api.body_limit import read_object
 from api.chunks import HEADERS, KEEP_ALIVE, MEDIA_TYPE, Chunks, event
 from api.errors import NO_DATABASE, ApiError
+from api.parameters import refuse_query, submit_of
 from api.schemas import REFUSALS
-from api.services import Services, refuse_query, submit_of
+from api.services import Services
 from api.waits import DivergedError, Transcript, Wait, unless_client_leaves
 from jobs.audience import Audience, Piece
 from jobs.openai_answers import answer_id, completion_object, error_object, usage_object

@@ -19,8 +19,9 @@ from api import upload
 from api.auth import BEARER, By
 from api.errors import ApiError, no_such_file
 from api.file_objects import FileDeleted, FileList, FileObject, file_object
+from api.parameters import is_id, refuse_query, refuse_repeats
 from api.schemas import REFUSALS
-from api.services import Services, is_id, refuse_query, refuse_repeats
+from api.services import Services
 from jobs.bad_field import BadField
 from jobs.files import FileView
 from jobs.keyset import Direction

@@ -18,8 +18,9 @@ from api.batch_objects import BatchObject, batch_object
 from api.body_limit import read_json, refuse_body
 from api.errors import not_found
 from api.job_objects import JobList, JobObject, job_object
+from api.parameters import Seconds, is_id, refuse_query, refuse_repeats, submit_of
 from api.schemas import REFUSALS
-from api.services import Seconds, Services, is_id, refuse_query, refuse_repeats, submit_of
+from api.services import Services
 from jobs.bad_field import BadField
 from jobs.body import parse_job, parse_jobs, parse_metadata
 from jobs.idempotency import Submit

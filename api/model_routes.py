@@ -12,8 +12,9 @@ from fastapi import APIRouter, Depends
 
 from api.auth import BEARER
 from api.errors import model_not_found
+from api.parameters import refuse_query
 from api.schemas import REFUSALS, Object
-from api.services import Services, refuse_query
+from api.services import Services
 
 
 class ModelObject(Object):

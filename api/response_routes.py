@@ -15,9 +15,10 @@ from api.auth import BEARER, By
 from api.awaited import accept_awaited
 from api.body_limit import read_object, refuse_body
 from api.errors import ApiError
+from api.parameters import is_id, refuse_query, submit_of
 from api.response_object import id_of, job_id_of, response_object
 from api.schemas import REFUSALS
-from api.services import Services, is_id, refuse_query, submit_of
+from api.services import Services
 from api.waits import unless_client_leaves
 from jobs.audience import Audience
 from jobs.responses_body import read_response

@@ -18,8 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from api.auth import BEARER, By
 from api.errors import not_found
 from api.job_objects import job_object
+from api.parameters import is_id, refuse_repeats
 from api.schemas import REFUSALS
-from api.services import Services, is_id, refuse_repeats
+from api.services import Services
 from jobs.completion_order import MAX_PAGE, Order, Page
 
 _SEND_BYTES = 65_536  # lines are sent in pieces of about this size

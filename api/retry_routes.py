@@ -15,8 +15,9 @@ from api.batch_objects import BatchObject, batch_object
 from api.body_limit import read_fields
 from api.errors import not_found
 from api.job_objects import JobObject, job_object
+from api.parameters import is_id, refuse_query, submit_of
 from api.schemas import REFUSALS
-from api.services import Services, is_id, refuse_query, submit_of
+from api.services import Services
 from jobs.bad_field import BadField
 from jobs.idempotency import Submit
 from jobs.retries import USUAL, parse_states

@@ -16,6 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from api.auth import BEARER, By
 from api.body_limit import read_json, refuse_body
 from api.errors import not_found
+from api.parameters import is_id, refuse_query, refuse_repeats, submit_of
 from api.schedule_objects import (
     RunList,
     RunObject,
@@ -25,7 +26,7 @@ from api.schedule_objects import (
     schedule_object,
 )
 from api.schemas import REFUSALS
-from api.services import Services, is_id, refuse_query, refuse_repeats, submit_of
+from api.services import Services
 from jobs.idempotency import Submit
 from jobs.reads import MAX_LIMIT
 from jobs.schedule_body import parse_change, parse_schedule

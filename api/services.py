@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Annotated
 
-from fastapi import Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 from starlette.background import BackgroundTask
 
-from api.errors import ApiError, shown_name
 from api.waits import Waits
-from jobs.bad_field import BadField
 from jobs.batch_reads import BatchReads
 from jobs.cancels import Cancels
 from jobs.completion_order import CompletionOrder
 from jobs.file_batches import FileBatches
 from jobs.files import Files
 from jobs.forecasts import Forecasts
-from jobs.idempotency import Submit
 from jobs.intake import Intake
 from jobs.reads import Reads
 from jobs.retries import Retries
@@ -33,7 +27,6 @@ from jobs.tenants import Tenants
 from jobs.usage import Usages
 
 log = logging.getLogger(__name__)
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # a moment in a query string
 Wake = Callable[[str], None]
 
 
@@ -78,36 +71,3 @@ class Services:
             {"Location": location},
             background=BackgroundTask(self.wake_workers_later, models),
         )
-
-
-async def refuse_query(request: Request) -> None:
-    """A route dependency: query parameters that nobody reads are mistakes."""
-    for name in request.query_params:
-        shown = shown_name(name)
-        raise ApiError(400, f"{shown}: unknown query parameter", code="unknown_parameter", param=shown)
-
-
-async def refuse_repeats(request: Request) -> None:
-    """A route dependency: of a query parameter that is given twice, only one would count."""
-    refuse_repeated(request)
-
-
-def refuse_repeated(request: Request, *, but: str | None = None) -> None:
-    """The same, `but` for one that may be given often."""
-    for name, times in Counter(name for name, _ in request.query_params.multi_items()).items():
-        if times > 1 and name != but:
-            shown = shown_name(name)
-            raise ApiError(400, f"{shown}: is given {times} times", code="invalid_value", param=shown)
-
-
-def submit_of(request: Request, data: object) -> Submit | None:
-    """The client's `Idempotency-Key`, with what it came with. Raises `BadField`."""
-    keys = request.headers.getlist("idempotency-key")
-    if len(keys) > 1:
-        raise BadField("idempotency-key", f"is given {len(keys)} times", "invalid_header")
-    return Submit.of(keys[0], data) if keys else None
-
-
-def is_id(name: str) -> bool:
-    """False for what no id of ours can be; a database would choke on some of it."""
-    return len(name) <= 255 and name.isprintable()
