@@ -80,17 +80,18 @@ class Room:
         for quota, limit in self._limits.items():
             if limit is None:
                 continue
-            used, asked = getattr(use, quota), getattr(after, quota) - getattr(use, quota)
+            before = getattr(use, quota)
+            asked = getattr(after, quota) - before
             if quota == "tokens_per_day":
                 # What the day will be billed is known later: today's quota only asks whether it is used up.
-                fits = load.jobs == 0 or used < limit
+                fits = load.jobs == 0 or before < limit
             else:
-                fits = asked <= 0 or used + asked <= limit
+                fits = asked <= 0 or before + asked <= limit
             if not fits:
                 raise QuotaExceeded(
                     quota,
                     limit=limit,
-                    used=used,
+                    used=before,
                     asked=asked,
                     retry_after=_retry_after(quota, limit, asked, use.day_left),
                 )

@@ -81,8 +81,9 @@ class Worker:
         self._started = False
         # A side's callbacks may name parts of the others: they are called when all are there.
         self._make_celery_side(app, is_revoked)
-        self._make_engine_side(checkpoint.fingerprint(), on_hopeless)
-        self._make_sql_side(checkpoint.fingerprint())
+        weights = checkpoint.fingerprint()
+        self._make_engine_side(weights, on_hopeless)
+        self._make_sql_side(weights)
         self.metrics = WorkerMetrics(
             self.model,
             figures=lambda: self.supervisor.figures,
