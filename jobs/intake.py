@@ -46,7 +46,7 @@ def check_task_id(task_id: object) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class TaskMessage:
     """One job from Redis, under its task id and the tenant that it names."""
 
     task_id: str
@@ -266,7 +266,7 @@ class Intake:
         """Call it when the transaction of `insert_batch` has committed: forecasts heed the batch at once."""
         self._forecasts.accepted(tokens_by_model(new.jobs))
 
-    def accept_messages(self, messages: Sequence[Message]) -> dict[str, Refusal]:
+    def accept_messages(self, messages: Sequence[TaskMessage]) -> dict[str, Refusal]:
         """Jobs that came through Redis, under their task ids. An id that exists is passed over, whatever its
         body. Returns the ids whose tenant does not exist or has no room, with the reason; the others are
         accepted. Raises `BadField` before anything is written if an id or a model is impossible."""
