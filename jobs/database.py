@@ -260,7 +260,8 @@ def in_words_of(
 
 
 def clock(connection: Connection) -> float:
-    """The database's time, in unix seconds."""
+    """The database's time, in unix seconds: a value, by which an index is searched. For `now()`, which runs while a
+    statement does, PostgreSQL looks at every row."""
     return float(connection.scalars(_NOW).one())
 
 

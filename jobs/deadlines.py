@@ -40,19 +40,16 @@ EXPIRED_ERROR: Final = {
 
 
 def _due(connection: Connection) -> Select[Any]:
-    return select(Job.id).where(JOB_QUEUED, JOB_DELAYED, Job.not_before <= _moment(connection))
+    return select(Job.id).where(JOB_QUEUED, JOB_DELAYED, Job.not_before <= clock(connection))
 
 
 def _late(connection: Connection) -> Select[Any]:
-    moment = _moment(connection)
     return select(Job.id).where(
-        JOB_HAS_DEADLINE, JOB_UNFINISHED, Job.deadline <= moment, Job.state != JobState.CANCELLING
+        JOB_HAS_DEADLINE,
+        JOB_UNFINISHED,
+        Job.deadline <= clock(connection),
+        Job.state != JobState.CANCELLING,
     )
-
-
-def _moment(connection: Connection) -> float:
-    """Now, as a value: PostgreSQL searches no index for a clock that runs while it looks."""
-    return clock(connection)
 
 
 def make_due(connection: Connection) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Connection, delete, exists, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Select, delete, exists, insert, or_, select, update
 
 from jobs import tallies
 from jobs.bad_field import BadField
@@ -221,17 +221,14 @@ class Files:
 
     def end_expired(self) -> int:
         """Remove files whose time has come and that no batch needs; how many. Their rows go in a later call."""
-        needed = exists().where(Batch.input_file_id == File.id, Batch.finished_at.is_(None))
-        rows = select(*File.__table__.columns)
-        full = rows.where(File.expires_at <= now(), File.purpose != GONE, ~needed)
-        emptied = rows.where(File.expires_at <= now() - PLACE_SECONDS, File.purpose == GONE)
         with self._database.read() as connection:
-            if not any(connection.execute(some.limit(1)).first() for some in (full, emptied)):
+            expired = _expired(clock(connection))
+            if not any(connection.execute(some.limit(1)).first() for some in expired):
                 return 0
 
         full, emptied = (
             some.order_by(File.id).limit(ENDS_PER_SWEEP).with_for_update(skip_locked=True, of=File)
-            for some in (full, emptied)
+            for some in expired
         )
 
         def work(connection: Connection) -> list[str]:
@@ -266,6 +263,16 @@ class Files:
         if removed:
             log.warning("files.cleaned leftovers=%d", removed)
         return removed
+
+
+def _expired(time_now: float) -> tuple[Select[Any], Select[Any]]:
+    """Rows of files that are to be removed, and of those that were and whose places are needed no more."""
+    needed = exists().where(Batch.input_file_id == File.id, Batch.finished_at.is_(None))
+    rows = select(*File.__table__.columns)
+    return (
+        rows.where(File.expires_at <= time_now, File.purpose != GONE, ~needed),
+        rows.where(File.expires_at <= time_now - PLACE_SECONDS, File.purpose == GONE),
+    )
 
 
 def _theirs(tenant: str) -> tuple[ColumnElement[bool], ...]:

@@ -76,7 +76,6 @@ class ScheduleRuns:
         place = tuple_(Schedule.next_at, Schedule.id)
         query = select(Schedule.next_at, Schedule.id).order_by(Schedule.next_at, Schedule.id).limit(PAGE)
         with self._database.read() as connection:
-            # As a number: against the clock itself PostgreSQL would look at every schedule instead of the index.
             time_now = clock(connection)
             rows = connection.execute(
                 query.where(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import event, insert, select, update
 
 from jobs.bad_field import BadField
 from jobs.database import Database, now
@@ -154,6 +154,30 @@ def test_expired_files_are_gone_and_give_their_room_back(bench: Bench) -> None:
     assert view is not None
     assert view.expires_at == pytest.approx(view.created_at + 3600)
     assert bench.files.end_expired() == 0
+
+
+def test_files_that_have_not_expired_are_not_looked_at(bench: Bench) -> None:
+    asked: list[tuple[str, Any]] = []
+    row = {"tenant": DEFAULT, "purpose": "batch", "filename": "f", "bytes": 1, "created_at": 0.0}
+    ends = (time.time() + 3600 + seconds for seconds in range(5_000))
+    with bench.database.write() as connection:
+        rows = [row | {"id": f"file-{end}", "expires_at": end} for end in ends]
+        connection.execute(insert(File), rows)
+        connection.exec_driver_sql("ANALYZE")
+
+    def note(connection: Any, cursor: Any, statement: str, parameters: Any, *more: Any) -> None:
+        asked.append((statement, parameters))
+
+    event.listen(bench.database.engine, "before_cursor_execute", note)
+    assert bench.files.end_expired() == 0
+    event.remove(bench.database.engine, "before_cursor_execute", note)
+    how = "EXPLAIN QUERY PLAN" if bench.database.is_sqlite else "EXPLAIN"
+    questions = [one for one in asked if "FROM files" in one[0]]
+    assert len(questions) == 2
+    with bench.database.read() as connection:
+        for statement, parameters in questions:
+            plan = str(connection.exec_driver_sql(f"{how} {statement}", parameters).all())
+            assert "ix_files_expires_at" in plan, plan
 
 
 @pytest.mark.parametrize("order", ["asc", "desc"])
