@@ -12,11 +12,7 @@ from functools import lru_cache
 from operator import attrgetter
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from engine.grammar_source import complaint
@@ -207,9 +203,8 @@ class JobBody(Strict):
 
 
 _NESTED = frozenset({"repetition_detection", "structured_outputs", "response_format"})
-_asked = attrgetter(
-    *(set(JobBody.model_fields) - {"model", "prompt", "messages", "custom_id", "metadata"})
-)  # of a body: all values beside its texts
+# Of a body: all values beside its texts.
+_asked = attrgetter(*(set(JobBody.model_fields) - {"model", "prompt", "messages", "custom_id", "metadata"}))
 
 
 class _Wish:

@@ -30,9 +30,8 @@ log = logging.getLogger(__name__)
 
 MAX_FILENAME_CHARS: Final = 512
 SHORTEST_LIFE, LONGEST_LIFE = 3_600, 2_592_000  # seconds, as OpenAI has them
-LEFTOVER_SECONDS: Final = (
-    3_600.0  # an upload or an output takes less, from write to write and from name to row
-)
+# An upload or an output takes less, from write to write and from name to row.
+LEFTOVER_SECONDS: Final = 3_600.0
 PLACE_SECONDS: Final = 3_600.0  # that the row of a file stays behind its end
 ENDS_PER_SWEEP: Final = 500
 GONE: Final = "gone"  # the purpose of a row that is only a place

@@ -165,9 +165,8 @@ def _wanted(connection: Connection, batch_id: str, states: frozenset[JobState]) 
     """Positions of the jobs to copy, ascending, and what they add to their tenant."""
     body = cast(Job.body, String)
     rows = connection.execute(
-        select(
-            Job.position, Job.estimated_tokens, func.length(body).label("size")
-        )  # ASCII: characters are bytes
+        # It is ASCII, so characters are bytes.
+        select(Job.position, Job.estimated_tokens, func.length(body).label("size"))
         .where(Job.batch_id == batch_id, Job.state.in_(sorted(states)), body != _EMPTY)
         .order_by(Job.position),
         execution_options={"yield_per": 1000},

@@ -98,9 +98,8 @@ class Schedules:
             timing = {name: values.get(name, known) for name, known in before.items()}
             if timing != before:
                 CronLine.of(timing["cron"], timing["time_zone"])
-                is_due = (
-                    row.next_at is not None and row.next_at <= time_now
-                )  # and stays so, unless this pauses it
+                # What is due stays so, unless this pauses it.
+                is_due = row.next_at is not None and row.next_at <= time_now
                 values["next_at"] = row.next_at if is_due and timing["enabled"] else _next(timing, time_now)
             if "jobs" in values:
                 values["jobs"] = stored_jobs(values["jobs"])
