@@ -26,22 +26,24 @@ from jobs.answers import outcome_of
 from jobs.bad_field import BadField
 from jobs.batch_file import (
     BadLine,
-    BatchFileError,
     BatchLine,
-    Done,
     answer_line,
     bad_line,
-    check_input,
     error_line,
     parse_line,
-    read_lines,
-    resume,
 )
 from jobs.engine_process import EngineProcess
 from jobs.failures import status_of
 from jobs.openai_answers import usage_object
 from jobs.quarantine import SUSPECT, Quarantine, is_guilty, suspicion_after
 from jobs.requests import prompt_of, request_of
+from jobs.run_files import (
+    BatchFileError,
+    Done,
+    check_input,
+    read_lines,
+    resume,
+)
 from jobs.settings import Settings
 
 LOOK_SECONDS = 0.2  # how soon a Ctrl-C is seen

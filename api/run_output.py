@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from jobs.batch_file import Done
+from jobs.run_files import Done
 
 SYNC_SECONDS = 1.0  # what a power cut may cost
 RATE_SECONDS = 10.0  # over which tok/s is taken

@@ -15,16 +15,13 @@ from jobs.batch_file import (
     CHAT,
     COMPLETIONS,
     BadLine,
-    BatchFileError,
     BatchLine,
     answer_line,
     bad_line,
-    check_input,
     error_line,
     parse_line,
-    read_lines,
-    resume,
 )
+from jobs.run_files import BatchFileError, check_input, read_lines, resume
 from jobs.settings import Settings
 
 OUTPUTS = [{"index": 0, "text": "one\u2028two", "finish_reason": "stop", "stop_reason": None}]
