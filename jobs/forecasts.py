@@ -10,7 +10,8 @@ has measured is None, and nobody is refused for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
@@ -18,6 +19,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, func, select
 
 from jobs.claims import QUEUED
+from jobs.counted_tokens import counted, counted_column
 from jobs.database import Database
 from jobs.deadlines import HAS_DEADLINE, OPEN
 from jobs.models import Job
@@ -134,7 +136,8 @@ class Forecasts:
 
     def _due_sooner(self, connection: Connection | None, model: str, deadline: float) -> int:
         """Estimated tokens of the normal jobs that wait and whose deadline comes first."""
-        query = select(func.coalesce(func.sum(Job.estimated_tokens), 0)).where(
+        counted_tokens = counted_column(self._depth.picture(connection).contexts)
+        query = select(func.coalesce(func.sum(counted_tokens), 0)).where(
             HAS_DEADLINE,
             OPEN,
             QUEUED,
@@ -150,8 +153,14 @@ class Forecasts:
         if terms.deadline is not None and self._refuses:
             self._depth.picture()
 
-    def check_all(self, connection: Connection, added: Mapping[str, int], terms: Terms) -> None:
-        """`check` for each model of a submit; `added`: estimated tokens by model."""
+    def check_all(self, connection: Connection, rows: Sequence[Mapping[str, Any]], terms: Terms) -> None:
+        """`check` for each model of a submit; `rows`: its jobs (`jobs.job_rows`)."""
+        if terms.deadline is None or not self._refuses:
+            return
+        contexts = self._depth.picture(connection).contexts
+        added: Counter[str] = Counter()
+        for row in rows:
+            added[row["model"]] += counted(row["estimated_tokens"], contexts.get(row["model"]))
         for model, tokens in sorted(added.items()):
             self.check(connection, model=model, added_tokens=tokens, deadline=terms.deadline)
 
@@ -183,6 +192,7 @@ def _end_of(
     speed = None if queue is None else _speed(queue)
     if queue is None or speed is None:
         return None
+    longest_tokens = counted(longest_tokens, picture.contexts.get(model))
     ahead = _held(queue) + (0 if place is None else queue.ahead(*place))
     earliest = (
         picture.at if started_at is None else started_at if place is None else max(started_at, picture.at)

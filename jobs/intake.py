@@ -330,7 +330,7 @@ class Intake:
     ) -> None:
         load = load_of(rows)
         open_room(connection, tenant, self._settings).take(load)
-        self._forecasts.check_all(connection, _tokens_by_model(rows), terms)
+        self._forecasts.check_all(connection, rows, terms)
         if batch is not None:
             connection.execute(insert(Batch), [batch])
         insert_all(connection, rows)
@@ -370,7 +370,7 @@ class Intake:
             try:
                 room.check(load)
                 if job_id in terms:
-                    self._forecasts.check_all(connection, _tokens_by_model([row]), terms[job_id])
+                    self._forecasts.check_all(connection, [row], terms[job_id])
             except (QuotaExceeded, WindowTooTight) as error:
                 refused[job_id] = error
             else:

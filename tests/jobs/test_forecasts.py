@@ -321,3 +321,24 @@ def test_a_long_queue_is_one_sum_per_place(database: Database, settings: Setting
         200_000,
     ]
     assert (queue.ahead(1), queue.ahead(3)) == (0, 200_000)
+
+
+def test_a_job_counts_for_no_more_than_a_context_holds(database: Database, settings: Settings) -> None:
+    """Who asks for a million tokens, to say "as many as you like", moves nobody's forecast by hours."""
+    worker(database, max_model_len=1000)
+    worker(database, "older", max_model_len=500, state="stopped")
+    worker(database, "w2", model="unknown")
+    greedy, asked = submit(database, settings, 2, max_tokens=1_000_000), submit(database, settings, 20)
+    spread(database, greedy, asked)
+    # 2 of 1,000 and 20 of 100 estimated tokens, half of which are computed, 10 a second.
+    assert seconds_of(database, settings, asked) == pytest.approx(200, abs=3)
+    assert seconds_of(database, settings, greedy) == pytest.approx(500, abs=3), "its own 500, one a second"
+    submit(database, settings, 1, Terms(deadline=clock(database) + 300), max_tokens=1_000_000)
+    submit(database, settings, 1, Terms(deadline=clock(database) + 300))
+    with database.write() as connection:
+        assert len(claim(connection, worker_id="w", model="tiny", limit=2)) == 2
+    with database.read() as connection:
+        assert look(connection).queues["tiny"].held_tokens == 2000
+    submit(database, settings, 1, max_tokens=5_000, model="unknown")
+    with database.read() as connection:
+        assert look(connection).queues["unknown"].tokens_queued == 5_010
