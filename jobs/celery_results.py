@@ -109,8 +109,8 @@ class CeleryResults(threading.Thread):
             self.backend.store_result(job_id, value, state)
 
     def _begin(self, job_id: str) -> None:
-        """In one step with the look whether anything is known: another worker, which has the job meanwhile, may tell of
-        its end right now, and nobody would tell of that again."""
+        """In one step with the look whether anything is known: another worker, which has the job meanwhile, may tell
+        of its end right now, and nobody would tell of that again."""
         meta = self.backend._get_result_meta({}, "STARTED", None, None) | {"task_id": job_id}
         key, value = self.backend.get_key_for_task(job_id), self.backend.encode(meta)
         if self.backend.client.set(key, value, ex=self.backend.expires or None, nx=True):

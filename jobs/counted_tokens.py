@@ -1,10 +1,10 @@
 """Counted tokens: what a job counts for where work ahead is summed up.
 
-Owns the rule: its estimate, but no more than the longest context that its model was ever served with, since the engine
-cuts `max_tokens` to it (`engine.engine`). Otherwise one client that asks for a million tokens, to say "as many as you like",
-would move everybody's forecast by hours. A job of several samples counts as one of them there; what models make of
-estimates (`jobs.pace`) is learned under the same rule. Quotas and fair turns go by the estimate as it is. Refuses to
-know speeds.
+Owns the rule: its estimate, but no more than the longest context that its model was ever served with, since the
+engine cuts `max_tokens` to it (`engine.engine`). Otherwise one client that asks for a million tokens, to say "as many
+as you like", would move everybody's forecast by hours. A job of several samples counts as one of them there; what
+models make of estimates (`jobs.pace`) is learned under the same rule. Quotas and fair turns go by the estimate as it
+is. Refuses to know speeds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jobs.models import Job, Worker
 def longest_contexts(connection: Connection) -> dict[str, int]:
     """By model, in tokens; without those that no worker has loaded yet."""
     lengths = select(Worker.model, func.max(Worker.max_model_len)).where(Worker.max_model_len.is_not(None))
-    return {model: length for model, length in connection.execute(lengths.group_by(Worker.model))}
+    return {row[0]: row[1] for row in connection.execute(lengths.group_by(Worker.model))}
 
 
 def counted(tokens: int, context: int | None) -> int:
