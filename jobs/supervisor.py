@@ -103,8 +103,8 @@ class EngineSupervisor(threading.Thread):
 
     def kill_if_stalled(self, step_seconds: float, start_seconds: float) -> None:
         """A busy engine that shows no step for so long hangs, and one that is not loaded after so long does too:
-        end it, so that its death can be dealt with. One that even the kernel cannot end, because it hangs in a driver,
-        counts as dead `KILL_SECONDS` later."""
+        end it, so that its death can be dealt with. One that even the kernel cannot end, because it hangs in a
+        driver, counts as dead `KILL_SECONDS` later."""
         process, still = self._process, time.monotonic() - self.moved_at
         if process is None or not process.alive:
             return
