@@ -12,8 +12,11 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict
 
 from jobs.files import FileView
+from jobs.forecasts import Outlook
 from jobs.reads import BatchView, JobView
 from jobs.states import BatchState, JobState
+
+UNKNOWN: Final = Outlook()  # of what nobody asked for
 
 
 class _Object(BaseModel):
@@ -78,6 +81,7 @@ class JobObject(_Object):
     started_at: int | None
     finished_at: int | None
     estimated_completion_at: int | None  # of an open job, when anything is known
+    unserved_models: list[str] | None  # of an open job: its model, if no live worker serves it
     outputs: list[Output] | None
     usage: JobUsage | None
     error: JobError | None
@@ -153,6 +157,7 @@ class BatchObject(_Object):
     retry_of: str | None = None  # ours: the batch whose failed jobs these are once more
     metadata: dict[str, str]
     estimated_completion_at: int | None  # ours: while it runs, when anything is known
+    unserved_models: list[str] | None  # ours: that it waits for while it runs, and no live worker serves
     schedule_id: str | None  # ours: whose run it is
 
 
@@ -221,8 +226,7 @@ REFUSALS: Final[dict[int | str, dict[str, Any]]] = {
 }
 
 
-def job_object(job: JobView, estimate: float | None = None) -> JobObject:
-    """`estimate`: unix seconds at which it will be done (`jobs.forecasts`)."""
+def job_object(job: JobView, outlook: Outlook = UNKNOWN) -> JobObject:
     usage = job.usage
     return JobObject(
         id=job.id,
@@ -234,7 +238,7 @@ def job_object(job: JobView, estimate: float | None = None) -> JobObject:
         created_at=int(job.created_at),
         started_at=_seconds(job.started_at),
         finished_at=_seconds(job.finished_at),
-        estimated_completion_at=_whole(estimate),
+        **_outlook(outlook),
         outputs=None if job.outputs is None else [Output.model_validate(one) for one in job.outputs],
         usage=None
         if usage is None
@@ -254,17 +258,16 @@ def job_object(job: JobView, estimate: float | None = None) -> JobObject:
     )
 
 
-def job_list(jobs: list[JobView], estimates: list[float | None], has_more: bool) -> JobList:
+def job_list(jobs: list[JobView], outlooks: list[Outlook], has_more: bool) -> JobList:
     return JobList(
-        data=[job_object(job, estimate) for job, estimate in zip(jobs, estimates, strict=True)],
+        data=[job_object(job, outlook) for job, outlook in zip(jobs, outlooks, strict=True)],
         first_id=jobs[0].id if jobs else None,
         last_id=jobs[-1].id if jobs else None,
         has_more=has_more,
     )
 
 
-def batch_object(batch: BatchView, estimate: float | None = None) -> BatchObject:
-    """`estimate`: unix seconds at which it will be done (`jobs.forecasts`)."""
+def batch_object(batch: BatchView, outlook: Outlook = UNKNOWN) -> BatchObject:
     ended: dict[str, Any] = {}
     if batch.state in (BatchState.COMPLETED, BatchState.CANCELLED, BatchState.FAILED, BatchState.EXPIRED):
         ended[f"{batch.state}_at"] = _seconds(batch.finished_at)
@@ -303,14 +306,18 @@ def batch_object(batch: BatchView, estimate: float | None = None) -> BatchObject
         ),
         retry_of=batch.retry_of,
         metadata=batch.metadata,
-        estimated_completion_at=_whole(estimate),
+        **_outlook(outlook),
         schedule_id=batch.schedule_id,
         **ended,
     )
 
 
-def _whole(estimate: float | None) -> int | None:
-    return None if estimate is None else math.ceil(estimate)
+def _outlook(outlook: Outlook) -> dict[str, Any]:
+    end, unserved = outlook
+    return {
+        "estimated_completion_at": None if end is None else math.ceil(end),
+        "unserved_models": None if unserved is None else list(unserved),
+    }
 
 
 def batch_list(batches: list[BatchView], has_more: bool) -> BatchList:

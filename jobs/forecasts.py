@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, func, select
 
@@ -59,6 +59,14 @@ class Speed:
     alone: float
 
 
+class Outlook(NamedTuple):
+    """`end`: when it will be done, in unix seconds; None when nothing is known. `unserved`: models that it waits for
+    and no live worker serves; None when it is not open."""
+
+    end: float | None = None
+    unserved: tuple[str, ...] | None = None
+
+
 class Forecasts:
     """One per process. Times are unix seconds on the database's clock."""
 
@@ -73,19 +81,20 @@ class Forecasts:
         for model, tokens in added.items():
             self._depth.changed(model, tokens)
 
-    def of_job(self, job: JobView) -> float | None:
-        """When it will be done; None when it is not open, is being cancelled, or nothing is known."""
+    def of_job(self, job: JobView) -> Outlook:
+        """Nothing of one that is not open, or is being cancelled."""
         if job.state not in (JobState.QUEUED, JobState.IN_PROGRESS):
-            return None
+            return Outlook()
         place = (job.tier, job.fair_tag) if job.state is JobState.QUEUED else None
         started_at = job.started_at if place is None else job.not_before
         picture = self._depth.picture()
-        return _end_of(picture, job.model, place, longest_tokens=job.estimated_tokens, started_at=started_at)
+        end = _end_of(picture, job.model, place, longest_tokens=job.estimated_tokens, started_at=started_at)
+        return Outlook(end, _unserved(picture, {job.model}))
 
-    def of_batch(self, batch: BatchView) -> float | None:
-        """When the last of its jobs will be done; None as for a job."""
+    def of_batch(self, batch: BatchView) -> Outlook:
+        """Of the last of its jobs, as for a job."""
         if batch.state is not BatchState.IN_PROGRESS:
-            return None
+            return Outlook()
         tier = (Job.tier % DELAYED).label("tier")
         columns = (Job.model, tier, Job.fair_tag, Job.estimated_tokens, Job.not_before, Job.started_at)
         open_jobs = select(*columns).where(Job.batch_id == batch.id)
@@ -101,7 +110,8 @@ class Forecasts:
             for model, place, longest, started_at in found
         ]
         known = [end for end in ends if end is not None]
-        return max(known) if known and len(known) == len(ends) else None
+        end = max(known) if known and len(known) == len(ends) else None
+        return Outlook(end, _unserved(picture, {model for model, *_ in found}))
 
     def check(
         self,
@@ -183,6 +193,11 @@ def _places(
         (model, (tier, fair_tag) if queued else None, longest, started_at)
         for model, tier, fair_tag, longest, started_at in rows
     ]
+
+
+def _unserved(picture: Picture, models: Iterable[str]) -> tuple[str, ...]:
+    served = {model for model, queue in picture.queues.items() if queue.workers}
+    return tuple(sorted(set(models) - served))
 
 
 def _end_of(

@@ -116,7 +116,29 @@ def test_a_model_that_nobody_serves_is_said(run: Run) -> None:
     done = run("submit", "--prompt", "a", "--model", "somebody-else")
     assert (done.exit_code, "no worker serves somebody-else" in done.stderr) == (0, True)
     assert run("cancel", done.stdout.strip()).exit_code == 0
-    assert "no worker" not in run("submit", "--prompt", "a", "--model", "tiny").stderr
+    said = run("status", done.stdout.strip()).output
+    assert "no worker" not in said, "it has ended"
+    waits = run("submit", "--prompt", "a")  # for the model that this api is configured for
+    assert "no worker serves tiny now" in waits.stderr
+    assert "\n  no worker serves tiny now" in run("status", waits.stdout.strip()).output
+    assert run("cancel", waits.stdout.strip()).exit_code == 0
+
+
+def test_a_model_that_nobody_will_serve_again_is_cleared(run: Run, database: Database) -> None:
+    """By the operator, for all tenants, so that readiness does not speak of it for ever."""
+    made = [run("submit", "--prompt", "a", "--model", "retired").stdout.strip() for _ in range(2)]
+    other = run("submit", "--prompt", "a").stdout.strip()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NIGHTPRESS_DATABASE_URL", database.url)
+        assert run("cancel", "--model", "retired").stdout == "retired  2 cancelled\n"
+        again = run("cancel", "--model", "retired", "--json")
+        assert (again.exit_code, json.loads(again.stdout)) == (0, {})
+        assert run("cancel", "--model", "retired").stdout == "retired  no open jobs\n"
+    assert all("cancelled" in run("status", job_id).output for job_id in made)
+    assert "queued" in run("status", other).output
+    assert run("cancel", other).exit_code == 0
+    for wrong in ((), (other, "--model", "retired")):
+        assert (run("cancel", *wrong).exit_code, "--model" in run("cancel", *wrong).output) == (2, True)
 
 
 def test_the_api_says_where_it_listens(api: Process) -> None:
@@ -151,10 +173,13 @@ def test_only_loopback_names_are_answered(api: Process, host: str, status: int) 
 def test_one_prompt(run: Run, database: Database) -> None:
     made = run("submit", "--prompt", "hello", "--max-tokens", "5")
     assert made.exit_code == 0, made.output
-    job_id = made.output.strip()
+    job_id = made.stdout.strip()
     assert job_id.startswith("job_")
     waiting = run("status", job_id)
-    assert (waiting.exit_code, waiting.output) == (0, f"{job_id}  queued  attempts: 0\n")
+    assert (waiting.exit_code, waiting.output) == (
+        0,
+        f"{job_id}  queued  attempts: 0\n  no worker serves tiny now: its jobs wait until one does\n",
+    )
     complete(database)
     done = run("status", job_id)
     assert done.exit_code == 0
@@ -176,7 +201,7 @@ def test_a_batch_in_every_spelling(run: Run, database: Database, tmp_path: Path,
     for source, typed in ((str(file), None), ("-", text)):
         made = run("submit", source, text=typed)
         assert made.exit_code == 0, made.output
-        batch_id = made.output.strip()
+        batch_id = made.stdout.strip()
         assert batch_id.startswith("batch_")
         assert "2 jobs: 2 queued" in run("status", batch_id).output
         nothing = run("results", batch_id)
@@ -191,8 +216,8 @@ def test_a_batch_in_every_spelling(run: Run, database: Database, tmp_path: Path,
 
 
 def test_failed_jobs_are_an_exit_status(run: Run, database: Database) -> None:
-    job_id = run("submit", "--prompt", "a").output.strip()
-    batch_id = run("submit", "--prompt", "a", "--prompt", "b").output.strip()
+    job_id = run("submit", "--prompt", "a").stdout.strip()
+    batch_id = run("submit", "--prompt", "a", "--prompt", "b").stdout.strip()
     complete(database, kind="failed")
     assert run("status", job_id).exit_code == 1
     assert "numerics: NaN logits" in run("status", job_id).output
@@ -216,9 +241,9 @@ def test_a_file_with_a_bad_line_is_an_exit_status(run: Run, api: Process) -> Non
 
 
 def test_cancel(run: Run) -> None:
-    job_id = run("submit", "--prompt", "a").output.strip()
+    job_id = run("submit", "--prompt", "a").stdout.strip()
     assert run("cancel", job_id).output == f"{job_id}  cancelled\n"
-    batch_id = run("submit", "--prompt", "a", "--prompt", "b").output.strip()
+    batch_id = run("submit", "--prompt", "a", "--prompt", "b").stdout.strip()
     assert json.loads(run("cancel", batch_id, "--json").output)["job_counts"]["cancelled"] == 2
 
 

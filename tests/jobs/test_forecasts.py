@@ -75,7 +75,7 @@ def spread(database: Database, *batch_ids: str) -> None:
 
 def seconds_of(database: Database, settings: Settings, batch_id: str) -> float | None:
     """Until the batch is done, as a process that has just started says."""
-    end = Forecasts(database, settings).of_batch(batch(database, batch_id))
+    end = Forecasts(database, settings).of_batch(batch(database, batch_id)).end
     return None if end is None else end - clock(database)
 
 
@@ -163,7 +163,7 @@ def test_jobs_one_by_one(database: Database, settings: Settings) -> None:
     forecasts = Forecasts(database, settings)
 
     def seconds(name: str) -> float:
-        end = forecasts.of_job(job(database, name))
+        end = forecasts.of_job(job(database, name)).end
         assert end is not None
         return end - clock(database)
 
@@ -171,7 +171,7 @@ def test_jobs_one_by_one(database: Database, settings: Settings) -> None:
     assert seconds(later) == pytest.approx(1050, abs=3), "and nobody waits for it meanwhile"
     with database.write() as connection:
         connection.execute(update(Job).where(Job.id == job_id).values(state="cancelled"))
-    assert forecasts.of_job(job(database, job_id)) is None
+    assert forecasts.of_job(job(database, job_id)) == (None, None)
 
 
 def test_ended_batches_have_no_forecast(database: Database, settings: Settings) -> None:
@@ -342,3 +342,21 @@ def test_a_job_counts_for_no_more_than_a_context_holds(database: Database, setti
     submit(database, settings, 1, max_tokens=5_000, model="unknown")
     with database.read() as connection:
         assert look(connection).queues["unknown"].tokens_queued == 5_010
+
+
+def test_models_that_nobody_serves_are_named(database: Database, settings: Settings) -> None:
+    """Of what waits, until a worker that takes jobs is there, be it still loading."""
+    bodies = [BODY.model_copy(update={"model": name}) for name in ("tiny", "gone", "loading", "gone")]
+    batch_id = Intake(database, settings).accept_many(bodies, OPERATOR)
+    job_id = Intake(database, settings).accept_one(bodies[1], OPERATOR)
+    worker(database)
+    worker(database, "late", model="gone", lease_until=1.0)
+    worker(database, "leaving", model="gone", state="draining")
+    worker(database, "new", model="loading", state="starting", pace=None)
+    forecasts = Forecasts(database, settings)
+    assert forecasts.of_batch(batch(database, batch_id)) == (None, ("gone",))
+    assert forecasts.of_job(job(database, job_id)) == (None, ("gone",))
+    worker(database, "back", model="gone")
+    forecasts = Forecasts(database, settings)
+    assert forecasts.of_batch(batch(database, batch_id)).unserved == ()
+    assert forecasts.of_job(job(database, job_id)).unserved == ()
