@@ -55,7 +55,7 @@ class Cancels:
         return self._database.transact(lambda connection: _cancel_batch(connection, batch_id, tenant))
 
     def cancel_model(
-        self, model: str, told: Callable[[int], None] = lambda num_jobs: None
+        self, model: str, told: Callable[[int], object] = lambda num_jobs: None
     ) -> Counter[JobState]:
         """Cancel every open job of a model, whoever's, some at a time; how many are `cancelled` or `cancelling` by
         it. For whoever runs the service and has no worker for them any more. `told` hears of each portion."""

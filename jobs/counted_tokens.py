@@ -19,8 +19,8 @@ from jobs.models import Job, Worker
 
 def longest_contexts(connection: Connection) -> dict[str, int]:
     """By model, in tokens; without those that no worker has loaded yet."""
-    lengths = select(Worker.model, func.max(Worker.max_model_len)).where(Worker.max_model_len.is_not(None))
-    return {row[0]: row[1] for row in connection.execute(lengths.group_by(Worker.model))}
+    lengths = select(Worker.model, func.max(Worker.max_model_len)).group_by(Worker.model)
+    return {model: length for model, length in connection.execute(lengths) if length is not None}
 
 
 def counted(tokens: int, context: int | None) -> int:

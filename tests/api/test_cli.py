@@ -124,23 +124,6 @@ def test_a_model_that_nobody_serves_is_said(run: Run) -> None:
     assert run("cancel", waits.stdout.strip()).exit_code == 0
 
 
-def test_a_model_that_nobody_will_serve_again_is_cleared(run: Run, database: Database) -> None:
-    """By the operator, for all tenants, so that readiness does not speak of it for ever."""
-    made = [run("submit", "--prompt", "a", "--model", "retired").stdout.strip() for _ in range(2)]
-    other = run("submit", "--prompt", "a").stdout.strip()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NIGHTPRESS_DATABASE_URL", database.url)
-        assert run("cancel", "--model", "retired").stdout == "retired  2 cancelled\n"
-        again = run("cancel", "--model", "retired", "--json")
-        assert (again.exit_code, json.loads(again.stdout)) == (0, {})
-        assert run("cancel", "--model", "retired").stdout == "retired  no open jobs\n"
-    assert all("cancelled" in run("status", job_id).output for job_id in made)
-    assert "queued" in run("status", other).output
-    assert run("cancel", other).exit_code == 0
-    for wrong in ((), (other, "--model", "retired")):
-        assert (run("cancel", *wrong).exit_code, "--model" in run("cancel", *wrong).output) == (2, True)
-
-
 def test_the_api_says_where_it_listens(api: Process) -> None:
     url = (api.log.parent / "url").read_text().strip()
     assert url.startswith("http://127.0.0.1:")
