@@ -122,6 +122,12 @@ def test_a_model_that_nobody_serves_is_said(run: Run) -> None:
     assert "no worker serves tiny now" in waits.stderr
     assert "\n  no worker serves tiny now" in run("status", waits.stdout.strip()).output
     assert run("cancel", waits.stdout.strip()).exit_code == 0
+    later = run("submit", "--prompt", "a", "--not-before", str(time.time() + 86_400), "--json")
+    assert later.exit_code == 0, later.output
+    name = json.loads(later.stdout)["id"]
+    assert "\n  not before 20" in run("status", name).output
+    assert run("cancel", name).exit_code == 0
+    assert "not before" not in run("status", name).output
 
 
 def test_the_api_says_where_it_listens(api: Process) -> None:
