@@ -9,8 +9,8 @@ from typing import IO, Any
 import click
 
 from api.cli_client import client_options, fails_politely, json_option, plural, progress
+from api.cli_database import opened
 from api.cli_status import no_worker
-from api.cli_tenants import opened
 from api.client import Client
 
 JOBS_PER_BATCH = 10_000  # what POST /v1/jobs takes at once

@@ -16,9 +16,9 @@ from sqlalchemy import ColumnElement, Connection, and_, exists, select, update
 
 from jobs import tallies
 from jobs.batch_intake import stop_inserting
-from jobs.batches import UNFINISHED, close_batches
+from jobs.batches import close_batches
 from jobs.checkpoints import forget
-from jobs.claims import QUEUED
+from jobs.conditions import BATCH_UNFINISHED, JOB_QUEUED
 from jobs.database import PORTION, Database, now, portions
 from jobs.models import Batch, Job
 from jobs.states import OPEN, BatchState, JobState
@@ -36,14 +36,16 @@ class Cancels:
         """The state after the call: `cancelled` (was queued), `cancelling` (is held by a worker), or the
         terminal state that came first. None when the tenant has no such job."""
         theirs = Job.tenant == tenant
-        return self._database.transact(lambda connection: _cancel_job(connection, job_id, theirs, True))
+        return self._database.transact(
+            lambda connection: _cancel_job(connection, job_id, theirs, running=True)
+        )
 
     def revoke(self, job_id: str, *, running: bool) -> JobState | None:
         """The same for a job that came through Redis, by whoever commands the broker, whatever its tenant.
         With `running=False` a job that is held goes on."""
         through_redis = Job.source == "redis"
         return self._database.transact(
-            lambda connection: _cancel_job(connection, job_id, through_redis, running)
+            lambda connection: _cancel_job(connection, job_id, through_redis, running=running)
         )
 
     def cancel_batch(self, batch_id: str, *, tenant: str) -> BatchState | None:
@@ -60,7 +62,7 @@ class Cancels:
         """Cancel every open job of a model, whoever's, some at a time; how many are `cancelled` or `cancelling` by
         it. For whoever runs the service and has no worker for them any more. `told` hears of each portion."""
         moved: Counter[JobState] = Counter()
-        for waiting in (QUEUED, _RUNNING):
+        for waiting in (JOB_QUEUED, _RUNNING):
             while some := self._database.transact(partial(_cancel_some, model=model, waiting=waiting)):
                 moved += some
                 told(some.total())
@@ -72,7 +74,7 @@ def half_cancelled(connection: Connection) -> list[tuple[str, str]]:
     died, or had no database any more. For a moment this is every batch of a file that is being cancelled."""
     going_on = (JobState.QUEUED, JobState.IN_PROGRESS)
     query = select(Batch.id, Batch.tenant).where(
-        UNFINISHED,
+        BATCH_UNFINISHED,
         Batch.state == BatchState.CANCELLING,
         Batch.finalizing_at.is_(None),
         exists().where(Job.batch_id == Batch.id, Job.state.in_(going_on)),
@@ -105,7 +107,7 @@ def _stop_file_batch(connection: Connection, batch_id: str, tenant: str) -> None
 
 
 def _cancel_job(
-    connection: Connection, job_id: str, allowed: ColumnElement[bool], running: bool
+    connection: Connection, job_id: str, allowed: ColumnElement[bool], *, running: bool
 ) -> JobState | None:
     row = connection.execute(
         select(Job.state, Job.batch_id).where(Job.id == job_id, allowed).with_for_update()

@@ -21,7 +21,7 @@ from typing import Final
 from sqlalchemy import Connection, func, select
 from sqlalchemy.exc import SQLAlchemyError
 
-from jobs.claims import QUEUED
+from jobs.conditions import JOB_QUEUED
 from jobs.counted_tokens import counted_column, longest_contexts
 from jobs.database import Database, clock
 from jobs.models import Job, Worker
@@ -126,7 +126,7 @@ def look(connection: Connection) -> Picture:
     at, contexts = clock(connection), longest_contexts(connection)
     tokens_ahead = func.sum(counted_column(contexts))
     order = (Job.model, Job.tier, Job.fair_tag)
-    sums = select(*order, tokens_ahead).where(QUEUED, Job.tier < DELAYED).group_by(*order)
+    sums = select(*order, tokens_ahead).where(JOB_QUEUED, Job.tier < DELAYED).group_by(*order)
     for model, tier, fair_tag, tokens in connection.execute(sums.order_by(*order)):
         queue = queues.setdefault(model, Queue())
         queue.places.append((tier, fair_tag))

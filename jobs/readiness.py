@@ -12,7 +12,7 @@ from typing import Final
 
 from sqlalchemy import ColumnElement, Connection, case, func, select
 
-from jobs.claims import QUEUED
+from jobs.conditions import JOB_QUEUED
 from jobs.database import now
 from jobs.models import Job, Worker
 from jobs.states import HELD, LIVE_WORKER, WorkerState
@@ -22,7 +22,7 @@ LOOP_SECONDS: Final = 3600.0
 MANY_STARTS: Final = 3  # of engine processes, per worker that lives
 
 _WORK = (
-    select(Job.id).where(QUEUED, Job.tier < DELAYED).limit(1),
+    select(Job.id).where(JOB_QUEUED, Job.tier < DELAYED).limit(1),
     select(Job.id).where(Job.worker_id.is_not(None), Job.state.in_(HELD)).limit(1),
 )
 
