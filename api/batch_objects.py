@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from api.schemas import CachedTokens, Named, Object, PageObject, estimated_at, whole_seconds
+from api.schemas import UNKNOWN, CachedTokens, Named, Object, PageObject, seen_ahead, whole_seconds
 from jobs.batch_reads import BatchView
+from jobs.forecasts import Outlook
 from jobs.states import BatchState, JobState
 
 
@@ -72,6 +73,7 @@ class BatchObject(Named):
     retry_of: str | None = None  # ours: the batch whose failed jobs these are once more
     metadata: dict[str, str]
     estimated_completion_at: int | None  # ours: while it runs, when anything is known
+    unserved_models: list[str] | None  # ours: that it waits for while it runs, and no live worker serves
     schedule_id: str | None  # ours: whose run it is
 
 
@@ -79,8 +81,7 @@ class BatchList(PageObject[BatchObject]):
     pass
 
 
-def batch_object(batch: BatchView, estimate: float | None = None) -> BatchObject:
-    """`estimate`: unix seconds at which it will be done (`jobs.forecasts`)."""
+def batch_object(batch: BatchView, outlook: Outlook = UNKNOWN) -> BatchObject:
     ended: dict[str, Any] = {}
     if batch.state in (BatchState.COMPLETED, BatchState.CANCELLED, BatchState.FAILED, BatchState.EXPIRED):
         ended[f"{batch.state}_at"] = whole_seconds(batch.finished_at)
@@ -119,7 +120,7 @@ def batch_object(batch: BatchView, estimate: float | None = None) -> BatchObject
         ),
         retry_of=batch.retry_of,
         metadata=batch.metadata,
-        estimated_completion_at=estimated_at(estimate),
+        **seen_ahead(outlook),
         schedule_id=batch.schedule_id,
         **ended,
     )

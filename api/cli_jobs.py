@@ -9,7 +9,9 @@ from typing import IO, Any
 import click
 
 from api.cli_client import client_options, fails_politely, json_option, plural, progress
-from api.client import Client, Refused
+from api.cli_database import opened
+from api.cli_status import no_worker
+from api.client import Client
 
 JOBS_PER_BATCH = 10_000  # what POST /v1/jobs takes at once
 BYTES_PER_BATCH = 32_000_000  # of lines, well below the limit of an array's body
@@ -73,41 +75,51 @@ def submit(
         bodies = list(bodies_of(file))
     for body in bodies:
         body |= {name: value for name, value in terms.items() if value is not None}
-    for name in _asleep(client, bodies):
-        click.echo(f"nightpress: no worker serves {name} now: its jobs wait until one does", err=True)
+    asleep: set[str] = set()
     sizes = [len(body["jobs"]) if isinstance(body.get("jobs"), list) else 1 for body in bodies]
     with progress("submitted", sum(sizes), wanted=len(bodies) > 1) as bar:
         for number, (body, size) in enumerate(zip(bodies, sizes, strict=True)):
             key = f"{idempotency_key}-{number}" if idempotency_key and number else idempotency_key
             made = client.post("v1", "jobs", body=body, idempotency_key=key)
             click.echo(json.dumps(made) if as_json else made["id"])
+            asleep.update(made["unserved_models"] or ())
             bar.update(size)
-
-
-def _asleep(client: Client, bodies: list[dict[str, Any]]) -> list[str]:
-    """Models that jobs name and nobody serves: perhaps later, perhaps never."""
-    jobs = (
-        job for body in bodies for job in (body["jobs"] if isinstance(body.get("jobs"), list) else [body])
-    )
-    named = {str(job["model"]) for job in jobs if isinstance(job, dict) and isinstance(job.get("model"), str)}
-    if not named:
-        return []
-    try:
-        served = {model["id"] for model in client.get("v1", "models")["data"]}
-    except Refused:  # a key that may hand in and not look
-        return []
-    return sorted(named - served)
+    for model in sorted(asleep):
+        click.echo(f"nightpress: {no_worker(model)}", err=True)
 
 
 @click.command()
-@click.argument("name", metavar="ID")
+@click.argument("name", metavar="[ID]", required=False)
+@click.option(
+    "--model", help="Instead of ID: all open jobs of this model, of every tenant, in the database itself."
+)
 @json_option
 @client_options
 @fails_politely
-def cancel(name: str, client: Client, as_json: bool) -> None:
-    """Cancel a job, or all open jobs of a batch."""
+def cancel(name: str | None, model: str | None, client: Client, as_json: bool) -> None:
+    """Cancel a job, or all open jobs of a batch.
+
+    With --model, which is for whoever runs the service, all that wait for a model: one that no worker will serve
+    again.
+    """
+    if name is None or model is not None:
+        if name is not None or model is None:
+            raise click.UsageError("give an ID or --model")
+        _cancel_model(model, as_json)
+        return
     found = client.post("v1", plural(name), name, "cancel")
     click.echo(json.dumps(found) if as_json else f"{found['id']}  {found['status']}")
+
+
+def _cancel_model(model: str, as_json: bool) -> None:
+    with opened(None) as (_, database):
+        from jobs.cancels import Cancels
+
+        with progress(model, None) as bar:
+            counts = Cancels(database).cancel_model(model, bar.update)
+    numbers = {str(state): count for state, count in counts.items()}
+    said = ", ".join(f"{count} {state}" for state, count in numbers.items() if count)
+    click.echo(json.dumps(numbers) if as_json else f"{model}  {said or 'no open jobs'}")
 
 
 @click.command()

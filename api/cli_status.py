@@ -105,5 +105,13 @@ def _errors(found: dict[str, Any]) -> str:
 
 
 def _when(found: dict[str, Any]) -> str:
+    """Of an open job or batch: when it will be done, or why nothing moves."""
+    waits = "".join(f"\n  {no_worker(model)}" for model in found["unserved_models"] or ())
+    if found["status"] == "queued" and (begins := found["not_before"]) and begins > time.time():
+        waits += f"\n  not before {local_time(begins)}"
     moment = found["estimated_completion_at"]
-    return "" if moment is None else f"\n  done at about {local_time(moment)}"
+    return waits if moment is None else f"{waits}\n  done at about {local_time(moment)}"
+
+
+def no_worker(model: str) -> str:
+    return f"no worker serves {model} now: its jobs wait until one does"

@@ -24,6 +24,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jobs.bad_field import BadField
+from jobs.database import cause
 from jobs.files import FileInUse
 from jobs.forecasts import WindowTooTight
 from jobs.idempotency import KeyReusedError
@@ -167,7 +168,7 @@ def _no_database(request: Request, error: Any) -> JSONResponse:
 
 def database_unreachable(scope: Scope, error: Exception) -> JSONResponse:
     request_id = scope["state"]["request_id"]
-    log.error("api.database_unreachable request=%s error=%s", request_id, type(error).__name__)
+    log.error("api.database_unreachable request=%s error=%s", request_id, cause(error))
     message = "the database cannot be reached at the moment; try again"
     return envelope(503, message, code="database_unreachable", headers={"Retry-After": "2"})
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from api.schemas import CachedTokens, JobError, Named, Object, PageObject, estimated_at, whole_seconds
+from api.schemas import UNKNOWN, CachedTokens, JobError, Named, Object, PageObject, seen_ahead, whole_seconds
+from jobs.forecasts import Outlook
 from jobs.reads import JobView
 from jobs.states import JobState
 
@@ -55,6 +56,7 @@ class JobObject(Named):
     started_at: int | None
     finished_at: int | None
     estimated_completion_at: int | None  # of an open job, when anything is known
+    unserved_models: list[str] | None  # of an open job: its model, if no live worker serves it
     outputs: list[Output] | None
     usage: JobUsage | None
     error: JobError | None
@@ -70,8 +72,7 @@ class JobList(PageObject[JobObject]):
     pass
 
 
-def job_object(job: JobView, estimate: float | None = None) -> JobObject:
-    """`estimate`: unix seconds at which it will be done (`jobs.forecasts`)."""
+def job_object(job: JobView, outlook: Outlook = UNKNOWN) -> JobObject:
     usage = job.usage
     return JobObject(
         id=job.id,
@@ -83,7 +84,7 @@ def job_object(job: JobView, estimate: float | None = None) -> JobObject:
         created_at=int(job.created_at),
         started_at=whole_seconds(job.started_at),
         finished_at=whole_seconds(job.finished_at),
-        estimated_completion_at=estimated_at(estimate),
+        **seen_ahead(outlook),
         outputs=None if job.outputs is None else [Output.model_validate(one) for one in job.outputs],
         usage=None
         if usage is None

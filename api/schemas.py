@@ -12,6 +12,10 @@ from typing import Any, Final, Generic, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
+from jobs.forecasts import Outlook
+
+UNKNOWN: Final = Outlook()  # of what nobody asked for
+
 
 class Object(BaseModel):
     model_config = ConfigDict(protected_namespaces=())
@@ -73,6 +77,10 @@ def whole_seconds(moment: float | None) -> int | None:
     return None if moment is None else int(moment)
 
 
-def estimated_at(estimate: float | None) -> int | None:
-    """Rounded up: a promise is not shortened."""
-    return None if estimate is None else math.ceil(estimate)
+def seen_ahead(outlook: Outlook) -> dict[str, Any]:
+    """Two fields of a job and of a batch. The end is rounded up: a promise is not shortened."""
+    end, unserved = outlook
+    return {
+        "estimated_completion_at": None if end is None else math.ceil(end),
+        "unserved_models": None if unserved is None else list(unserved),
+    }

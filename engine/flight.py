@@ -1,7 +1,9 @@
 """Flight: plans on their way through the device, the next one launched before the last one's draws are read.
 
 Owns the plan that was launched ahead, what its draws mean for sequences that have gone meanwhile (nothing), and what
-becomes of a plan that the device has no memory for: smaller ones, one by one. Knows neither pages nor tensors.
+becomes of a plan that the device has no memory for: smaller ones, one by one. Who took the memory, another process
+perhaps, may give it back: after some plans without a shortage twice as much is dared, after a try that failed later
+than before. So at most one launch in `PATIENCE` is in vain. Knows neither pages nor tensors.
 
 Whatever happens to a sequence between two steps, its pages may be given to others at once: the device works in the
 order of launches, so whoever gets them writes to them later.
@@ -21,6 +23,8 @@ from engine.step_times import StepTimes
 logger = logging.getLogger(__name__)
 
 LEAST_BUDGET = 16  # tokens of a step: who has no memory for so few has none
+PATIENCE = 256  # plans without a shortage after which more is dared
+MOST_PATIENCE = 16 * PATIENCE  # where tries keep failing
 
 
 class Launcher(Protocol):
@@ -36,6 +40,10 @@ class Flight:
         self._scheduler = scheduler
         self._ahead: tuple[Plan, Launched] | None = None
         self._room_ahead = True
+        self._whole_budget = scheduler.max_num_batched_tokens
+        self._patience = PATIENCE
+        self._num_good = 0  # plans since the last shortage or try
+        self._trying = False  # more than a shortage has left is dared, and not long proven
 
     def next(self) -> tuple[Plan, Draws] | None:
         """Make and launch a plan, or take the one that was launched ahead, and wait for what it draws. None where
@@ -57,9 +65,11 @@ class Flight:
                 self._ahead = following, self._runner.launch(following)
             except OutOfDeviceMemory as error:  # its rows are planned again when this one is read
                 self._room_ahead = False
-                logger.warning("no plan is launched ahead from now on: %s", error)
+                self._fell_short()
+                logger.warning("no plan is launched ahead for now: %s", error)
         times.begin("wait")
         draws = launched()
+        self._went_well()
         times.begin("answer")
         return _without_the_gone(plan, draws, self._scheduler.running) if plan.behind else (plan, draws)
 
@@ -76,7 +86,34 @@ class Flight:
                 if budget < LEAST_BUDGET:
                     raise
                 self._scheduler.max_num_batched_tokens = budget
-                logger.warning("steps of at most %d tokens from now on: %s", budget, error)
+                self._fell_short()
+                logger.warning("steps of at most %d tokens for now: %s", budget, error)
+
+    def _fell_short(self) -> None:
+        if self._trying:
+            self._patience = min(2 * self._patience, MOST_PATIENCE)
+        self._trying = False
+        self._num_good = 0
+
+    def _went_well(self) -> None:
+        """One more plan. Sooner or later twice as much is dared, until all is as before any shortage."""
+        is_less = not self._room_ahead or self._scheduler.max_num_batched_tokens < self._whole_budget
+        if not is_less and not self._trying:
+            return
+        self._num_good += 1
+        if self._num_good < self._patience:
+            return
+        self._num_good = 0
+        self._trying = is_less
+        if not is_less:
+            self._patience = PATIENCE
+            return
+        self._room_ahead = True
+        budget = min(2 * self._scheduler.max_num_batched_tokens, self._whole_budget)
+        self._scheduler.max_num_batched_tokens = budget
+        logger.info(
+            "steps of up to %d tokens again, and plans ahead: %d without a shortage", budget, self._patience
+        )
 
 
 def _alive(plan: Plan, running: Collection[Sequence]) -> bool:

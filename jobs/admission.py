@@ -47,7 +47,7 @@ class Admission:
         unknown tenant, `QuotaExceeded` and `WindowTooTight`, each before anything is written."""
         load = load_of(rows)
         open_room(connection, tenant, self._settings).take(load)
-        self._forecasts.check(connection, tokens_by_model(rows), terms)
+        self._forecasts.check(connection, rows, terms)
         if batch is not None:
             connection.execute(insert(Batch), [batch])
         insert_all(connection, rows)
@@ -77,7 +77,7 @@ class Admission:
             try:
                 room.check(load)
                 if job_id in terms:
-                    self._forecasts.check(connection, tokens_by_model([row]), terms[job_id])
+                    self._forecasts.check(connection, [row], terms[job_id])
             except (QuotaExceeded, WindowTooTight) as error:
                 refused[job_id] = error
             else:

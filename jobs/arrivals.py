@@ -23,7 +23,7 @@ from jobs.admission import Refusal
 from jobs.bad_field import BadField
 from jobs.body import parse_job
 from jobs.celery_results import CeleryResults
-from jobs.database import Database
+from jobs.database import Database, cause
 from jobs.intake import Intake, TaskMessage, check_task_id
 from jobs.models import Job
 from jobs.quotas import QuotaExceeded
@@ -95,7 +95,7 @@ class Arrivals(threading.Thread):
             try:
                 return self._accept(group)
             except Exception as error:
-                log.error("arrivals.failed messages=%d error=%s", len(group), type(error).__name__)
+                log.error("arrivals.failed messages=%d error=%s", len(group), cause(error))
                 if isinstance(error, SQLAlchemyError) and not isinstance(error, DataError | IntegrityError):
                     if self._stopping:
                         return None  # unacked, and so in Redis's care

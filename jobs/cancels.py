@@ -8,22 +8,26 @@ a result that meet are put in an order: whichever commits first stands.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
 
-from sqlalchemy import ColumnElement, Connection, exists, select, update
+from sqlalchemy import ColumnElement, Connection, and_, exists, select, update
 
 from jobs import tallies
 from jobs.batch_intake import stop_inserting
 from jobs.batches import close_batches
 from jobs.checkpoints import forget
-from jobs.conditions import BATCH_UNFINISHED
-from jobs.database import Database, now, portions
+from jobs.conditions import BATCH_UNFINISHED, JOB_QUEUED
+from jobs.database import PORTION, Database, now, portions
 from jobs.models import Batch, Job
 from jobs.states import OPEN, BatchState, JobState
 
+_RUNNING = and_(Job.worker_id.is_not(None), Job.state == JobState.IN_PROGRESS)
+
 
 class Cancels:
-    """Both calls are safe to repeat: a second one changes nothing and answers with what stands."""
+    """All calls are safe to repeat: a second one changes nothing and answers with what stands."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -51,6 +55,18 @@ class Cancels:
         # First of all no more jobs come, or some would be made behind the back of those who cancel them.
         self._database.transact(lambda connection: _stop_file_batch(connection, batch_id, tenant))
         return self._database.transact(lambda connection: _cancel_batch(connection, batch_id, tenant))
+
+    def cancel_model(
+        self, model: str, told: Callable[[int], object] = lambda num_jobs: None
+    ) -> Counter[JobState]:
+        """Cancel every open job of a model, whoever's, some at a time; how many are `cancelled` or `cancelling` by
+        it. For whoever runs the service and has no worker for them any more. `told` hears of each portion."""
+        moved: Counter[JobState] = Counter()
+        for waiting in (JOB_QUEUED, _RUNNING):
+            while some := self._database.transact(partial(_cancel_some, model=model, waiting=waiting)):
+                moved += some
+                told(some.total())
+        return moved
 
 
 def half_cancelled(connection: Connection) -> list[tuple[str, str]]:
@@ -103,6 +119,21 @@ def _cancel_job(
         close_batches(connection, [row.batch_id])
     tallies.add(connection, changes)
     return JobState(connection.scalars(select(Job.state).where(Job.id == job_id)).one())
+
+
+def _cancel_some(connection: Connection, *, model: str, waiting: ColumnElement[bool]) -> Counter[JobState]:
+    found = connection.scalars(select(Job.id).where(waiting, Job.model == model).limit(PORTION))
+    if not (ids := sorted(found)):
+        return Counter()
+    rows = connection.execute(
+        select(Job.id, Job.state, Job.batch_id).where(Job.id.in_(ids)).order_by(Job.id).with_for_update()
+    ).all()
+    changes = _cancel_locked(connection, ids)
+    close_batches(connection, {row.batch_id for row in rows})
+    tallies.add(connection, changes)
+    was = Counter(row.state for row in rows)
+    moved = {JobState.CANCELLED: was[JobState.QUEUED], JobState.CANCELLING: was[JobState.IN_PROGRESS]}
+    return Counter(moved)
 
 
 def _cancel_batch(connection: Connection, batch_id: str, tenant: str) -> BatchState | None:

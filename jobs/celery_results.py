@@ -98,14 +98,22 @@ class CeleryResults(threading.Thread):
         self._say_told()
 
     def _store(self, job_id: str, state: str, value: Any) -> None:
-        if state == "STARTED" and self.backend.get_state(job_id) in READY_STATES:
-            return  # another worker was faster than this message
-        if state == "REVOKED":
+        if state == "STARTED":
+            self.backend.ensure(self._begin, (job_id,))
+        elif state == "REVOKED":
             self.backend.mark_as_revoked(job_id, reason=value)
         elif state == "FAILURE":
             self.backend.mark_as_failure(job_id, value)
         else:
             self.backend.store_result(job_id, value, state)
+
+    def _begin(self, job_id: str) -> None:
+        """In one step with the look whether anything is known: another worker, which has the job meanwhile, may tell
+        of its end right now, and nobody would tell of that again."""
+        meta = self.backend._get_result_meta({}, "STARTED", None, None) | {"task_id": job_id}
+        key, value = self.backend.get_key_for_task(job_id), self.backend.encode(meta)
+        if self.backend.client.set(key, value, ex=self.backend.expires or None, nx=True):
+            self.backend.client.publish(key, value)
 
     def _say_told(self) -> None:
         told, self._told = self._told, []

@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from engine.growth import Growth, join
 from engine.request import RequestId
 from jobs.checkpoints import save
-from jobs.database import Database
+from jobs.database import Database, cause
 from jobs.holdings import Holdings
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class Checkpointer(threading.Thread):
                 patience=PATIENCE_SECONDS,
             )
         except SQLAlchemyError as error:
-            log.error("checkpointer.database error=%s", type(error).__name__)
+            log.error("checkpointer.database error=%s", cause(error))
             return False
         except Exception:
             log.exception("checkpointer.failed parts=%d", len(growths))

@@ -22,7 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from engine.request import Request, RequestId
 from jobs.claims import Claim, claim
-from jobs.database import Database, portions
+from jobs.database import Database, cause, portions
 from jobs.engine_process import EngineGoneError, NoCreditError
 from jobs.holdings import Holding, Holdings
 from jobs.outcomes import Outcome
@@ -133,7 +133,7 @@ class Claimer(threading.Thread):
             try:
                 self._fill()
             except SQLAlchemyError as error:
-                log.error("claimer.database error=%s", type(error).__name__)
+                log.error("claimer.database error=%s", cause(error))
                 self._try_later()
             except Exception:
                 log.exception("claimer.failed")

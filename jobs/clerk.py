@@ -19,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from jobs.batch_intake import BatchIntake
 from jobs.batch_output import BatchOutput
-from jobs.database import Database
+from jobs.database import Database, cause
 from jobs.desk import BatchLease, LeaseLost, take
 from jobs.drafts import DraftFile
 from jobs.file_batches import FileBatches
@@ -134,7 +134,7 @@ class Clerks:
         try:
             return work()
         except (SQLAlchemyError, OSError) as error:
-            log.warning("clerk.failed error=%s", type(error).__name__)
+            log.warning("clerk.failed error=%s", cause(error))
         except Exception as error:
             # Its kind and place, not its text, which may hold a client's words.
             place = "".join(traceback.format_tb(error.__traceback__))

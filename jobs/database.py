@@ -271,6 +271,13 @@ def reason_of(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def cause(error: BaseException) -> str:
+    """For a log, where no prompt has a place: what kind of error it is, and the reason only of one that concerns the
+    database or the disk as a whole (away, full, locked), since others may show what was to be stored."""
+    reason = reason_of(error) if isinstance(error, OperationalError) else getattr(error, "strerror", None)
+    return type(error).__name__ + (f" reason={reason!a}" if reason else "")
+
+
 def is_transient(error: DBAPIError) -> bool:
     """True when the same transaction may well succeed if it is run again."""
     if error.connection_invalidated:

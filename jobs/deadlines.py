@@ -22,6 +22,7 @@ from jobs import tallies
 from jobs.batches import close_batches
 from jobs.checkpoints import forget
 from jobs.conditions import JOB_DELAYED, JOB_HAS_DEADLINE, JOB_QUEUED, JOB_UNFINISHED
+from jobs.counted_tokens import counted_column, longest_contexts
 from jobs.database import clock, now
 from jobs.fair_tags import tags
 from jobs.models import Job, Worker
@@ -108,8 +109,9 @@ def expire(connection: Connection) -> int:
 def edges_of_risk(connection: Connection) -> dict[str, float]:
     """By model, the latest deadline (unix seconds) up to which all queued jobs are at risk."""
     span = func.floor(Job.deadline / SPAN_SECONDS)
+    tokens = func.sum(counted_column(longest_contexts(connection))).label("tokens")
     waiting = connection.execute(
-        select(Job.model, span.label("span"), func.sum(Job.estimated_tokens).label("tokens"))
+        select(Job.model, span.label("span"), tokens)
         .where(JOB_HAS_DEADLINE, JOB_UNFINISHED, JOB_QUEUED, Job.tier == Tier.NORMAL)
         .group_by(Job.model, span)
     ).all()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import signal
 import subprocess
 import threading
 import time
@@ -147,14 +148,21 @@ class EngineProcess:
         if (code := self.wait_exit(max(0.0, deadline - time.monotonic()))) is not None:
             return code
         self.kill()
-        while (code := self.wait_exit(1.0)) is None:
-            log.warning("the engine process %d was killed and has not ended yet", self._process.pid)
+        if (code := self.wait_exit(_REAP_SECONDS)) is None:
+            log.error("the engine process %d was killed and does not end", self._process.pid)
+            self.abandon()
+            return -signal.SIGKILL
         return code
 
     def kill(self) -> None:
         """SIGKILL; `on_exit` follows. Harmless when it is gone."""
         if self._process is not None:
             self._process.kill()
+
+    def abandon(self) -> None:
+        """Report its end though it has not ended: it was killed, and hangs in a call into a driver from which the
+        kernel cannot take it. Here `on_exit` runs on the caller's thread. Nothing more is heard of it."""
+        self._over(-signal.SIGKILL)
 
     @property
     def pid(self) -> int | None:
@@ -221,7 +229,7 @@ class EngineProcess:
 
     def _read(self, frames: FrameReader) -> None:
         try:
-            while (message := frames.read()) is not None:
+            while (message := frames.read()) is not None and not self._gone:
                 self._take(message)
         except WireError as error:
             log.error("the engine process is killed: %s", error)
@@ -262,7 +270,12 @@ class EngineProcess:
         except subprocess.TimeoutExpired:
             self.kill()
             code = self._process.wait()
+        self._over(code)
+
+    def _over(self, code: int) -> None:
         with self._turned:
+            if self._gone:
+                return
             self._gone = True
             ids = tuple(self._in_flight)
             self._in_flight.clear()

@@ -10,14 +10,16 @@ has measured is None, and nobody is refused for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, func, select
 
 from jobs.batch_reads import BatchView
 from jobs.conditions import JOB_HAS_DEADLINE, JOB_QUEUED, JOB_UNFINISHED
+from jobs.counted_tokens import counted, counted_column
 from jobs.database import Database
 from jobs.models import Job
 from jobs.queue_depth import Picture, Queue, QueueDepth
@@ -56,6 +58,14 @@ class Speed:
     alone: float
 
 
+class Outlook(NamedTuple):
+    """`end`: when it will be done, in unix seconds; None when nothing is known. `unserved`: models that it waits for
+    and no live worker serves; None when it is not open."""
+
+    end: float | None = None
+    unserved: tuple[str, ...] | None = None
+
+
 class Forecasts:
     """One per process. Times are unix seconds on the database's clock."""
 
@@ -70,19 +80,20 @@ class Forecasts:
         for model, tokens in added.items():
             self._depth.changed(model, tokens)
 
-    def of_job(self, job: JobView) -> float | None:
-        """When it will be done; None when it is not open, is being cancelled, or nothing is known."""
+    def of_job(self, job: JobView) -> Outlook:
+        """Nothing of one that is not open, or is being cancelled."""
         if job.state not in (JobState.QUEUED, JobState.IN_PROGRESS):
-            return None
+            return Outlook()
         place = (job.tier, job.fair_tag) if job.state is JobState.QUEUED else None
         started_at = job.started_at if place is None else job.not_before
         picture = self._depth.picture()
-        return _end_of(picture, job.model, place, longest_tokens=job.estimated_tokens, started_at=started_at)
+        end = _end_of(picture, job.model, place, longest_tokens=job.estimated_tokens, started_at=started_at)
+        return Outlook(end, _unserved(picture, {job.model}))
 
-    def of_batch(self, batch: BatchView) -> float | None:
-        """When the last of its jobs will be done; None as for a job."""
+    def of_batch(self, batch: BatchView) -> Outlook:
+        """Of the last of its jobs, as for a job."""
         if batch.state is not BatchState.IN_PROGRESS:
-            return None
+            return Outlook()
         tier = (Job.tier % DELAYED).label("tier")
         columns = (Job.model, tier, Job.fair_tag, Job.estimated_tokens, Job.not_before, Job.started_at)
         open_jobs = select(*columns).where(Job.batch_id == batch.id)
@@ -98,18 +109,23 @@ class Forecasts:
             for model, place, longest, started_at in found
         ]
         known = [end for end in ends if end is not None]
-        return max(known) if known and len(known) == len(ends) else None
+        end = max(known) if known and len(known) == len(ends) else None
+        return Outlook(end, _unserved(picture, {model for model, *_ in found}))
 
     def prepare(self, terms: Terms) -> None:
         """Call it before a transaction that will `check`, so that it need not look at the queue itself."""
         if terms.deadline is not None and self._refuses:
             self._depth.picture()
 
-    def check(self, connection: Connection, added: Mapping[str, int], terms: Terms) -> None:
-        """Whether jobs that are queued now, in the transaction of `connection`, can be done in time. `added`: their
-        estimated tokens by model. Raises `WindowTooTight`, only on evidence."""
+    def check(self, connection: Connection, rows: Sequence[Mapping[str, Any]], terms: Terms) -> None:
+        """Whether jobs that are queued now, in the transaction of `connection`, can be done in time. `rows`: theirs
+        (`jobs.job_rows`). Raises `WindowTooTight`, only on evidence."""
         if terms.deadline is None or not self._refuses:
             return
+        contexts = self._depth.picture(connection).contexts
+        added: Counter[str] = Counter()
+        for row in rows:
+            added[row["model"]] += counted(row["estimated_tokens"], contexts.get(row["model"]))
         for model, tokens in sorted(added.items()):
             self._check(connection, model, tokens, terms.deadline)
 
@@ -125,16 +141,16 @@ class Forecasts:
         if seconds > window:
             # Behind all that waits it would be late. But before that it becomes urgent, and then only those that wait
             # for an answer or are due sooner go first.
-            ahead = queue.ahead(Tier.URGENT) + _due_sooner(connection, model, deadline)
+            ahead = queue.ahead(Tier.URGENT) + _due_sooner(connection, picture, model, deadline)
             seconds = own + (_held(queue) + ahead) / speed.together * self._slack
         if seconds > window:
             retry_after = None if own > window else max(seconds - window, 1.0)
             raise WindowTooTight(model=model, seconds=seconds, window=window, retry_after=retry_after)
 
 
-def _due_sooner(connection: Connection, model: str, deadline: float) -> int:
+def _due_sooner(connection: Connection, picture: Picture, model: str, deadline: float) -> int:
     """Estimated tokens of the normal jobs that wait and whose deadline comes first."""
-    query = select(func.coalesce(func.sum(Job.estimated_tokens), 0)).where(
+    query = select(func.coalesce(func.sum(counted_column(picture.contexts)), 0)).where(
         JOB_HAS_DEADLINE,
         JOB_UNFINISHED,
         JOB_QUEUED,
@@ -165,6 +181,11 @@ def _places(
     ]
 
 
+def _unserved(picture: Picture, models: Iterable[str]) -> tuple[str, ...]:
+    served = {model for model, queue in picture.queues.items() if queue.workers}
+    return tuple(sorted(set(models) - served))
+
+
 def _end_of(
     picture: Picture, model: str, place: Place | None, *, longest_tokens: int, started_at: float | None
 ) -> float | None:
@@ -172,6 +193,7 @@ def _end_of(
     speed = None if queue is None else _speed(queue)
     if queue is None or speed is None:
         return None
+    longest_tokens = counted(longest_tokens, picture.contexts.get(model))
     ahead = _held(queue) + (0 if place is None else queue.ahead(*place))
     earliest = (
         picture.at if started_at is None else started_at if place is None else max(started_at, picture.at)

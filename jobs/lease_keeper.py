@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy.exc import SQLAlchemyError
 
 from engine.request import RequestId
-from jobs.database import Database
+from jobs.database import Database, cause
 from jobs.holdings import Holding, Holdings
 from jobs.leases import Renewal, renew
 from jobs.outcomes import Outcome
@@ -80,7 +80,7 @@ class LeaseKeeper(threading.Thread):
             try:
                 self._renew()
             except SQLAlchemyError as error:
-                log.error("lease.database error=%s", type(error).__name__)
+                log.error("lease.database error=%s", cause(error))
                 wait = RETRY_SECONDS
             except Exception:
                 log.exception("lease.failed")

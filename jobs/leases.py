@@ -12,13 +12,15 @@ import os
 import secrets
 import socket
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, delete, insert, select, update
 
 from jobs.database import now
 from jobs.models import Job, Worker
 from jobs.states import LIVE_WORKER, JobState, WorkerState
+
+FORGET_SECONDS: Final = 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,11 @@ def new_worker_id() -> str:
 
 
 def register(connection: Connection, *, worker_id: str, model: str, lease_seconds: float) -> None:
-    """Announce a worker; its lease runs from now."""
+    """Announce a worker; its lease runs from now. Rows of others that never loaded their model are gone a day after
+    their end: whatever starts workers may do so in vain every minute, for weeks."""
+    connection.execute(
+        delete(Worker).where(Worker.max_model_len.is_(None), Worker.lease_until < now() - FORGET_SECONDS)
+    )
     connection.execute(
         insert(Worker).values(
             id=worker_id,

@@ -19,6 +19,7 @@ from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
 from jobs.audience import LIFE_SECONDS, Piece, heard, stream_name
+from jobs.database import cause
 from jobs.reads import Reads
 
 log = logging.getLogger(__name__)
@@ -187,7 +188,7 @@ class Listeners:
             try:
                 ended = await asyncio.to_thread(self._reads.ended, waiting) if waiting else set()
             except SQLAlchemyError as error:
-                log.warning("listeners.database error=%s", type(error).__name__)
+                log.warning("listeners.database error=%s", cause(error))
                 continue
             for job_id in ended:
                 for listener in self._listening.get(job_id, ()):

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, select
 
+from jobs.counted_tokens import counted
 from jobs.models import Worker
 
 MEMORY_SECONDS: Final = 60.0  # of full work
@@ -29,7 +30,8 @@ _SHORTEST_SECONDS: Final = 0.05  # of engine time that says anything
 @dataclass(frozen=True, slots=True)
 class Figures:
     """`tokens_per_second`: of the whole engine. `steps_per_second`: and so tokens of one sequence. Of jobs that
-    completed lately, older ones counting less: `computed_tokens`, and `estimated_tokens` as at their submit."""
+    completed lately, older ones counting less: `computed_tokens`, and `estimated_tokens` as at their submit, no more
+    than counts (`jobs.counted_tokens`)."""
 
     tokens_per_second: float | None = None
     steps_per_second: float | None = None
@@ -49,9 +51,10 @@ class Figures:
 
 
 class Pace:
-    """Safe from any thread."""
+    """Safe from any thread. `context`: of the engine that runs now, in tokens, as far as it is known."""
 
     def __init__(self, figures: Figures | None = None) -> None:
+        self.context: int | None = None
         self._lock = threading.Lock()
         self._figures = figures or Figures()
         self._before: tuple[float, float, float] | None = None  # counters: busy seconds, tokens, steps
@@ -93,7 +96,7 @@ class Pace:
                 tokens_per_second=known.tokens_per_second,
                 steps_per_second=known.steps_per_second,
                 computed_tokens=known.computed_tokens * kept + computed_tokens,
-                estimated_tokens=known.estimated_tokens * kept + estimated_tokens,
+                estimated_tokens=known.estimated_tokens * kept + counted(estimated_tokens, self.context),
             )
 
 

@@ -4,7 +4,8 @@ Owns one picture of all queues and when it is taken anew. To be exact for every 
 have to be summed for each; instead one sum per model, tier and fair tag is kept for a second, or for twenty times
 as long as it took to make, whichever is more. So at most a twentieth of one connection goes into it, a short queue
 is seen live, and a picture of a long one is old by a small part of what the queue takes. A picture that took long
-is renewed beside the readers, who keep the old one meanwhile. Tokens are estimated ones, as at submit.
+is renewed beside the readers, who keep the old one meanwhile. Tokens are estimated ones, as at submit, and no more
+of a job than its model's context (`jobs.counted_tokens`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from sqlalchemy import Connection, func, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from jobs.conditions import JOB_QUEUED
+from jobs.counted_tokens import counted_column, longest_contexts
 from jobs.database import Database, clock
 from jobs.models import Job, Worker
 from jobs.pace import Figures, figures_of
@@ -61,6 +63,7 @@ class Queue:
 class Picture:
     at: float  # unix seconds of the database's clock
     queues: dict[str, Queue]  # by model
+    contexts: dict[str, int]  # `counted_tokens.longest_contexts`
 
 
 class QueueDepth:
@@ -120,17 +123,16 @@ class QueueDepth:
 def look(connection: Connection) -> Picture:
     """All queues now; reads every queued row."""
     queues: dict[str, Queue] = {}
-    at = clock(connection)
+    at, contexts = clock(connection), longest_contexts(connection)
+    tokens_ahead = func.sum(counted_column(contexts))
     order = (Job.model, Job.tier, Job.fair_tag)
-    sums = (
-        select(*order, func.sum(Job.estimated_tokens)).where(JOB_QUEUED, Job.tier < DELAYED).group_by(*order)
-    )
+    sums = select(*order, tokens_ahead).where(JOB_QUEUED, Job.tier < DELAYED).group_by(*order)
     for model, tier, fair_tag, tokens in connection.execute(sums.order_by(*order)):
         queue = queues.setdefault(model, Queue())
         queue.places.append((tier, fair_tag))
         queue.tokens.append(int(tokens) + queue.tokens_queued)
     held = (
-        select(Job.model, func.count(), func.sum(Job.estimated_tokens))
+        select(Job.model, func.count(), tokens_ahead)
         .where(Job.worker_id.is_not(None), Job.state.in_(sorted(HELD)))
         .group_by(Job.model)
     )
@@ -144,4 +146,4 @@ def look(connection: Connection) -> Picture:
         queue = queues.setdefault(model, Queue())
         queue.num_running += num_running
         queue.workers.append(figures_of(pace))
-    return Picture(at, queues)
+    return Picture(at, queues, contexts)

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import dataclass, field
+from typing import Final
 
-from sqlalchemy import ColumnElement, Connection, func, select
+from sqlalchemy import ColumnElement, Connection, case, func, select
 
 from jobs.conditions import JOB_QUEUED
 from jobs.database import now
 from jobs.models import Job, Worker
 from jobs.states import HELD, LIVE_WORKER, WorkerState
 from jobs.terms import DELAYED
+
+LOOP_SECONDS: Final = 3600.0
+MANY_STARTS: Final = 3  # of engine processes, per worker that lives
 
 _WORK = (
     select(Job.id).where(JOB_QUEUED, Job.tier < DELAYED).limit(1),
@@ -60,10 +64,10 @@ def readiness(connection: Connection, stall_seconds: float) -> Readiness:
         for model in sorted(ever_served - moving):
             if _has_work(connection, Job.model == model):
                 its_own = {worker.state for worker in workers if worker.model == model}
-                reason = f"{model}: {_why_not(its_own, stall_seconds)}"
+                reason = f"{model}: {_why_not(its_own, stall_seconds)}{_after_starts(connection, model)}"
                 break
         else:
-            reason = None if moving else _why_not(num_workers, stall_seconds)
+            reason = None if moving else _why_not(num_workers, stall_seconds) + _after_starts(connection)
     return Readiness(
         ready=reason is None,
         reason=reason,
@@ -84,3 +88,19 @@ def _why_not(states: Container[str], stall_seconds: float) -> str:
     if WorkerState.STARTING in states:
         return "jobs are waiting and the worker is still loading its model"
     return "jobs are waiting and no worker is alive to take them"
+
+
+def _after_starts(connection: Connection, model: str | None = None) -> str:
+    """What tells a worker that loads from one that dies of it again and again, or is started again each time; nothing
+    of one that does not. Of workers that lived in the last hour."""
+    starts = func.sum(case((Worker.engine_starts > 1, Worker.engine_starts), else_=1))
+    lately = select(starts).where(Worker.lease_until > now() - LOOP_SECONDS)
+    if model is not None:
+        lately = lately.where(Worker.model == model)
+    workers = lately.with_only_columns(func.count()).where(
+        Worker.state.in_(LIVE_WORKER), Worker.lease_until > now()
+    )
+    num_starts, num_live = connection.scalar(lately) or 0, connection.scalar(workers) or 0
+    if num_starts < MANY_STARTS * max(num_live, 1):
+        return ""
+    return f", after {num_starts} starts of its engine: the worker's log says why"

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 MAX_FAILED_STARTS = 3  # deaths in a row before Hello: the model cannot be served here
 MAX_BACKOFF_SECONDS = 30.0
 STOP_SECONDS = 5.0
+KILL_SECONDS = 30.0  # for a process that was killed to end
 
 
 class EngineSupervisor(threading.Thread):
@@ -61,7 +62,7 @@ class EngineSupervisor(threading.Thread):
         self.figures = EngineFigures({}, {})  # replaced whole, so that readers see both parts of one moment
         self.moved_at = time.monotonic()  # when it last showed progress
         self._process: EngineProcess | None = None
-        self._stalled = False  # the process was killed for making no steps
+        self._killed: tuple[EngineProcess, float] | None = None  # for making no steps, and when
         self._stopping = threading.Event()
         self._ended = threading.Event()
 
@@ -102,13 +103,19 @@ class EngineSupervisor(threading.Thread):
 
     def kill_if_stalled(self, step_seconds: float, start_seconds: float) -> None:
         """A busy engine that shows no step for so long hangs, and one that is not loaded after so long does too:
-        end it, so that its death can be dealt with."""
+        end it, so that its death can be dealt with. One that even the kernel cannot end, because it hangs in a
+        driver, counts as dead `KILL_SECONDS` later."""
         process, still = self._process, time.monotonic() - self.moved_at
         if process is None or not process.alive:
             return
+        if self._killed is not None and self._killed[0] is process:
+            if time.monotonic() - self._killed[1] > KILL_SECONDS:
+                log.error("engine.unkillable pid=%s: it may keep the device's memory", process.pid)
+                process.abandon()
+            return
         if still > start_seconds if self.hello is None else process.in_flight and still > step_seconds:
             log.error("engine.stalled pid=%s seconds=%.0f", process.pid, still)
-            self._stalled = True
+            self._killed = process, time.monotonic()
             process.kill()
 
     # --- life -----------------------------------------------------------------------------------------------
@@ -117,7 +124,6 @@ class EngineSupervisor(threading.Thread):
         failed_starts = 0
         while not self._stopping.is_set():
             self._ended.clear()
-            self._stalled = False
             process = EngineProcess(
                 self.config,
                 checkpoint_seconds=self.checkpoint_seconds,
@@ -180,6 +186,7 @@ class EngineSupervisor(threading.Thread):
         try:
             if not self._stopping.is_set():
                 log.error("engine.died returncode=%d in_flight=%d", returncode, len(ids))
-                self.on_death(returncode, ids, self._stalled)
+                stalled = self._killed is not None and self._killed[0] is self._process
+                self.on_death(returncode, ids, stalled)
         finally:
             self._ended.set()

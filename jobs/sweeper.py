@@ -22,7 +22,7 @@ from jobs.batches import close_batches
 from jobs.cancels import Cancels, half_cancelled
 from jobs.checkpoints import forget
 from jobs.claims import models_with_work
-from jobs.database import Database, now
+from jobs.database import Database, cause, now
 from jobs.deadlines import MOVES_PER_SWEEP, edges_of_risk, expire, has_due, has_late, make_due, make_urgent
 from jobs.models import Job, LedgerEntry, Worker
 from jobs.outcomes import ending_of
@@ -136,7 +136,7 @@ class Sweeper(threading.Thread):
             try:
                 self.sweep()
             except SQLAlchemyError as error:
-                log.warning("sweeper.database error=%s", type(error).__name__)
+                log.warning("sweeper.database error=%s", cause(error))
             except Exception:
                 log.exception("sweeper.failed")
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from jobs.database import Database
+from jobs.database import Database, cause
 from jobs.intake import Intake
 from jobs.schedule_runs import PAGE, ScheduleRuns
 
@@ -38,7 +38,7 @@ class Timekeeper(threading.Thread):
             try:
                 self.look()
             except SQLAlchemyError as error:
-                log.warning("timekeeper.database error=%s", type(error).__name__)
+                log.warning("timekeeper.database error=%s", cause(error))
             except Exception:
                 log.exception("timekeeper.failed")
 

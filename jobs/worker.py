@@ -299,6 +299,7 @@ class Worker:
     # --- the engine's side --------------------------------------------------------------------------------------
 
     def _on_ready(self, hello: Hello) -> None:
+        self.report.pace.context = hello.max_model_len
         self.keeper.poke()
         self.claimer.wake()
 

@@ -116,7 +116,18 @@ def test_a_model_that_nobody_serves_is_said(run: Run) -> None:
     done = run("submit", "--prompt", "a", "--model", "somebody-else")
     assert (done.exit_code, "no worker serves somebody-else" in done.stderr) == (0, True)
     assert run("cancel", done.stdout.strip()).exit_code == 0
-    assert "no worker" not in run("submit", "--prompt", "a", "--model", "tiny").stderr
+    said = run("status", done.stdout.strip()).output
+    assert "no worker" not in said, "it has ended"
+    waits = run("submit", "--prompt", "a")  # for the model that this api is configured for
+    assert "no worker serves tiny now" in waits.stderr
+    assert "\n  no worker serves tiny now" in run("status", waits.stdout.strip()).output
+    assert run("cancel", waits.stdout.strip()).exit_code == 0
+    later = run("submit", "--prompt", "a", "--not-before", str(time.time() + 86_400), "--json")
+    assert later.exit_code == 0, later.output
+    name = json.loads(later.stdout)["id"]
+    assert "\n  not before 20" in run("status", name).output
+    assert run("cancel", name).exit_code == 0
+    assert "not before" not in run("status", name).output
 
 
 def test_the_api_says_where_it_listens(api: Process) -> None:
@@ -151,10 +162,13 @@ def test_only_loopback_names_are_answered(api: Process, host: str, status: int) 
 def test_one_prompt(run: Run, database: Database) -> None:
     made = run("submit", "--prompt", "hello", "--max-tokens", "5")
     assert made.exit_code == 0, made.output
-    job_id = made.output.strip()
+    job_id = made.stdout.strip()
     assert job_id.startswith("job_")
     waiting = run("status", job_id)
-    assert (waiting.exit_code, waiting.output) == (0, f"{job_id}  queued  attempts: 0\n")
+    assert (waiting.exit_code, waiting.output) == (
+        0,
+        f"{job_id}  queued  attempts: 0\n  no worker serves tiny now: its jobs wait until one does\n",
+    )
     complete(database)
     done = run("status", job_id)
     assert done.exit_code == 0
@@ -176,7 +190,7 @@ def test_a_batch_in_every_spelling(run: Run, database: Database, tmp_path: Path,
     for source, typed in ((str(file), None), ("-", text)):
         made = run("submit", source, text=typed)
         assert made.exit_code == 0, made.output
-        batch_id = made.output.strip()
+        batch_id = made.stdout.strip()
         assert batch_id.startswith("batch_")
         assert "2 jobs: 2 queued" in run("status", batch_id).output
         nothing = run("results", batch_id)
@@ -191,8 +205,8 @@ def test_a_batch_in_every_spelling(run: Run, database: Database, tmp_path: Path,
 
 
 def test_failed_jobs_are_an_exit_status(run: Run, database: Database) -> None:
-    job_id = run("submit", "--prompt", "a").output.strip()
-    batch_id = run("submit", "--prompt", "a", "--prompt", "b").output.strip()
+    job_id = run("submit", "--prompt", "a").stdout.strip()
+    batch_id = run("submit", "--prompt", "a", "--prompt", "b").stdout.strip()
     complete(database, kind="failed")
     assert run("status", job_id).exit_code == 1
     assert "numerics: NaN logits" in run("status", job_id).output
@@ -216,9 +230,9 @@ def test_a_file_with_a_bad_line_is_an_exit_status(run: Run, api: Process) -> Non
 
 
 def test_cancel(run: Run) -> None:
-    job_id = run("submit", "--prompt", "a").output.strip()
+    job_id = run("submit", "--prompt", "a").stdout.strip()
     assert run("cancel", job_id).output == f"{job_id}  cancelled\n"
-    batch_id = run("submit", "--prompt", "a", "--prompt", "b").output.strip()
+    batch_id = run("submit", "--prompt", "a", "--prompt", "b").stdout.strip()
     assert json.loads(run("cancel", batch_id, "--json").output)["job_counts"]["cancelled"] == 2
 
 

@@ -34,7 +34,7 @@ from tests.support.waiting import wait_until
 def batch_of(run: Run, count: int) -> str:
     assert count > 1, "one prompt would be a job without a batch"
     prompts = [argument for i in range(count) for argument in ("--prompt", f"p{i}")]
-    return str(run("submit", *prompts).output.strip())
+    return str(run("submit", *prompts).stdout.strip())
 
 
 def some(database: Database, limit: int, kind: str = "completed") -> None:
@@ -79,7 +79,7 @@ def test_watch_until_the_end(run: Run, database: Database) -> None:
     assert result.exit_code == 0, result.output
     assert result.stdout == f"{batch_id}  completed  3 jobs: 3 completed\n  tokens: 6 in, 9 out\n"
     assert result.stderr == "", "no bar where there is no terminal"
-    job_id = run("submit", "--prompt", "a").output.strip()
+    job_id = run("submit", "--prompt", "a").stdout.strip()
     Cancels(database).cancel_job(job_id, tenant="default")
     watched_job = run("status", job_id, "--watch", "--json")
     assert (watched_job.exit_code, json.loads(watched_job.stdout)["status"]) == (3, "cancelled")
@@ -204,7 +204,7 @@ def test_retry(run: Run, database: Database) -> None:
     some(database, 2, "failed")
     made = run("retry", batch_id, "--idempotency-key", "again")
     assert made.exit_code == 0, made.output
-    new_id = made.output.strip()
+    new_id = made.stdout.strip()
     assert new_id.startswith("batch_")
     assert run("retry", batch_id, "--idempotency-key", "again").output == made.output
     assert "2 jobs: 2 queued" in run("status", new_id).output
@@ -213,7 +213,7 @@ def test_retry(run: Run, database: Database) -> None:
     nothing = run("retry", new_id, "--json")
     assert nothing.exit_code == 1
     assert "no job of this batch is" in nothing.stderr
-    job_id = run("submit", "--prompt", "x").output.strip()
+    job_id = run("submit", "--prompt", "x").stdout.strip()
     run("cancel", job_id)
     assert run("retry", job_id).exit_code == 1
     again = json.loads(run("retry", job_id, "--state", "cancelled", "--json").output)
@@ -274,7 +274,9 @@ def test_a_bar_for_several_batches(
     made = run("submit", "-", text=text)
     assert made.exit_code == 0
     assert [line[:6] for line in made.stdout.splitlines()] == ["batch_"] * 3
-    assert made.stderr == ""
+    assert made.stderr == "nightpress: no worker serves tiny now: its jobs wait until one does\n", (
+        "once, and no bar"
+    )
     master, slave = pty.openpty()
     termios.tcsetwinsize(slave, (24, 80))
     with open(slave, "w") as terminal:
@@ -288,3 +290,20 @@ def test_a_bar_for_several_batches(
     os.close(master)
     assert "submitted" in drawn
     assert "5/5" in drawn
+
+
+def test_a_model_that_nobody_will_serve_again_is_cleared(run: Run, database: Database) -> None:
+    """By the operator, for all tenants, so that readiness does not speak of it for ever."""
+    made = [run("submit", "--prompt", "a", "--model", "retired").stdout.strip() for _ in range(2)]
+    other = run("submit", "--prompt", "a").stdout.strip()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NIGHTPRESS_DATABASE_URL", database.url)
+        assert run("cancel", "--model", "retired").stdout == "retired  2 cancelled\n"
+        again = run("cancel", "--model", "retired", "--json")
+        assert (again.exit_code, json.loads(again.stdout)) == (0, {})
+        assert run("cancel", "--model", "retired").stdout == "retired  no open jobs\n"
+    assert all("cancelled" in run("status", job_id).output for job_id in made)
+    assert "queued" in run("status", other).output
+    assert run("cancel", other).exit_code == 0
+    for wrong in ((), (other, "--model", "retired")):
+        assert (run("cancel", *wrong).exit_code, "--model" in run("cancel", *wrong).output) == (2, True)

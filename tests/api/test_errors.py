@@ -83,14 +83,19 @@ def test_an_error_in_the_code_is_a_plain_500(database: Database, settings: Setti
     assert answer.headers["x-request-id"] in answer.json()["error"]["message"]
 
 
-def test_a_database_that_is_gone_is_a_503() -> None:
+def test_a_database_that_is_gone_is_a_503(caplog: pytest.LogCaptureFixture) -> None:
+    """And the log says why, for whoever is woken by it."""
     database = Database("postgresql+psycopg://nobody@127.0.0.1:1/nothing")
     with local_client(create_app(Settings(model="tiny"), database)) as client:
         for path in ("/v1/jobs", "/v1/jobs/job_1", "/v1/batches/batch_1", "/ready"):
             answer = client.get(path)
             assert error_of(answer, 503)["code"] == "database_unreachable"
             assert answer.headers["retry-after"]
+            assert "refused" not in answer.text
         assert client.get("/health").json() == {"status": "ok"}
+    said = [record.getMessage() for record in caplog.records if "api.database_unreachable" in record.msg]
+    assert len(said) == 4
+    assert all("OperationalError reason=" in line and "refused" in line for line in said)
     database.close()
 
 

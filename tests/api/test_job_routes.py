@@ -68,6 +68,7 @@ def test_one_job_is_accepted(client: TestClient, woken: list[str]) -> None:
         "started_at": None,
         "finished_at": None,
         "estimated_completion_at": None,
+        "unserved_models": ["tiny"],
         "outputs": None,
         "usage": None,
         "error": None,

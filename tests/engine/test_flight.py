@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
+from engine import flight
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.plan import Launched, OutOfDeviceMemory, Plan
@@ -21,9 +23,11 @@ class Narrow(CheckedRunner):
     """A device that has memory for `most` tokens of a step."""
 
     most = 0
+    num_short = 0
 
     def launch(self, plan: Plan) -> Launched:
         if plan.num_tokens > self.most:
+            self.num_short += 1
             self._move(plan.moves)
             raise OutOfDeviceMemory(f"{plan.num_tokens} tokens")
         return super().launch(plan)
@@ -54,7 +58,62 @@ def test_a_step_without_memory_is_made_of_half_the_tokens(caplog: pytest.LogCapt
     for one in asked:
         assert done[one.id].outputs[0].token_ids == expected(one, 0, 20)
     assert engine.scheduler.max_num_batched_tokens == 105  # of the 840 that all prompts are
-    assert caplog.text.count("tokens from now on") == 3
+    assert caplog.text.count("tokens for now") == 3
+
+
+PATIENCE = 8  # instead of a minute's plans
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flight, "PATIENCE", PATIENCE)
+    monkeypatch.setattr(flight, "MOST_PATIENCE", 4 * PATIENCE)
+
+
+def plans_until(engine: Engine, budget: int) -> int:
+    """How many plans pass until a step may have so many tokens."""
+    for number in range(2 * PATIENCE):
+        if engine.scheduler.max_num_batched_tokens == budget:
+            return number
+        engine.step()
+    raise AssertionError(f"still {engine.scheduler.max_num_batched_tokens}")
+
+
+def test_memory_that_comes_back_is_used_again(impatient: None) -> None:
+    """What another process had taken for a minute costs the night no more than a few."""
+    engine, asked = narrow_engine(150), requests(12, 70, max_tokens=60)
+    for one in asked:
+        engine.add(one)
+    engine.step()
+    assert engine.scheduler.max_num_batched_tokens == 105
+    engine.runner.most = 10_000  # the other process has ended
+    waits = [plans_until(engine, budget) for budget in (210, 420, 840, 1680, 2000)]
+    assert waits == [PATIENCE - 1, *[PATIENCE] * 4]
+    done = run(engine, [], poison=False)
+    for one in asked:
+        assert done[one.id].outputs[0].token_ids == expected(one, 0, 60)
+
+
+def test_memory_that_stays_away_is_asked_for_ever_more_rarely(impatient: None) -> None:
+    """Prompts keep coming, so that each try meets the limit. None of them costs a request anything."""
+    engine = narrow_engine(150)
+    asked: list[Request] = []
+    done: dict[RequestId, Completion] = {}
+    short_at: list[int] = []
+    for step in range(32 * PATIENCE):
+        while engine.num_requests < 30:
+            (one,) = requests(1, 70, max_tokens=2)
+            asked.append(replace(one, id=RequestId(str(len(asked)), 1), cache_salt=str(len(asked))))
+            engine.add(asked[-1])
+        before = engine.runner.num_short
+        done |= {completion.id: completion for completion in engine.step()}
+        short_at += [step] * (engine.runner.num_short > before)
+    pauses = [later - sooner for sooner, later in pairwise(short_at)]
+    assert pauses == [PATIENCE, 2 * PATIENCE, *[4 * PATIENCE] * (len(pauses) - 2)]
+    assert len(pauses) > 4
+    done |= run(engine, [], poison=False)
+    for one in asked:
+        assert done[one.id].outputs[0].token_ids == expected(one, 0, 2)
 
 
 def test_a_device_that_has_no_memory_at_all_is_given_up() -> None:
@@ -68,9 +127,10 @@ class NoRoomAhead(CheckedRunner):
     """A device that has no memory for a plan beside another one."""
 
     asked = 0
+    has_room = False
 
     def launch(self, plan: Plan) -> Launched:
-        if plan.behind:
+        if plan.behind and not self.has_room:
             self.asked += 1
             self._move(plan.moves)
             raise OutOfDeviceMemory("two plans at once")
@@ -86,6 +146,25 @@ def test_where_there_is_no_memory_ahead_plans_come_one_by_one(caplog: pytest.Log
         assert done[one.id].outputs[0].token_ids == expected(one, 0, 64)
     assert runner.asked == 1
     assert "two plans at once" in caplog.text
+
+
+def test_plans_are_launched_ahead_again_once_there_is_memory(impatient: None) -> None:
+    runner = NoRoomAhead(1600, 4, 50, num_scheduler_steps=8)
+    engine = Engine(runner, None, EngineConfig(model="checked", num_scheduler_steps=8))
+    asked = requests(2, 10, max_tokens=700)
+    for one in asked:
+        engine.add(one)
+    for _ in range(4 * PATIENCE):
+        engine.step()
+    assert runner.asked == 3  # with pauses of PATIENCE and twice that
+    runner.has_room = True
+    for _ in range(4 * PATIENCE):
+        engine.step()
+    assert engine._flight._ahead is not None
+    done = run(engine, [], poison=False)
+    assert runner.asked == 3
+    for one in asked:
+        assert done[one.id].outputs[0].token_ids == expected(one, 0, 700)
 
 
 def test_who_leaves_while_a_plan_runs_ahead_gets_nothing_of_it() -> None:

@@ -21,6 +21,7 @@ from jobs.settings import Settings
 from jobs.states import OPEN, TERMINAL, BatchState, JobState
 from jobs.tenants import OPERATOR, Tenants
 from tests.support import rows
+from tests.support.invariants import check_tallies
 
 WORKER = "w"
 
@@ -237,3 +238,26 @@ def test_a_batch_that_nobody_cancels_is_not_half_cancelled(database: Database, i
     take(database, 1)
     with database.read() as connection:
         assert half_cancelled(connection) == []
+
+
+def test_all_that_waits_for_a_model_is_cancelled_whoevers_it_is(
+    database: Database, intake: Intake, cancels: Cancels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some at a time; what runs is stopped by its worker, and other models are left alone."""
+    monkeypatch.setattr("jobs.cancels.PORTION", 3)
+    Tenants(database).create("blog")
+    bodies = [JobBody(prompt="x")] * 4
+    running, others = intake.accept_many(bodies, OPERATOR), intake.accept_many(bodies, OPERATOR)
+    assert len(take(database, 2)) == 2
+    intake.accept_messages([TaskMessage("m", JobBody(prompt="x", model="tiny"), "blog")])
+    kept = intake.accept_one(JobBody(prompt="x", model="another"), OPERATOR)
+    told: list[int] = []
+    assert cancels.cancel_model("tiny", told.append) == {JobState.CANCELLED: 7, JobState.CANCELLING: 2}
+    assert told == [3, 3, 1, 2]
+    assert rows.job(database, "m").state == JobState.CANCELLED
+    assert rows.job(database, kept).state == JobState.QUEUED
+    assert state_of(database, others) != BatchState.IN_PROGRESS
+    assert state_of(database, running) == BatchState.IN_PROGRESS, "until its worker has stopped what it runs"
+    with database.read() as connection:
+        check_tallies(connection)
+    assert not cancels.cancel_model("tiny")

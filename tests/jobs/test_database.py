@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Connection, bindparam, event, insert, select, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import IntegrityError, OperationalError
 
-from jobs.database import IDLE_SECONDS, Database, Texts, commit_lazily, copy_in, is_among, is_transient
+from jobs.database import IDLE_SECONDS, Database, Texts, cause, commit_lazily, copy_in, is_among, is_transient
 from jobs.models import Tenant
 from tests.support.databases import let_write
 from tests.support.waiting import wait_until
@@ -130,3 +130,17 @@ def test_a_connection_that_died_while_nobody_used_it_is_replaced(database: Datab
     wait_until(lambda: time.monotonic() - idle_since > IDLE_SECONDS, "it has been idle")
     with database.read() as connection:
         assert connection.scalar(text("SELECT pg_backend_pid()")) != own
+
+
+def test_a_log_hears_why_there_is_no_database_and_not_what_was_to_be_stored(database: Database) -> None:
+    away = Database("postgresql+psycopg://nobody@127.0.0.1:1/nothing")
+    with pytest.raises(OperationalError) as caught, away.read():
+        pass
+    away.close()
+    assert cause(caught.value).startswith("OperationalError reason=")
+    assert "refused" in cause(caught.value)
+    told = "INSERT INTO tenants (id, weight, quotas, created_at) VALUES ('default', 1, '{}', 1)"
+    with pytest.raises(IntegrityError) as twice, database.write() as connection:
+        connection.exec_driver_sql(told)
+    assert cause(twice.value) == "IntegrityError"
+    assert cause(OSError(28, "No space left", "a name")) == "OSError reason='No space left'"

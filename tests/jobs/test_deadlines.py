@@ -273,6 +273,17 @@ def test_jobs_at_risk_become_urgent_in_the_order_of_their_deadlines(
     assert rows.job(database, far).tier == Tier.NORMAL
 
 
+def test_no_more_than_a_context_is_due_of_one_job(database: Database, intake: Intake, clock: float) -> None:
+    greedy = BODY.model_copy(update={"max_tokens": 1_000_000})
+    intake.accept_one(greedy, OPERATOR, terms=Terms(deadline=clock + 80_000))
+    with database.write() as connection:
+        register(connection, worker_id="w", model="tiny", lease_seconds=900)
+        connection.execute(update(Worker).values(tokens_per_second=1.0, max_model_len=1000))
+    with database.read() as connection:
+        assert edges_of_risk(connection) == {}
+        assert risky_until([(clock + 80_000, 1_000_000)], speed=1.0, time_now=clock) is not None
+
+
 def test_only_the_models_own_jobs_become_urgent(database: Database, intake: Intake, clock: float) -> None:
     body = BODY.model_copy(update={"model": "other"})
     other = intake.accept_one(body, OPERATOR, terms=Terms(deadline=clock + 100))

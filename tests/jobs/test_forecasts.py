@@ -76,7 +76,7 @@ def spread(database: Database, *batch_ids: str) -> None:
 
 def seconds_of(database: Database, settings: Settings, batch_id: str) -> float | None:
     """Until the batch is done, as a process that has just started says."""
-    end = Forecasts(database, settings).of_batch(batch(database, batch_id))
+    end = Forecasts(database, settings).of_batch(batch(database, batch_id)).end
     return None if end is None else end - clock(database)
 
 
@@ -164,7 +164,7 @@ def test_jobs_one_by_one(database: Database, settings: Settings) -> None:
     forecasts = Forecasts(database, settings)
 
     def seconds(name: str) -> float:
-        end = forecasts.of_job(job(database, name))
+        end = forecasts.of_job(job(database, name)).end
         assert end is not None
         return end - clock(database)
 
@@ -172,7 +172,7 @@ def test_jobs_one_by_one(database: Database, settings: Settings) -> None:
     assert seconds(later) == pytest.approx(1050, abs=3), "and nobody waits for it meanwhile"
     with database.write() as connection:
         connection.execute(update(Job).where(Job.id == job_id).values(state="cancelled"))
-    assert forecasts.of_job(job(database, job_id)) is None
+    assert forecasts.of_job(job(database, job_id)) == (None, None)
 
 
 def test_ended_batches_have_no_forecast(database: Database, settings: Settings) -> None:
@@ -322,3 +322,42 @@ def test_a_long_queue_is_one_sum_per_place(database: Database, settings: Setting
         200_000,
     ]
     assert (queue.ahead(1), queue.ahead(3)) == (0, 200_000)
+
+
+def test_a_job_counts_for_no_more_than_a_context_holds(database: Database, settings: Settings) -> None:
+    """Who asks for a million tokens, to say "as many as you like", moves nobody's forecast by hours."""
+    worker(database, max_model_len=1000)
+    worker(database, "older", max_model_len=500, state="stopped")
+    worker(database, "w2", model="unknown")
+    greedy, asked = submit(database, settings, 2, max_tokens=1_000_000), submit(database, settings, 20)
+    spread(database, greedy, asked)
+    # 2 of 1,000 and 20 of 100 estimated tokens, half of which are computed, 10 a second.
+    assert seconds_of(database, settings, asked) == pytest.approx(200, abs=3)
+    assert seconds_of(database, settings, greedy) == pytest.approx(500, abs=3), "its own 500, one a second"
+    submit(database, settings, 1, Terms(deadline=clock(database) + 300), max_tokens=1_000_000)
+    submit(database, settings, 1, Terms(deadline=clock(database) + 300))
+    with database.write() as connection:
+        assert len(claim(connection, worker_id="w", model="tiny", limit=2)) == 2
+    with database.read() as connection:
+        assert look(connection).queues["tiny"].held_tokens == 2000
+    submit(database, settings, 1, max_tokens=5_000, model="unknown")
+    with database.read() as connection:
+        assert look(connection).queues["unknown"].tokens_queued == 5_010
+
+
+def test_models_that_nobody_serves_are_named(database: Database, settings: Settings) -> None:
+    """Of what waits, until a worker that takes jobs is there, be it still loading."""
+    bodies = [BODY.model_copy(update={"model": name}) for name in ("tiny", "gone", "loading", "gone")]
+    batch_id = Intake(database, settings).accept_many(bodies, OPERATOR)
+    job_id = Intake(database, settings).accept_one(bodies[1], OPERATOR)
+    worker(database)
+    worker(database, "late", model="gone", lease_until=1.0)
+    worker(database, "leaving", model="gone", state="draining")
+    worker(database, "new", model="loading", state="starting", pace=None)
+    forecasts = Forecasts(database, settings)
+    assert forecasts.of_batch(batch(database, batch_id)) == (None, ("gone",))
+    assert forecasts.of_job(job(database, job_id)) == (None, ("gone",))
+    worker(database, "back", model="gone")
+    forecasts = Forecasts(database, settings)
+    assert forecasts.of_batch(batch(database, batch_id)).unserved == ()
+    assert forecasts.of_job(job(database, job_id)).unserved == ()

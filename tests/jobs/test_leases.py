@@ -123,3 +123,16 @@ def test_what_a_dead_worker_was_told_to_stop_is_booked_as_cancelled(
     expire(database, worker)
     sweep(database)
     assert rows.ledger(database) == [(running, 1, "wasted", 0, 0), (stopping, 1, "cancelled", 0, 0)]
+
+
+def test_workers_that_never_loaded_are_forgotten_a_day_later(database: Database) -> None:
+    """What the others knew of their speed, and that their model was ever served, stays."""
+    for name, age, loaded in (("old", 90_000, None), ("lately", 80_000, None), ("served", 90_000, 512)):
+        with database.write() as connection:
+            register(connection, worker_id=name, model="tiny", lease_seconds=60)
+            row = update(Worker).where(Worker.id == name)
+            connection.execute(row.values(lease_until=now() - age, max_model_len=loaded))
+    with database.write() as connection:
+        register(connection, worker_id="new", model="tiny", lease_seconds=60)
+    with database.read() as connection:
+        assert set(connection.scalars(select(Worker.id))) == {"lately", "served", "new"}

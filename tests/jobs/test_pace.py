@@ -99,3 +99,14 @@ def test_a_new_worker_knows_what_the_last_one_knew(database: Database) -> None:
 
 def test_stored_figures_of_another_version_are_read() -> None:
     assert figures_of({"tokens_per_second": 3.0, "new": 1}) == Figures(tokens_per_second=3.0)
+
+
+def test_one_huge_max_tokens_says_little_of_what_answers_take() -> None:
+    pace = Pace()
+    pace.observe(stats(2.0, 1000, 50))
+    pace.context = 1000
+    for _ in range(100):
+        pace.completed(computed_tokens=50, estimated_tokens=100)
+    pace.completed(computed_tokens=50, estimated_tokens=1_000_000)
+    share = pace.figures.computed_tokens / pace.figures.estimated_tokens
+    assert share == pytest.approx(0.44, abs=0.03), "without the limit 0.004: all seems done in a moment"

@@ -233,6 +233,29 @@ def test_a_worker_that_loads_is_not_ready_and_one_that_moves_is(
     assert (readiness.num_workers, readiness.models) == ({WorkerState.READY: 1}, ("tiny",))
 
 
+def test_a_worker_that_dies_of_loading_is_told_from_one_that_loads(
+    database: Database, intake: Intake, reads: Reads
+) -> None:
+    """Whoever is called at night need not wait for it."""
+    intake.accept_one(JobBody(prompt="a"), OPERATOR)
+    worker(database, "yesterday", lease_until=now() - 80_000, engine_starts=9)
+    worker(database, state=WorkerState.STARTING, engine_starts=2)
+    assert str(reads.readiness(60).reason).endswith("still loading its model")
+    with database.write() as connection:
+        connection.execute(update(Worker).where(Worker.id == WORKER).values(engine_starts=4))
+    assert "loading its model, after 4 starts of its engine: the worker's log" in str(
+        reads.readiness(60).reason
+    )
+    with database.write() as connection:
+        connection.execute(
+            update(Worker).where(Worker.id == WORKER).values(lease_until=now() - 20, engine_starts=1)
+        )
+    assert str(reads.readiness(60).reason).endswith("no worker is alive to take them")
+    for name in "abc":  # whatever starts workers does so again and again
+        worker(database, name, state=WorkerState.STOPPED, lease_until=now() - 10, engine_starts=0)
+    assert "alive to take them, after 4 starts of its engine" in str(reads.readiness(60).reason)
+
+
 def test_a_busy_engine_without_steps_is_not_ready(database: Database, intake: Intake, reads: Reads) -> None:
     intake.accept_one(JobBody(prompt="a"), OPERATOR)
     worker(database, num_running=3, last_step_at=now() - 100)

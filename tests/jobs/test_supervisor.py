@@ -1,9 +1,26 @@
-"""EngineSupervisor: a machine that cannot start another process makes it give up loudly, not fall silent."""
+"""EngineSupervisor: a machine that cannot start another process makes it give up loudly, not fall silent; an engine
+that hangs is ended in a known time, even where the kernel cannot end it.
+"""
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from engine.config import EngineConfig
+from engine.request import Request, RequestId
+from engine.sampling_params import SamplingParams
+from jobs import supervisor as module
+from jobs.engine_process import EngineProcess
+from jobs.supervisor import EngineSupervisor
+from tests.support.tiny import write_tiny_llama
+from tests.support.waiting import wait_until
 
 PROGRAM = """
 import os, resource, threading
@@ -28,3 +45,93 @@ def test_starts_that_fail_are_tried_again_and_then_given_up() -> None:
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=60, check=False
     )
     assert ran.stdout.split() == ["gave", "up", "3"], ran.stderr
+
+
+class Stuck(EngineProcess):
+    """As one that hangs in a driver: SIGKILL stays pending, and nothing comes of it."""
+
+    def kill(self) -> None:
+        pass
+
+
+Death = tuple[int, tuple[RequestId, ...], bool]
+
+
+class Watched(EngineSupervisor):
+    def __init__(self, folder: Path) -> None:
+        self.deaths: list[Death] = []
+        self.num_done = 0
+        super().__init__(
+            EngineConfig(model=str(folder), kv_cache_memory_bytes=1 << 26, max_num_seqs=2, threads=1),
+            on_ready=lambda hello: None,
+            on_completions=self.count,
+            on_progress=lambda progress: None,
+            on_grown=lambda growths: None,
+            on_streamed=lambda growths: None,
+            on_death=lambda *death: self.deaths.append(death),
+            on_hopeless=lambda reason: None,
+        )
+
+    def count(self, completions: object) -> None:
+        self.num_done += 1
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path) -> Iterator[Watched]:
+    made = Watched(write_tiny_llama(tmp_path / "tiny", max_position=100_000))
+    made.start()
+    yield made
+    made.stop()
+
+
+def request(name: str, max_tokens: int) -> Request:
+    sampling = SamplingParams(temperature=0, seed=1, max_tokens=max_tokens, ignore_eos=True)
+    return Request(id=RequestId(name, 1), prompt_token_ids=(5, 6), sampling=sampling)
+
+
+def test_an_engine_that_hangs_and_cannot_be_killed_counts_as_dead(
+    supervisor: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its jobs are handed on, another engine is started, and neither that nor the end of the worker waits for it."""
+    wait_until(lambda: supervisor.room, "it is loaded", 60)
+    first = supervisor._process
+    assert first is not None
+    assert first.pid is not None
+    monkeypatch.setattr(first, "__class__", Stuck)
+    hung = psutil.Process(first.pid)
+    supervisor.add([request("a", 90_000)])
+    hung.suspend()
+    try:
+        supervisor.kill_if_stalled(60.0, 60.0)
+        assert not supervisor.deaths, "it is not late yet"
+        supervisor.kill_if_stalled(0.0, 60.0)
+        supervisor.kill_if_stalled(0.0, 60.0)
+        assert not supervisor.deaths, "it has a while to end"
+        monkeypatch.setattr(module, "KILL_SECONDS", 0.0)
+        supervisor.kill_if_stalled(0.0, 60.0)
+        assert supervisor.deaths == [(-signal.SIGKILL, (RequestId("a", 1),), True)]
+        wait_until(lambda: supervisor.room and supervisor._process is not first, "another is loaded", 60)
+        supervisor.add([request("a", 3)])
+        wait_until(lambda: supervisor.num_done == 1, "it computes", 60)
+    finally:
+        hung.kill()
+    assert first.wait_exit(30) == -signal.SIGKILL
+    assert supervisor.num_starts == 2
+    assert len(supervisor.deaths) == 1, "its late end is no second one"
+
+
+def test_a_stop_does_not_wait_for_an_engine_that_cannot_be_killed(
+    supervisor: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait_until(lambda: supervisor.room, "it is loaded", 60)
+    process = supervisor._process
+    assert process is not None
+    hung = psutil.Process(process.pid)
+    monkeypatch.setattr(process, "__class__", Stuck)
+    monkeypatch.setattr("jobs.engine_process._REAP_SECONDS", 0.2)
+    hung.suspend()
+    try:
+        assert process.stop(0.1) == -signal.SIGKILL
+    finally:
+        hung.kill()
+    assert process.wait_exit(30) == -signal.SIGKILL

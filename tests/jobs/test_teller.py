@@ -48,6 +48,15 @@ def teller(database: Database, results: CeleryResults) -> Teller:
     return teller
 
 
+@pytest.fixture
+def other_worker(redis_url: str, settings: Settings) -> Iterator[CeleryResults]:
+    """Not started: a test stores with it when it likes."""
+    app = make_app(settings.model_copy(update={"redis_url": redis_url}))
+    yield CeleryResults(app)
+    leave_backend(app)
+    app.close()
+
+
 def untold(database: Database) -> set[str]:
     with database.read() as connection:
         return set(connection.scalars(select(Job.id).where(Job.told_at.is_(None))))
@@ -145,3 +154,27 @@ def test_an_idle_sweep_looks_into_an_index_that_is_empty(database: Database) -> 
             )
         ).all()
     assert "ix_jobs_untold" in str(plan)
+
+
+def test_an_end_told_by_another_worker_is_not_overwritten_by_a_late_beginning(
+    results: CeleryResults, other_worker: CeleryResults, redis_url: str
+) -> None:
+    """One worker took the message in and says STARTED; another had the job at once, and its end is stored between the
+    first one's look at Redis and its word."""
+    encode, told = results.backend.encode, []
+
+    def encode_late(meta: dict[str, object]) -> object:
+        if not told:
+            told.append(meta["status"])
+            other_worker.backend.store_result("quick", {"text": "out"}, "SUCCESS")
+        return encode(meta)
+
+    results.backend.encode = encode_late
+    results.started("quick")
+    results.started("slow")
+    wait_until(lambda: results.idle, "both are told")
+    assert told == ["STARTED"]
+    with bare_celery(redis_url) as client:
+        assert AsyncResult("quick", app=client).get(timeout=10) == {"text": "out"}
+        assert AsyncResult("slow", app=client).state == "STARTED"
+        assert 0 < client.backend.client.ttl(client.backend.get_key_for_task("slow")) <= 86_400

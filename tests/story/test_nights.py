@@ -39,6 +39,24 @@ def test_a_schedule_fires_by_itself(press: Press) -> None:
     assert press.http.delete(address).status_code == 200
 
 
+def test_who_asks_for_a_million_tokens_does_not_move_all_forecasts(press: Press) -> None:
+    """A worker that learned from such answers, as short as any, would promise a thousand times too much."""
+    (worker,) = press.start_workers(1)
+
+    def estimated() -> float:
+        row = press.worker(worker)
+        assert row is not None
+        return float((row["pace"] or {}).get("estimated_tokens", 0.0))
+
+    before = estimated()
+    job = {"prompt": "x", "max_tokens": 1_000_000, "structured_outputs": {"choice": ["yes", "no"]}}
+    batch_id = press.submit([*[job] * 5, *long_jobs(16, 400)])  # some work, for a speed to be measured
+    assert press.batch(batch_id)["unserved_models"] in ([], None)  # None: it has ended
+    assert press.finish()[JobState.COMPLETED] == 21
+    wait_until(lambda: estimated() > before, "the worker has reported", START_SECONDS)
+    assert estimated() <= before + 5 * 8192 + 16 * 500
+
+
 @pytest.mark.long
 def test_a_batch_says_when_it_will_be_done(press: Press) -> None:
     press.start_workers(0)
@@ -53,6 +71,7 @@ def test_a_batch_says_when_it_will_be_done(press: Press) -> None:
     # api takes a picture of the queue once per second.
     first, second = press.submit(long_jobs(64, 150)), press.submit(long_jobs(3000, 150))
     assert estimate(first) is None
+    assert press.batch(first)["unserved_models"] == ["tiny"]
     press.start("worker", ["worker"])
     wait_until(lambda: estimate(second) is not None, "something is measured", FINISH_SECONDS, interval=0.05)
     sooner, later = estimate(first), estimate(second)
