@@ -18,7 +18,7 @@ from sqlalchemy import Connection, Row, Select, case, insert, or_, select, updat
 from sqlalchemy.exc import SQLAlchemyError
 
 from jobs.bad_field import BadField
-from jobs.database import Database, now
+from jobs.database import Database, cause, now
 from jobs.key_text import KeyText, new_key
 from jobs.models import Key, Tenant
 from jobs.tenants import unknown_tenant
@@ -189,7 +189,7 @@ class Keys:
         try:
             self._database.transact(work, patience=_USE_PATIENCE)
         except SQLAlchemyError as error:
-            log.warning("keys.use_not_noted key=%s error=%s", key_id, type(error).__name__)
+            log.warning("keys.use_not_noted key=%s error=%s", key_id, cause(error))
 
 
 def _insert(

@@ -23,7 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from jobs.conditions import JOB_QUEUED
 from jobs.counted_tokens import counted_column, longest_contexts
-from jobs.database import Database, clock
+from jobs.database import Database, cause, clock
 from jobs.models import Job, Worker
 from jobs.pace import Figures, figures_of
 from jobs.states import HELD, WorkerState
@@ -106,7 +106,7 @@ class QueueDepth:
             with self._database.read() as connection:
                 self._renew(connection)
         except SQLAlchemyError as error:
-            log.warning("queue_depth.database error=%s", type(error).__name__)
+            log.warning("queue_depth.database error=%s", cause(error))
         finally:
             self._lock.release()
 

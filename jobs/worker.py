@@ -28,7 +28,7 @@ from jobs.broker import NightpressCelery
 from jobs.celery_results import CeleryResults
 from jobs.checkpointer import Checkpointer
 from jobs.claimer import Claimer
-from jobs.database import Database
+from jobs.database import Database, cause
 from jobs.encoder import Encoder
 from jobs.exposition import MetricsServer, serve
 from jobs.holdings import Holding, Holdings
@@ -215,7 +215,7 @@ class Worker:
                 lambda connection: leave(connection, worker_id=self.worker_id), patience=LEAVE_SECONDS
             )
         except SQLAlchemyError as error:  # then its lease runs out instead
-            log.error("worker.leave_failed error=%s", type(error).__name__)
+            log.error("worker.leave_failed error=%s", cause(error))
         self.revokes.stop(HAND_BACK_SECONDS)
         self.wake_ups.wake(self.model)  # for whoever takes over what was handed back
         self.wake_ups.close()
