@@ -60,7 +60,7 @@ def create_app(
     wake: Wake | None = None,
     notice: Callable[[], None] | None = None,
 ) -> FastAPI:
-    """The ASGI application. A `database` that is given stays the caller's to close. `wake(model, num_jobs)`
+    """The ASGI application. A `database` that is given stays the caller's to close. `wake(model)`
     is called after each commit of new jobs; without it, workers find them at their next sweep. `notice()` is called
     after each new batch of a file; without it, clerks find it at their next look."""
     owned = database is None
@@ -118,8 +118,8 @@ def create_app(
     return app
 
 
-def _nobody(model: str, num_jobs: int) -> None:
-    log.debug("api.no_broker model=%.80a jobs=%d", model, num_jobs)
+def _nobody(model: str) -> None:
+    log.debug("api.no_broker model=%.80a", model)
 
 
 def _no_clerk() -> None:

@@ -11,27 +11,23 @@ needs `admin`.
 
 from __future__ import annotations
 
-import time
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Annotated, Final
 
 from fastapi import Depends
 from fastapi.security import HTTPBearer
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api.errors import NO_DATABASE, ApiError, database_unreachable, envelope
+from api.known_keys import KnownKeys
 from api.loopback import is_loopback
 from jobs.key_text import BadKey, KeyText, parse_key
-from jobs.keys import ALL_SCOPES, USE_SECONDS, FoundKey, Keys
+from jobs.keys import ALL_SCOPES, Keys
 from jobs.keys import Scope as KeyScope
 from jobs.tenants import OPERATOR, Owner
 
 PUBLIC: Final = frozenset({"/health", "/ready"})
-CACHE_SECONDS: Final = 3.0  # a key that was revoked, or the first key, takes effect within so long
-CACHE_KEYS: Final = 1024
 _NEEDED: Final = {
     "GET": KeyScope.READ,
     "HEAD": KeyScope.READ,
@@ -70,50 +66,6 @@ def needed_scope(method: str, path: str) -> KeyScope:
     if path.startswith("/v1/admin/"):
         return KeyScope.ADMIN
     return _NEEDED.get(method, KeyScope.ADMIN)
-
-
-class KnownKeys:
-    """Keys as the database has them, a few seconds old at most, and never more than `CACHE_KEYS` of them.
-
-    Keys that do not exist are not remembered: guessing costs the guesser a query each time, and pushes nobody out.
-    Used from the event loop; only the queries run elsewhere.
-    """
-
-    def __init__(self, keys: Keys) -> None:
-        self._keys = keys
-        self._found: OrderedDict[str, tuple[float, FoundKey]] = OrderedDict()  # until when, what
-        self._noted: dict[str, float] = {}  # key id → when its use was written down
-        self._any: bool | None = None  # None: never asked
-        self._none_until = 0.0
-
-    async def any(self, *, fresh: bool) -> bool:
-        """Whether keys are needed. While they are not, `fresh` asks the database again."""
-        if self._any is None or (fresh and not self._any and time.monotonic() >= self._none_until):
-            self._any = await run_in_threadpool(self._keys.any)
-            self._none_until = time.monotonic() + CACHE_SECONDS
-        return self._any
-
-    async def find(self, key_id: str) -> FoundKey | None:
-        until, found = self._found.get(key_id, (0.0, None))
-        if found is not None and time.monotonic() < until:
-            self._found.move_to_end(key_id)
-            return found
-        self._found.pop(key_id, None)
-        asked = time.monotonic()
-        found = await run_in_threadpool(self._keys.find, key_id)
-        if found is not None:
-            left = found.view.seconds_left
-            trusted = CACHE_SECONDS if left is None or left <= 0 else min(CACHE_SECONDS, left)
-            self._found[key_id] = (asked + trusted, found)
-            while len(self._found) > CACHE_KEYS:
-                self._noted.pop(self._found.popitem(last=False)[0], None)
-        return found
-
-    async def note_use(self, key_id: str) -> None:
-        """Write down, once a minute, that the key is in use."""
-        if time.monotonic() - self._noted.get(key_id, -USE_SECONDS) >= USE_SECONDS:
-            self._noted[key_id] = time.monotonic()
-            await run_in_threadpool(self._keys.note_use, key_id)
 
 
 class Gate:

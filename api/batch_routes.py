@@ -14,14 +14,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
 from api.auth import BEARER, By
+from api.batch_objects import BatchList, BatchObject, batch_object
 from api.body_limit import read_json, refuse_body
 from api.errors import conflict, no_such_file, not_found
-from api.schemas import REFUSALS, BatchList, BatchObject, batch_list, batch_object
-from api.services import Seconds, Services, is_id, refuse_query, refuse_repeats, submit_of
-from jobs.batch_reads import BatchFilter
+from api.parameters import Seconds, is_id, refuse_query, refuse_repeats, submit_of
+from api.schemas import REFUSALS
+from api.services import Services
+from jobs.batch_reads import BatchFilter, BatchView
 from jobs.file_batches import NoSuchFile, parse_wish
 from jobs.idempotency import Submit
-from jobs.reads import MAX_LIMIT, BatchView
+from jobs.reads import MAX_LIMIT
 from jobs.states import BatchState
 from jobs.tenants import Owner
 from jobs.texts import Name
@@ -53,9 +55,7 @@ def routes(services: Services) -> APIRouter:
     async def create_batch(request: Request, caller: By) -> BatchObject:
         """A batch of an uploaded file, which is checked afterwards. The same `Idempotency-Key` with the same body is
         accepted once and answered each time."""
-        data = await read_json(
-            request, max_bytes=settings.max_body_bytes, max_array_bytes=settings.max_body_bytes
-        )
+        data = await read_json(request, max_bytes=settings.max_body_bytes)
         return await run_in_threadpool(_create, services, caller.owner, data, submit_of(request, data))
 
     @router.get("", dependencies=[Depends(refuse_repeats)])
@@ -67,7 +67,7 @@ def routes(services: Services) -> APIRouter:
         batches, has_more = services.batch_reads.page(
             only, tenant=caller.tenant, after=query.after, limit=query.limit
         )
-        return batch_list(batches, has_more)
+        return BatchList.of([batch_object(batch) for batch in batches], has_more)
 
     @router.get("/{batch_id}", dependencies=[Depends(refuse_query)])
     def get_batch(batch_id: str, caller: By) -> BatchObject:
@@ -107,7 +107,7 @@ def _cancel(services: Services, tenant: str, batch_id: str) -> BatchObject | JSO
 
 
 def _batch(services: Services, tenant: str, batch_id: str) -> BatchView:
-    batch = services.reads.batch(batch_id, tenant=tenant) if is_id(batch_id) else None
+    batch = services.batch_reads.batch(batch_id, tenant=tenant) if is_id(batch_id) else None
     if batch is None:
         raise not_found("batch", batch_id)
     return batch

@@ -15,21 +15,31 @@ from starlette.concurrency import run_in_threadpool
 
 from api.errors import ApiError, shown_name
 from jobs import strict_json
+from jobs.bad_field import BadField
 
 SMALL_BYTES = 16_384  # of JSON that takes a fraction of a millisecond
 READ_SECONDS = 300.0  # for a whole body, so that a slow sender does not hold its bytes for ever
 
 
-async def read_json(request: Request, *, max_bytes: int, max_array_bytes: int) -> Any:
-    """The body as a Python value. A top-level object with `jobs` may have `max_array_bytes`, others
+async def read_json(request: Request, *, max_bytes: int, max_array_bytes: int | None = None) -> Any:
+    """The body as a Python value. A top-level object with `jobs` may have `max_array_bytes`, if that is given, others
     `max_bytes`. Raises `ApiError` 400, 408, 413 or 415."""
     _refuse_media(request)
+    max_array_bytes = max_bytes if max_array_bytes is None else max_array_bytes
     raw = await _read(request, max_bytes, max_array_bytes)
     # Off the event loop if it is large: 64 MB of JSON take a second.
     small = len(raw) <= SMALL_BYTES
     data = parse_json(raw) if small else await run_in_threadpool(parse_json, raw)
     if len(raw) > max_bytes and not (isinstance(data, dict) and "jobs" in data):
         _too_large(max_bytes)
+    return data
+
+
+async def read_object(request: Request, *, max_bytes: int) -> dict[str, Any]:
+    """The same for a body that must be an object. Raises `BadField`, too."""
+    data = await read_json(request, max_bytes=max_bytes)
+    if not isinstance(data, dict):
+        raise BadField(None, "the body must be a JSON object", "invalid_type")
     return data
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import click
 
+from api.cli_database import data_dir_option, json_option
 from api.cli_settings import load_settings
-from api.cli_tenants import data_dir_option, json_option
 
 _COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from api.cli_tenants import data_dir_option, fail, json_option, opened
+from api.cli_database import data_dir_option, fail, json_option, opened
 
 if TYPE_CHECKING:
     from jobs.key_text import KeyText

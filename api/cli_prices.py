@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from api.cli_tenants import data_dir_option, json_option, opened
+from api.cli_database import data_dir_option, json_option, opened
 from api.cli_usage import table
 
 if TYPE_CHECKING:

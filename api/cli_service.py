@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
+from api.cli_database import data_dir_option, fail, opened
 from api.cli_settings import load_settings
-from api.cli_tenants import data_dir_option, fail, opened
 
 model_option = click.option("--model", help="Folder of safetensors, GGUF file or hub id to serve.")
 port_option = click.option(

@@ -7,7 +7,6 @@ Owns the HTTP side. Each request is one job like any other, of the tier that goe
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from typing import Any
@@ -19,26 +18,25 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from api.auth import BEARER, By
-from api.body_limit import read_json
+from api.awaited import accept_awaited
+from api.body_limit import read_object
 from api.chunks import HEADERS, KEEP_ALIVE, MEDIA_TYPE, Chunks, event
 from api.errors import NO_DATABASE, ApiError
+from api.parameters import refuse_query, submit_of
 from api.schemas import REFUSALS
-from api.services import Services, refuse_query, submit_of
+from api.services import Services
 from api.waits import DivergedError, Transcript, Wait, unless_client_leaves
 from jobs.audience import Audience, Piece
-from jobs.body import BadField, JobBody
-from jobs.idempotency import Submit
-from jobs.openai_answers import completion_object, error_object, usage_object
+from jobs.openai_answers import answer_id, completion_object, error_object, usage_object
 from jobs.openai_body import CHAT, COMPLETIONS, Asked, Url, read_asked
 from jobs.reads import JobView
 from jobs.tenants import Owner
-from jobs.terms import Terms, Tier
+from jobs.terms import Tier
 
 log = logging.getLogger(__name__)
 
 KEEP_ALIVE_SECONDS = 15.0
 BEGIN_SECONDS = 15.0  # without a word for so long, the answer begins without one
-_PREFIX = {CHAT: "chatcmpl-", COMPLETIONS: "cmpl-"}
 
 
 def routes(services: Services) -> APIRouter:
@@ -61,34 +59,8 @@ def routes(services: Services) -> APIRouter:
     return router
 
 
-def accept_awaited(
-    services: Services, owner: Owner, body: JobBody, submit: Submit | None, audience: Audience, tier: Tier
-) -> str:
-    """Put the job into SQL and wake its workers at once; its id. Raises `ApiError` 404 for a model that nobody
-    serves, and what `Intake.accept_one` raises."""
-    if (known := services.intake.accepted_before(submit, owner)) is not None:
-        return known
-    (body,) = services.intake.name_models([body])
-    model = str(body.model)
-    if model != services.settings.served_model and model not in services.reads.models():
-        raise ApiError(
-            404, f"the model {model[:80]!a} is not served here", code="model_not_found", param="model"
-        )
-    job_id = services.intake.accept_one(body, owner, submit, terms=Terms(tier=tier), audience=audience)
-    services.wake_workers(Counter([model]))
-    return job_id
-
-
-async def read_object(request: Request, services: Services) -> dict[str, Any]:
-    limit = services.settings.max_body_bytes
-    data = await read_json(request, max_bytes=limit, max_array_bytes=limit)
-    if not isinstance(data, dict):
-        raise BadField(None, "the body must be a JSON object", "invalid_type")
-    return data
-
-
 async def _answer(services: Services, request: Request, owner: Owner, url: Url) -> Response:
-    data = await read_object(request, services)
+    data = await read_object(request, max_bytes=services.settings.max_body_bytes)
     asked = read_asked(url, data, services.settings, may_stream=True)
     submit = submit_of(request, {"url": url, "body": data})
     audience = Audience.TEXT if asked.stream else Audience.END
@@ -113,7 +85,7 @@ def _whole(asked: Asked, job: JobView) -> dict[str, Any]:
     return completion_object(
         asked.url,
         job.outputs,
-        answer_id=_id(asked.url, job.id),
+        answer_id=_answer_id(asked.url, job.id),
         created=int(job.created_at),
         model=job.model,
         usage=_usage(job),
@@ -140,7 +112,7 @@ async def _events(
     num_choices = asked.body.n or 1
     chunks = Chunks(
         url=asked.url,
-        answer_id=_id(asked.url, job.id),
+        answer_id=_answer_id(asked.url, job.id),
         created=int(job.created_at),
         model=job.model,
         include_usage=asked.include_usage,
@@ -189,5 +161,5 @@ def _usage(job: JobView) -> dict[str, Any]:
     return usage_object(job.usage.prompt, job.usage.completion, job.usage.cached)
 
 
-def _id(url: Url, job_id: str) -> str:
-    return _PREFIX[url] + job_id.removeprefix("job_")
+def _answer_id(url: Url, job_id: str) -> str:
+    return answer_id(url, job_id.removeprefix("job_"))

@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jobs.body import BadField
+from jobs.bad_field import BadField
 from jobs.files import FileInUse
 from jobs.forecasts import WindowTooTight
 from jobs.idempotency import KeyReusedError
@@ -64,6 +64,11 @@ def shown_name(name: str) -> str:
 
 def not_found(noun: str, name: str) -> ApiError:
     return ApiError(404, f"there is no {noun} {name[:80]!a}", code="not_found", param=f"{noun}_id")
+
+
+def model_not_found(name: str) -> ApiError:
+    message = f"the model {name[:80]!a} is not served here"
+    return ApiError(404, message, code="model_not_found", param="model")
 
 
 def no_such_file(name: str, *, param: str = "file_id") -> ApiError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
-from typing import Annotated, BinaryIO, Final, Literal
+from typing import Annotated, BinaryIO, Final
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import StreamingResponse
@@ -18,10 +18,13 @@ from starlette.concurrency import run_in_threadpool
 from api import upload
 from api.auth import BEARER, By
 from api.errors import ApiError, no_such_file
-from api.schemas import REFUSALS, FileDeleted, FileList, FileObject, file_list, file_object
-from api.services import Services, is_id, refuse_query, refuse_repeats
-from jobs.body import BadField
+from api.file_objects import FileDeleted, FileList, FileObject, file_object
+from api.parameters import is_id, refuse_query, refuse_repeats
+from api.schemas import REFUSALS
+from api.services import Services
+from jobs.bad_field import BadField
 from jobs.files import FileView
+from jobs.keyset import Direction
 from jobs.quotas import QuotaExceeded
 from jobs.tenants import Owner
 from jobs.texts import Name
@@ -38,7 +41,7 @@ class FileQuery(BaseModel):
     purpose: Annotated[Name, Field(max_length=32)] | None = None
     after: Annotated[Name, Field(max_length=255)] | None = None
     limit: Annotated[int, Field(ge=1, le=MAX_LIMIT)] = MAX_LIMIT
-    order: Literal["asc", "desc"] = "desc"
+    order: Direction = "desc"
 
 
 def routes(services: Services) -> APIRouter:
@@ -66,9 +69,9 @@ def routes(services: Services) -> APIRouter:
             purpose=query.purpose,
             after=query.after,
             limit=query.limit,
-            order=query.order,
+            direction=query.order,
         )
-        return file_list(found, has_more)
+        return FileList.of([file_object(file) for file in found], has_more)
 
     @router.get("/{file_id}", dependencies=[Depends(refuse_query)])
     def get_file(file_id: str, caller: By) -> FileObject:

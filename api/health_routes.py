@@ -12,8 +12,9 @@ from fastapi import APIRouter, Depends
 from fastapi.responses import JSONResponse
 
 from api.errors import ApiError
+from api.parameters import refuse_query
 from api.schemas import REFUSALS
-from api.services import Services, refuse_query
+from api.services import Services
 
 
 def routes(services: Services) -> APIRouter:

@@ -6,8 +6,7 @@ is sent after the commit, and the wake-up of workers after the 202.
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import JSONResponse
@@ -15,13 +14,18 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
 from api.auth import BEARER, By
+from api.batch_objects import BatchObject, batch_object
 from api.body_limit import read_json, refuse_body
 from api.errors import not_found
-from api.schemas import REFUSALS, BatchObject, JobList, JobObject, batch_object, job_list, job_object
-from api.services import Seconds, Services, is_id, refuse_query, refuse_repeats, submit_of
-from jobs.body import BadField, parse_job, parse_jobs, parse_metadata
+from api.job_objects import JobList, JobObject, job_object
+from api.parameters import Seconds, is_id, refuse_query, refuse_repeats, submit_of
+from api.schemas import REFUSALS
+from api.services import Services
+from jobs.bad_field import BadField
+from jobs.body import parse_job, parse_jobs, parse_metadata
 from jobs.idempotency import Submit
-from jobs.reads import MAX_LIMIT, JobFilter
+from jobs.keyset import Direction
+from jobs.reads import MAX_LIMIT, JobFilter, JobView
 from jobs.states import JobState
 from jobs.tenants import Owner
 from jobs.terms import ORDINARY
@@ -36,7 +40,7 @@ class JobQuery(BaseModel):
 
     after: Annotated[Name, Field(max_length=255)] | None = None
     limit: Annotated[int, Field(ge=1, le=MAX_LIMIT)] = 20
-    order: Literal["asc", "desc"] = "desc"
+    order: Direction = "desc"
     status: JobState | None = None
     batch_id: Annotated[Name, Field(max_length=255)] | None = None
     model: ModelName | None = None
@@ -78,9 +82,9 @@ def routes(services: Services) -> APIRouter:
             created_before=query.created_before,
         )
         jobs, has_more = services.reads.jobs(
-            only, tenant=caller.tenant, after=query.after, limit=query.limit, order=query.order
+            only, tenant=caller.tenant, after=query.after, limit=query.limit, direction=query.order
         )
-        return job_list(jobs, [services.forecasts.of_job(job) for job in jobs], has_more)
+        return JobList.of([_object(services, job) for job in jobs], has_more)
 
     @router.get("/{job_id}", dependencies=[Depends(refuse_query)])
     def get_job(job_id: str, caller: By) -> JobObject:
@@ -98,24 +102,23 @@ def routes(services: Services) -> APIRouter:
 
 def _submit_job(services: Services, owner: Owner, data: object, submit: Submit | None) -> JSONResponse:
     if (known := services.intake.accepted_before(submit, owner)) is not None:
-        return services.accepted(_job(services, owner.tenant, known), f"/v1/jobs/{known}", Counter())
+        return services.accepted(_job(services, owner.tenant, known), f"/v1/jobs/{known}", ())
     terms = ORDINARY
     if isinstance(data, dict):
         terms, data = split_terms(data, clock=services.intake.clock)
     (body,) = services.intake.name_models([parse_job(data, services.settings, forms=True)])
     if submit is None:
-        job = services.intake.accept_new(body, owner, terms=terms)
-        made = job_object(job, services.forecasts.of_job(job))
+        made = _object(services, services.intake.accept_new(body, owner, terms=terms))
     else:
         made = _job(services, owner.tenant, services.intake.accept_one(body, owner, submit, terms=terms))
-    return services.accepted(made, f"/v1/jobs/{made.id}", Counter([str(body.model)]))
+    return services.accepted(made, f"/v1/jobs/{made.id}", [str(body.model)])
 
 
 def _submit_batch(
     services: Services, owner: Owner, data: dict[str, Any], submit: Submit | None
 ) -> JSONResponse:
     if (known := services.intake.accepted_before(submit, owner)) is not None:
-        return services.accepted(_batch(services, owner.tenant, known), f"/v1/batches/{known}", Counter())
+        return services.accepted(_batch(services, owner.tenant, known), f"/v1/batches/{known}", ())
     terms, data = split_terms(data, clock=services.intake.clock)
     for name in data:
         if name not in ("jobs", "metadata"):
@@ -130,12 +133,12 @@ def _submit_batch(
     return services.accepted(
         _batch(services, owner.tenant, batch_id),
         f"/v1/batches/{batch_id}",
-        Counter(str(body.model) for body in bodies),
+        {str(body.model) for body in bodies},
     )
 
 
 def _batch(services: Services, tenant: str, batch_id: str) -> BatchObject:
-    batch = services.reads.batch(batch_id, tenant=tenant)
+    batch = services.batch_reads.batch(batch_id, tenant=tenant)
     assert batch is not None  # it has been committed, and batches are never deleted
     return batch_object(batch, services.forecasts.of_batch(batch))
 
@@ -150,4 +153,8 @@ def _job(services: Services, tenant: str, job_id: str) -> JobObject:
     job = services.reads.job(job_id, tenant=tenant) if is_id(job_id) else None
     if job is None:
         raise not_found("job", job_id)
+    return _object(services, job)
+
+
+def _object(services: Services, job: JobView) -> JobObject:
     return job_object(job, services.forecasts.of_job(job))

@@ -16,8 +16,8 @@ from prometheus_client import Counter, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.auth import BEARER
+from api.parameters import refuse_query
 from api.schemas import REFUSALS
-from api.services import refuse_query
 from jobs.exposition import CONTENT_TYPE, HTTP_SECONDS, Collector, CollectorRegistry, text_of
 
 UNROUTED: Final = "unrouted"

@@ -6,13 +6,27 @@ Owns the HTTP side. A model is there while a live worker serves it, or because t
 from __future__ import annotations
 
 import time
+from typing import Literal
 
 from fastapi import APIRouter, Depends
 
 from api.auth import BEARER
-from api.errors import ApiError
-from api.schemas import REFUSALS, ModelList, ModelObject
-from api.services import Services, refuse_query
+from api.errors import model_not_found
+from api.parameters import refuse_query
+from api.schemas import REFUSALS, Object
+from api.services import Services
+
+
+class ModelObject(Object):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "nightpress"
+
+
+class ModelList(Object):
+    object: Literal["list"] = "list"
+    data: list[ModelObject]
 
 
 def routes(services: Services) -> APIRouter:
@@ -40,8 +54,6 @@ def routes(services: Services) -> APIRouter:
         for model in models():
             if model.id == model_id:
                 return model
-        raise ApiError(
-            404, f"the model {model_id[:80]!a} is not served here", code="model_not_found", param="model"
-        )
+        raise model_not_found(model_id)
 
     return router

@@ -14,8 +14,9 @@ from pydantic.json_schema import models_json_schema
 
 from api.upload import ANCHOR, SECONDS
 from jobs import openai_body, responses_body
+from jobs.bad_field import NOT_SUPPORTED_YET
 from jobs.batch_file import ENDPOINTS
-from jobs.body import NOT_SUPPORTED_YET, JobBody
+from jobs.body import JobBody
 from jobs.files import LONGEST_LIFE, SHORTEST_LIFE, Purpose
 from jobs.idempotency import MAX_KEY_CHARS
 from jobs.openai_body import CHAT, COMPLETIONS, MAX_COMPLETION_LOGPROBS, MESSAGE_EXTRAS

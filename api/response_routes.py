@@ -12,12 +12,13 @@ from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
 from api.auth import BEARER, By
-from api.body_limit import refuse_body
-from api.completion_routes import accept_awaited, read_object
+from api.awaited import accept_awaited
+from api.body_limit import read_object, refuse_body
 from api.errors import ApiError
+from api.parameters import is_id, refuse_query, submit_of
 from api.response_object import id_of, job_id_of, response_object
 from api.schemas import REFUSALS
-from api.services import Services, is_id, refuse_query, submit_of
+from api.services import Services
 from api.waits import unless_client_leaves
 from jobs.audience import Audience
 from jobs.responses_body import read_response
@@ -37,7 +38,7 @@ def routes(services: Services) -> APIRouter:
     @router.post("")
     async def create(request: Request, caller: By) -> JSONResponse:
         """With `background` it is answered at once, as `queued`; else when it is done."""
-        data = await read_object(request, services)
+        data = await read_object(request, max_bytes=services.settings.max_body_bytes)
         asked = read_response(data, services.settings)
         submit = submit_of(request, {"url": ROUTE, "body": data})
         audience, tier = (

@@ -17,8 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from api.auth import BEARER, By
 from api.errors import not_found
-from api.schemas import REFUSALS, job_object
-from api.services import Services, is_id, refuse_repeats
+from api.job_objects import job_object
+from api.parameters import is_id, refuse_repeats
+from api.schemas import REFUSALS
+from api.services import Services
 from jobs.completion_order import MAX_PAGE, Order, Page
 
 _SEND_BYTES = 65_536  # lines are sent in pieces of about this size
@@ -51,7 +53,7 @@ def routes(services: Services) -> APIRouter:
         the `after` of the following one, and the same as before when nothing new has ended."""
         tenant, order = caller.tenant, query.order
         if order is Order.INPUT and query.after is None and query.limit is None:
-            batch = services.reads.batch(batch_id, tenant=tenant) if is_id(batch_id) else None
+            batch = services.batch_reads.batch(batch_id, tenant=tenant) if is_id(batch_id) else None
             if batch is None:
                 raise not_found("batch", batch_id)
             headers = {} if batch.closed else {"X-Incomplete": "true"}

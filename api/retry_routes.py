@@ -11,11 +11,14 @@ from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
 from api.auth import BEARER, By
+from api.batch_objects import BatchObject, batch_object
 from api.body_limit import read_fields
 from api.errors import not_found
-from api.schemas import REFUSALS, BatchObject, JobObject, batch_object, job_object
-from api.services import Services, is_id, refuse_query, submit_of
-from jobs.body import BadField
+from api.job_objects import JobObject, job_object
+from api.parameters import is_id, refuse_query, submit_of
+from api.schemas import REFUSALS
+from api.services import Services
+from jobs.bad_field import BadField
 from jobs.idempotency import Submit
 from jobs.retries import USUAL, parse_states
 from jobs.states import JobState
@@ -75,7 +78,7 @@ def _retry_batch(
         if is_id(batch_id)
         else None
     )
-    batch = None if made is None else services.reads.batch(made[0], tenant=owner.tenant)
+    batch = None if made is None else services.batch_reads.batch(made[0], tenant=owner.tenant)
     if made is None or batch is None:
         raise not_found("batch", batch_id)
     return services.accepted(batch_object(batch), f"/v1/batches/{batch.id}", made[1])

@@ -1,52 +1,49 @@
 """run-batch: a file of requests through one engine process, without Redis and without SQL.
 
 Owns the loop between the two files and the engine: it keeps the engine's credits used, appends each answer as it
-comes, starts a dead engine again, and stops so that the same command goes on where it was. The output file is
-the only state. No torch here: that is the engine process's.
+comes (`api.run_output`), starts a dead engine again, and stops so that the same command goes on where it was. The
+output file is the only state. No torch here: that is the engine process's.
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
-import os
 import queue
 import signal
 import sys
-import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO
 
-from tqdm import tqdm
-
+from api.run_output import RunOutput
 from engine.checkpoint import Checkpoint
 from engine.growth import Growth, join
 from engine.request import Completion, Request, RequestId, derive_seed
 from engine.tokenizer import Tokenizer
 from engine.wire import Completions, FromEngine, Grown, Progress
 from jobs.answers import outcome_of
+from jobs.bad_field import BadField
 from jobs.batch_file import (
     BadLine,
-    BatchFileError,
     BatchLine,
-    Done,
     answer_line,
     bad_line,
-    check_input,
     error_line,
     parse_line,
-    read_lines,
-    resume,
 )
-from jobs.body import BadField
 from jobs.engine_process import EngineProcess
 from jobs.failures import status_of
 from jobs.openai_answers import usage_object
 from jobs.quarantine import SUSPECT, Quarantine, is_guilty, suspicion_after
 from jobs.requests import prompt_of, request_of
+from jobs.run_files import (
+    BatchFileError,
+    Done,
+    check_input,
+    read_lines,
+    resume,
+)
 from jobs.settings import Settings
 
 LOOK_SECONDS = 0.2  # how soon a Ctrl-C is seen
@@ -54,7 +51,6 @@ STOP_SECONDS = 5.0
 FILL = 64  # requests encoded before answers are looked at again
 MAX_FAILED_STARTS = 3
 LONG_QUEUE = 32_768  # requests that the engine plans over, until it has died once
-RATE_SECONDS = 10.0  # over which tok/s is taken
 
 
 @dataclass(slots=True)
@@ -89,13 +85,14 @@ def run(settings: Settings, source: Path, target: Path, *, quiet: bool = False) 
         checkpoint = Checkpoint.open(settings.model, engine.revision, model_impl=engine.model_impl)
         tokenizer = Tokenizer.open(checkpoint)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("ab") as output:
+        with target.open("ab") as file:
             try:
-                fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 return _say(f"{target} is being written by another run", 1)
-            batch = BatchRun(settings, tokenizer, source, output, resume(target), total, quiet)
-            return batch.run()
+            done = resume(target)
+            output = RunOutput(file, done, total, quiet=quiet)
+            return BatchRun(settings, tokenizer, source, done, output, quiet=quiet).run()
     except (BatchFileError, ValueError, OSError) as error:  # checkpoints and tokenizers say ValueError
         return _say(str(error), 1)
 
@@ -106,16 +103,15 @@ class BatchRun:
         settings: Settings,
         tokenizer: Tokenizer,
         source: Path,
-        output: BinaryIO,
         done: Done,
-        total: int,
+        output: RunOutput,
+        *,
         quiet: bool,
     ) -> None:
         self._settings = settings
         self._tokenizer = tokenizer
         self._output = output
         self._done = done
-        self._total = total
         self._quiet = quiet
         self._entries = self._read(source)
         self._again: deque[Entry] = deque()  # after a death
@@ -128,15 +124,7 @@ class BatchRun:
         self._deaths = 0
         self._exhausted = False
         self._stopping = False
-        self._num_answered = self._num_failed = 0
-        self._first_failure = ""
-        self._num_prompt = self._num_generated = 0
         self._partial = 0  # tokens of requests in flight
-        self._samples: deque[tuple[float, int]] = deque()
-        self._synced = self._started = time.monotonic()
-        self._bar = tqdm(
-            total=total, initial=len(done), unit="req", disable=True if quiet else None, dynamic_ncols=True
-        )
 
     def run(self) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -152,9 +140,7 @@ class BatchRun:
             if self._process is not None:
                 self._process.stop(STOP_SECONDS)
                 self._take_rest()
-            self._output.flush()
-            os.fsync(self._output.fileno())
-            self._bar.close()
+            self._output.close()
         return self._report()
 
     # --- requests -------------------------------------------------------------------------------------------
@@ -166,18 +152,18 @@ class BatchRun:
                 line = parse_line(number, raw)
             except BadLine as error:
                 if number not in self._done.bad_lines and error.custom_id not in self._done.custom_ids:
-                    self._write(bad_line(number, error), failed=True)
+                    self._output.write(bad_line(number, error), failed=True)
                 continue
             if line.custom_id in self._done.custom_ids:
                 continue
             try:
                 yield self._encode(line)
             except BadField as error:
-                self._write(
+                self._output.write(
                     error_line(line, 400, str(error), code=error.code, param=error.param), failed=True
                 )
             except ValueError as error:  # a chat that the template refuses
-                self._write(error_line(line, 400, str(error), code="invalid_request"), failed=True)
+                self._output.write(error_line(line, 400, str(error), code="invalid_request"), failed=True)
 
     def _encode(self, line: BatchLine) -> Entry:
         body = line.job(self._settings)
@@ -210,7 +196,7 @@ class BatchRun:
                 self._again.appendleft(first)
             self._start()
             return
-        if self._deaths and any(entry.suspicion >= SUSPECT for entry in self._in_flight.values()):
+        if self._on_trial:
             return
         room = min(self._process.available_credits, FILL)
         chosen: list[Entry] = []
@@ -250,15 +236,14 @@ class BatchRun:
         self._take(message)
 
     def _can_add(self) -> bool:
-        more = bool(self._again) or not self._exhausted
-        tried = self._deaths and any(entry.suspicion >= SUSPECT for entry in self._in_flight.values())
-        return (
-            more
-            and not self._suspects
-            and not tried
-            and self._process is not None
-            and self._process.available_credits > 0
-        )
+        if self._process is None or self._suspects or self._on_trial:
+            return False
+        return (bool(self._again) or not self._exhausted) and self._process.available_credits > 0
+
+    @property
+    def _on_trial(self) -> bool:
+        """Whether suspects have the engine to themselves. Before the first death there are none."""
+        return self._deaths > 0 and any(entry.suspicion >= SUSPECT for entry in self._in_flight.values())
 
     def _take(self, message: FromEngine | Exit) -> None:
         match message:
@@ -266,9 +251,6 @@ class BatchRun:
                 for completion in message.completions:
                     self._answer(completion)
                 self._output.flush()
-                if time.monotonic() - self._synced > 1.0:
-                    os.fsync(self._output.fileno())
-                    self._synced = time.monotonic()
             case Progress():
                 self._partial = sum(message.num_generated.values())
             case Grown():
@@ -277,7 +259,7 @@ class BatchRun:
                         entry.growths.append(growth)
             case Exit():
                 self._died(message)
-        self._show_rate()
+        self._output.show_rate(self._partial)
 
     def _take_rest(self) -> None:
         """Answers that were on their way when the run was stopped; whatever was aborted stays undone."""
@@ -302,13 +284,12 @@ class BatchRun:
             error = completion.error
             status = status_of(error.code)
             told = error_line(entry.line, status, error.message, code=error.code, param=error.param)
-            self._write(told, failed=True)
+            self._output.write(told, failed=True)
             return
         outcome = outcome_of(completion, self._tokenizer)
-        self._num_prompt += outcome.prompt_tokens
-        self._num_generated += outcome.completion_tokens
+        self._output.count(prompt_tokens=outcome.prompt_tokens, generated_tokens=outcome.completion_tokens)
         usage = usage_object(outcome.prompt_tokens, outcome.completion_tokens, outcome.cached_tokens)
-        self._write(answer_line(entry.line, self._settings.served_model, outcome.outputs, usage))
+        self._output.write(answer_line(entry.line, self._settings.served_model, outcome.outputs, usage))
 
     def _died(self, end: Exit) -> None:
         process, self._process = self._process, None
@@ -334,7 +315,7 @@ class BatchRun:
             entry.num_resumed = len(entry.growths)
             if alone and is_guilty(before, entry.suspicion):
                 reason = f"the engine process died ({end.returncode}) while running this request alone"
-                self._write(
+                self._output.write(
                     error_line(entry.line, status_of("engine_crash"), reason, code="engine_crash"),
                     failed=True,
                 )
@@ -343,41 +324,17 @@ class BatchRun:
             else:
                 self._again.append(entry)
         self._quarantine.died([entry.name for entry in entries if entry.name in self._suspects])
-        self._bar.write(f"the engine ended with status {end.returncode}, starting it again", file=sys.stderr)
+        self._output.say(f"the engine ended with status {end.returncode}, starting it again")
 
-    # --- output ---------------------------------------------------------------------------------------------
-
-    def _write(self, line: bytes, *, failed: bool = False) -> None:
-        self._output.write(line)
-        if failed and not self._num_failed:
-            told = json.loads(line)
-            self._first_failure = (told["error"] or told["response"]["body"]["error"])["message"]
-        self._num_answered += 1
-        self._num_failed += failed
-        self._bar.update()
-
-    def _show_rate(self) -> None:
-        now, tokens = time.monotonic(), self._num_generated + self._partial
-        self._samples.append((now, tokens))
-        while now - self._samples[0][0] > RATE_SECONDS:
-            self._samples.popleft()
-        since, before = self._samples[0]
-        if now - since > 0.5:
-            self._bar.set_postfix_str(f"{max(0, tokens - before) / (now - since):.0f} tok/s", refresh=False)
+    # --- end ------------------------------------------------------------------------------------------------
 
     def _report(self) -> int:
-        done = len(self._done) + self._num_answered
-        failed = self._done.num_failed + self._num_failed
-        seconds = time.monotonic() - self._started
-        summary = (
-            f"{done} of {self._total} requests answered, {failed} failed; this run: {self._num_prompt} tokens in, "
-            f"{self._num_generated} out in {seconds:.1f} s, {self._num_generated / seconds:.0f} tok/s"
-        )
+        summary = self._output.summary()
         if self._stopping and not self._finished():
             return _say(f"interrupted: {summary}. The same command goes on from here.", 1)
-        if self._first_failure:
-            summary += f"; the first failure: {self._first_failure}"
-        return _say(summary, 1 if failed else 0)
+        if self._output.first_failure:
+            summary += f"; the first failure: {self._output.first_failure}"
+        return _say(summary, 1 if self._output.num_failed else 0)
 
     def _on_signal(self, number: int, frame: object) -> None:
         self._stopping = True

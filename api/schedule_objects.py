@@ -7,16 +7,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel
-
-from api.schemas import JobError
+from api.schemas import JobError, Named, PageObject, whole_seconds
 from jobs.schedule_body import Missed
 from jobs.schedule_runs import RunKind, RunView
 from jobs.schedules import ScheduleView
 
 
-class ScheduleObject(BaseModel):
-    id: str
+class ScheduleObject(Named):
     object: Literal["schedule"] = "schedule"
     name: str
     cron: str
@@ -33,8 +30,7 @@ class ScheduleObject(BaseModel):
     jobs: list[dict[str, Any]] | None = None  # when they were asked for
 
 
-class RunObject(BaseModel):
-    id: str
+class RunObject(Named):
     object: Literal["schedule_run"] = "schedule_run"
     schedule_id: str
     kind: RunKind
@@ -45,20 +41,12 @@ class RunObject(BaseModel):
     created_at: int
 
 
-class ScheduleList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[ScheduleObject]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
+class ScheduleList(PageObject[ScheduleObject]):
+    pass
 
 
-class RunList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[RunObject]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
+class RunList(PageObject[RunObject]):
+    pass
 
 
 def schedule_object(schedule: ScheduleView, jobs: list[dict[str, Any]] | None = None) -> ScheduleObject:
@@ -72,10 +60,10 @@ def schedule_object(schedule: ScheduleView, jobs: list[dict[str, Any]] | None = 
         completion_window=schedule.completion_window,
         num_jobs=schedule.num_jobs,
         metadata=schedule.metadata,
-        next_run_at=None if schedule.next_at is None else int(schedule.next_at),
+        next_run_at=whole_seconds(schedule.next_at),
         created_at=int(schedule.created_at),
         updated_at=int(schedule.updated_at),
-        deleted_at=None if schedule.deleted_at is None else int(schedule.deleted_at),
+        deleted_at=whole_seconds(schedule.deleted_at),
         jobs=jobs,
     )
 
@@ -90,22 +78,4 @@ def run_object(run: RunView) -> RunObject:
         batch_id=run.batch_id,
         error=None if run.error is None else JobError.model_validate(run.error),
         created_at=int(run.created_at),
-    )
-
-
-def schedule_list(schedules: list[ScheduleView], has_more: bool) -> ScheduleList:
-    return ScheduleList(
-        data=[schedule_object(one) for one in schedules],
-        first_id=schedules[0].id if schedules else None,
-        last_id=schedules[-1].id if schedules else None,
-        has_more=has_more,
-    )
-
-
-def run_list(runs: list[RunView], has_more: bool) -> RunList:
-    return RunList(
-        data=[run_object(one) for one in runs],
-        first_id=runs[0].id if runs else None,
-        last_id=runs[-1].id if runs else None,
-        has_more=has_more,
     )

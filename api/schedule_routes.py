@@ -6,7 +6,6 @@ large as that of POST /v1/jobs.
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Annotated, Any, Literal, NoReturn
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -17,18 +16,17 @@ from starlette.concurrency import run_in_threadpool
 from api.auth import BEARER, By
 from api.body_limit import read_json, refuse_body
 from api.errors import not_found
+from api.parameters import is_id, refuse_query, refuse_repeats, submit_of
 from api.schedule_objects import (
     RunList,
     RunObject,
     ScheduleList,
     ScheduleObject,
-    run_list,
     run_object,
-    schedule_list,
     schedule_object,
 )
 from api.schemas import REFUSALS
-from api.services import Services, is_id, refuse_query, refuse_repeats, submit_of
+from api.services import Services
 from jobs.idempotency import Submit
 from jobs.reads import MAX_LIMIT
 from jobs.schedule_body import parse_change, parse_schedule
@@ -75,11 +73,10 @@ def routes(services: Services) -> APIRouter:
     @router.get("", dependencies=[Depends(refuse_repeats)])
     def list_schedules(query: Annotated[ListQuery, Query()], caller: By) -> ScheduleList:
         """A page of schedules, newest first. `after` is the `last_id` of the page before."""
-        return schedule_list(
-            *services.schedules.page(
-                tenant=caller.tenant, name=query.name, after=query.after, limit=query.limit
-            )
+        found, has_more = services.schedules.page(
+            tenant=caller.tenant, name=query.name, after=query.after, limit=query.limit
         )
+        return ScheduleList.of([schedule_object(one) for one in found], has_more)
 
     @router.get("/{schedule_id}", dependencies=[Depends(refuse_repeats)])
     def get(schedule_id: str, query: Annotated[GetQuery, Query()], caller: By) -> ScheduleObject:
@@ -121,9 +118,10 @@ def routes(services: Services) -> APIRouter:
         """A page of runs, latest first, also of a deleted schedule."""
         if not is_id(schedule_id) or services.schedules.get(schedule_id, tenant=caller.tenant) is None:
             _missing(schedule_id)
-        return run_list(
-            *services.runs.page(schedule_id, tenant=caller.tenant, after=query.after, limit=query.limit)
+        found, has_more = services.runs.page(
+            schedule_id, tenant=caller.tenant, after=query.after, limit=query.limit
         )
+        return RunList.of([run_object(one) for one in found], has_more)
 
     return router
 
@@ -150,7 +148,7 @@ def _run(services: Services, owner: Owner, schedule_id: str, submit: Submit | No
     started = services.runs.start(schedule_id, owner, submit) if is_id(schedule_id) else None
     if started is None:
         _missing(schedule_id)
-    models = started.batch.models if started.batch else Counter[str]()
+    models = started.batch.models if started.batch else ()
     return services.accepted(run_object(started.run), f"/v1/batches/{started.run.batch_id}", models)
 
 

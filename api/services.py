@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Annotated
 
-from fastapi import Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 from starlette.background import BackgroundTask
 
-from api.errors import ApiError, shown_name
 from api.waits import Waits
 from jobs.batch_reads import BatchReads
-from jobs.body import BadField
 from jobs.cancels import Cancels
 from jobs.completion_order import CompletionOrder
 from jobs.file_batches import FileBatches
 from jobs.files import Files
 from jobs.forecasts import Forecasts
-from jobs.idempotency import Submit
 from jobs.intake import Intake
 from jobs.reads import Reads
 from jobs.retries import Retries
@@ -33,8 +27,7 @@ from jobs.tenants import Tenants
 from jobs.usage import Usages
 
 log = logging.getLogger(__name__)
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # a moment in a query string
-Wake = Callable[[str, int], None]
+Wake = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,20 +50,20 @@ class Services:
     tenants: Tenants
     notice: Callable[[], None]  # there is a new batch of a file
 
-    def wake_workers(self, models: Counter[str]) -> None:
+    def wake_workers(self, models: Collection[str]) -> None:
         """Tell Redis that there is work. The jobs are safe in SQL, so a Redis that is down costs time only:
         the sweeper says it again. `wake` does not block, so neither does this."""
-        for model, num_jobs in models.items():
+        for model in models:
             try:
-                self.wake(model, num_jobs)
+                self.wake(model)
             except Exception as error:
                 log.warning("api.wake_failed model=%.80a error=%s", model, type(error).__name__)
 
-    async def wake_workers_later(self, models: Counter[str]) -> None:
+    async def wake_workers_later(self, models: Collection[str]) -> None:
         """The same as a background task; for a plain function each would take a thread."""
         self.wake_workers(models)
 
-    def accepted(self, made: BaseModel, location: str, models: Counter[str]) -> JSONResponse:
+    def accepted(self, made: BaseModel, location: str, models: Collection[str]) -> JSONResponse:
         """The 202 of a submit: what it is now and where to ask for it. Workers hear of it when the answer is out."""
         return JSONResponse(
             made.model_dump(mode="json"),
@@ -78,36 +71,3 @@ class Services:
             {"Location": location},
             background=BackgroundTask(self.wake_workers_later, models),
         )
-
-
-async def refuse_query(request: Request) -> None:
-    """A route dependency: query parameters that nobody reads are mistakes."""
-    for name in request.query_params:
-        shown = shown_name(name)
-        raise ApiError(400, f"{shown}: unknown query parameter", code="unknown_parameter", param=shown)
-
-
-async def refuse_repeats(request: Request) -> None:
-    """A route dependency: of a query parameter that is given twice, only one would count."""
-    refuse_repeated(request)
-
-
-def refuse_repeated(request: Request, *, but: str | None = None) -> None:
-    """The same, `but` for one that may be given often."""
-    for name, times in Counter(name for name, _ in request.query_params.multi_items()).items():
-        if times > 1 and name != but:
-            shown = shown_name(name)
-            raise ApiError(400, f"{shown}: is given {times} times", code="invalid_value", param=shown)
-
-
-def submit_of(request: Request, data: object) -> Submit | None:
-    """The client's `Idempotency-Key`, with what it came with. Raises `BadField`."""
-    keys = request.headers.getlist("idempotency-key")
-    if len(keys) > 1:
-        raise BadField("idempotency-key", f"is given {len(keys)} times", "invalid_header")
-    return Submit.of(keys[0], data) if keys else None
-
-
-def is_id(name: str) -> bool:
-    """False for what no id of ours can be; a database would choke on some of it."""
-    return len(name) <= 255 and name.isprintable()

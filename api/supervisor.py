@@ -2,15 +2,13 @@
 
 Owns the children: their start, their restart and their end. They live in sessions of their own, so that
 Ctrl-C reaches only this process, which then stops them in order: the worker first, with its grace period, then
-the API, then the broker. Should this process be killed, the kernel kills them (PR_SET_PDEATHSIG, prctl(2)).
-Everything is started from the main thread, because for the kernel the parent is a thread.
+the API, then the broker. Should this process be killed, the kernel kills them (`jobs.parent_death`), for which
+everything is started from the main thread.
 """
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
-import os
 import signal
 import socket
 import subprocess
@@ -24,6 +22,7 @@ from typing import TextIO
 from sqlalchemy.exc import SQLAlchemyError
 
 from jobs.database import Database, reason_of
+from jobs.parent_death import tied_to_parent
 from jobs.python_process import command_of, environment_of
 from jobs.reads import Reads
 from jobs.settings import REQUEST_GRACE_SECONDS, Settings
@@ -36,9 +35,6 @@ STOP_MARGIN_SECONDS = 10.0  # beyond its grace period, before a child is killed
 MAX_BACKOFF_SECONDS = 30.0
 STEADY_SECONDS = 60.0  # a child that lived so long starts its backoff anew
 MAX_FAILED_STARTS = 3  # of a worker that was never ready: its model cannot be served
-
-_PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
 class StartError(RuntimeError):
@@ -57,21 +53,13 @@ class Child:
         self._again = 0.0  # when it may be started again
 
     def start(self) -> None:
-        parent = os.getpid()
-
-        def tie_to_parent() -> None:
-            if _libc is not None:
-                _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:
-                os._exit(1)
-
         self._process = subprocess.Popen(
             command_of("api.cli", *self._arguments),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             env=environment_of(),
             start_new_session=True,
-            preexec_fn=tie_to_parent,
+            preexec_fn=tied_to_parent(signal.SIGKILL),
         )
         self._started = time.monotonic()
 

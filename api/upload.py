@@ -21,7 +21,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.concurrency import run_in_threadpool
 
 from api.errors import ApiError
-from jobs.body import BadField
+from jobs.bad_field import BadField
 from jobs.file_store import FileStore, Part
 from jobs.files import MAX_FILENAME_CHARS, check_life, check_purpose
 

@@ -14,9 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from api.auth import BEARER, By, Caller
 from api.errors import ApiError, not_found
+from api.parameters import refuse_repeated
 from api.schemas import REFUSALS
-from api.services import Services, refuse_repeated
-from jobs.body import BadField
+from api.services import Services
+from jobs.bad_field import BadField
 from jobs.keys import Scope
 from jobs.moments import day_text, parse_moment
 from jobs.prices import amount_text

@@ -1,4 +1,4 @@
-"""Answers: an engine's Completion turned into the Outcome that SQL will hold.
+"""Answers: an engine's Completion, or its death, turned into the Outcome that SQL will hold.
 
 Owns the step from token ids to text, which the worker does so that the engine process only computes. Knows
 neither SQL nor pipes.
@@ -11,7 +11,9 @@ from typing import Any
 
 from engine.request import Completion, TokenLogprobs
 from engine.tokenizer import Tokenizer
+from jobs.holdings import Holding
 from jobs.outcomes import Outcome
+from jobs.quarantine import is_guilty, suspicion_after
 
 LEAST_LOGPROB = -9999.0  # OpenAI's word for all but impossible: JSON knows no infinity
 
@@ -69,6 +71,28 @@ def outcome_of(completion: Completion, tokenizer: Tokenizer) -> Outcome:
         prompt_tokens=completion.num_prompt,
         completion_tokens=sum(len(output.token_ids) for output in completion.outputs),
         cached_tokens=completion.num_cached_tokens,
+    )
+
+
+def outcome_of_death(holding: Holding, returncode: int, *, stalled: bool, alone: bool) -> Outcome:
+    """Of a job that was in an engine which ended with `returncode`: `released`, under suspicion, or `failed` when it
+    is convicted, which only happens to one that was there `alone` (`jobs.quarantine`). `stalled`: the engine was
+    killed for making no steps."""
+    before = holding.claim.crashes
+    after = suspicion_after(before, returncode, stalled=stalled, progressed=holding.progressed)
+    guilty = alone and is_guilty(before, after)
+    error = {
+        "code": "engine_crash",
+        "message": f"the engine process died (exit status {returncode}) while running this job alone",
+    }
+    return Outcome(
+        job_id=holding.claim.job_id,
+        fence=holding.claim.fence,
+        kind="failed" if guilty else "released",
+        error=error if guilty else None,
+        completion_tokens=max(holding.num_generated, holding.num_saved),
+        kept_tokens=holding.num_saved,
+        crashes=after,
     )
 
 

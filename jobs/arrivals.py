@@ -19,10 +19,12 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
-from jobs.body import BadField, parse_job
+from jobs.admission import Refusal
+from jobs.bad_field import BadField
+from jobs.body import parse_job
 from jobs.celery_results import CeleryResults
 from jobs.database import Database
-from jobs.intake import Intake, Message, Refusal, check_task_id
+from jobs.intake import Intake, TaskMessage, check_task_id
 from jobs.models import Job
 from jobs.quotas import QuotaExceeded
 from jobs.settings import Settings
@@ -123,10 +125,10 @@ class Arrivals(threading.Thread):
         return group, False
 
     def _accept(self, group: list[Arrival]) -> None:
-        good: list[Message] = []
+        good: list[TaskMessage] = []
         clock = cache(self.intake.clock)  # asked once for all of them, if at all
         for arrival in group:
-            if isinstance(parsed := self._parse(arrival, clock), Message):
+            if isinstance(parsed := self._parse(arrival, clock), TaskMessage):
                 good.append(parsed)
             else:
                 self._refuse(arrival.task_id, parsed, DEFAULT)
@@ -147,7 +149,7 @@ class Arrivals(threading.Thread):
         if good:
             self.on_jobs({message.body.model for message in good if message.body.model})
 
-    def _parse(self, arrival: Arrival, clock: Callable[[], float]) -> Message | BadField:
+    def _parse(self, arrival: Arrival, clock: Callable[[], float]) -> TaskMessage | BadField:
         try:
             check_task_id(arrival.task_id)
             if arrival.args:
@@ -157,7 +159,7 @@ class Arrivals(threading.Thread):
             job = {name: value for name, value in arrival.kwargs.items() if name != "tenant"}
             terms, job = split_terms(job, clock=clock)
             (body,) = self.intake.name_models([parse_job(job, self.settings)])
-            return Message(arrival.task_id, body, tenant, terms)
+            return TaskMessage(arrival.task_id, body, tenant, terms)
         except BadField as error:
             return error
 

@@ -1,8 +1,7 @@
 """Batch files: OpenAI's batch lines in, OpenAI's batch output lines out.
 
-Owns the two formats (`{"custom_id", "method", "url", "body"}` and `{"id", "custom_id", "response", "error"}`),
-and the rule that an output file which was cut short can be gone on with: what has a whole line is done. Refuses
-to know engines: it makes a `JobBody` of a line and a line of an answer.
+Owns the two formats (`{"custom_id", "method", "url", "body"}` and `{"id", "custom_id", "response", "error"}`).
+Refuses to know engines: it makes a `JobBody` of a line and a line of an answer.
 """
 
 from __future__ import annotations
@@ -12,24 +11,19 @@ import json
 import secrets
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, BinaryIO, Final
 
-from jobs.body import BadField, JobBody
-from jobs.openai_answers import completion_object, error_object
+from jobs.bad_field import BadField
+from jobs.body import JobBody
+from jobs.openai_answers import answer_id, completion_object, error_object
 from jobs.openai_body import CHAT, COMPLETIONS, Url, read_asked
 from jobs.settings import Settings
 from jobs.strict_json import BadJson, parse
 
 ENDPOINTS: Final = (CHAT, COMPLETIONS)
-MAX_SHOWN = 10  # of many mistakes
-
-_OUR_START = b'{"id": "batch_req_'  # of every line that we write
-
-
-class BatchFileError(ValueError):
-    """A file that cannot be used at all; the message says why."""
+_LINE_FIELDS: Final = ("custom_id", "method", "url", "body")
+OUTPUT_START: Final = b'{"id": "batch_req_'  # of every line that we write
 
 
 class BadLine(ValueError):
@@ -98,8 +92,12 @@ def parse_line(number: int, raw: bytes, endpoint: str | None = None) -> BatchLin
         raise BadLine(f"must be {allowed}", code="url_mismatch", param="url", **known)
     if not isinstance(body, dict):
         raise BadLine("must be an object", param="body", **known)
-    if unknown := data.keys() - {"custom_id", "method", "url", "body"}:
-        raise BadLine("unknown field", param=ascii(min(unknown))[1:-1][:80], **known)
+    if unknown := data.keys() - set(_LINE_FIELDS):
+        raise BadLine(
+            f"unknown field; there are {', '.join(_LINE_FIELDS)}",
+            param=ascii(min(unknown))[1:-1][:80],
+            **known,
+        )
     return BatchLine(number, custom_id, url, body)
 
 
@@ -118,82 +116,6 @@ def is_blank(raw: bytes) -> bool:
     return not raw.removeprefix(codecs.BOM_UTF8).strip()
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Number and bytes of every line that is not blank."""
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            if not is_blank(raw):
-                yield number, raw
-
-
-def check_input(path: Path) -> int:
-    """How many lines the input has. Raises `BatchFileError` when two requests share a custom_id, because
-    then no answer could be told from the other."""
-    seen: dict[str, int] = {}
-    twice: list[str] = []
-    count = 0
-    for number, raw in read_lines(path):
-        count += 1
-        try:
-            custom_id = parse_line(number, raw).custom_id
-        except BadLine as error:
-            if error.custom_id is None:
-                continue
-            custom_id = error.custom_id
-        if custom_id in seen:
-            twice.append(f"lines {seen[custom_id]} and {number}: {custom_id[:80]!r}")
-        else:
-            seen[custom_id] = number
-    if twice:
-        more = f"\n  and {len(twice) - MAX_SHOWN} more" if len(twice) > MAX_SHOWN else ""
-        raise BatchFileError(f"{path} uses a custom_id twice:\n  " + "\n  ".join(twice[:MAX_SHOWN]) + more)
-    return count
-
-
-@dataclass(slots=True)
-class Done:
-    """What an output file already holds."""
-
-    custom_ids: set[str] = field(default_factory=set)
-    bad_lines: set[int] = field(default_factory=set)  # of the input without a custom_id, by number
-    num_failed: int = 0
-
-    def __len__(self) -> int:
-        return len(self.custom_ids) + len(self.bad_lines)
-
-
-def _foreign(path: Path, number: int) -> BatchFileError:
-    return BatchFileError(f"{path} line {number} is not a line of batch output; name another file")
-
-
-def resume(path: Path) -> Done:
-    """Read an output file and cut off a last line that a crash left unfinished. Raises `BatchFileError` for a
-    file that is not ours to append to."""
-    done = Done()
-    if not path.exists():
-        return done
-    whole = 0
-    with path.open("rb+") as file:
-        for number, raw in enumerate(file, 1):
-            if not raw.endswith(b"\n"):
-                if raw[: len(_OUR_START)] != _OUR_START[: len(raw)]:
-                    raise _foreign(path, number)
-                break
-            whole += len(raw)
-            try:
-                data = json.loads(raw)
-                custom_id, response, error = data["custom_id"], data["response"], data["error"]
-                if custom_id is None:
-                    done.bad_lines.add(int(error["line"]))
-                else:
-                    done.custom_ids.add(str(custom_id))
-                done.num_failed += response is None or response["status_code"] != 200
-            except (ValueError, KeyError, TypeError):
-                raise _foreign(path, number) from None
-        file.truncate(whole)
-    return done
-
-
 # --- output lines -------------------------------------------------------------------------------------------
 
 
@@ -202,7 +124,7 @@ def answer_line(line: BatchLine, model: str, outputs: list[dict[str, Any]], usag
     body = completion_object(
         line.url,
         outputs,
-        answer_id=("chatcmpl-" if line.url == CHAT else "cmpl-") + secrets.token_hex(12),
+        answer_id=answer_id(line.url, secrets.token_hex(12)),
         created=int(time.time()),
         model=model,
         usage=usage,

@@ -11,7 +11,6 @@ never double.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -22,13 +21,13 @@ from typing import Any, BinaryIO, Final
 from sqlalchemy import Connection, select, update
 
 from jobs import tallies
+from jobs.bad_field import BadField
 from jobs.batch_check import FILE_LOST
 from jobs.batch_file import BadLine, bounded_lines, is_blank, parse_line
 from jobs.batches import close_batches
-from jobs.body import BadField
 from jobs.completion_window import terms_of_window
 from jobs.database import Database, commit_lazily
-from jobs.desk import Claim
+from jobs.desk import BatchLease
 from jobs.drafts import Draft, DraftFile, Drafts, by_column, draft_of, joined
 from jobs.file_store import FileStore
 from jobs.job_rows import ReadyRows, columns_of, shared_columns
@@ -49,7 +48,7 @@ class _Chunk:
 
     jobs: ReadyRows
     load: Load
-    models: Counter[str]
+    models: frozenset[str]
     num_inserted: int
     end: int
     last: bool
@@ -80,22 +79,22 @@ def stop_inserting(connection: Connection, batch: Any) -> tallies.Change:
 
 
 class BatchIntake:
-    """`announce(model, count)` is called after each chunk's commit."""
+    """`announce(model)` is called after each chunk's commit."""
 
     def __init__(
-        self, database: Database, settings: Settings, store: FileStore, announce: Callable[[str, int], None]
+        self, database: Database, settings: Settings, store: FileStore, announce: Callable[[str], None]
     ) -> None:
         self._database = database
         self._settings = settings
         self._store = store
         self._announce = announce
 
-    def insert(self, claimed: Claim, drafts: DraftFile | None = None) -> None:
+    def insert(self, lease: BatchLease, drafts: DraftFile | None = None) -> None:
         """Go on until every line has its job, or the batch was cancelled or has expired. `drafts`: what the check has
-        just made of all lines, if it was in this process. Raises `ClaimLost`."""
+        just made of all lines, if it was in this process. Raises `LeaseLost`."""
         with self._database.read() as connection:
             batch = connection.execute(
-                select(*Batch.__table__.columns).where(Batch.id == claimed.batch_id)
+                select(*Batch.__table__.columns).where(Batch.id == lease.batch_id)
             ).one()
         if batch.next_offset is None:
             return
@@ -105,17 +104,17 @@ class BatchIntake:
                 closing(_one_ahead(self._chunks(batch, self._drafts(file, batch, drafts)))) as chunks,
             ):
                 for chunk in chunks:
-                    claimed.check()
-                    if not self._database.transact(partial(_insert, claimed=claimed, chunk=chunk)):
+                    lease.check()
+                    if not self._database.transact(partial(_insert, lease=lease, chunk=chunk)):
                         return
-                    for model, count in chunk.models.items():
-                        self._announce(model, count)
+                    for model in chunk.models:
+                        self._announce(model)
                     if chunk.last:
                         return
         except (FileNotFoundError, BadLine, BadField):
             pass
         # The file has passed the check and is not what it was: what has become jobs goes on, the rest cannot.
-        self._database.transact(partial(_give_up, claimed=claimed))
+        self._database.transact(partial(_give_up, lease=lease))
 
     def _drafts(self, file: BinaryIO, batch: Any, drafts: DraftFile | None) -> Iterator[Drafts]:
         """What is left to insert."""
@@ -155,7 +154,7 @@ class BatchIntake:
             yield _Chunk(
                 ReadyRows(dialect, columns_of(ids, drafts, positions, shared)),
                 Load(len(ids), sum(drafts.estimated_tokens), sum(map(len, drafts.bodies))),
-                Counter(drafts.models),
+                frozenset(drafts.models),
                 first,
                 drafts.ends[-1],
                 first == batch.total,
@@ -193,8 +192,8 @@ def _one_ahead(chunks: Iterator[_Chunk]) -> Generator[_Chunk, None, None]:
             yield chunk
 
 
-def _give_up(connection: Connection, claimed: Claim) -> None:
-    batch = claimed.locked(connection)
+def _give_up(connection: Connection, lease: BatchLease) -> None:
+    batch = lease.locked(connection)
     if batch.next_offset is None:
         return
     change = stop_inserting(connection, batch)
@@ -203,9 +202,9 @@ def _give_up(connection: Connection, claimed: Claim) -> None:
     tallies.add(connection, [change])
 
 
-def _insert(connection: Connection, claimed: Claim, chunk: _Chunk) -> bool:
+def _insert(connection: Connection, lease: BatchLease, chunk: _Chunk) -> bool:
     """False when nothing more is to be inserted."""
-    batch = claimed.locked(connection)
+    batch = lease.locked(connection)
     if batch.num_inserted == chunk.num_inserted:
         return True  # committed before the connection was lost
     if batch.next_offset is None or batch.state != BatchState.IN_PROGRESS:

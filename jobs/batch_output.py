@@ -18,14 +18,14 @@ from jobs.batch_check import FILE_LOST
 from jobs.batch_file import BadLine, bounded_lines, is_blank, output_line, parse_line, response
 from jobs.batch_intake import job_id_of
 from jobs.database import Database, now
-from jobs.desk import Claim, ClaimLost
+from jobs.desk import BatchLease, LeaseLost
 from jobs.failures import failure_of
 from jobs.file_store import FileStore, Part
 from jobs.files import Purpose, insert_file
 from jobs.line_check import max_line_bytes
 from jobs.models import Batch
-from jobs.openai_answers import completion_object, error_object, usage_object
-from jobs.openai_body import CHAT, Url
+from jobs.openai_answers import answer_id, completion_object, error_object, usage_object
+from jobs.openai_body import Url
 from jobs.reads import JobView, Reads
 from jobs.settings import Settings
 from jobs.states import BatchState, JobState
@@ -46,7 +46,7 @@ def line_of(job: JobView, url: Url, *, cancelled: bool) -> bytes:
         body = completion_object(
             url,
             job.outputs or [],
-            answer_id=("chatcmpl-" if url == CHAT else "cmpl-") + name,
+            answer_id=answer_id(url, name),
             created=int(job.finished_at),
             model=job.model,
             usage=usage_object(job.usage.prompt, job.usage.completion, job.usage.cached),
@@ -92,36 +92,36 @@ class BatchOutput:
         self._store = store
         self._reads = Reads(database)
 
-    def finish(self, claimed: Claim) -> None:
-        """Write both files and close the batch. Raises `ClaimLost`, and `OSError` when the disk is full."""
+    def finish(self, lease: BatchLease) -> None:
+        """Write both files and close the batch. Raises `LeaseLost`, and `OSError` when the disk is full."""
         with self._database.read() as connection:
             batch = connection.execute(
-                select(*Batch.__table__.columns).where(Batch.id == claimed.batch_id)
+                select(*Batch.__table__.columns).where(Batch.id == lease.batch_id)
             ).one()
         sheets = _Sheets(self._store)
         try:
             for job in self._reads.results(batch.id, tenant=batch.tenant):
-                claimed.tick()
+                lease.tick()
                 kind = "output" if job.state is JobState.COMPLETED else "error"
                 sheets.num_expired += job.state is JobState.EXPIRED
                 sheets.write(kind, line_of(job, batch.endpoint, cancelled=batch.cancelling_at is not None))
             if batch.num_inserted < batch.total:
-                self._write_rest(claimed, batch, sheets)
-            claimed.check()
+                self._write_rest(lease, batch, sheets)
+            lease.check()
             for part in sheets.parts.values():
                 part.keep()
         except BaseException:
             sheets.drop()
             raise
         try:
-            self._database.transact(partial(_close, claimed=claimed, sheets=sheets))
-        except ClaimLost:
+            self._database.transact(partial(_close, lease=lease, sheets=sheets))
+        except LeaseLost:
             sheets.drop()
             raise
         # After any other failure the rows may be there though we were told that they are not: files that are without
         # one are cleaned up later (`jobs.files`).
 
-    def _write_rest(self, claimed: Claim, batch: Any, sheets: _Sheets) -> None:
+    def _write_rest(self, lease: BatchLease, batch: Any, sheets: _Sheets) -> None:
         """The lines that never became jobs."""
         if batch.cancelling_at is not None:
             code = "batch_cancelled"
@@ -135,7 +135,7 @@ class BatchOutput:
         with file:
             position = 0
             for raw in bounded_lines(file, max_line_bytes(self._settings)):
-                claimed.tick()
+                lease.tick()
                 if raw is not None and is_blank(raw):
                     continue
                 if position >= batch.num_inserted:
@@ -151,8 +151,8 @@ def _custom_id(position: int, raw: bytes | None, endpoint: str) -> str | None:
         return None
 
 
-def _close(connection: Connection, claimed: Claim, sheets: _Sheets) -> None:
-    batch = claimed.locked(connection)
+def _close(connection: Connection, lease: BatchLease, sheets: _Sheets) -> None:
+    batch = lease.locked(connection)
     if batch.finished_at is not None:
         return
     if batch.state == BatchState.CANCELLING:

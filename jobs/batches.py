@@ -13,15 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from sqlalchemy import ColumnElement, Connection, and_, case, exists, literal_column, select, update
+from sqlalchemy import Connection, and_, case, exists, select, update
 
 from jobs.database import now, portions
 from jobs.models import Batch, Job
 from jobs.states import OPEN, BatchState, JobState
 
-UNFINISHED: ColumnElement[bool] = literal_column(
-    "batches.finished_at IS NULL"
-)  # as the partial index spells it
 _RUNNING = (BatchState.IN_PROGRESS, BatchState.CANCELLING)
 
 

@@ -10,16 +10,9 @@ from __future__ import annotations
 
 from functools import lru_cache
 from operator import attrgetter
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from engine.grammar_source import complaint
@@ -29,6 +22,7 @@ from engine.sampling_params import (
     SamplingParams,
     StructuredOutputsParams,
 )
+from jobs.bad_field import BadField, Strict, validated
 from jobs.json_text import JsonText, written
 from jobs.settings import Settings
 from jobs.structured_outputs import ResponseFormat, StructuredOutputs
@@ -38,15 +32,6 @@ MAX_JOB_LOGPROBS = 100_000  # of one job, likeliest tokens included: some 8 MB o
 MAX_FORMS = 64  # of one array, each looked at for some 30 ms at most
 
 # fmt: off
-# OpenAI's fields that mean something we cannot do yet: told apart from a typing mistake.
-NOT_SUPPORTED_YET = frozenset({
-    "audio", "best_of", "echo", "function_call", "functions", "modalities", "moderation", "parallel_tool_calls",
-    "prediction", "prompt_cache_options", "reasoning_effort", "stream", "stream_options", "suffix", "tool_choice",
-    "tools", "verbosity", "web_search_options",
-})
-# fmt: on
-
-# fmt: off
 # Those that `SamplingParams` takes as they are.
 PLAIN_FIELDS = (
     "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
@@ -54,31 +39,6 @@ PLAIN_FIELDS = (
     "include_stop_str_in_output",
 )
 # fmt: on
-
-M = TypeVar("M", bound=BaseModel)
-
-
-class BadField(ValueError):
-    """One field of a body cannot be honoured. `param` is its path, as in `jobs[17].temperature`."""
-
-    def __init__(self, param: str | None, message: str, code: str = "invalid_value") -> None:
-        self.param = None if param is None else _printable(param)
-        self.message = _printable(message, 1000)
-        self.code = code
-        super().__init__(f"{self.param}: {self.message}" if self.param else self.message)
-
-    def inside(self, parent: str) -> BadField:
-        """The same complaint about a field that lies inside `parent`."""
-        return BadField(f"{parent}.{self.param}" if self.param else parent, self.message, self.code)
-
-    def as_error(self) -> dict[str, Any]:
-        """As `models.Job.error` stores it."""
-        return {"code": self.code, "message": self.message, "param": self.param}
-
-
-def _printable(text: str, limit: int = 200) -> str:
-    """Names come from clients: shortened, and without characters that a response cannot carry."""
-    return text[:limit].encode("utf-8", "backslashreplace").decode().replace("\x00", "\\x00")
 
 
 def _joined(content: object) -> object:
@@ -105,29 +65,25 @@ def _listed(stop: object) -> object:
     return [stop] if isinstance(stop, str) else stop
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
-
-
-class _Part(_Strict):
+class _Part(Strict):
     """How a part of a message is described; it is checked by `_joined`, which can say what is wrong."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(_Strict):
+class Message(Strict):
     role: Literal["system", "user", "assistant"]
     content: Annotated[Text, BeforeValidator(_joined, json_schema_input_type=str | list[_Part])]
 
 
-class Repetition(_Strict):
+class Repetition(Strict):
     max_pattern_size: int
     min_pattern_size: int | None = None
     min_count: int | None = None
 
 
-class JobBody(_Strict):
+class JobBody(Strict):
     """One prompt or chat and how to sample from it. null means the same as leaving a field out."""
 
     model: ModelName | None = None
@@ -247,9 +203,8 @@ class JobBody(_Strict):
 
 
 _NESTED = frozenset({"repetition_detection", "structured_outputs", "response_format"})
-_asked = attrgetter(
-    *(set(JobBody.model_fields) - {"model", "prompt", "messages", "custom_id", "metadata"})
-)  # of a body: all values beside its texts
+# Of a body: all values beside its texts.
+_asked = attrgetter(*(set(JobBody.model_fields) - {"model", "prompt", "messages", "custom_id", "metadata"}))
 
 
 class _Wish:
@@ -308,7 +263,7 @@ def read_job(data: object) -> JobBody:
     return validated(JobBody, data)
 
 
-class _WithMetadata(_Strict):
+class _WithMetadata(Strict):
     metadata: Metadata | None = None
 
 
@@ -336,39 +291,3 @@ def parse_jobs(jobs: object, settings: Settings) -> list[JobBody]:
             raise error.inside(f"jobs[{index}]") from None
         bodies.append(body)
     return bodies
-
-
-def validated(kind: type[M], data: object, noun: str = "job") -> M:
-    """Raises `BadField` for the first thing that is wrong with `data`."""
-    if not isinstance(data, dict):
-        raise BadField(None, f"a {noun} must be a JSON object", "invalid_type")
-    try:
-        return kind.model_validate(data)
-    except ValidationError as error:
-        errors = error.errors(include_url=False, include_input=False)
-        # An unknown name is the likelier mistake than the missing field that it was meant to be.
-        errors.sort(key=lambda one: one["type"] != "extra_forbidden")
-        raise _complaint(errors[0]) from None
-
-
-def _complaint(error: Any) -> BadField:
-    kind: str = error["type"]
-    path = ""
-    for part in error["loc"]:
-        if part == "[key]":  # pydantic's mark for a dictionary's key
-            break
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
-    if kind == "extra_forbidden":
-        name = str(error["loc"][-1])
-        known = name in NOT_SUPPORTED_YET and len(error["loc"]) == 1
-        message = "this OpenAI field is not supported yet" if known else "unknown field"
-        return BadField(path, f"{message}; unknown fields are refused", "unknown_parameter")
-    if kind.startswith("one_of:"):
-        return BadField(kind.removeprefix("one_of:"), error["msg"])
-    if kind == "missing":
-        return BadField(path, "is required", "missing_required_parameter")
-    if kind == "string_unicode":
-        return BadField(path or None, "must be valid Unicode, without lone surrogates")
-    message = error["msg"][0].lower() + error["msg"][1:]
-    message = message.replace("input should be a valid", "must be a valid").replace("input should", "must")
-    return BadField(path or None, message, "invalid_type" if kind.endswith("_type") else "invalid_value")

@@ -14,8 +14,9 @@ from sqlalchemy import ColumnElement, Connection, exists, select, update
 
 from jobs import tallies
 from jobs.batch_intake import stop_inserting
-from jobs.batches import UNFINISHED, close_batches
+from jobs.batches import close_batches
 from jobs.checkpoints import forget
+from jobs.conditions import BATCH_UNFINISHED
 from jobs.database import Database, now, portions
 from jobs.models import Batch, Job
 from jobs.states import OPEN, BatchState, JobState
@@ -31,14 +32,16 @@ class Cancels:
         """The state after the call: `cancelled` (was queued), `cancelling` (is held by a worker), or the
         terminal state that came first. None when the tenant has no such job."""
         theirs = Job.tenant == tenant
-        return self._database.transact(lambda connection: _cancel_job(connection, job_id, theirs, True))
+        return self._database.transact(
+            lambda connection: _cancel_job(connection, job_id, theirs, running=True)
+        )
 
     def revoke(self, job_id: str, *, running: bool) -> JobState | None:
         """The same for a job that came through Redis, by whoever commands the broker, whatever its tenant.
         With `running=False` a job that is held goes on."""
         through_redis = Job.source == "redis"
         return self._database.transact(
-            lambda connection: _cancel_job(connection, job_id, through_redis, running)
+            lambda connection: _cancel_job(connection, job_id, through_redis, running=running)
         )
 
     def cancel_batch(self, batch_id: str, *, tenant: str) -> BatchState | None:
@@ -55,7 +58,7 @@ def half_cancelled(connection: Connection) -> list[tuple[str, str]]:
     died, or had no database any more. For a moment this is every batch of a file that is being cancelled."""
     going_on = (JobState.QUEUED, JobState.IN_PROGRESS)
     query = select(Batch.id, Batch.tenant).where(
-        UNFINISHED,
+        BATCH_UNFINISHED,
         Batch.state == BatchState.CANCELLING,
         Batch.finalizing_at.is_(None),
         exists().where(Job.batch_id == Batch.id, Job.state.in_(going_on)),
@@ -88,7 +91,7 @@ def _stop_file_batch(connection: Connection, batch_id: str, tenant: str) -> None
 
 
 def _cancel_job(
-    connection: Connection, job_id: str, allowed: ColumnElement[bool], running: bool
+    connection: Connection, job_id: str, allowed: ColumnElement[bool], *, running: bool
 ) -> JobState | None:
     row = connection.execute(
         select(Job.state, Job.batch_id).where(Job.id == job_id, allowed).with_for_update()

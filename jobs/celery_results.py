@@ -34,12 +34,11 @@ class JobFailedError(RuntimeError):
 
 
 class CeleryResults(threading.Thread):
-    def __init__(
-        self, app: NightpressCelery, on_told: Callable[[Sequence[str]], None] = lambda job_ids: None
-    ) -> None:
+    def __init__(self, app: NightpressCelery) -> None:
         super().__init__(name="celery-results", daemon=True)
         self.backend = app.backend
-        self.on_told = on_told  # ids of jobs whose end the backend has now
+        # Told the ids of jobs whose end the backend has now.
+        self.on_told: Callable[[Sequence[str]], None] = lambda job_ids: None
         self._told: list[str] = []
         self._busy = False
         self._pending: queue.Queue[tuple[str, str, Any] | None] = queue.Queue(MAX_PENDING)

@@ -18,20 +18,17 @@ from sqlalchemy import (
     bindparam,
     exists,
     func,
-    literal_column,
     select,
     update,
 )
 
 from engine.request import Generated
 from jobs.checkpoints import load
+from jobs.conditions import JOB_QUEUED
 from jobs.database import now
 from jobs.models import Job, Worker
 from jobs.states import LIVE_WORKER, JobState
 from jobs.terms import DELAYED, Tier
-
-# A literal, not a parameter: a partial index serves only statements that visibly imply its condition.
-QUEUED: ColumnElement[bool] = literal_column(f"jobs.state = '{JobState.QUEUED}'")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +105,7 @@ def _claim_of(*conditions: ColumnElement[bool]) -> Any:
             Job.tier >= bindparam("first_tier"),
             Job.tier <= bindparam("last_tier"),
             *conditions,
-            QUEUED,
+            JOB_QUEUED,
         )
         .order_by(Job.tier, Job.fair_tag, Job.prefix_group, Job.id)
         .limit(bindparam("room", type_=Integer))
@@ -119,7 +116,7 @@ def _claim_of(*conditions: ColumnElement[bool]) -> Any:
     )
     return (
         update(Job)
-        .where(Job.id.in_(select(chosen.c.id)), QUEUED)
+        .where(Job.id.in_(select(chosen.c.id)), JOB_QUEUED)
         .values(
             state=JobState.IN_PROGRESS,
             worker_id=bindparam("holder"),
@@ -152,6 +149,6 @@ _CLAIM_BEFORE = _claim_of(Job.fair_tag < bindparam("before", type_=Double))
 def models_with_work(connection: Connection) -> list[str]:
     """Models that a live worker serves and that have at least one queued job that may start. Asked model by model:
     how many jobs wait, and for how many names that nobody serves, does not matter."""
-    waits = exists().where(Job.model == Worker.model, QUEUED, Job.tier < DELAYED)
+    waits = exists().where(Job.model == Worker.model, JOB_QUEUED, Job.tier < DELAYED)
     served = select(Worker.model).where(Worker.state.in_(sorted(LIVE_WORKER)), waits)
     return list(connection.scalars(served.distinct()))

@@ -1,7 +1,7 @@
 """Clerks: threads of every api process that do the slow work of batches that came as a file.
 
-Owns the loop: claim a batch (`jobs.desk`), check its file, make its jobs, or write its output, whatever comes next,
-and look after expired files and leftovers in between. What fails for a passing reason is tried again when the claim
+Owns the loop: lease a batch (`jobs.desk`), check its file, make its jobs, or write its output, whatever comes next,
+and look after expired files and leftovers in between. What fails for a passing reason is tried again when the lease
 has run out, here or in another process. Refuses to know what each step does.
 """
 
@@ -20,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from jobs.batch_intake import BatchIntake
 from jobs.batch_output import BatchOutput
 from jobs.database import Database
-from jobs.desk import Claim, ClaimLost, take
+from jobs.desk import BatchLease, LeaseLost, take
 from jobs.drafts import DraftFile
 from jobs.file_batches import FileBatches
 from jobs.file_store import FileStore
@@ -44,7 +44,7 @@ class Clerk:
         self,
         database: Database,
         settings: Settings,
-        announce: Callable[[str, int], None],
+        announce: Callable[[str], None],
         stopping: threading.Event | None = None,
     ) -> None:
         self._store = store = FileStore(settings.files)
@@ -57,33 +57,33 @@ class Clerk:
 
     def work_once(self) -> bool:
         """Do what one batch needs now; False when there is none."""
-        claimed = take(self._database, self._seconds, self._stopping)
-        if claimed is None:
+        lease = take(self._database, self._seconds, self._stopping)
+        if lease is None:
             return False
         try:
-            self._work(claimed)
-        except ClaimLost:
-            log.info("clerk.stopped batch=%s", claimed.batch_id)
-        claimed.release()
+            self._work(lease)
+        except LeaseLost:
+            log.info("clerk.stopped batch=%s", lease.batch_id)
+        lease.release()
         return True
 
-    def _work(self, claimed: Claim) -> None:
-        query = select(Batch.state, Batch.finalizing_at).where(Batch.id == claimed.batch_id)
+    def _work(self, lease: BatchLease) -> None:
+        query = select(Batch.state, Batch.finalizing_at).where(Batch.id == lease.batch_id)
         with self._database.read() as connection:
             batch = connection.execute(query).one()
         if batch.finalizing_at is not None:
-            self._output.finish(claimed)
+            self._output.finish(lease)
             return
         with DraftFile(self._store.scratch()) as drafts:
             if batch.state == BatchState.VALIDATING:
-                self._batches.validate(claimed, drafts)
-            self._intake.insert(claimed, drafts)
+                self._batches.validate(lease, drafts)
+            self._intake.insert(lease, drafts)
 
 
 class Clerks:
-    """`announce(model, count)` is called after each commit of new jobs."""
+    """`announce(model)` is called after each commit of new jobs."""
 
-    def __init__(self, database: Database, settings: Settings, announce: Callable[[str, int], None]) -> None:
+    def __init__(self, database: Database, settings: Settings, announce: Callable[[str], None]) -> None:
         self._stopping = threading.Event()
         self._noticed = threading.Condition()
         self._num_notices = 0

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from sqlalchemy import ColumnElement, Connection, bindparam, select, update
 
-from jobs.body import BadField
+from jobs.bad_field import BadField
 from jobs.database import Database
 from jobs.models import Batch, Job
 from jobs.states import TERMINAL

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from jobs.body import BadField
+from jobs.bad_field import BadField
 from jobs.terms import Terms, Tier
 
 SHORTEST_SECONDS: Final = 60

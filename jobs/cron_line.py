@@ -17,7 +17,7 @@ from zoneinfo import ZoneInfo, available_timezones
 
 from cronsim import CronSim, CronSimError
 
-from jobs.body import BadField
+from jobs.bad_field import BadField
 
 MAX_LINE_CHARS: Final = 100
 _MINUTE: Final = timedelta(minutes=1)

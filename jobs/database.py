@@ -37,7 +37,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, DisconnectionError, OperationalError
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.orm import DeclarativeBase
+from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import NullType
 
@@ -215,6 +215,12 @@ def insert_into(connection: Connection, table: type[DeclarativeBase]) -> sqlite.
     return postgresql.Insert(table)
 
 
+def was_committed(connection: Connection, key: InstrumentedAttribute[str], made: str) -> bool:
+    """Whether the row that this transaction makes is there: then it ran before and was committed, and only the answer
+    got lost. `made`: the row's id, from before the transaction."""
+    return connection.execute(select(key).where(key == made)).first() is not None
+
+
 def commit_lazily(connection: Connection) -> None:
     """Let this transaction's commit return before it is on disk. PostgreSQL may then lose it with its power, but none
     before it, and nothing that builds on it and waited for the disk itself. On SQLite this changes nothing."""
@@ -254,7 +260,8 @@ def in_words_of(
 
 
 def clock(connection: Connection) -> float:
-    """The database's time, in unix seconds."""
+    """The database's time, in unix seconds: a value, by which an index is searched. For `now()`, which runs while a
+    statement does, PostgreSQL looks at every row."""
     return float(connection.scalars(_NOW).one())
 
 

@@ -16,12 +16,12 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Connection, Select, bindparam, func, literal_column, select, update
+from sqlalchemy import Connection, Select, bindparam, func, select, update
 
 from jobs import tallies
 from jobs.batches import close_batches
 from jobs.checkpoints import forget
-from jobs.claims import QUEUED
+from jobs.conditions import JOB_DELAYED, JOB_HAS_DEADLINE, JOB_QUEUED, JOB_UNFINISHED
 from jobs.database import clock, now
 from jobs.fair_tags import tags
 from jobs.models import Job, Worker
@@ -38,24 +38,18 @@ EXPIRED_ERROR: Final = {
     "param": None,
 }
 
-# Spelled out, because a bound parameter would keep the database from using the partial indexes.
-_DELAYED: ColumnElement[bool] = literal_column(f"jobs.tier >= {DELAYED}")
-OPEN: ColumnElement[bool] = literal_column("jobs.finished_at IS NULL")
-HAS_DEADLINE: ColumnElement[bool] = literal_column("jobs.deadline IS NOT NULL")
-
 
 def _due(connection: Connection) -> Select[Any]:
-    return select(Job.id).where(QUEUED, _DELAYED, Job.not_before <= _moment(connection))
+    return select(Job.id).where(JOB_QUEUED, JOB_DELAYED, Job.not_before <= clock(connection))
 
 
 def _late(connection: Connection) -> Select[Any]:
-    moment = _moment(connection)
-    return select(Job.id).where(HAS_DEADLINE, OPEN, Job.deadline <= moment, Job.state != JobState.CANCELLING)
-
-
-def _moment(connection: Connection) -> float:
-    """Now, as a value: PostgreSQL searches no index for a clock that runs while it looks."""
-    return clock(connection)
+    return select(Job.id).where(
+        JOB_HAS_DEADLINE,
+        JOB_UNFINISHED,
+        Job.deadline <= clock(connection),
+        Job.state != JobState.CANCELLING,
+    )
 
 
 def make_due(connection: Connection) -> int:
@@ -106,7 +100,7 @@ def expire(connection: Connection) -> int:
         connection.execute(
             update(Job).where(Job.id.in_(held)).values(state=JobState.CANCELLING, error=EXPIRED_ERROR)
         )
-    close_batches(connection, sorted({row.batch_id for row in queued if row.batch_id}))
+    close_batches(connection, {row.batch_id for row in queued})
     tallies.add(connection, [tallies.ended(row.tenant, row.estimated_tokens) for row in queued])
     return len(queued) + len(held)
 
@@ -116,7 +110,7 @@ def edges_of_risk(connection: Connection) -> dict[str, float]:
     span = func.floor(Job.deadline / SPAN_SECONDS)
     waiting = connection.execute(
         select(Job.model, span.label("span"), func.sum(Job.estimated_tokens).label("tokens"))
-        .where(HAS_DEADLINE, OPEN, QUEUED, Job.tier == Tier.NORMAL)
+        .where(JOB_HAS_DEADLINE, JOB_UNFINISHED, JOB_QUEUED, Job.tier == Tier.NORMAL)
         .group_by(Job.model, span)
     ).all()
     if not waiting:
@@ -159,7 +153,12 @@ def make_urgent(connection: Connection, model: str, edge: float) -> int:
         connection.scalars(
             select(Job.id)
             .where(
-                HAS_DEADLINE, OPEN, QUEUED, Job.tier == Tier.NORMAL, Job.model == model, Job.deadline < edge
+                JOB_HAS_DEADLINE,
+                JOB_UNFINISHED,
+                JOB_QUEUED,
+                Job.tier == Tier.NORMAL,
+                Job.model == model,
+                Job.deadline < edge,
             )
             .order_by(Job.deadline, Job.id)
             .limit(MOVES_PER_SWEEP)

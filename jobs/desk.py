@@ -1,6 +1,6 @@
 """Desk: which batch needs the work of a clerk, and whose it is for the moment.
 
-Owns the claim on a batch of a file: its validation, the making of its jobs, or its output. A claim is a lease on the
+Owns the lease on a batch of a file, for its validation, the making of its jobs, or its output. It stands in the
 batch's row under a name used once, like a worker's: who lost it, because it was too slow or taken for dead, cannot
 write any more, and whoever takes over goes on from what was committed. So a process may die at any moment and nothing
 is done twice. Refuses to know what the work is.
@@ -16,7 +16,7 @@ from typing import Any
 from sqlalchemy import Connection, exists, or_, select, update
 from sqlalchemy.orm import aliased
 
-from jobs.batches import UNFINISHED
+from jobs.conditions import BATCH_UNFINISHED
 from jobs.database import Database, now
 from jobs.models import Batch
 from jobs.states import BatchState
@@ -24,11 +24,11 @@ from jobs.states import BatchState
 _LOOK_EVERY = 512  # ticks
 
 
-class ClaimLost(Exception):
+class LeaseLost(Exception):
     """Another clerk has the batch, or this process stops."""
 
 
-class Claim:
+class BatchLease:
     """A batch in this clerk's hands. `locked` before every write, `tick` while reading."""
 
     def __init__(
@@ -43,14 +43,14 @@ class Claim:
         self._renewed = time.monotonic()
 
     def locked(self, connection: Connection) -> Any:
-        """The batch's row, locked until the transaction ends, and the lease renewed. Raises `ClaimLost`."""
+        """The batch's row, locked until the transaction ends, and the lease renewed. Raises `LeaseLost`."""
         row = connection.execute(
             select(*Batch.__table__.columns, now().label("time_now"))
             .where(Batch.id == self.batch_id)
             .with_for_update()
         ).one()
         if row.clerk != self._name:
-            raise ClaimLost(self.batch_id)
+            raise LeaseLost(self.batch_id)
         connection.execute(
             update(Batch).where(Batch.id == self.batch_id).values(clerk_until=row.time_now + self._seconds)
         )
@@ -64,17 +64,17 @@ class Claim:
             self.check()
 
     def check(self) -> None:
-        """Renews the lease when it is time to. Raises `ClaimLost`, also when the batch was cancelled before it had
+        """Renews the lease when it is time to. Raises `LeaseLost`, also when the batch was cancelled before it had
         any job, and when this process stops."""
         if self._stopping.is_set():
-            raise ClaimLost(self.batch_id)
+            raise LeaseLost(self.batch_id)
         if time.monotonic() - self._renewed > self._seconds / 3:
             row = self._database.transact(self.locked)
             if row.finished_at is not None:
-                raise ClaimLost(self.batch_id)
+                raise LeaseLost(self.batch_id)
 
     def release(self) -> None:
-        """Let others go on at once; a claim that was lost stays with whom it has now."""
+        """Let others go on at once; one that was lost stays with whoever has it now."""
         self._database.transact(
             lambda connection: connection.execute(
                 update(Batch)
@@ -84,8 +84,8 @@ class Claim:
         )
 
 
-def take(database: Database, seconds: float, stopping: threading.Event | None = None) -> Claim | None:
-    """Claim the batch that waits longest, those of tenants that no clerk works for first; None: nothing to do."""
+def take(database: Database, seconds: float, stopping: threading.Event | None = None) -> BatchLease | None:
+    """Lease the batch that waits longest, those of tenants that no clerk works for first; None: nothing to do."""
     other = aliased(Batch)
     served = exists().where(
         other.tenant == Batch.tenant, other.finished_at.is_(None), other.clerk_until > now()
@@ -93,7 +93,7 @@ def take(database: Database, seconds: float, stopping: threading.Event | None = 
     waiting = (
         select(Batch.id)
         .where(
-            UNFINISHED,
+            BATCH_UNFINISHED,
             Batch.input_file_id.is_not(None),
             or_(
                 Batch.state == BatchState.VALIDATING,
@@ -110,7 +110,7 @@ def take(database: Database, seconds: float, stopping: threading.Event | None = 
     name = secrets.token_hex(16)
 
     def work(connection: Connection) -> str | None:
-        mine = select(Batch.id).where(Batch.clerk == name, UNFINISHED)
+        mine = select(Batch.id).where(Batch.clerk == name, BATCH_UNFINISHED)
         if (known := connection.scalars(mine).first()) is not None:
             return known  # committed before the connection was lost
         batch_id = connection.scalars(
@@ -124,5 +124,7 @@ def take(database: Database, seconds: float, stopping: threading.Event | None = 
 
     batch_id = database.transact(work)
     return (
-        None if batch_id is None else Claim(database, batch_id, name, seconds, stopping or threading.Event())
+        None
+        if batch_id is None
+        else BatchLease(database, batch_id, name, seconds, stopping or threading.Event())
     )

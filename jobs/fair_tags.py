@@ -24,7 +24,7 @@ from sqlalchemy import Connection, Float, Integer, bindparam, case, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import aliased
 
-from jobs.claims import QUEUED
+from jobs.conditions import JOB_QUEUED
 from jobs.database import in_words_of, now
 from jobs.models import ID, FairClock, Job, Tenant
 from jobs.terms import DELAYED
@@ -97,7 +97,7 @@ def _move_clock(insert: type[sqlite.Insert | postgresql.Insert]) -> Any:
     share = func.coalesce(weight, 1.0) * bindparam("steps", type_=Float)
     head = (
         select(Job.fair_tag)
-        .where(Job.model == model, Job.tier == tier, QUEUED)
+        .where(Job.model == model, Job.tier == tier, JOB_QUEUED)
         .order_by(Job.fair_tag)
         .limit(1)
         .scalar_subquery()

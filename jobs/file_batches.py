@@ -13,16 +13,17 @@ from typing import Any, Final
 from sqlalchemy import Connection, insert, select, update
 
 from jobs import tallies
+from jobs.bad_field import BadField
 from jobs.batch_check import FILE_LOST, Findings, check_file
 from jobs.batch_file import ENDPOINTS
-from jobs.body import BadField, parse_metadata
+from jobs.body import parse_metadata
 from jobs.completion_window import window_seconds
-from jobs.database import Database, clock, now
-from jobs.desk import Claim
+from jobs.database import Database, clock, now, was_committed
+from jobs.desk import BatchLease
 from jobs.drafts import DraftFile
 from jobs.file_store import FileStore
 from jobs.files import Purpose, check_life, find_file
-from jobs.idempotency import Submit, claim
+from jobs.idempotency import Submit, earlier_target
 from jobs.job_rows import new_id
 from jobs.line_check import line_error
 from jobs.line_checker import is_worth
@@ -111,12 +112,11 @@ class FileBatches:
         batch_id = new_id("batch")
 
         def work(connection: Connection) -> str:
-            if submit:
-                known = claim(connection, submit, tenant=owner.tenant, target=batch_id)
-                if known != batch_id:
-                    return known
-            if connection.scalars(select(Batch.id).where(Batch.id == batch_id)).first() is not None:
-                return batch_id  # committed before the connection was lost
+            known = earlier_target(connection, submit, tenant=owner.tenant, target=batch_id)
+            if known is not None:
+                return known
+            if was_committed(connection, Batch.id, batch_id):
+                return batch_id
             # Locked: a file that is deleted meanwhile is either gone for us or kept by us.
             file = find_file(connection, wish.input_file_id, tenant=owner.tenant, lock=True)
             if file is None:
@@ -144,12 +144,12 @@ class FileBatches:
 
         return self._database.transact(work)
 
-    def validate(self, claimed: Claim, drafts: DraftFile | None = None) -> None:
+    def validate(self, lease: BatchLease, drafts: DraftFile | None = None) -> None:
         """Check the whole file, then let the batch begin or fail. `drafts`: as `check_file` takes them. Raises
-        `ClaimLost`."""
+        `LeaseLost`."""
         with self._database.read() as connection:
             batch = connection.execute(
-                select(Batch.input_file_id, Batch.endpoint).where(Batch.id == claimed.batch_id)
+                select(Batch.input_file_id, Batch.endpoint).where(Batch.id == lease.batch_id)
             ).one()
             known = frozenset(connection.scalars(select(Worker.model).distinct()))
         if known and self._settings.served_model:
@@ -161,27 +161,27 @@ class FileBatches:
                     batch.endpoint,
                     self._settings,
                     known_models=known,
-                    tick=claimed.check,
+                    tick=lease.check,
                     drafts=drafts,
                     in_two=is_worth(os.fstat(file.fileno()).st_size),
                 )
         except FileNotFoundError:
-            self._database.transact(lambda connection: self._fail(connection, claimed, [FILE_LOST]))
+            self._database.transact(lambda connection: self._fail(connection, lease, [FILE_LOST]))
             return
-        self._database.transact(lambda connection: self._begin(connection, claimed, findings))
+        self._database.transact(lambda connection: self._begin(connection, lease, findings))
 
-    def _begin(self, connection: Connection, claimed: Claim, findings: Findings) -> None:
+    def _begin(self, connection: Connection, lease: BatchLease, findings: Findings) -> None:
         if findings.errors:
-            self._fail(connection, claimed, findings.errors)
+            self._fail(connection, lease, findings.errors)
             return
-        batch = claimed.locked(connection)
+        batch = lease.locked(connection)
         if batch.state != BatchState.VALIDATING:
             return
         load = findings.load
         try:
             open_room(connection, batch.tenant, self._settings).take(load)
         except QuotaExceeded as error:
-            self._fail(connection, claimed, [line_error(error.code, error.message)])
+            self._fail(connection, lease, [line_error(error.code, error.message)])
             return
         connection.execute(
             update(Batch)
@@ -198,8 +198,8 @@ class FileBatches:
         )
         tallies.add(connection, [load.change(batch.tenant)])
 
-    def _fail(self, connection: Connection, claimed: Claim, errors: list[dict[str, Any]]) -> None:
-        batch = claimed.locked(connection)
+    def _fail(self, connection: Connection, lease: BatchLease, errors: list[dict[str, Any]]) -> None:
+        batch = lease.locked(connection)
         if batch.state == BatchState.VALIDATING:
             connection.execute(
                 update(Batch)

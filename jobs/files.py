@@ -12,15 +12,15 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Final, Literal
+from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Connection, delete, exists, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Select, delete, exists, insert, or_, select, update
 
 from jobs import tallies
-from jobs.body import BadField
-from jobs.database import Database, clock, now, portions
+from jobs.bad_field import BadField
+from jobs.database import Database, clock, now, portions, was_committed
 from jobs.file_store import FileStore, Part
-from jobs.keyset import page
+from jobs.keyset import Direction, page
 from jobs.models import Batch, File
 from jobs.quotas import Load, open_room
 from jobs.settings import Settings
@@ -30,17 +30,14 @@ log = logging.getLogger(__name__)
 
 MAX_FILENAME_CHARS: Final = 512
 SHORTEST_LIFE, LONGEST_LIFE = 3_600, 2_592_000  # seconds, as OpenAI has them
-LEFTOVER_SECONDS: Final = (
-    3_600.0  # an upload or an output takes less, from write to write and from name to row
-)
+# An upload or an output takes less, from write to write and from name to row.
+LEFTOVER_SECONDS: Final = 3_600.0
 PLACE_SECONDS: Final = 3_600.0  # that the row of a file stays behind its end
 ENDS_PER_SWEEP: Final = 500
 GONE: Final = "gone"  # the purpose of a row that is only a place
 _EMPTIED: Final = {"purpose": GONE, "bytes": 0, "filename": ""}
 # OpenAI's list; here they have nothing to be used for.
 OTHER_PURPOSES: Final = frozenset({"assistants", "evals", "fine-tune", "user_data", "vision"})
-
-Order = Literal["asc", "desc"]
 
 
 class Purpose(StrEnum):
@@ -106,7 +103,7 @@ def insert_file(
 ) -> tallies.Change:
     """The row of a file whose bytes are safe, inserted once however often this runs. What it changes of the tenant's
     sums is the caller's to add, last in its transaction."""
-    if connection.scalars(select(File.id).where(File.id == file_id)).first() is not None:
+    if was_committed(connection, File.id, file_id):
         return tallies.Change(owner.tenant)
     time_now = clock(connection)
     connection.execute(
@@ -177,7 +174,7 @@ class Files:
             return find_file(connection, file_id, tenant=tenant)
 
     def page(
-        self, *, tenant: str, purpose: str | None, after: str | None, limit: int, order: Order
+        self, *, tenant: str, purpose: str | None, after: str | None, limit: int, direction: Direction
     ) -> tuple[list[FileView], bool]:
         """A page of files by time of creation, and whether more follow. `after`: the last id of the page before.
         Raises `BadField` when there is no such file."""
@@ -194,7 +191,7 @@ class Files:
                 noun="file",
                 after=after,
                 limit=limit,
-                descending=order == "desc",
+                direction=direction,
             )
         return [_view(row) for row in rows], more
 
@@ -223,17 +220,14 @@ class Files:
 
     def end_expired(self) -> int:
         """Remove files whose time has come and that no batch needs; how many. Their rows go in a later call."""
-        needed = exists().where(Batch.input_file_id == File.id, Batch.finished_at.is_(None))
-        rows = select(*File.__table__.columns)
-        full = rows.where(File.expires_at <= now(), File.purpose != GONE, ~needed)
-        emptied = rows.where(File.expires_at <= now() - PLACE_SECONDS, File.purpose == GONE)
         with self._database.read() as connection:
-            if not any(connection.execute(some.limit(1)).first() for some in (full, emptied)):
+            expired = _expired(clock(connection))
+            if not any(connection.execute(some.limit(1)).first() for some in expired):
                 return 0
 
         full, emptied = (
             some.order_by(File.id).limit(ENDS_PER_SWEEP).with_for_update(skip_locked=True, of=File)
-            for some in (full, emptied)
+            for some in expired
         )
 
         def work(connection: Connection) -> list[str]:
@@ -250,9 +244,10 @@ class Files:
             self.store.remove(file_id)
         return len(ended)
 
-    def clean(self, seconds: float = LEFTOVER_SECONDS) -> int:
-        """Remove from disk what dead processes left: parts, and files without a row, untouched for so long."""
-        old = list(self.store.old(seconds))
+    def clean(self) -> int:
+        """Remove from disk what dead processes left: parts, and files without a row, untouched for
+        `LEFTOVER_SECONDS`."""
+        old = list(self.store.old(LEFTOVER_SECONDS))
         for file_id, whole in old:
             if not whole:
                 self.store.remove_part(file_id)
@@ -267,6 +262,16 @@ class Files:
         if removed:
             log.warning("files.cleaned leftovers=%d", removed)
         return removed
+
+
+def _expired(time_now: float) -> tuple[Select[Any], Select[Any]]:
+    """Rows of files that are to be removed, and of those that were and whose places are needed no more."""
+    needed = exists().where(Batch.input_file_id == File.id, Batch.finished_at.is_(None))
+    rows = select(*File.__table__.columns)
+    return (
+        rows.where(File.expires_at <= time_now, File.purpose != GONE, ~needed),
+        rows.where(File.expires_at <= time_now - PLACE_SECONDS, File.purpose == GONE),
+    )
 
 
 def _theirs(tenant: str) -> tuple[ColumnElement[bool], ...]:

@@ -11,18 +11,17 @@ has measured is None, and nobody is refused for it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
 
 from sqlalchemy import Connection, func, select
 
-from jobs.claims import QUEUED
+from jobs.batch_reads import BatchView
+from jobs.conditions import JOB_HAS_DEADLINE, JOB_QUEUED, JOB_UNFINISHED
 from jobs.database import Database
-from jobs.deadlines import HAS_DEADLINE, OPEN
 from jobs.models import Job
 from jobs.queue_depth import Picture, Queue, QueueDepth
-from jobs.reads import BatchView, JobView
+from jobs.reads import JobView
 from jobs.settings import Settings
 from jobs.states import BatchState, JobState
 from jobs.terms import DELAYED, Terms, Tier
@@ -101,20 +100,20 @@ class Forecasts:
         known = [end for end in ends if end is not None]
         return max(known) if known and len(known) == len(ends) else None
 
-    def check(
-        self,
-        connection: Connection | None,
-        *,
-        model: str,
-        added_tokens: int,
-        deadline: float | None,
-    ) -> None:
-        """Whether jobs of `added_tokens` (estimated) that are queued now can be done by `deadline`.
+    def prepare(self, terms: Terms) -> None:
+        """Call it before a transaction that will `check`, so that it need not look at the queue itself."""
+        if terms.deadline is not None and self._refuses:
+            self._depth.picture()
 
-        Raises `WindowTooTight`, only on evidence. `connection`: of the inserting transaction, if there is one.
-        """
-        if deadline is None or not self._refuses:
+    def check(self, connection: Connection, added: Mapping[str, int], terms: Terms) -> None:
+        """Whether jobs that are queued now, in the transaction of `connection`, can be done in time. `added`: their
+        estimated tokens by model. Raises `WindowTooTight`, only on evidence."""
+        if terms.deadline is None or not self._refuses:
             return
+        for model, tokens in sorted(added.items()):
+            self._check(connection, model, tokens, terms.deadline)
+
+    def _check(self, connection: Connection, model: str, added_tokens: int, deadline: float) -> None:
         picture = self._depth.picture(connection)
         queue = picture.queues.get(model)
         speed = None if queue is None else _speed(queue)
@@ -126,34 +125,24 @@ class Forecasts:
         if seconds > window:
             # Behind all that waits it would be late. But before that it becomes urgent, and then only those that wait
             # for an answer or are due sooner go first.
-            ahead = queue.ahead(Tier.URGENT) + self._due_sooner(connection, model, deadline)
+            ahead = queue.ahead(Tier.URGENT) + _due_sooner(connection, model, deadline)
             seconds = own + (_held(queue) + ahead) / speed.together * self._slack
         if seconds > window:
             retry_after = None if own > window else max(seconds - window, 1.0)
             raise WindowTooTight(model=model, seconds=seconds, window=window, retry_after=retry_after)
 
-    def _due_sooner(self, connection: Connection | None, model: str, deadline: float) -> int:
-        """Estimated tokens of the normal jobs that wait and whose deadline comes first."""
-        query = select(func.coalesce(func.sum(Job.estimated_tokens), 0)).where(
-            HAS_DEADLINE,
-            OPEN,
-            QUEUED,
-            Job.tier == Tier.NORMAL,
-            Job.model == model,
-            Job.deadline <= deadline,
-        )
-        with self._database.read() if connection is None else nullcontext(connection) as reader:
-            return int(reader.scalar(query) or 0)
 
-    def prepare(self, terms: Terms) -> None:
-        """Call it before a transaction that will `check`, so that it need not look at the queue itself."""
-        if terms.deadline is not None and self._refuses:
-            self._depth.picture()
-
-    def check_all(self, connection: Connection, added: Mapping[str, int], terms: Terms) -> None:
-        """`check` for each model of a submit; `added`: estimated tokens by model."""
-        for model, tokens in sorted(added.items()):
-            self.check(connection, model=model, added_tokens=tokens, deadline=terms.deadline)
+def _due_sooner(connection: Connection, model: str, deadline: float) -> int:
+    """Estimated tokens of the normal jobs that wait and whose deadline comes first."""
+    query = select(func.coalesce(func.sum(Job.estimated_tokens), 0)).where(
+        JOB_HAS_DEADLINE,
+        JOB_UNFINISHED,
+        JOB_QUEUED,
+        Job.tier == Tier.NORMAL,
+        Job.model == model,
+        Job.deadline <= deadline,
+    )
+    return int(connection.scalar(query) or 0)
 
 
 Place = tuple[int, float]  # tier, fair tag

@@ -15,7 +15,7 @@ from typing import Final
 
 from sqlalchemy import Connection, select
 
-from jobs.body import BadField
+from jobs.bad_field import BadField
 from jobs.database import insert_into, now
 from jobs.models import IdempotencyKey
 
@@ -62,11 +62,14 @@ def known_target(connection: Connection, submit: Submit, *, tenant: str) -> str 
     return None if row is None else str(row.target)
 
 
-def claim(connection: Connection, submit: Submit, *, tenant: str, target: str) -> str:
-    """The id that this submit stands for: `target`, from now on, or what an earlier one was accepted as.
+def earlier_target(connection: Connection, submit: Submit | None, *, tenant: str, target: str) -> str | None:
+    """The id of what an earlier copy of `submit` was accepted as. None for the first one, which stands for `target`
+    from now on and is to be accepted, as is a submit that has no name.
 
     Waits for a transaction that holds the same key. Raises `KeyReusedError`.
     """
+    if submit is None:
+        return None
     connection.execute(
         insert_into(connection, IdempotencyKey)
         .values(
@@ -76,4 +79,4 @@ def claim(connection: Connection, submit: Submit, *, tenant: str, target: str) -
     )
     known = known_target(connection, submit, tenant=tenant)
     assert known is not None
-    return known
+    return None if known == target else known

@@ -1,33 +1,32 @@
 """Intake: jobs enter SQL here, whichever door they came through.
 
 Owns the choice of a model for a job that names none. Refuses to know HTTP, Redis and what happens next; what a
-new row holds is `jobs.job_rows`'s. A job is accepted when its insert has committed, not before; whether its
-tenant has room (`jobs.quotas`) is asked in the same transaction. Ids are made before the transaction, which
-looks for them first, so one whose commit got lost can be run again, and a Redis message that is delivered twice
-makes one job and counts once. Single jobs that come at the same time share a transaction (`group_commit`).
+new row holds is `jobs.job_rows`'s. A job is accepted when its insert has committed, not before; whether it may go in
+(`jobs.admission`) is asked in the same transaction. Ids are made before the transaction, which looks for them first,
+so one whose commit got lost can be run again, and a Redis message that is delivered twice makes one job and counts
+once. Single jobs that come at the same time share a transaction (`group_commit`).
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
-from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any
 
-from sqlalchemy import Connection, bindparam, insert, select
+from sqlalchemy import Connection, select
 
 from jobs import tallies
+from jobs.admission import Admission, Refusal, count_in, tokens_by_model
 from jobs.audience import Audience
-from jobs.body import BadField, JobBody
-from jobs.database import Database, Texts, clock, is_among, now
-from jobs.forecasts import Forecasts, WindowTooTight
+from jobs.bad_field import BadField
+from jobs.body import JobBody
+from jobs.database import Database, clock, now, was_committed
+from jobs.forecasts import Forecasts
 from jobs.group_commit import GroupCommit
-from jobs.idempotency import Submit, claim, known_target
-from jobs.job_rows import JobRow, insert_all, insert_new, job_row, load_of, new_id, refused_row
+from jobs.idempotency import Submit, earlier_target, known_target
+from jobs.job_rows import JobRow, insert_all, insert_new, job_row, new_id, refused_row
 from jobs.models import Batch, Job, Worker
-from jobs.quotas import QuotaExceeded, Room, open_room
 from jobs.reads import JobView, job_views
 from jobs.settings import Settings
 from jobs.states import LIVE_WORKER, BatchState
@@ -35,8 +34,6 @@ from jobs.tenants import Owner
 from jobs.terms import ORDINARY, Terms
 
 MAX_ID_CHARS = 255
-Refusal: TypeAlias = BadField | QuotaExceeded | WindowTooTight
-_JOB_IDS = select(Job.id).where(is_among(Job.__table__.c.id, bindparam("ids", type_=Texts)))
 
 
 def check_task_id(task_id: object) -> str:
@@ -49,7 +46,7 @@ def check_task_id(task_id: object) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class TaskMessage:
     """One job from Redis, under its task id and the tenant that it names."""
 
     task_id: str
@@ -71,9 +68,9 @@ class NewBatch:
         return str(self.row["id"])
 
     @property
-    def models(self) -> Counter[str]:
-        """How many of its jobs are for which model."""
-        return Counter(str(job["model"]) for job in self.jobs)
+    def models(self) -> frozenset[str]:
+        """What its jobs are for."""
+        return frozenset(str(job["model"]) for job in self.jobs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +92,7 @@ class Intake:
         self._database = database
         self._settings = settings
         self._forecasts = forecasts or Forecasts(database, settings)
+        self._admission = Admission(settings, self._forecasts)
         self._singles: GroupCommit[Single, JobView] = GroupCommit(self._accept_singles)
 
     def clock(self) -> float:
@@ -165,14 +163,15 @@ class Intake:
 
         def work(connection: Connection) -> str:
             job_id = str(row["id"])
-            if (known := claim(connection, submit, tenant=owner.tenant, target=job_id)) != job_id:
+            known = earlier_target(connection, submit, tenant=owner.tenant, target=job_id)
+            if known is not None:
                 return known
-            if job_id not in _known_ids(connection, [job_id]):
-                self._insert_whole(connection, owner.tenant, [row], terms=terms)
+            if not was_committed(connection, Job.id, job_id):
+                self._admission.insert_whole(connection, owner.tenant, [row], terms=terms)
             return job_id
 
         accepted = self._database.transact(work)
-        self._forecasts.accepted(_tokens_by_model([row]))
+        self._forecasts.accepted(tokens_by_model([row]))
         return accepted
 
     def accept_new(
@@ -207,11 +206,12 @@ class Intake:
         new = self.new_batch(bodies, owner, metadata, terms)
 
         def work(connection: Connection) -> str:
-            if submit and (known := claim(connection, submit, tenant=owner.tenant, target=new.id)) != new.id:
+            known = earlier_target(connection, submit, tenant=owner.tenant, target=new.id)
+            if known is not None:
                 return known
-            if connection.scalars(select(Batch.id).where(Batch.id == new.id)).first() is None:
+            if not was_committed(connection, Batch.id, new.id):
                 self.insert_batch(connection, new)
-            return new.id  # there already: this very transaction was committed before its connection was lost
+            return new.id
 
         accepted = self._database.transact(work)
         self.committed(new)
@@ -221,8 +221,8 @@ class Intake:
         self,
         bodies: Sequence[JobBody],
         owner: Owner,
-        metadata: dict[str, str] | None = None,
-        terms: Terms = ORDINARY,
+        metadata: dict[str, str] | None,
+        terms: Terms,
         schedule_id: str | None = None,
     ) -> NewBatch:
         """The rows of a batch, for a door whose transaction writes more than that. Raises `BadField`."""
@@ -260,13 +260,13 @@ class Intake:
         written."""
         time_now = clock(connection)
         row = new.row | {"created_at": time_now}
-        self._insert_whole(connection, new.row["tenant"], new.jobs, row, terms=new.terms)
+        self._admission.insert_whole(connection, new.row["tenant"], new.jobs, row, terms=new.terms)
 
     def committed(self, new: NewBatch) -> None:
         """Call it when the transaction of `insert_batch` has committed: forecasts heed the batch at once."""
-        self._forecasts.accepted(_tokens_by_model(new.jobs))
+        self._forecasts.accepted(tokens_by_model(new.jobs))
 
-    def accept_messages(self, messages: Sequence[Message]) -> dict[str, Refusal]:
+    def accept_messages(self, messages: Sequence[TaskMessage]) -> dict[str, Refusal]:
         """Jobs that came through Redis, under their task ids. An id that exists is passed over, whatever its
         body. Returns the ids whose tenant does not exist or has no room, with the reason; the others are
         accepted. Raises `BadField` before anything is written if an id or a model is impossible."""
@@ -279,9 +279,9 @@ class Intake:
             rows.setdefault(task_id, row)
 
         def work(connection: Connection) -> dict[str, Refusal]:
-            refused, fitting = self._judge(connection, rows)
+            refused, fitting = self._admission.judge(connection, rows)
             # Another worker may have received the same message: only what really went in counts.
-            _count(connection, [rows[key] for key in insert_new(connection, fitting)])
+            count_in(connection, [rows[key] for key in insert_new(connection, fitting)])
             return refused
 
         return self._database.transact(work)
@@ -307,89 +307,12 @@ class Intake:
         def work(connection: Connection) -> dict[str, JobView | Refusal]:
             # Their ids are new: until an attempt may have committed, nobody knows them.
             known = {} if next(attempts) == 0 else job_views(connection, sorted(rows))
-            refused, fitting = self._judge(connection, rows, terms, known=known)
+            refused, fitting = self._admission.judge(connection, rows, terms, known=known)
             stamp = insert_all(connection, fitting)
-            _count(connection, fitting)
+            count_in(connection, fitting)
             return {**known, **refused, **{row["id"]: stamp.view(row) for row in fitting}}
 
         found = self._database.transact(work)
         accepted = [row for key, row in rows.items() if isinstance(found[key], JobView)]
-        self._forecasts.accepted(_tokens_by_model(accepted))
+        self._forecasts.accepted(tokens_by_model(accepted))
         return [found[key] for key in rows]
-
-    # --- transactions -----------------------------------------------------------------------------------------
-
-    def _insert_whole(
-        self,
-        connection: Connection,
-        tenant: str,
-        rows: Sequence[dict[str, Any]],
-        batch: dict[str, Any] | None = None,
-        *,
-        terms: Terms,
-    ) -> None:
-        load = load_of(rows)
-        open_room(connection, tenant, self._settings).take(load)
-        self._forecasts.check_all(connection, _tokens_by_model(rows), terms)
-        if batch is not None:
-            connection.execute(insert(Batch), [batch])
-        insert_all(connection, rows)
-        tallies.add(connection, [load.change(tenant)])
-
-    def _rooms(self, connection: Connection, tenants: Iterable[str]) -> dict[str, Room | BadField]:
-        """Of a tenant that does not exist, the error that says so."""
-        rooms: dict[str, Room | BadField] = {}
-        for tenant in sorted(tenants):
-            try:
-                rooms[tenant] = open_room(connection, tenant, self._settings)
-            except BadField as error:
-                rooms[tenant] = error
-        return rooms
-
-    def _judge(
-        self,
-        connection: Connection,
-        rows: dict[str, JobRow],
-        terms: Mapping[str, Terms] = MappingProxyType({}),
-        *,
-        known: Collection[str] | None = None,
-    ) -> tuple[dict[str, Refusal], list[JobRow]]:
-        """Those that are refused, by id, and those that may go in; what is there already is neither. `terms`: of
-        those whose window must be met. `known`: ids that are there; None: not looked for yet."""
-        refused: dict[str, Refusal] = {}
-        rooms = self._rooms(connection, {str(row["tenant"]) for row in rows.values()})
-        known = _known_ids(connection, sorted(rows)) if known is None else known
-        fitting: list[JobRow] = []
-        for job_id, row in rows.items():
-            if job_id in known:
-                continue
-            room, load = rooms[row["tenant"]], load_of([row])
-            if isinstance(room, BadField):
-                refused[job_id] = room
-                continue
-            try:
-                room.check(load)
-                if job_id in terms:
-                    self._forecasts.check_all(connection, _tokens_by_model([row]), terms[job_id])
-            except (QuotaExceeded, WindowTooTight) as error:
-                refused[job_id] = error
-            else:
-                room.take(load)
-                fitting.append(row)
-        return refused, fitting
-
-
-def _count(connection: Connection, inserted: Sequence[JobRow]) -> None:
-    tallies.add(connection, [load_of([row]).change(row["tenant"]) for row in inserted])
-
-
-def _known_ids(connection: Connection, ids: Sequence[str]) -> set[str]:
-    return set(connection.scalars(_JOB_IDS, {"ids": list(ids)}))
-
-
-def _tokens_by_model(rows: Sequence[dict[str, Any]]) -> Counter[str]:
-    """Estimated tokens."""
-    tokens: Counter[str] = Counter()
-    for row in rows:
-        tokens[row["model"]] += row["estimated_tokens"]
-    return tokens

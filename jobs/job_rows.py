@@ -78,9 +78,9 @@ def shared_columns(
     owner: Owner,
     *,
     source: str,
-    terms: Terms = ORDINARY,
+    terms: Terms,
+    batch_id: str | None,
     audience: Audience = Audience.NOBODY,
-    batch_id: str | None = None,
 ) -> JobRow:
     """Those that all jobs of a submit have in common."""
     return {

@@ -17,7 +17,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, Row, Select, case, insert, or_, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
-from jobs.body import BadField
+from jobs.bad_field import BadField
 from jobs.database import Database, now
 from jobs.key_text import KeyText, new_key
 from jobs.models import Key, Tenant

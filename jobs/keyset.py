@@ -7,11 +7,13 @@ meanwhile shifts nothing. What is asked for and what becomes of the rows is the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from sqlalchemy import Connection, Row, Select, select, tuple_
 
-from jobs.body import BadField
+from jobs.bad_field import BadField
+
+Direction: TypeAlias = Literal["asc", "desc"]  # of time: oldest or newest first
 
 
 def page(
@@ -23,16 +25,16 @@ def page(
     noun: str,
     after: str | None,
     limit: int,
-    descending: bool = True,
+    direction: Direction = "desc",
 ) -> tuple[Sequence[Row[Any]], bool]:
     """At most `limit` rows of `query`, and whether more follow. `table`: by whose `created_at` and `id` they are
     ordered; `after`: the last id of the page before, whether the query still finds it or not. Raises `BadField` when
     the tenant has no such `noun`."""
     columns = (table.created_at, table.id)
     place = tuple_(*columns)
-    query = query.order_by(*((column.desc() for column in columns) if descending else columns)).limit(
-        limit + 1
-    )
+    descending = direction == "desc"
+    order = [column.desc() for column in columns] if descending else columns
+    query = query.order_by(*order).limit(limit + 1)
     if after is not None:
         found = connection.execute(
             select(*columns).where(table.id == after, table.tenant == tenant)

@@ -49,13 +49,13 @@ def register(connection: Connection, *, worker_id: str, model: str, lease_second
 
 
 def renew(
-    connection: Connection, *, worker_id: str, lease_seconds: float, report: dict[str, Any] | None = None
+    connection: Connection, *, worker_id: str, lease_seconds: float, report: dict[str, Any]
 ) -> Renewal | None:
     """Extend the lease and write `report` (columns of Worker) beside it; None when the lease was swept."""
     renewed = connection.execute(
         update(Worker)
         .where(Worker.id == worker_id, Worker.state.in_(sorted(LIVE_WORKER)))
-        .values(lease_until=now() + lease_seconds, **(report or {}))
+        .values(lease_until=now() + lease_seconds, **report)
     )
     if renewed.rowcount == 0:
         return None

@@ -13,8 +13,8 @@ import io
 from collections.abc import Iterator
 from typing import Any, BinaryIO, Final, NamedTuple
 
+from jobs.bad_field import BadField
 from jobs.batch_file import BadLine, BatchLine, bounded_lines, is_blank, parse_line
-from jobs.body import BadField
 from jobs.drafts import Draft, by_column, draft_of
 from jobs.settings import Settings
 

@@ -83,9 +83,8 @@ class Listeners:
         """Hear of a job, from its first word on, also if it was said before."""
         listener = Listener(job_id)
         self._listening.setdefault(job_id, set()).add(listener)
-        self._last[job_id] = (
-            START  # others who listen to the same job hear it again, and know it by its place
-        )
+        # Others who listen to the same job hear it again, and know it by its place.
+        self._last[job_id] = START
         self._start()
         self._some.set()
         self._new.set()

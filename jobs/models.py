@@ -147,9 +147,8 @@ class Job(Base):
     body: Mapped[dict[str, Any]]
     info: Mapped[dict[str, Any]] = mapped_column("metadata", default=dict)
     seed: Mapped[int] = mapped_column(BigInteger)
-    estimated_tokens: Mapped[int] = mapped_column(
-        BigInteger, server_default=text("0")
-    )  # at submit, for quotas
+    # As of the submit, for quotas and forecasts.
+    estimated_tokens: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
 
     state: Mapped[str] = mapped_column(String(16))
     tier: Mapped[int] = mapped_column(default=2)  # `jobs.terms.Tier`, plus DELAYED before `not_before`
@@ -230,9 +229,8 @@ class Result(Base):
     __tablename__ = "results"
 
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
-    outputs: Mapped[
-        list[dict[str, Any]]
-    ]  # [{"index", "text", "finish_reason", "stop_reason", perhaps "logprobs"}]
+    # [{"index", "text", "finish_reason", "stop_reason", perhaps "logprobs"}]
+    outputs: Mapped[list[dict[str, Any]]]
     prompt_tokens: Mapped[int]
     completion_tokens: Mapped[int]
     cached_tokens: Mapped[int] = mapped_column(default=0)

@@ -6,9 +6,9 @@ import datetime
 import re
 from typing import Final
 
-from jobs.body import BadField
+from jobs.bad_field import BadField
 
-DAY_SECONDS: Final = 86_400
+DAY_SECONDS: Final = 86_400  # of unix time, so days are UTC's
 _DATE: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 _SECONDS: Final = re.compile(r"[0-9]{1,11}(\.[0-9]{1,6})?")
 _EPOCH: Final = datetime.date(1970, 1, 1)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
-from jobs.openai_body import CHAT, Url
+from jobs.openai_body import CHAT, COMPLETIONS, Url
 
 JSON = dict[str, Any]
+_PREFIX: Final = {CHAT: "chatcmpl-", COMPLETIONS: "cmpl-"}
 
 
 def usage_object(prompt: int, completion: int, cached: int) -> JSON:
@@ -23,6 +24,11 @@ def usage_object(prompt: int, completion: int, cached: int) -> JSON:
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": cached},
     }
+
+
+def answer_id(url: Url, name: str) -> str:
+    """`name`: an id of ours without its prefix."""
+    return _PREFIX[url] + name
 
 
 def completion_object(

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias
 
-from jobs.body import NOT_SUPPORTED_YET, BadField, JobBody, parse_job, read_job
+from jobs.bad_field import NOT_SUPPORTED_YET, BadField
+from jobs.body import JobBody, parse_job, read_job
 from jobs.settings import Settings
 
 Url: TypeAlias = Literal["/v1/chat/completions", "/v1/completions"]
@@ -129,7 +130,10 @@ def _stream_of(rest: dict[str, Any]) -> tuple[bool, bool]:
         raise BadField("stream_options", "must be an object", "invalid_type")
     for name, value in options.items():
         if name not in ("include_usage", "include_obfuscation"):
-            raise BadField(f"stream_options.{name}", "unknown field", "unknown_parameter")
+            allowed = "include_usage and include_obfuscation"
+            raise BadField(
+                f"stream_options.{name}", f"unknown field; there are {allowed}", "unknown_parameter"
+            )
         if value is not None and not isinstance(value, bool):
             raise BadField(f"stream_options.{name}", "must be true or false", "invalid_type")
     return True, bool(options.get("include_usage"))

@@ -29,7 +29,7 @@ from jobs.terms import DELAYED, Retry, tier_of
 # Reasons that may be gone at the next attempt; all others are the job's own and stay.
 PASSING = frozenset({"engine_crash", "numerics", "encode_failed"})
 
-JobRow = Any  # a row of the SELECT in `record`
+HeldRow = Any  # a row of the SELECT in `record`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,8 +91,9 @@ def record(
         _insert_results(connection, ours, stored, time_now)
         _insert_ledger(connection, ours, rows, time_now)
     _keep_checkpoints(connection, ours, weights)
-    closing = {rows[item.outcome.job_id].batch_id for item in ours if item.state is not JobState.QUEUED}
-    close_batches(connection, sorted(batch_id for batch_id in closing if batch_id))
+    close_batches(
+        connection, {rows[item.outcome.job_id].batch_id for item in ours if item.state is not JobState.QUEUED}
+    )
     tallies.add(
         connection,
         [_change(item, rows[item.outcome.job_id], len(stored.get(item.outcome.job_id, ""))) for item in ours],
@@ -100,7 +101,7 @@ def record(
     return recorded
 
 
-def _judge(outcome: Outcome, row: JobRow | None, ours: dict[str, JobRow]) -> Recorded:
+def _judge(outcome: Outcome, row: HeldRow | None, ours: dict[str, HeldRow]) -> Recorded:
     if row is not None and row.id in ours:
         began = max(row.created_at, row.not_before or 0.0)
         return Recorded(
@@ -118,7 +119,7 @@ def _judge(outcome: Outcome, row: JobRow | None, ours: dict[str, JobRow]) -> Rec
     return Recorded(outcome, None)
 
 
-def _next_state(row: JobRow, outcome: Outcome) -> JobState:
+def _next_state(row: HeldRow, outcome: Outcome) -> JobState:
     if row.state == JobState.CANCELLING:
         return ending_of(row.error)  # a cancel that was accepted is final, even if the answer is just ready
     if outcome.kind == "failed" and _may_try_again(row, outcome):
@@ -135,7 +136,7 @@ def ending_of(error: dict[str, Any] | None) -> JobState:
     return JobState.EXPIRED if error else JobState.CANCELLED
 
 
-def _may_try_again(row: JobRow, outcome: Outcome) -> bool:
+def _may_try_again(row: HeldRow, outcome: Outcome) -> bool:
     if row.retry is None or (outcome.error or {}).get("code") not in PASSING:
         return False
     return bool(row.failures + 1 < row.retry["max_attempts"])
@@ -145,7 +146,7 @@ def _starts_over(item: Recorded) -> bool:
     return item.state is JobState.QUEUED and item.outcome.kind == "failed"
 
 
-def _move(connection: Connection, ours: list[Recorded], rows: dict[str, JobRow], time_now: float) -> None:
+def _move(connection: Connection, ours: list[Recorded], rows: dict[str, HeldRow], time_now: float) -> None:
     """The rows are locked, so those that become the same are changed together."""
     alike: defaultdict[tuple[JobState, int, JsonText | None], list[str]] = defaultdict(list)
     for item in ours:
@@ -168,19 +169,15 @@ def _move(connection: Connection, ours: list[Recorded], rows: dict[str, JobRow],
         )
 
 
-def _error(item: Recorded, row: JobRow) -> dict[str, Any] | None:
+def _error(item: Recorded, row: HeldRow) -> dict[str, Any] | None:
     if item.state is JobState.EXPIRED:
         return dict(row.error)
     return item.outcome.error if item.state is JobState.FAILED else None
 
 
-def _delay(connection: Connection, ours: list[Recorded], rows: dict[str, JobRow]) -> None:
+def _delay(connection: Connection, ours: list[Recorded], rows: dict[str, HeldRow]) -> None:
     """What failed and may be tried again waits for its time (`jobs.deadlines`)."""
-    again = sorted(
-        item.outcome.job_id
-        for item in ours
-        if item.outcome.kind == "failed" and item.state is JobState.QUEUED
-    )
+    again = sorted(item.outcome.job_id for item in ours if _starts_over(item))
     if not again:
         return
     job = Job.__table__
@@ -222,7 +219,7 @@ def _insert_results(
 
 
 def _insert_ledger(
-    connection: Connection, ours: list[Recorded], rows: dict[str, JobRow], time_now: float
+    connection: Connection, ours: list[Recorded], rows: dict[str, HeldRow], time_now: float
 ) -> None:
     kinds = {JobState.COMPLETED: LedgerKind.BILLED, JobState.CANCELLED: LedgerKind.CANCELLED}
     entries = [
@@ -284,7 +281,7 @@ def _keep_checkpoints(connection: Connection, ours: list[Recorded], weights: str
     )
 
 
-def _change(item: Recorded, row: JobRow, stored_bytes: int) -> tallies.Change:
+def _change(item: Recorded, row: HeldRow, stored_bytes: int) -> tallies.Change:
     """What this end means for the tenant's sums. `stored_bytes`: of its outputs."""
     if item.state is JobState.QUEUED:
         return tallies.Change(row.tenant)

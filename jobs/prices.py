@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, Row, delete, insert, select, text
 
-from jobs.body import BadField
+from jobs.bad_field import BadField
 from jobs.database import Database, clock
 from jobs.models import Price
 from jobs.texts import MAX_MODEL_CHARS

@@ -20,7 +20,7 @@ from typing import Final
 from sqlalchemy import Connection, func, select
 from sqlalchemy.exc import SQLAlchemyError
 
-from jobs.claims import QUEUED
+from jobs.conditions import JOB_QUEUED
 from jobs.database import Database, clock
 from jobs.models import Job, Worker
 from jobs.pace import Figures, figures_of
@@ -122,7 +122,9 @@ def look(connection: Connection) -> Picture:
     queues: dict[str, Queue] = {}
     at = clock(connection)
     order = (Job.model, Job.tier, Job.fair_tag)
-    sums = select(*order, func.sum(Job.estimated_tokens)).where(QUEUED, Job.tier < DELAYED).group_by(*order)
+    sums = (
+        select(*order, func.sum(Job.estimated_tokens)).where(JOB_QUEUED, Job.tier < DELAYED).group_by(*order)
+    )
     for model, tier, fair_tag, tokens in connection.execute(sums.order_by(*order)):
         queue = queues.setdefault(model, Queue())
         queue.places.append((tier, fair_tag))

@@ -15,7 +15,7 @@ from typing import Final
 from sqlalchemy import Connection, func, select
 from sqlalchemy.exc import SQLAlchemyError
 
-from jobs.claims import QUEUED
+from jobs.conditions import JOB_QUEUED
 from jobs.database import Database, now
 from jobs.exposition import Collector, Metric, gauge
 from jobs.models import Job, Worker
@@ -65,7 +65,7 @@ class QueueMetrics(Collector):
             queued |= {(model, tier.name.lower()): 0 for tier in Tier}
         for row in connection.execute(
             select(Job.model, Job.tier, func.count().label("jobs"))
-            .where(QUEUED)
+            .where(JOB_QUEUED)
             .group_by(Job.model, Job.tier)
         ):
             key = (row.model if row.model in served else OTHER, tier_of(row.tier).name.lower())

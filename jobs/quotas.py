@@ -67,40 +67,43 @@ class Room:
 
     def take(self, load: Load) -> None:
         """Count `load` as accepted. Raises `QuotaExceeded`, and then counts nothing."""
-        self._use = self.check(load)
+        self.check(load)
+        if self._use is not None:
+            self._use = _with(self._use, load)
 
-    def check(self, load: Load) -> Use | None:
-        """What would be used with `load`; quotas that it does not touch are not asked. Raises `QuotaExceeded`."""
+    def check(self, load: Load) -> None:
+        """Raises `QuotaExceeded` for the first quota that `load` asks for more of than there is."""
         use = self._use
         if use is None:
-            return None
-        after = replace(
-            use,
-            queued_jobs=use.queued_jobs + load.jobs,
-            queued_tokens=use.queued_tokens + load.tokens,
-            stored_bytes=use.stored_bytes + load.stored_bytes,
-        )
+            return
+        after = _with(use, load)
         for quota, limit in self._limits.items():
-            if load.jobs == 0 and quota != "stored_bytes":
-                continue  # what only stores asks for nothing else
-            before, then = getattr(use, quota), getattr(after, quota)
-            touched = bool(load.jobs) if quota == "tokens_per_day" else then > before
-            # What the day will be billed is known later: today's quota only asks whether it is used up.
-            if (
-                limit is None
-                or not touched
-                or (before < limit if quota == "tokens_per_day" else then <= limit)
-            ):
+            if limit is None:
                 continue
-            asked = then - before
-            raise QuotaExceeded(
-                quota,
-                limit=limit,
-                used=before,
-                asked=asked,
-                retry_after=_retry_after(quota, limit, asked, use.day_left),
-            )
-        return after
+            before = getattr(use, quota)
+            asked = getattr(after, quota) - before
+            if quota == "tokens_per_day":
+                # What the day will be billed is known later: today's quota only asks whether it is used up.
+                fits = load.jobs == 0 or before < limit
+            else:
+                fits = asked <= 0 or before + asked <= limit
+            if not fits:
+                raise QuotaExceeded(
+                    quota,
+                    limit=limit,
+                    used=before,
+                    asked=asked,
+                    retry_after=_retry_after(quota, limit, asked, use.day_left),
+                )
+
+
+def _with(use: Use, load: Load) -> Use:
+    return replace(
+        use,
+        queued_jobs=use.queued_jobs + load.jobs,
+        queued_tokens=use.queued_tokens + load.tokens,
+        stored_bytes=use.stored_bytes + load.stored_bytes,
+    )
 
 
 def open_room(connection: Connection, tenant: str, settings: Settings) -> Room:

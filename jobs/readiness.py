@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 
 from sqlalchemy import ColumnElement, Connection, func, select
 
-from jobs.claims import QUEUED
+from jobs.conditions import JOB_QUEUED
 from jobs.database import now
 from jobs.models import Job, Worker
 from jobs.states import HELD, LIVE_WORKER, WorkerState
 from jobs.terms import DELAYED
 
 _WORK = (
-    select(Job.id).where(QUEUED, Job.tier < DELAYED).limit(1),
+    select(Job.id).where(JOB_QUEUED, Job.tier < DELAYED).limit(1),
     select(Job.id).where(Job.worker_id.is_not(None), Job.state.in_(HELD)).limit(1),
 )
 

@@ -1,8 +1,9 @@
-"""Reads: everything that is asked about jobs, batches and workers without changing them.
+"""Reads: everything that is asked about jobs and workers without changing them.
 
-Owns the queries behind "how far is it, and what came out?" and the frozen values they answer with. Refuses to
-know how an answer is written (`api.schemas`). Lists and results go by keyset, never by OFFSET, so that page
-1,000 costs what page 1 costs and a row that is inserted meanwhile shifts nothing.
+Owns the queries behind "how far is it, and what came out?" of jobs, and the frozen values they answer with; batches
+are `jobs.batch_reads`'s. Refuses to know how an answer is written (`api.job_objects`). Lists and results go by
+keyset, never by OFFSET, so that page 1,000 costs what page 1 costs and a row that is inserted meanwhile shifts
+nothing.
 """
 
 from __future__ import annotations
@@ -10,28 +11,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, Select, and_, bindparam, func, select
 
 from jobs.completion_order import Order
 from jobs.database import Database, now, portions
-from jobs.keyset import page
-from jobs.models import Batch, Job, LedgerEntry, Result, Worker
+from jobs.keyset import Direction, page
+from jobs.models import Job, Result, Worker
 from jobs.readiness import Readiness, readiness
-from jobs.states import LIVE_WORKER, TERMINAL, BatchState, JobState, LedgerKind, WorkerState
+from jobs.states import LIVE_WORKER, TERMINAL, JobState, WorkerState
 from jobs.terms import Tier, tier_of
 
 CHUNK = 500  # results read at a time
 MAX_LIMIT = 100
-# fmt: off
-# Of a batch, those that its view shows as they are.
-_PLAIN_COLUMNS = (
-    "id", "endpoint", "total", "created_at", "cancelling_at", "finished_at", "input_file_id", "output_file_id",
-    "error_file_id", "completion_window", "model", "errors", "in_progress_at", "expires_at", "finalizing_at",
-    "num_inserted", "schedule_id", "retry_of",
-)
-# fmt: on
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,40 +64,14 @@ class JobView:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BatchView:
-    """A batch with the numbers of its jobs by state (states that no job has are left out)."""
-
-    id: str
-    state: BatchState
-    endpoint: str
-    total: int
-    metadata: dict[str, str]
-    created_at: float
-    cancelling_at: float | None
-    finished_at: float | None
-    schedule_id: str | None
-    input_file_id: str | None = None
-    output_file_id: str | None = None
-    error_file_id: str | None = None
-    completion_window: str | None = None
-    model: str | None = None
-    errors: list[dict[str, Any]] | None = None  # of the validation: code, line, message, param
-    in_progress_at: float | None = None
-    expires_at: float | None = None
-    finalizing_at: float | None = None
-    num_inserted: int = 0  # of a file's `total` lines, those that are jobs by now
-    counts: dict[JobState, int]
-    usage: Usage
-    retry_of: str | None = None
-
-    @property
-    def closed(self) -> bool:
-        return self.finished_at is not None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class JobFilter:
-    """What a list of jobs is narrowed to. None: anything. Times in unix seconds, ends excluded."""
+    """What a list of jobs is narrowed to. None: anything. Times in unix seconds, ends excluded.
+
+    `model`, `custom_id` and `state` have no index of their own: the tenant's jobs are looked at from the newest on
+    until the page is full, which for a name that few have is all of them; `batch_id` and `created_after` bound that
+    by an index. One on `custom_id` would be written three times and more for every job, since PostgreSQL enters each
+    change of a job's state into all indexes: the work of a night would pay for a question that is rarely asked.
+    """
 
     state: JobState | None = None
     batch_id: str | None = None
@@ -134,7 +101,7 @@ class Reads:
         tenant: str,
         after: str | None = None,
         limit: int = 20,
-        order: Literal["asc", "desc"] = "desc",
+        direction: Direction = "desc",
     ) -> tuple[list[JobView], bool]:
         """A page of jobs by time of creation, and whether more follow. `after` is the last id of the page
         before. Raises `BadField` when there is no such job."""
@@ -148,15 +115,9 @@ class Reads:
                 noun="job",
                 after=after,
                 limit=limit,
-                descending=order == "desc",
+                direction=direction,
             )
         return [_job_view(row) for row in rows], more
-
-    def batch(self, batch_id: str, *, tenant: str) -> BatchView | None:
-        query = select(*Batch.__table__.columns).where(Batch.id == batch_id, Batch.tenant == tenant)
-        with self._database.read() as connection:
-            views = batch_views(connection, connection.execute(query).all())
-        return views[0] if views else None
 
     def results(
         self,
@@ -232,42 +193,6 @@ class Reads:
         )
         with self._database.read() as connection:
             return connection.execute(query).first() is not None
-
-
-def batch_views(connection: Connection, rows: Sequence[Row[Any]]) -> list[BatchView]:
-    """Rows of the batches table with the numbers and the bills of their jobs."""
-    ids = [row.id for row in rows]
-    # A batch's id is enough: its jobs and bills are its tenant's.
-    counts: dict[str, dict[JobState, int]] = {batch_id: {} for batch_id in ids}
-    for batch_id, state, count in connection.execute(
-        select(Job.batch_id, Job.state, func.count())
-        .where(Job.batch_id.in_(ids))
-        .group_by(Job.batch_id, Job.state)
-    ):
-        counts[str(batch_id)][JobState(state)] = count
-    usage = {
-        batch_id: Usage(*map(int, sums))
-        for batch_id, *sums in connection.execute(
-            select(
-                LedgerEntry.batch_id,
-                func.sum(LedgerEntry.prompt_tokens),
-                func.sum(LedgerEntry.completion_tokens),
-                func.sum(LedgerEntry.cached_tokens),
-            )
-            .where(LedgerEntry.batch_id.in_(ids), LedgerEntry.kind == LedgerKind.BILLED)
-            .group_by(LedgerEntry.batch_id)
-        )
-    }
-    return [
-        BatchView(
-            state=BatchState(row.state),
-            metadata=row.metadata,
-            counts=counts[row.id],
-            usage=usage.get(row.id, Usage(0, 0, 0)),
-            **{name: getattr(row, name) for name in _PLAIN_COLUMNS},
-        )
-        for row in rows
-    ]
 
 
 def job_views(connection: Connection, job_ids: Sequence[str]) -> dict[str, JobView]:

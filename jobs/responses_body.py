@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from jobs.body import BadField, JobBody, parse_job
+from jobs.bad_field import BadField
+from jobs.body import JobBody, parse_job
 from jobs.openai_body import is_one_of, plain_messages
 from jobs.settings import Settings
 

@@ -8,15 +8,14 @@ other: it needs room in the quotas, may carry an `Idempotency-Key`, and is all o
 from __future__ import annotations
 
 from array import array
-from collections import Counter
 from typing import Any, Final
 
 from sqlalchemy import Connection, Row, String, cast, func, insert, select
 
 from jobs import tallies
-from jobs.body import BadField
-from jobs.database import Database, clock, portions
-from jobs.idempotency import Submit, claim
+from jobs.bad_field import BadField
+from jobs.database import Database, clock, portions, was_committed
+from jobs.idempotency import Submit, earlier_target
 from jobs.job_rows import again_row, insert_all, new_id
 from jobs.models import Batch, Job
 from jobs.quotas import Load, open_room
@@ -48,8 +47,8 @@ def parse_states(value: object) -> frozenset[JobState]:
 
 
 class Retries:
-    """Both calls return the new id, or what the same `submit` made before, and how many jobs of which model are new.
-    None when the tenant has no such thing. They raise `NothingToRetry`, `QuotaExceeded` and `KeyReusedError`."""
+    """Both calls return the new id, or what the same `submit` made before, and the models that have new jobs. None
+    when the tenant has no such thing. They raise `NothingToRetry`, `QuotaExceeded` and `KeyReusedError`."""
 
     def __init__(self, database: Database, settings: Settings) -> None:
         self._database = database
@@ -57,19 +56,20 @@ class Retries:
 
     def retry_job(
         self, job_id: str, owner: Owner, *, states: frozenset[JobState] = USUAL, submit: Submit | None = None
-    ) -> tuple[str, Counter[str]] | None:
+    ) -> tuple[str, frozenset[str]] | None:
         """As a job without a batch."""
         new = new_id("job")
 
-        def work(connection: Connection) -> tuple[str, Counter[str]] | None:
+        def work(connection: Connection) -> tuple[str, frozenset[str]] | None:
             query = select(*Job.__table__.columns).where(Job.id == job_id, Job.tenant == owner.tenant)
             old = connection.execute(query).one_or_none()
             if old is None:
                 return None
-            if submit and (known := claim(connection, submit, tenant=owner.tenant, target=new)) != new:
-                return known, Counter()
-            if connection.scalars(select(Job.id).where(Job.id == new)).first() is not None:
-                return new, Counter([old.model])
+            known = earlier_target(connection, submit, tenant=owner.tenant, target=new)
+            if known is not None:
+                return known, frozenset()
+            if was_committed(connection, Job.id, new):
+                return new, frozenset([old.model])
             if old.state not in states or old.body == {}:
                 wanted = " or ".join(sorted(states))
                 raise NothingToRetry(
@@ -82,7 +82,7 @@ class Retries:
             time_now = clock(connection)
             insert_all(connection, [again_row(old, new, owner, time_now=time_now)])
             tallies.add(connection, [load.change(owner.tenant)])
-            return new, Counter([old.model])
+            return new, frozenset([old.model])
 
         return self._database.transact(work)
 
@@ -93,27 +93,28 @@ class Retries:
         *,
         states: frozenset[JobState] = USUAL,
         submit: Submit | None = None,
-    ) -> tuple[str, Counter[str]] | None:
+    ) -> tuple[str, frozenset[str]] | None:
         """As a batch of those jobs that are in one of `states` now; the old batch may still be running."""
         new = new_id("batch")
 
-        def work(connection: Connection) -> tuple[str, Counter[str]] | None:
+        def work(connection: Connection) -> tuple[str, frozenset[str]] | None:
             old = connection.execute(
                 select(*Batch.__table__.columns).where(Batch.id == batch_id, Batch.tenant == owner.tenant)
             ).one_or_none()
             if old is None:
                 return None
-            if submit and (known := claim(connection, submit, tenant=owner.tenant, target=new)) != new:
-                return known, Counter()
-            if connection.scalars(select(Batch.id).where(Batch.id == new)).first() is not None:
-                return new, Counter(connection.scalars(select(Job.model).where(Job.batch_id == new)))
+            known = earlier_target(connection, submit, tenant=owner.tenant, target=new)
+            if known is not None:
+                return known, frozenset()
+            if was_committed(connection, Batch.id, new):
+                return new, frozenset(connection.scalars(select(Job.model).where(Job.batch_id == new)))
             return new, self._copy(connection, old, new, owner, states)
 
         return self._database.transact(work)
 
     def _copy(
         self, connection: Connection, old: Row[Any], new: str, owner: Owner, states: frozenset[JobState]
-    ) -> Counter[str]:
+    ) -> frozenset[str]:
         # One statement says which: others may end while this runs, and whoever looked twice would see them once.
         positions, load = _wanted(connection, old.id, states)
         if load.jobs == 0:
@@ -141,7 +142,7 @@ class Retries:
                 in_progress_at=time_now,
             )
         )
-        models: Counter[str] = Counter()
+        models: set[str] = set()
         for some in portions(range(load.jobs)):
             rows = connection.execute(
                 select(*Job.__table__.columns)
@@ -157,16 +158,15 @@ class Retries:
                 ],
             )
         tallies.add(connection, [load.change(owner.tenant)])
-        return models
+        return frozenset(models)
 
 
 def _wanted(connection: Connection, batch_id: str, states: frozenset[JobState]) -> tuple[array[int], Load]:
     """Positions of the jobs to copy, ascending, and what they add to their tenant."""
     body = cast(Job.body, String)
     rows = connection.execute(
-        select(
-            Job.position, Job.estimated_tokens, func.length(body).label("size")
-        )  # ASCII: characters are bytes
+        # It is ASCII, so characters are bytes.
+        select(Job.position, Job.estimated_tokens, func.length(body).label("size"))
         .where(Job.batch_id == batch_id, Job.state.in_(sorted(states)), body != _EMPTY)
         .order_by(Job.position),
         execution_options={"yield_per": 1000},

@@ -6,12 +6,14 @@ Refuses to know HTTP and SQL.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Annotated, Any, Final
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from jobs.body import BadField, JobBody, parse_jobs, validated
+from jobs.bad_field import BadField, Strict, validated
+from jobs.body import JobBody, parse_jobs
 from jobs.completion_window import window_seconds
 from jobs.cron_line import CronLine
 from jobs.settings import Settings
@@ -35,9 +37,7 @@ DEFAULTS: Final[dict[str, Any]] = {
 REQUIRED: Final = ("name", "cron", "jobs")
 
 
-class ScheduleFields(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
+class ScheduleFields(Strict):
     name: Annotated[Name, Field(min_length=1, max_length=255)] | None = None
     cron: Name | None = None
     time_zone: Name | None = None
@@ -98,3 +98,8 @@ def _checked(columns: dict[str, Any], settings: Settings) -> dict[str, Any]:
 def stored_jobs(bodies: list[JobBody]) -> list[dict[str, Any]]:
     """As `models.Schedule.jobs` keeps them."""
     return [body.stored() for body in bodies]
+
+
+def bodies_of(stored: Sequence[dict[str, Any]]) -> list[JobBody]:
+    """The way back."""
+    return [JobBody.model_validate(job) for job in stored]

@@ -17,18 +17,18 @@ from zoneinfo import ZoneInfo
 
 from sqlalchemy import Connection, Row, func, select, tuple_, update
 
-from jobs.body import BadField
+from jobs.bad_field import BadField
 from jobs.completion_window import terms_of_window
 from jobs.cron_line import CronLine
-from jobs.database import Database, clock, insert_into, now
+from jobs.database import Database, clock, insert_into, now, was_committed
 from jobs.forecasts import WindowTooTight
-from jobs.idempotency import Submit, claim
+from jobs.idempotency import Submit, earlier_target
 from jobs.intake import Intake, NewBatch
 from jobs.job_rows import new_id
 from jobs.models import Schedule, ScheduleRun
 from jobs.quotas import QuotaExceeded
-from jobs.schedule_body import Missed
-from jobs.schedules import COLUMNS, bodies_of, find
+from jobs.schedule_body import Missed, bodies_of
+from jobs.schedules import COLUMNS, find
 from jobs.tenants import Owner
 from jobs.terms import ORDINARY
 
@@ -76,7 +76,6 @@ class ScheduleRuns:
         place = tuple_(Schedule.next_at, Schedule.id)
         query = select(Schedule.next_at, Schedule.id).order_by(Schedule.next_at, Schedule.id).limit(PAGE)
         with self._database.read() as connection:
-            # As a number: against the clock itself PostgreSQL would look at every schedule instead of the index.
             time_now = clock(connection)
             rows = connection.execute(
                 query.where(
@@ -144,12 +143,10 @@ class ScheduleRuns:
         run = _run_row(row, RunKind.MANUAL, time_now)
 
         def work(connection: Connection) -> Started:
-            if (
-                submit
-                and (known := claim(connection, submit, tenant=owner.tenant, target=run["id"])) != run["id"]
-            ):
+            known = earlier_target(connection, submit, tenant=owner.tenant, target=run["id"])
+            if known is not None:
                 return Started(_view(_find(connection, known)), None)
-            if _find(connection, run["id"]) is None:
+            if not was_committed(connection, ScheduleRun.id, run["id"]):
                 find(connection, schedule_id, tenant=owner.tenant, lock=True)  # one run after the other
                 self._intake.insert_batch(connection, batch)
                 moment = {"fire_time": max(time_now, _after_the_last(connection, schedule_id))}

@@ -9,7 +9,7 @@ bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 from zoneinfo import ZoneInfo
@@ -18,7 +18,7 @@ from sqlalchemy import Connection, Row, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from jobs import tallies
-from jobs.body import BadField, JobBody
+from jobs.bad_field import BadField
 from jobs.cron_line import CronLine
 from jobs.database import Database, clock, now
 from jobs.job_rows import new_id
@@ -98,9 +98,8 @@ class Schedules:
             timing = {name: values.get(name, known) for name, known in before.items()}
             if timing != before:
                 CronLine.of(timing["cron"], timing["time_zone"])
-                is_due = (
-                    row.next_at is not None and row.next_at <= time_now
-                )  # and stays so, unless this pauses it
+                # What is due stays so, unless this pauses it.
+                is_due = row.next_at is not None and row.next_at <= time_now
                 values["next_at"] = row.next_at if is_due and timing["enabled"] else _next(timing, time_now)
             if "jobs" in values:
                 values["jobs"] = stored_jobs(values["jobs"])
@@ -210,10 +209,6 @@ def view(row: Row[Any] | None) -> ScheduleView:
         updated_at=row.updated_at,
         deleted_at=row.deleted_at,
     )
-
-
-def bodies_of(jobs: Sequence[dict[str, Any]]) -> list[JobBody]:
-    return [JobBody.model_validate(job) for job in jobs]
 
 
 def _jobs(connection: Connection, schedule_id: str) -> list[dict[str, Any]]:

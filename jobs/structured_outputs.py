@@ -8,19 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from engine.sampling_params import InvalidParameter, StructuredOutputsParams
+from jobs.bad_field import Strict
 
 Schema = dict[str, Any]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
-
-
-class StructuredOutputs(_Strict):
+class StructuredOutputs(Strict):
     """vLLM's field, with its names."""
 
     json_: Annotated[Any, Field(alias="json")] = None
@@ -37,7 +34,7 @@ class StructuredOutputs(_Strict):
         return StructuredOutputsParams(json=self.json_, **given)
 
 
-class JsonSchema(_Strict):
+class JsonSchema(Strict):
     """`strict` may be given and changes nothing: a schema is always kept to."""
 
     name: Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
@@ -46,7 +43,7 @@ class JsonSchema(_Strict):
     strict: bool | None = None
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(Strict):
     """OpenAI's field."""
 
     type: Literal["text", "json_object", "json_schema"]

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, and_, insert, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from jobs import tallies
@@ -34,10 +34,12 @@ REPAIRS_PER_SWEEP = 1000
 LOOK_AHEAD_SECONDS = 30.0  # less than the spare time of `deadlines`
 STOP_SECONDS = 10.0
 
-EXPIRED = select(Worker.id).where(Worker.state.in_(sorted(LIVE_WORKER)), Worker.lease_until < now()).limit(1)
-LIVE = select(Worker.id).where(Worker.state.in_(sorted(LIVE_WORKER)))
-STRANDED = select(Job.id).where(
-    Job.worker_id.is_not(None), Job.worker_id.not_in(LIVE), Job.state.in_(sorted(HELD))
+_IS_LIVE = Worker.state.in_(sorted(LIVE_WORKER))
+_IS_SILENT = and_(_IS_LIVE, Worker.lease_until < now())  # its lease has run out
+_STRANDED = select(Job.id).where(
+    Job.worker_id.is_not(None),
+    Job.worker_id.not_in(select(Worker.id).where(_IS_LIVE)),
+    Job.state.in_(sorted(HELD)),
 )
 
 
@@ -45,10 +47,7 @@ def expire_leases(connection: Connection) -> list[str]:
     """Mark workers whose lease has run out as lost; their names."""
     return list(
         connection.scalars(
-            update(Worker)
-            .where(Worker.state.in_(sorted(LIVE_WORKER)), Worker.lease_until < now())
-            .values(state=WorkerState.LOST)
-            .returning(Worker.id)
+            update(Worker).where(_IS_SILENT).values(state=WorkerState.LOST).returning(Worker.id)
         )
     )
 
@@ -56,18 +55,16 @@ def expire_leases(connection: Connection) -> list[str]:
 def take_back(connection: Connection) -> tuple[int, int]:
     """Requeue, or end as cancelled, the jobs of workers that are gone. Returns how many of each."""
     rows = connection.execute(
-        STRANDED.with_only_columns(
-            *(
-                Job.id,
-                Job.fence,
-                Job.state,
-                Job.tenant,
-                Job.key_id,
-                Job.model,
-                Job.batch_id,
-                Job.estimated_tokens,
-                Job.error,
-            )
+        _STRANDED.with_only_columns(
+            Job.id,
+            Job.fence,
+            Job.state,
+            Job.tenant,
+            Job.key_id,
+            Job.model,
+            Job.batch_id,
+            Job.estimated_tokens,
+            Job.error,
         )
         .order_by(Job.id)
         .limit(REPAIRS_PER_SWEEP)
@@ -110,11 +107,8 @@ def take_back(connection: Connection) -> tuple[int, int]:
             for row in rows
         ],
     )
-    close_batches(connection, sorted({row.batch_id for row in cancelled if row.batch_id}))
-    tallies.add(
-        connection,
-        [tallies.ended(row.tenant, row.estimated_tokens) for row in cancelled],
-    )
+    close_batches(connection, {row.batch_id for row in cancelled})
+    tallies.add(connection, [tallies.ended(row.tenant, row.estimated_tokens) for row in cancelled])
     return len(requeued), len(cancelled)
 
 
@@ -149,7 +143,8 @@ class Sweeper(threading.Thread):
     def sweep(self) -> None:
         # Look before locking: an idle sweep must not take SQLite's one write lock.
         with self.database.read() as connection:
-            expired, stranded = bool(connection.scalar(EXPIRED)), bool(connection.scalar(STRANDED.limit(1)))
+            silent = bool(connection.scalar(select(Worker.id).where(_IS_SILENT).limit(1)))
+            stranded = bool(connection.scalar(_STRANDED.limit(1)))
             models = models_with_work(connection)
             due, late = has_due(connection), has_late(connection)
             to_cancel = half_cancelled(connection)
@@ -162,10 +157,10 @@ class Sweeper(threading.Thread):
             self._until_done(partial(make_urgent, model=model, edge=edge))
         for batch_id, tenant in to_cancel:
             Cancels(self.database).cancel_batch(batch_id, tenant=tenant)
-        if expired and (lost := self.database.transact(expire_leases)):
+        if silent and (lost := self.database.transact(expire_leases)):
             log.warning("sweeper.lost workers=%s", ",".join(lost))
         requeued = cancelled = 0
-        while expired or stranded:
+        while silent or stranded:
             more = self.database.transact(take_back)
             requeued, cancelled = requeued + more[0], cancelled + more[1]
             if sum(more) < REPAIRS_PER_SWEEP:

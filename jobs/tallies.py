@@ -23,9 +23,9 @@ from sqlalchemy.sql.functions import FunctionElement
 from jobs.database import clock, in_words_of
 from jobs.json_text import written
 from jobs.models import Tally
+from jobs.moments import DAY_SECONDS
 
 SHARDS = 8  # on SQLite 1: it has a single writer anyway
-DAY_SECONDS = 86_400  # of unix time, so days are UTC's
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,10 @@ import logging
 from collections.abc import Sequence
 from typing import Final
 
-from sqlalchemy import ColumnElement, Connection, Row, literal_column, select, update
+from sqlalchemy import Connection, Row, select, update
 
 from jobs.celery_results import CeleryResults
+from jobs.conditions import JOB_FROM_REDIS
 from jobs.database import Database, now, portions
 from jobs.models import Job, Result
 from jobs.outcomes import Outcome, Recorded
@@ -24,7 +25,6 @@ log = logging.getLogger(__name__)
 
 GRACE_SECONDS: Final = 2.0  # for whoever ended it to tell by itself
 JOBS_PER_SWEEP: Final = 200
-_REDIS: Final[ColumnElement[str]] = literal_column("'redis'")  # spelled out, for the partial index
 
 
 class Teller:
@@ -51,7 +51,7 @@ class Teller:
                 )
                 .outerjoin(Result, Result.job_id == Job.id)
                 .where(
-                    Job.source == _REDIS,
+                    JOB_FROM_REDIS,
                     Job.told_at.is_(None),
                     Job.finished_at.is_not(None),
                     Job.finished_at < now() - GRACE_SECONDS,

@@ -14,7 +14,7 @@ from typing import Final
 
 from sqlalchemy import Connection, Row, insert, select, update
 
-from jobs.body import BadField
+from jobs.bad_field import BadField
 from jobs.database import Database, now
 from jobs.models import Tenant
 from jobs.settings import Settings

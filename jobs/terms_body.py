@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from jobs.body import BadField, validated
+from jobs.bad_field import BadField, Strict, validated
 from jobs.completion_window import terms_of_window
 from jobs.terms import BACKOFF_SECONDS, MAX_BACKOFF_SECONDS, Retry, Terms, Tier
 
@@ -21,17 +21,13 @@ Moment = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Delay = Annotated[float, Field(ge=0.1, le=86_400, allow_inf_nan=False)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class RetryBody(_Strict):
+class RetryBody(Strict):
     max_attempts: Annotated[int, Field(ge=1, le=20)]
     backoff_seconds: Delay = BACKOFF_SECONDS
     max_backoff_seconds: Delay = MAX_BACKOFF_SECONDS
 
 
-class TermsBody(_Strict):
+class TermsBody(Strict):
     """null means the same as leaving a field out."""
 
     tier: Literal["normal", "background"] | None = None

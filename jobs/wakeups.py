@@ -61,8 +61,8 @@ class WakeUps:
         self._failing = False
         self._thread: threading.Thread | None = None
 
-    def wake(self, model: str, num_jobs: int = 1) -> None:
-        """Announce work for `model`; `num_jobs` does not matter, one message wakes a worker for all."""
+    def wake(self, model: str) -> None:
+        """Announce work for `model`; one message wakes a worker for all of it."""
         self._announce(model, self._quiet_until, is_repeat=False)
 
     def repeat(self, model: str) -> None:

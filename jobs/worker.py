@@ -1,39 +1,35 @@
 """Worker: the parts of one worker process put together, their start and their end.
 
-Owns the wiring between Celery's side (`pool`), SQL's side (claimer, writer, lease keeper, sweeper, timekeeper,
-arrivals) and the engine's side (supervisor), and the order in which they stop. Each part owns its thread; none
-of them knows another, they meet here. No torch is loaded in this process.
+Owns the wiring between Celery's side (arrivals, revokes, results, wake-ups), the engine's side (supervisor,
+checkpointer, broadcast) and SQL's side (claimer, writer, lease keeper, sweeper, timekeeper), and the order in which
+they stop. Each part owns its thread; none of them knows another, they meet here. No torch is loaded in this process.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
 import socket
-import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from engine.checkpoint import Checkpoint
-from engine.request import Completion, Request, RequestId
+from engine.request import Completion, RequestId
 from engine.tokenizer import Tokenizer
 from engine.wire import Hello
-from jobs.answers import outcome_of
+from jobs.answers import outcome_of, outcome_of_death
 from jobs.arrivals import Arrivals
 from jobs.audience import Audience
 from jobs.body import JobBody
 from jobs.broadcast import Broadcast
 from jobs.broker import NightpressCelery
-from jobs.cancels import Cancels
 from jobs.celery_results import CeleryResults
 from jobs.checkpointer import Checkpointer
 from jobs.claimer import Claimer
-from jobs.claims import Claim
-from jobs.database import Database, now
+from jobs.database import Database
+from jobs.encoder import Encoder
 from jobs.exposition import MetricsServer, serve
 from jobs.holdings import Holding, Holdings
 from jobs.intake import Intake
@@ -41,16 +37,17 @@ from jobs.lease_keeper import LeaseKeeper
 from jobs.leases import leave, new_worker_id, register
 from jobs.outcomes import Outcome, Recorded
 from jobs.pace import Pace, last_known
-from jobs.quarantine import SUSPECT, is_guilty, suspicion_after
-from jobs.requests import all_or_each, prompts_of, request_of
+from jobs.quarantine import SUSPECT
+from jobs.revokes import Revokes
 from jobs.settings import Settings
-from jobs.states import TERMINAL, JobState, WorkerState
+from jobs.states import TERMINAL, JobState
 from jobs.supervisor import EngineSupervisor
 from jobs.sweeper import Sweeper
 from jobs.teller import Teller
 from jobs.timekeeper import Timekeeper
 from jobs.wakeups import WakeUps
 from jobs.worker_metrics import WorkerMetrics
+from jobs.worker_report import WorkerReport
 from jobs.writer import Writer
 
 log = logging.getLogger(__name__)
@@ -74,81 +71,19 @@ class Worker:
         checkpoint = Checkpoint.open(
             settings.model, settings.engine.revision, model_impl=settings.engine.model_impl
         )
+        self.tokenizer = Tokenizer.open(checkpoint)
         self.settings = settings
         self.model = settings.served_model
-        self.tokenizer = Tokenizer.open(checkpoint)
+        self.worker_id = new_worker_id()
         self.database = Database(settings.database)
         self.holdings = Holdings()
-        self.worker_id = new_worker_id()
         self.draining = False
         self._started = False
-        self.results = CeleryResults(app)
-        teller = Teller(self.database, self.results)
-        self.results.on_told = teller.told
-        self.wake_ups = WakeUps(app, self.database)
-        self.cancels = Cancels(self.database)
-        self._chores: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._seen_steps: int | float | None = None
-        self.pace = Pace()
-        self._counted = (time.monotonic(), 0.0)  # when, and how many tokens the engine had generated
-        name = lambda: self.worker_id  # noqa: E731
+        # A side's callbacks may name parts of the others: they are called when all are there.
+        self._make_celery_side(app, is_revoked)
         weights = checkpoint.fingerprint()
-        self.writer = Writer(self.database, self.holdings, name, self._on_recorded, weights)
-        self.checkpointer = Checkpointer(self.database, self.holdings, name, weights)
-        self.broadcast = Broadcast(settings.redis, self.tokenizer, self._stop_of)
-        self.supervisor = EngineSupervisor(
-            settings.engine_config(),
-            checkpoint_seconds=settings.checkpoint_seconds,
-            on_ready=self._on_ready,
-            on_completions=self._on_completions,
-            on_progress=self.holdings.progress,
-            on_grown=self.checkpointer.put,
-            on_streamed=self.broadcast.put,
-            on_death=self._on_death,
-            on_hopeless=on_hopeless,
-        )
-        max_num_seqs = settings.engine.max_num_seqs
-        window = settings.claim_window * max_num_seqs
-        self.claimer = Claimer(
-            self.database,
-            self.holdings,
-            self.supervisor,
-            model=self.model,
-            worker_id=name,
-            encode=self._encode,
-            finish=self.writer.put,
-            on_more=lambda: self.wake_ups.repeat(self.model),
-            window=window,
-            places=max_num_seqs,
-            reserve=max(1, max_num_seqs // 4),
-            weights=weights,
-        )
-        self.keeper = LeaseKeeper(
-            self.database,
-            self.holdings,
-            worker_id=name,
-            lease_seconds=settings.lease_seconds,
-            renew_seconds=settings.renew_seconds,
-            report=self._report,
-            end=self._end,
-            finish=self.writer.put,
-            on_lost=self._on_lost,
-            on_renewed=lambda: self.supervisor.kill_if_stalled(
-                settings.stall_seconds, settings.start_seconds
-            ),
-        )
-        self.sweeper = Sweeper(self.database, settings.sweep_seconds, self._announce, also=teller.sweep)
-        self.timekeeper = Timekeeper(
-            self.database, Intake(self.database, settings), settings.sweep_seconds, self._announce
-        )
-        self.arrivals = Arrivals(
-            self.database,
-            settings,
-            self.results,
-            on_jobs=self._on_arrived,
-            is_revoked=is_revoked,
-            cancel=lambda job_id: self.cancel([job_id], running=False),
-        )
+        self._make_engine_side(weights, on_hopeless)
+        self._make_sql_side(weights)
         self.metrics = WorkerMetrics(
             self.model,
             figures=lambda: self.supervisor.figures,
@@ -157,7 +92,81 @@ class Worker:
             num_held=lambda: len(self.holdings),
         )
         self._metrics_server: MetricsServer | None = None
-        self._chore_thread = threading.Thread(target=self._do_chores, name="chores", daemon=True)
+
+    def _name(self) -> str:
+        """For parts that must write under the name of this moment: it changes when a lease is lost."""
+        return self.worker_id
+
+    def _make_celery_side(self, app: NightpressCelery, is_revoked: Callable[[str], bool]) -> None:
+        """What comes from Redis, and what is said there."""
+        self.results = CeleryResults(app)
+        self.teller = Teller(self.database, self.results)
+        self.results.on_told = self.teller.told
+        self.wake_ups = WakeUps(app, self.database)
+        self.revokes = Revokes(self.database, self.results, on_cancelling=lambda: self.keeper.poke())
+        self.arrivals = Arrivals(
+            self.database,
+            self.settings,
+            self.results,
+            on_jobs=self._on_arrived,
+            is_revoked=is_revoked,
+            cancel=lambda job_id: self.revokes.put([job_id], running=False),
+        )
+
+    def _make_engine_side(self, weights: str, on_hopeless: Callable[[str], None]) -> None:
+        """The engine process, and what is made of what it says while it runs."""
+        self.checkpointer = Checkpointer(self.database, self.holdings, self._name, weights)
+        self.broadcast = Broadcast(self.settings.redis, self.tokenizer, self._stop_of)
+        self.supervisor = EngineSupervisor(
+            self.settings.engine_config(),
+            checkpoint_seconds=self.settings.checkpoint_seconds,
+            on_ready=self._on_ready,
+            on_completions=self._on_completions,
+            on_progress=self.holdings.progress,
+            on_grown=self.checkpointer.put,
+            on_streamed=self.broadcast.put,
+            on_death=self._on_death,
+            on_hopeless=on_hopeless,
+        )
+        self.report = WorkerReport(self.supervisor, is_draining=lambda: self.draining)
+
+    def _make_sql_side(self, weights: str) -> None:
+        """Jobs in and outcomes out, under a lease; and the two loops that every process has."""
+        settings = self.settings
+        places = settings.engine.max_num_seqs
+        self.writer = Writer(self.database, self.holdings, self._name, self._on_recorded, weights)
+        self.claimer = Claimer(
+            self.database,
+            self.holdings,
+            self.supervisor,
+            model=self.model,
+            worker_id=self._name,
+            encode=Encoder(self.tokenizer, settings).encode,
+            finish=self.writer.put,
+            on_more=lambda: self.wake_ups.repeat(self.model),
+            window=settings.claim_window * places,
+            places=places,
+            reserve=max(1, places // 4),
+            weights=weights,
+        )
+        self.keeper = LeaseKeeper(
+            self.database,
+            self.holdings,
+            worker_id=self._name,
+            lease_seconds=settings.lease_seconds,
+            renew_seconds=settings.renew_seconds,
+            report=self.report.columns,
+            end=self._end,
+            finish=self.writer.put,
+            on_lost=self._on_lost,
+            on_renewed=lambda: self.supervisor.kill_if_stalled(
+                settings.stall_seconds, settings.start_seconds
+            ),
+        )
+        self.sweeper = Sweeper(self.database, settings.sweep_seconds, self._announce, also=self.teller.sweep)
+        self.timekeeper = Timekeeper(
+            self.database, Intake(self.database, settings), settings.sweep_seconds, self._announce
+        )
 
     # --- life -----------------------------------------------------------------------------------------------
 
@@ -165,13 +174,14 @@ class Worker:
         """Register and start every thread. Raises when SQL cannot be reached."""
         self.database.transact(lambda connection: self._register(connection, self.worker_id))
         with self.database.read() as connection:
-            self.pace = Pace(last_known(connection, model=self.model, host=socket.gethostname()))
+            known = last_known(connection, model=self.model, host=socket.gethostname())
+        self.report.pace = Pace(known)
         log.info("worker.start id=%s model=%s", self.worker_id, self.model)
         threads = (self.results, self.writer, self.checkpointer, self.supervisor, self.claimer, self.keeper)
         for thread in (*threads, self.broadcast, self.sweeper, self.timekeeper):
             thread.start()
         self.arrivals.start()
-        self._chore_thread.start()
+        self.revokes.start()
         self._metrics_server = serve(self.metrics.registry, self.settings)
         self._started = True
 
@@ -206,8 +216,7 @@ class Worker:
             )
         except SQLAlchemyError as error:  # then its lease runs out instead
             log.error("worker.leave_failed error=%s", type(error).__name__)
-        self._chores.put(None)
-        self._chore_thread.join(HAND_BACK_SECONDS)
+        self.revokes.stop(HAND_BACK_SECONDS)
         self.wake_ups.wake(self.model)  # for whoever takes over what was handed back
         self.wake_ups.close()
         self.results.stop(HAND_BACK_SECONDS)
@@ -231,46 +240,9 @@ class Worker:
 
     def cancel(self, job_ids: Sequence[str], *, running: bool) -> None:
         """Cancel in SQL; a job that runs only if `running`. Returns at once."""
-        self._chores.put(lambda: self._cancel(job_ids, running))
-
-    def _cancel(self, job_ids: Sequence[str], running: bool) -> None:
-        for job_id in job_ids:
-            state = self.cancels.revoke(job_id, running=running)
-            if state is JobState.CANCELLED:
-                self.results.revoked(job_id)
-            elif state is JobState.CANCELLING:
-                self.keeper.poke()
-
-    def _do_chores(self) -> None:
-        while (chore := self._chores.get()) is not None:
-            try:
-                chore()
-            except Exception:
-                log.exception("worker.chore_failed")
+        self.revokes.put(job_ids, running=running)
 
     # --- SQL's side -------------------------------------------------------------------------------------------
-
-    def _encode(self, claims: Sequence[Claim]) -> list[Request | BaseException]:
-        return all_or_each(self._requests, claims)
-
-    def _requests(self, claims: Sequence[Claim]) -> list[Request]:
-        bodies = [JobBody.model_validate(claim.body) for claim in claims]
-        prompts = prompts_of(bodies, self.tokenizer)
-        return [self._request(*one) for one in zip(claims, bodies, prompts, strict=True)]
-
-    def _request(self, claim: Claim, body: JobBody, prompt: Sequence[int]) -> Request:
-        return request_of(
-            RequestId(claim.job_id, claim.fence),
-            body,
-            prompt,
-            seed=claim.seed,
-            settings=self.settings,
-            tenant=claim.tenant,
-            priority=claim.tier,
-            turn=claim.turn,
-            generated=claim.generated,
-            stream=claim.audience == Audience.TEXT,
-        )
 
     def _stop_of(self, request_id: RequestId) -> Sequence[str] | None:
         holding = self.holdings.get(request_id)
@@ -324,35 +296,6 @@ class Worker:
         else:
             self.wake_ups.wake(model)
 
-    def _report(self) -> dict[str, Any]:
-        stats, hello = self.supervisor.stats, self.supervisor.hello
-        state = WorkerState.READY if hello else WorkerState.STARTING
-        self.pace.observe(stats)
-        report: dict[str, Any] = {
-            "state": WorkerState.DRAINING if self.draining else state,
-            "num_running": int(stats.get("num_running", 0)),
-            "num_waiting": int(stats.get("num_waiting", 0)),
-            "tokens_per_second": self._tokens_per_second(),
-            "engine_pid": self.supervisor.pid,
-            "engine_starts": self.supervisor.num_starts,
-            "max_model_len": hello.max_model_len if hello else None,
-            "stats": dict(stats),
-            "pace": self.pace.figures.stored(),
-        }
-        if (steps := stats.get("num_steps")) != self._seen_steps:
-            self._seen_steps = steps
-            report["last_step_at"] = now()
-        return report
-
-    def _tokens_per_second(self) -> float:
-        """Generated tokens since the last report; 0 after a restart of the engine, which counts anew."""
-        before, made_before = self._counted
-        self._counted = at, made = (
-            time.monotonic(),
-            float(self.supervisor.stats.get("num_generated_tokens", 0)),
-        )
-        return max(made - made_before, 0.0) / (at - before) if at - before > 0.1 else 0.0
-
     # --- the engine's side --------------------------------------------------------------------------------------
 
     def _on_ready(self, hello: Hello) -> None:
@@ -366,32 +309,18 @@ class Worker:
                 self.writer.put(outcome)
                 if outcome.kind == "completed":
                     made = outcome.prompt_tokens - outcome.cached_tokens + outcome.completion_tokens
-                    self.pace.completed(computed_tokens=made, estimated_tokens=holding.claim.estimated_tokens)
+                    self.report.pace.completed(
+                        computed_tokens=made, estimated_tokens=holding.claim.estimated_tokens
+                    )
 
     def _on_death(self, returncode: int, ids: tuple[RequestId, ...], stalled: bool) -> None:
         alone = len(ids) == 1 and self.claimer.were_on_trial(ids)
         self.checkpointer.flush(FLUSH_SECONDS)  # what it had told of before it died
         holdings = [holding for request_id in ids if (holding := self.holdings.get(request_id))]
-        outcomes = [self._crashed(holding, returncode, stalled, alone=alone) for holding in holdings]
+        outcomes = [
+            outcome_of_death(holding, returncode, stalled=stalled, alone=alone) for holding in holdings
+        ]
         self.claimer.on_suspects([o.job_id for o in outcomes if (o.crashes or 0) >= SUSPECT])
         for outcome in outcomes:
             self.writer.put(outcome)
         self.keeper.poke()
-
-    def _crashed(self, holding: Holding, returncode: int, stalled: bool, *, alone: bool) -> Outcome:
-        before = holding.claim.crashes
-        after = suspicion_after(before, returncode, stalled=stalled, progressed=holding.progressed)
-        guilty = alone and is_guilty(before, after)
-        error = {
-            "code": "engine_crash",
-            "message": f"the engine process died (exit status {returncode}) while running this job alone",
-        }
-        return Outcome(
-            job_id=holding.claim.job_id,
-            fence=holding.claim.fence,
-            kind="failed" if guilty else "released",
-            error=error if guilty else None,
-            completion_tokens=max(holding.num_generated, holding.num_saved),
-            kept_tokens=holding.num_saved,
-            crashes=after,
-        )

@@ -33,9 +33,8 @@ def _without_bodies(record: logging.LogRecord) -> bool:
 class _Worker(Worker):  # type: ignore[misc]
     def install_platform_tweaks(self, worker: Worker) -> None:
         super().install_platform_tweaks(worker)
-        install_worker_int_handler(
-            worker, exitcode=EX_OK
-        )  # Celery's own drains as well, but calls that a failure
+        # Celery's own drains as well, but calls that a failure.
+        install_worker_int_handler(worker, exitcode=EX_OK)
 
 
 def main(settings: Settings) -> int:

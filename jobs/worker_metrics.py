@@ -8,7 +8,7 @@ Labels: the one model that this worker serves, states, reasons.
 
 from __future__ import annotations
 
-from collections import Counter as Tally
+import collections
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
@@ -69,9 +69,9 @@ class WorkerMetrics:
 
     def recorded(self, group: Sequence[Recorded]) -> None:
         """Count what a transaction has committed."""
-        states: Tally[str] = Tally()
-        reasons: Tally[str] = Tally()
-        tokens: Tally[str] = Tally()
+        states: collections.Counter[str] = collections.Counter()
+        reasons: collections.Counter[str] = collections.Counter()
+        tokens: collections.Counter[str] = collections.Counter()
         queued, lasted = self._queued.labels(self._model), self._lasted.labels(self._model)
         for item in group:
             if item.state is None:

@@ -47,7 +47,6 @@ class Writer(threading.Thread):
         self.worker_id = worker_id
         self.on_recorded = on_recorded
         self.weights = weights
-        self.num_stale = 0
         self._spool: queue.SimpleQueue[Outcome | None] = queue.SimpleQueue()
 
     def put(self, outcome: Outcome) -> None:
@@ -119,7 +118,6 @@ class Writer(threading.Thread):
         )
         self.holdings.remove([RequestId(outcome.job_id, outcome.fence) for outcome in group])
         if stale := sum(item.state is None for item in recorded):
-            self.num_stale += stale
             log.warning("writer.stale outcomes=%d", stale)
         self.on_recorded(recorded)
 

@@ -31,14 +31,14 @@ def database(database_url: str) -> Iterator[Database]:
 
 
 @pytest.fixture
-def woken() -> list[tuple[str, int]]:
+def woken() -> list[str]:
     """What workers were told."""
     return []
 
 
 @pytest.fixture
-def client(database: Database, settings: Settings, woken: list[tuple[str, int]]) -> Iterator[TestClient]:
-    app = create_app(settings, database, lambda model, num_jobs: woken.append((model, num_jobs)))
+def client(database: Database, settings: Settings, woken: list[str]) -> Iterator[TestClient]:
+    app = create_app(settings, database, woken.append)
     with local_client(app, raise_server_exceptions=False) as client:
         yield client
 

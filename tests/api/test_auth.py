@@ -13,9 +13,10 @@ from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 from sqlalchemy import select, update
 
-from api import auth
+from api import known_keys
 from api.app import create_app
-from api.auth import Gate, KnownKeys, caller_of, needed_scope
+from api.auth import Gate, caller_of, needed_scope
+from api.known_keys import KnownKeys
 from jobs.database import Database, now
 from jobs.key_text import KeyText, _checksum, new_key
 from jobs.keys import Keys, Scope
@@ -212,7 +213,7 @@ def test_a_dead_key_says_so_to_its_holder(
 ) -> None:
     keys = Keys(database)
     key = key_of(database, "default")
-    monkeypatch.setattr(auth, "CACHE_SECONDS", 3600.0)
+    monkeypatch.setattr(known_keys, "CACHE_SECONDS", 3600.0)
     rotated = key_of(database, "default")
     short = key_of(database, "default", life=0.4)
 
@@ -226,7 +227,7 @@ def test_a_dead_key_says_so_to_its_holder(
     wait_until(lambda: code(short) == 401, "the short key ends", 30)
     error = error_of(stranger.get("/v1/jobs", headers=bearer(short)), 401)
     assert "expired" in error["message"]
-    monkeypatch.setattr(auth, "CACHE_SECONDS", 0.2)
+    monkeypatch.setattr(known_keys, "CACHE_SECONDS", 0.2)
     assert [code(text) for text in (key, rotated)] == [200, 200]
     _, successor, _ = keys.rotate(id_of(rotated), overlap=0.0)
     keys.revoke(id_of(key))
@@ -248,7 +249,7 @@ def test_a_use_is_written_down(database: Database, stranger: TestClient) -> None
 
 
 def test_only_so_many_keys_are_remembered(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auth, "CACHE_KEYS", 2)
+    monkeypatch.setattr(known_keys, "CACHE_KEYS", 2)
     made = [f"key_{key_of(database, 'default')[3:15]}" for _ in range(4)]
     known = KnownKeys(Keys(database))
 
@@ -266,7 +267,7 @@ def test_only_so_many_keys_are_remembered(database: Database, monkeypatch: pytes
 def test_the_first_key_closes_the_door(
     app: FastAPI, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(auth, "CACHE_SECONDS", 0.1)
+    monkeypatch.setattr(known_keys, "CACHE_SECONDS", 0.1)
     with local_client(app) as client:
         job_id = client.post("/v1/jobs", json={"prompt": "a"}).json()["id"]
         key = key_of(database, "default", Scope.READ)

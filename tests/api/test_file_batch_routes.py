@@ -28,7 +28,7 @@ def a_batch(client: TestClient, content: bytes, **change: Any) -> Any:
 
 
 def test_a_batch_of_a_file(client: TestClient, database: Database, settings: Settings) -> None:
-    clerk = Clerk(database, settings, lambda model, count: None)
+    clerk = Clerk(database, settings, lambda model: None)
     made = a_batch(client, jsonl([chat_line(i) for i in range(3)])).json()
     assert (made["status"], made["metadata"], made["in_progress_at"]) == ("validating", {"night": "1"}, None)
     assert made["expires_at"] - made["created_at"] in (86_399, 86_400)
@@ -59,7 +59,7 @@ def test_a_batch_of_a_file(client: TestClient, database: Database, settings: Set
 
 def test_errors_of_lines(client: TestClient, database: Database, settings: Settings) -> None:
     made = a_batch(client, b"{}\n").json()
-    Clerk(database, settings, lambda model, count: None).work_once()
+    Clerk(database, settings, lambda model: None).work_once()
     failed = client.get(f"/v1/batches/{made['id']}").json()
     assert (failed["status"], failed["errors"]["object"]) == ("failed", "list")
     (error,) = failed["errors"]["data"]
@@ -111,7 +111,7 @@ def test_a_batch_whose_time_is_over_before_its_first_job(
     made = a_batch(client, jsonl([chat_line(i) for i in range(3)])).json()
     with database.write() as connection:
         connection.execute(update(Batch).values(expires_at=1.0))
-    clerk = Clerk(database, settings, lambda model, count: None)
+    clerk = Clerk(database, settings, lambda model: None)
     while clerk.work_once():
         pass
     late = client.get(f"/v1/batches/{made['id']}").json()

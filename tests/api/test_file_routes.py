@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from api import upload
 from api.app import create_app
 from api.upload import receive
-from jobs.body import BadField
+from jobs.bad_field import BadField
 from jobs.database import Database, now
 from jobs.file_store import FileStore, Part
 from jobs.models import File

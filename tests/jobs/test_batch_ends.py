@@ -46,11 +46,11 @@ def cancel(bench: Bench, batch_id: str) -> BatchState | None:
 
 def test_cancel_while_it_is_being_checked(bench: Bench) -> None:
     batch_id = bench.create(3)
-    claimed = take(bench.database, 60)
-    assert claimed is not None
+    lease = take(bench.database, 60)
+    assert lease is not None
     assert cancel(bench, batch_id) is BatchState.CANCELLED
-    bench.batches.validate(claimed)
-    claimed.release()
+    bench.batches.validate(lease)
+    lease.release()
     assert cancel(bench, batch_id) is BatchState.CANCELLED
     bench.work()
     batch = bench.batch(batch_id)
@@ -85,7 +85,7 @@ def test_cancel_in_the_middle_of_the_insertion(bench: Bench) -> None:
 def test_cancel_between_two_chunks_of_a_clerk_that_lives(bench: Bench) -> None:
     batch_id = bench.create(8)
     told: list[BatchState | None] = []
-    clerk = Clerk(bench.database, bench.settings, lambda model, count: told.append(cancel(bench, batch_id)))
+    clerk = Clerk(bench.database, bench.settings, lambda model: told.append(cancel(bench, batch_id)))
     assert clerk.work_once()
     assert told == [BatchState.CANCELLING]
     batch = bench.batch(batch_id)
@@ -129,10 +129,10 @@ def test_cancel_while_the_output_is_written(bench: Bench) -> None:
     batch_id = bench.create(2)
     bench.work()
     run(bench.database)
-    claimed = take(bench.database, 60)
-    assert claimed is not None
+    lease = take(bench.database, 60)
+    assert lease is not None
     assert cancel(bench, batch_id) is BatchState.CANCELLING
-    claimed.release()
+    lease.release()
     bench.work()
     batch = bench.batch(batch_id)
     assert (batch.state, batch.error_file_id) == (BatchState.CANCELLED, None)

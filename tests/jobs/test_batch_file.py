@@ -10,21 +10,18 @@ import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
 
+from jobs.bad_field import BadField
 from jobs.batch_file import (
     CHAT,
     COMPLETIONS,
     BadLine,
-    BatchFileError,
     BatchLine,
     answer_line,
     bad_line,
-    check_input,
     error_line,
     parse_line,
-    read_lines,
-    resume,
 )
-from jobs.body import BadField
+from jobs.run_files import BatchFileError, check_input, read_lines, resume
 from jobs.settings import Settings
 
 OUTPUTS = [{"index": 0, "text": "one\u2028two", "finish_reason": "stop", "stop_reason": None}]

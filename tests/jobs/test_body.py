@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from engine.sampling_params import MAX_SEED, RepetitionDetectionParams
-from jobs.body import NOT_SUPPORTED_YET, BadField, JobBody, parse_job, parse_metadata
+from jobs.bad_field import NOT_SUPPORTED_YET, BadField
+from jobs.body import JobBody, parse_job, parse_metadata
 from jobs.settings import Settings
 
 USER = {"role": "user", "content": "hi"}

@@ -13,7 +13,7 @@ from jobs.body import JobBody
 from jobs.cancels import Cancels, half_cancelled
 from jobs.claims import claim
 from jobs.database import Database
-from jobs.intake import Intake, Message
+from jobs.intake import Intake, TaskMessage
 from jobs.leases import register
 from jobs.models import Batch, Job
 from jobs.outcomes import Outcome, record
@@ -87,9 +87,9 @@ def test_a_revoke_reaches_what_came_through_redis(
 ) -> None:
     Tenants(database).create("other")
     over_http = intake.accept_one(JobBody(prompt="a"), OPERATOR)
-    intake.accept_messages([Message("held", JobBody(prompt="a"), "other")])
+    intake.accept_messages([TaskMessage("held", JobBody(prompt="a"), "other")])
     assert set(take(database, 2)) == {over_http, "held"}
-    intake.accept_messages([Message("queued", JobBody(prompt="a"), "default")])
+    intake.accept_messages([TaskMessage("queued", JobBody(prompt="a"), "default")])
     assert cancels.revoke("queued", running=False) is JobState.CANCELLED
     assert cancels.revoke("held", running=False) is JobState.IN_PROGRESS
     assert cancels.revoke("held", running=True) is JobState.CANCELLING

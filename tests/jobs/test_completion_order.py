@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sqlalchemy import Connection, select, text, update
 
-from jobs.body import BadField, JobBody
+from jobs.bad_field import BadField
+from jobs.body import JobBody
 from jobs.cancels import Cancels
 from jobs.claims import claim
 from jobs.completion_order import CompletionOrder, Order

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from jobs.body import BadField
+from jobs.bad_field import BadField
 from jobs.completion_window import terms_of_window, window_seconds
 from jobs.terms import Terms, Tier
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.body import BadField
+from jobs.bad_field import BadField
 from jobs.cron_line import CronLine
 
 

@@ -10,11 +10,11 @@ import pytest
 from openai.types.chat import ChatCompletion
 
 from jobs import batch_intake, desk
+from jobs.bad_field import BadField
 from jobs.batch_intake import job_id_of
-from jobs.body import BadField
 from jobs.cancels import Cancels
 from jobs.database import Database
-from jobs.desk import ClaimLost, take
+from jobs.desk import LeaseLost, take
 from jobs.file_batches import NoSuchFile, parse_wish
 from jobs.files import Purpose
 from jobs.idempotency import KeyReusedError, Submit
@@ -53,7 +53,7 @@ def test_from_a_file_to_its_output(bench: Bench) -> None:
     assert (batch.state, batch.total, batch.num_inserted) == (BatchState.IN_PROGRESS, 5, 5)
     assert batch.expires_at == pytest.approx(batch.created_at + 86_400)
     assert (batch.next_offset, batch.reserved_tokens, batch.reserved_bytes, batch.clerk) == (None, 0, 0, None)
-    assert bench.announced == [("tiny", 5)]
+    assert bench.announced == ["tiny"]
     jobs = bench.jobs(batch_id)
     assert [job.custom_id for job in jobs] == [f"line-{i}" for i in range(5)]
     assert [job.id for job in jobs] == sorted(job.id for job in jobs)
@@ -223,7 +223,7 @@ def test_a_claim_is_one_clerks_and_passes_on_when_it_runs_out(bench: Bench) -> N
     bench.change(batch_id, clerk_until=1.0)  # it is taken for dead
     second = take(bench.database, 60)
     assert second is not None
-    with pytest.raises(ClaimLost):
+    with pytest.raises(LeaseLost):
         bench.batches.validate(first)
     assert bench.batch(batch_id).state == BatchState.VALIDATING
     first.release()
@@ -242,14 +242,14 @@ def test_a_long_check_keeps_its_claim_and_a_stop_ends_it(
     monkeypatch.setattr(desk, "_LOOK_EVERY", 1)
     batch_id = bench.create(3)
     stopping = threading.Event()
-    claimed = take(bench.database, 0.0, stopping)
-    assert claimed is not None
+    lease = take(bench.database, 0.0, stopping)
+    assert lease is not None
     bench.change(batch_id, clerk_until=2.0)
-    claimed.tick()
+    lease.tick()
     assert bench.batch(batch_id).clerk_until > 2.0
     stopping.set()
-    with pytest.raises(ClaimLost):
-        bench.batches.validate(claimed)
+    with pytest.raises(LeaseLost):
+        bench.batches.validate(lease)
     assert bench.batch(batch_id).state == BatchState.VALIDATING
 
 
@@ -371,10 +371,10 @@ def test_a_second_cancel_changes_nothing(bench: Bench) -> None:
 def test_room_that_the_check_took_and_no_job_needs_is_given_back(bench: Bench) -> None:
     """As when a clerk with other settings goes on."""
     batch_id = bench.create(jsonl([chat_line(i, max_tokens=None) for i in range(3)]))
-    claimed = take(bench.database, 60)
-    assert claimed is not None
-    bench.batches.validate(claimed)
-    claimed.release()
+    lease = take(bench.database, 60)
+    assert lease is not None
+    bench.batches.validate(lease)
+    lease.release()
     fewer = bench.settings.model_copy(update={"default_max_tokens": bench.settings.default_max_tokens // 2})
     Bench(bench.database, fewer).work()
     assert len(bench.jobs(batch_id)) == 3

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import event, insert, select, update
 
-from jobs.body import BadField
+from jobs.bad_field import BadField
 from jobs.database import Database, now
 from jobs.file_batches import NoSuchFile, parse_wish
 from jobs.file_store import FileStore, new_file_id
@@ -71,7 +71,7 @@ def test_another_tenant_sees_nothing(bench: Bench) -> None:
     file_id = bench.upload(b"x")
     assert bench.files.find(file_id, tenant="other") is None
     assert not bench.files.delete(file_id, tenant="other")
-    page = {"purpose": None, "limit": 10, "order": "asc"}
+    page = {"purpose": None, "limit": 10, "direction": "asc"}
     assert bench.files.page(tenant="other", after=None, **page) == ([], False)  # type: ignore[arg-type]
     with pytest.raises(BadField, match="after"):
         bench.files.page(tenant="other", after=file_id, **page)  # type: ignore[arg-type]
@@ -87,11 +87,11 @@ def test_pages(bench: Bench) -> None:
         more = True
         while more:
             page, more = bench.files.page(
-                tenant=DEFAULT, purpose="batch", after=seen[-1] if seen else None, limit=2, order=order
+                tenant=DEFAULT, purpose="batch", after=seen[-1] if seen else None, limit=2, direction=order
             )  # type: ignore[arg-type]
             seen += [file.id for file in page]
         assert seen == expected
-    assert bench.files.page(tenant=DEFAULT, purpose="batch_output", after=None, limit=9, order="asc") == (
+    assert bench.files.page(tenant=DEFAULT, purpose="batch_output", after=None, limit=9, direction="asc") == (
         [],
         False,
     )
@@ -146,7 +146,7 @@ def test_expired_files_are_gone_and_give_their_room_back(bench: Bench) -> None:
         connection.execute(update(File).where(File.id.in_(goes)).values(expires_at=now()))
     assert bench.files.find(goes[0], tenant=DEFAULT) is None
     assert not bench.files.delete(goes[0], tenant=DEFAULT)
-    assert bench.files.page(tenant=DEFAULT, purpose=None, after=goes[0], limit=5, order="desc")[0]
+    assert bench.files.page(tenant=DEFAULT, purpose=None, after=goes[0], limit=5, direction="desc")[0]
     assert bench.files.end_expired() == 2
     assert on_disk(bench) == {stays}
     assert (stored(bench), stored(bench, "other")) == (3, 0)
@@ -154,6 +154,30 @@ def test_expired_files_are_gone_and_give_their_room_back(bench: Bench) -> None:
     assert view is not None
     assert view.expires_at == pytest.approx(view.created_at + 3600)
     assert bench.files.end_expired() == 0
+
+
+def test_files_that_have_not_expired_are_not_looked_at(bench: Bench) -> None:
+    asked: list[tuple[str, Any]] = []
+    row = {"tenant": DEFAULT, "purpose": "batch", "filename": "f", "bytes": 1, "created_at": 0.0}
+    ends = (time.time() + 3600 + seconds for seconds in range(5_000))
+    with bench.database.write() as connection:
+        rows = [row | {"id": f"file-{end}", "expires_at": end} for end in ends]
+        connection.execute(insert(File), rows)
+        connection.exec_driver_sql("ANALYZE")
+
+    def note(connection: Any, cursor: Any, statement: str, parameters: Any, *more: Any) -> None:
+        asked.append((statement, parameters))
+
+    event.listen(bench.database.engine, "before_cursor_execute", note)
+    assert bench.files.end_expired() == 0
+    event.remove(bench.database.engine, "before_cursor_execute", note)
+    how = "EXPLAIN QUERY PLAN" if bench.database.is_sqlite else "EXPLAIN"
+    questions = [one for one in asked if "FROM files" in one[0]]
+    assert len(questions) == 2
+    with bench.database.read() as connection:
+        for statement, parameters in questions:
+            plan = str(connection.exec_driver_sql(f"{how} {statement}", parameters).all())
+            assert "ix_files_expires_at" in plan, plan
 
 
 @pytest.mark.parametrize("order", ["asc", "desc"])
@@ -164,7 +188,7 @@ def test_who_deletes_what_is_listed_can_go_on_behind_it(bench: Bench, order: Any
     more = True
     while more:
         after = seen[-1] if seen else None
-        page, more = bench.files.page(tenant=DEFAULT, purpose=None, after=after, limit=2, order=order)
+        page, more = bench.files.page(tenant=DEFAULT, purpose=None, after=after, limit=2, direction=order)
         for file in page:
             assert bench.files.delete(file.id, tenant=DEFAULT)
             assert not bench.files.delete(file.id, tenant=DEFAULT)
@@ -179,7 +203,7 @@ def test_who_deletes_what_is_listed_can_go_on_behind_it(bench: Bench, order: Any
     with bench.database.read() as connection:
         assert connection.scalars(select(File.id)).all() == []
     with pytest.raises(BadField):
-        bench.files.page(tenant=DEFAULT, purpose=None, after=seen[-1], limit=2, order=order)
+        bench.files.page(tenant=DEFAULT, purpose=None, after=seen[-1], limit=2, direction=order)
 
 
 @ON_SQLITE

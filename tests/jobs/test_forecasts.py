@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy import insert, select, update
 
 from jobs import queue_depth
+from jobs.batch_reads import BatchReads, BatchView
 from jobs.body import JobBody
 from jobs.claims import claim
 from jobs.database import Database, now
@@ -19,7 +20,7 @@ from jobs.leases import register
 from jobs.models import Batch, Job, Worker
 from jobs.queue_depth import QueueDepth, look
 from jobs.quotas import QuotaExceeded
-from jobs.reads import BatchView, JobView, Reads
+from jobs.reads import JobView, Reads
 from jobs.settings import Settings
 from jobs.tenants import DEFAULT, OPERATOR, Tenants
 from jobs.terms import Terms, Tier
@@ -55,7 +56,7 @@ def submit(
 
 
 def batch(database: Database, batch_id: str) -> BatchView:
-    found = Reads(database).batch(batch_id, tenant=DEFAULT)
+    found = BatchReads(database).batch(batch_id, tenant=DEFAULT)
     assert found is not None
     return found
 

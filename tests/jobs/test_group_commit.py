@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sqlalchemy import select
 
-from jobs.body import BadField, JobBody
+from jobs.bad_field import BadField
+from jobs.body import JobBody
 from jobs.database import Database
 from jobs.group_commit import GroupCommit
 from jobs.intake import Intake

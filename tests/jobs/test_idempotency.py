@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sqlalchemy import func, select
 
-from jobs.body import BadField, JobBody
+from jobs.bad_field import BadField
+from jobs.body import JobBody
 from jobs.database import Database
 from jobs.idempotency import KeyReusedError, Submit
 from jobs.intake import Intake

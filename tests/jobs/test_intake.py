@@ -9,10 +9,11 @@ import pytest
 from sqlalchemy import select
 
 from engine.request import derive_seed
-from jobs.body import BadField, JobBody, parse_job
+from jobs.bad_field import BadField
+from jobs.body import JobBody, parse_job
 from jobs.database import Database
 from jobs.drafts import prefix_group
-from jobs.intake import Intake, Message, check_task_id
+from jobs.intake import Intake, TaskMessage, check_task_id
 from jobs.job_rows import new_id
 from jobs.leases import register
 from jobs.models import Batch, Job
@@ -30,8 +31,8 @@ def intake(database: Database, settings: Settings) -> Intake:
     return Intake(database, settings)
 
 
-def message(task_id: object, body: JobBody) -> Message:
-    return Message(task_id, body, "default")  # type: ignore[arg-type]
+def message(task_id: object, body: JobBody) -> TaskMessage:
+    return TaskMessage(task_id, body, "default")  # type: ignore[arg-type]
 
 
 def bodies(count: int) -> list[JobBody]:
@@ -192,7 +193,7 @@ def test_one_message_that_several_workers_receive_counts_once(database: Database
         messages = [message(f"{number}-{i}", JobBody(prompt="a")) for i in range(20)]
         gate = threading.Barrier(4)
 
-        def receive(messages: list[Message] = messages, gate: threading.Barrier = gate) -> None:
+        def receive(messages: list[TaskMessage] = messages, gate: threading.Barrier = gate) -> None:
             gate.wait()
             intake.accept_messages(messages)
 

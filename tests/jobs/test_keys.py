@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select, text, update
 
-from jobs.body import BadField
+from jobs.bad_field import BadField
 from jobs.database import Database, now
 from jobs.keys import ALL_SCOPES, Keys, Scope, UnknownKey
 from jobs.models import Base, Key

@@ -66,22 +66,22 @@ def test_an_expired_lease_gives_the_jobs_back(database: Database, worker: str, s
 
 def test_an_expired_lease_that_nobody_swept_is_renewed(database: Database, worker: str) -> None:
     expire(database, worker)
-    assert database.transact(partial(renew, worker_id=worker, lease_seconds=60.0)) is not None
+    assert database.transact(partial(renew, worker_id=worker, lease_seconds=60.0, report={})) is not None
     assert sweep(database) == []
-    assert database.transact(partial(renew, worker_id=worker, lease_seconds=60.0)) is not None
+    assert database.transact(partial(renew, worker_id=worker, lease_seconds=60.0, report={})) is not None
 
 
 def test_a_swept_lease_is_gone_for_good(database: Database, worker: str) -> None:
     expire(database, worker)
     sweep(database)
-    assert database.transact(partial(renew, worker_id=worker, lease_seconds=60.0)) is None
+    assert database.transact(partial(renew, worker_id=worker, lease_seconds=60.0, report={})) is None
 
 
 def test_a_renewal_brings_the_cancels(database: Database, worker: str, submit) -> None:
     first, second = submit(2)
     database.transact(partial(claim, worker_id=worker, model="tiny", limit=2))
     Cancels(database).cancel_job(second, tenant="default")
-    renewal = database.transact(partial(renew, worker_id=worker, lease_seconds=60.0))
+    renewal = database.transact(partial(renew, worker_id=worker, lease_seconds=60.0, report={}))
     assert renewal is not None
     assert renewal.held == {(first, 1): False, (second, 1): True}
 

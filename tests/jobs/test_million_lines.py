@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -76,13 +77,13 @@ def test_jobs_are_made_chunk_by_chunk(database: Database, settings: Settings, tm
     batch_id = bench.create(path.read_bytes())
     path.unlink()
     growth = Growth(every=1)
-    chunks: list[int] = []
+    ends: list[int] = []
 
-    def announce(model: str, count: int) -> None:
-        chunks.append(count)
+    def announce(model: str) -> None:
+        ends.append(bench.batch(batch_id).num_inserted)
         growth.look()
 
     assert Clerk(database, settings, announce).work_once()
-    assert sum(chunks) == NUM_INSERTED == bench.batch(batch_id).num_inserted
-    assert max(chunks) == CHUNK
+    assert ends[-1] == NUM_INSERTED == bench.batch(batch_id).num_inserted
+    assert max(end - begin for begin, end in pairwise([0, *ends])) == CHUNK
     assert growth.most < MAX_GROWTH, f"{growth.most / 1e6:.0f} MB"

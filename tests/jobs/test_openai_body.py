@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from jobs.body import BadField
+from jobs.bad_field import BadField
 from jobs.openai_body import CHAT, COMPLETIONS, IGNORED, OFF, Asked, read_asked
 from jobs.settings import Settings
 

@@ -10,12 +10,13 @@ import pytest
 from sqlalchemy import select, text, update
 
 from jobs import tallies
-from jobs.body import BadField, JobBody
+from jobs.bad_field import BadField
+from jobs.body import JobBody
 from jobs.cancels import Cancels
 from jobs.claims import claim
 from jobs.database import Database
 from jobs.drafts import BYTES_PER_TOKEN, estimate_tokens
-from jobs.intake import Intake, Message
+from jobs.intake import Intake, TaskMessage
 from jobs.leases import register
 from jobs.models import LedgerEntry, Tally, Worker
 from jobs.outcomes import Outcome, record
@@ -258,8 +259,12 @@ def test_tenants_do_not_wait_for_each_other(database: Database, settings: Settin
 
 def test_messages_fill_what_room_there_is(database: Database, intake: Intake) -> None:
     limit(database, queued_jobs=2)
-    group = [Message(f"m{i}", BODY, DEFAULT) for i in range(4)]
-    group += [Message("o1", BODY, "other"), Message("lost", BODY, "nobody"), Message("m0", BODY, DEFAULT)]
+    group = [TaskMessage(f"m{i}", BODY, DEFAULT) for i in range(4)]
+    group += [
+        TaskMessage("o1", BODY, "other"),
+        TaskMessage("lost", BODY, "nobody"),
+        TaskMessage("m0", BODY, DEFAULT),
+    ]
     refused = intake.accept_messages(group)
     assert set(refused) == {"m2", "m3", "lost"}
     assert isinstance(refused["m2"], QuotaExceeded)
@@ -288,7 +293,7 @@ def test_a_lost_commit_that_is_run_again_counts_once(
     monkeypatch.setattr(database, "transact", twice)
     intake.accept_many([BODY] * 2, OPERATOR)
     intake.accept_one(BODY, OTHER)
-    intake.accept_messages([Message("m", BODY, "other")])
+    intake.accept_messages([TaskMessage("m", BODY, "other")])
     Cancels(database).revoke("m", running=True)
     monkeypatch.undo()
     assert use_of(database).queued_jobs == 2

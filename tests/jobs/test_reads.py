@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
-from jobs.body import BadField, JobBody
+from jobs.bad_field import BadField
+from jobs.batch_reads import BatchReads
+from jobs.body import JobBody
 from jobs.cancels import Cancels
 from jobs.claims import claim
 from jobs.database import Database, now
@@ -110,7 +112,7 @@ def test_pages_hold_every_job_once_and_in_order(intake: Intake, reads: Reads, or
     seen: list[str] = []
     after = None
     while True:
-        page, more = reads.jobs(JobFilter(), tenant="default", after=after, limit=5, order=order)
+        page, more = reads.jobs(JobFilter(), tenant="default", after=after, limit=5, direction=order)
         seen += [job.id for job in page]
         if not more:
             break
@@ -153,16 +155,14 @@ def test_a_list_is_narrowed_by_every_filter(database: Database, intake: Intake, 
     assert caught.value.param == "after"
 
 
-def test_a_batch_counts_its_jobs_and_bills_its_results(
-    database: Database, intake: Intake, reads: Reads
-) -> None:
+def test_a_batch_counts_its_jobs_and_bills_its_results(database: Database, intake: Intake) -> None:
     batch_id = intake.accept_many([JobBody(prompt="a")] * 6, OPERATOR, {"k": "v"})
     worker(database)
     run(database, 3)
     run(database, 1, kind="failed")
     with database.write() as connection:
         claim(connection, worker_id=WORKER, model="tiny", limit=1)
-    batch = reads.batch(batch_id, tenant="default")
+    batch = BatchReads(database).batch(batch_id, tenant="default")
     assert batch is not None
     assert (batch.total, batch.state, batch.metadata, batch.closed) == (
         6,
@@ -174,7 +174,7 @@ def test_a_batch_counts_its_jobs_and_bills_its_results(
         {JobState.COMPLETED: 3, JobState.FAILED: 1, JobState.IN_PROGRESS: 1, JobState.QUEUED: 1}
     )
     assert batch.usage == Usage(0 + 1 + 2, 10 + 11 + 12, 3), "the failed attempt is not billed"
-    assert reads.batch("batch_unknown", tenant="default") is None
+    assert BatchReads(database).batch("batch_unknown", tenant="default") is None
 
 
 def test_results_come_in_input_order_and_grow(database: Database, intake: Intake, reads: Reads) -> None:
@@ -192,7 +192,7 @@ def test_results_come_in_input_order_and_grow(database: Database, intake: Intake
     assert [job.custom_id for job in reads.results(batch_id, tenant="default")] == [
         str(i) for i in range(count)
     ]
-    batch = reads.batch(batch_id, tenant="default")
+    batch = BatchReads(database).batch(batch_id, tenant="default")
     assert batch is not None
     assert batch.closed
     assert batch.usage.completion == sum(
@@ -294,7 +294,7 @@ def test_what_is_anothers_is_not_there(database: Database, intake: Intake, reads
     (job_id,) = run(database, 1)
     assert reads.job(job_id, tenant="default") is not None
     assert reads.job(job_id, tenant="other") is None
-    assert reads.batch(batch_id, tenant="other") is None
+    assert BatchReads(database).batch(batch_id, tenant="other") is None
     assert len(list(reads.results(batch_id, tenant="default"))) == 1
     assert list(reads.results(batch_id, tenant="other")) == []
     assert reads.jobs(JobFilter(), tenant="other") == ([], False)

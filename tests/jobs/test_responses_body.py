@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from jobs.body import BadField
+from jobs.bad_field import BadField
 from jobs.responses_body import IGNORED, OFF, AskedResponse, read_response
 from jobs.settings import Settings
 

@@ -19,7 +19,7 @@ from jobs.cancels import Cancels
 from jobs.checkpoints import save
 from jobs.claims import claim
 from jobs.database import Database
-from jobs.intake import Intake, Message
+from jobs.intake import Intake, TaskMessage
 from jobs.models import Batch, Checkpoint
 from jobs.outcomes import Outcome, record
 from jobs.settings import Settings
@@ -152,7 +152,7 @@ def test_a_cancel_waits_for_what_its_worker_is_writing(
 def test_a_revoke_of_what_waits_lets_go_on_what_was_just_claimed(
     database: Database, settings: Settings
 ) -> None:
-    Intake(database, settings).accept_messages([Message("task", JobBody(prompt="a"), DEFAULT)])
+    Intake(database, settings).accept_messages([TaskMessage("task", JobBody(prompt="a"), DEFAULT)])
     answer = meet(database, take, lambda: Cancels(database).revoke("task", running=False))
     assert answer is JobState.IN_PROGRESS
     assert rows.job(database, "task").state == JobState.IN_PROGRESS

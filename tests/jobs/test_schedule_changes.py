@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jobs.body import BadField
+from jobs.bad_field import BadField
 from jobs.database import Database
 from jobs.intake import Intake
 from jobs.quotas import QuotaExceeded

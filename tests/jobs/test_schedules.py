@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from sqlalchemy import func, select, update
 
-from jobs.body import BadField
+from jobs.bad_field import BadField
 from jobs.database import Database, now
 from jobs.intake import Intake
 from jobs.leases import register

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from engine.sampling_params import StructuredOutputsParams
-from jobs.body import MAX_FORMS, BadField, JobBody, parse_job, parse_jobs
+from jobs.bad_field import BadField
+from jobs.body import MAX_FORMS, JobBody, parse_job, parse_jobs
 from jobs.settings import Settings
 
 SCHEMA = {"enum": [None, "é", {"default": None}], "const": None}  # nulls that mean something

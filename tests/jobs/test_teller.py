@@ -15,7 +15,7 @@ from jobs.cancels import Cancels
 from jobs.celery_results import CeleryResults
 from jobs.claims import claim
 from jobs.database import Database, now
-from jobs.intake import Intake, Message
+from jobs.intake import Intake, TaskMessage
 from jobs.leases import register
 from jobs.models import Job
 from jobs.outcomes import Outcome, record
@@ -63,7 +63,7 @@ def test_every_end_is_told_of(
 ) -> None:
     intake = Intake(database, settings)
     names = ("completed", "failed", "cancelled", "expired", "open")
-    intake.accept_messages([Message(name, JobBody(prompt="x"), "default") for name in names])
+    intake.accept_messages([TaskMessage(name, JobBody(prompt="x"), "default") for name in names])
     over_http = intake.accept_one(JobBody(prompt="x"), OPERATOR)
     Cancels(database).cancel_job("cancelled", tenant="default")
     Cancels(database).cancel_job(over_http, tenant="default")
@@ -111,7 +111,7 @@ def test_told_once(
 ) -> None:
     """What could not be stored is told again; what was is not."""
     intake = Intake(database, settings)
-    intake.accept_messages([Message("a", JobBody(prompt="x"), "default")])
+    intake.accept_messages([TaskMessage("a", JobBody(prompt="x"), "default")])
     Cancels(database).cancel_job("a", tenant="default")
     later(database)
     tries: list[str] = []

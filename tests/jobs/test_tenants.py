@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from jobs.body import BadField
+from jobs.bad_field import BadField
 from jobs.database import Database
 from jobs.settings import Settings
 from jobs.tenants import DEFAULT, QUOTAS, Tenants, check_tenant, limits

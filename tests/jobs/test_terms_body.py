@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from jobs.body import BadField
+from jobs.bad_field import BadField
 from jobs.terms import DELAYED, ORDINARY, Retry, Terms, Tier, tier_of
 from jobs.terms_body import split_terms
 

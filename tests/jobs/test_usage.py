@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from sqlalchemy import insert, select, text, update
 
-from jobs.body import BadField, JobBody
+from jobs.bad_field import BadField
+from jobs.body import JobBody
 from jobs.cancels import Cancels
 from jobs.claims import claim
 from jobs.database import Database

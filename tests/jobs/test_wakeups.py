@@ -33,7 +33,7 @@ def test_a_queue_never_holds_more_than_a_handful(database: Database, redis_url: 
                 lambda expected=count: client.llen(work_queue("tiny")) == expected, f"{count} wake-ups"
             )
         for _ in range(200):
-            wake_ups.wake("tiny", 1000)
+            wake_ups.wake("tiny")
         wake_ups.close()
         assert client.llen(work_queue("tiny")) == ENOUGH_IN_REDIS
         client.flushdb()

@@ -64,11 +64,12 @@ def test_stale_outcomes_are_counted_and_dropped(database: Database, submit) -> N
     (job_id,) = submit(1)
     holdings = Holdings()
     holdings.add(database.transact(partial(claim, worker_id="w", model="tiny", limit=1)))
-    writer = Writer(database, holdings, lambda: "somebody else", lambda recorded: None)
+    recorded: list[Recorded] = []
+    writer = Writer(database, holdings, lambda: "somebody else", recorded.extend)
     writer.put(Outcome(job_id=job_id, fence=1, kind="completed", outputs=[{"text": "a"}]))
     writer.start()
     writer.stop(30.0)
-    assert writer.num_stale == 1
+    assert [item.state for item in recorded] == [None]
     assert rows.results(database) == {}
     assert holdings.get(RequestId(job_id, 1)) is None
 

@@ -13,7 +13,7 @@ from jobs.batch_intake import BatchIntake
 from jobs.claims import claim
 from jobs.clerk import Clerk
 from jobs.database import Database
-from jobs.desk import ClaimLost, take
+from jobs.desk import LeaseLost, take
 from jobs.file_batches import FileBatches, parse_wish
 from jobs.files import Files
 from jobs.leases import new_worker_id, register
@@ -41,10 +41,10 @@ class Bench:
     def __init__(self, database: Database, settings: Settings) -> None:
         self.database = database
         self.settings = settings
-        self.announced: list[tuple[str, int]] = []
+        self.announced: list[str] = []
         self.files = Files(database, settings)
         self.batches = FileBatches(database, settings, self.files.store)
-        self.clerk = Clerk(database, settings, lambda model, count: self.announced.append((model, count)))
+        self.clerk = Clerk(database, settings, self.announced.append)
 
     def upload(self, content: bytes, *, owner: Owner = OPERATOR, seconds: int | None = None) -> str:
         part = self.files.store.begin()
@@ -115,20 +115,18 @@ def run(database: Database, limit: int = 1000, *, failing: Sequence[str] = ()) -
 
 def insert_one_chunk(bench: Bench, batch_id: str) -> None:
     """Validate and insert until one chunk is committed, then lose the claim as a killed process would."""
-    claimed = take(bench.database, 60)
-    assert claimed is not None
-    bench.batches.validate(claimed)
+    lease = take(bench.database, 60)
+    assert lease is not None
+    bench.batches.validate(lease)
     checks = 0
 
     def check_once() -> None:
         nonlocal checks
         checks += 1
         if checks > 1:
-            raise ClaimLost(batch_id)
+            raise LeaseLost(batch_id)
 
-    claimed.check = check_once  # type: ignore[method-assign]
-    with pytest.raises(ClaimLost):
-        BatchIntake(bench.database, bench.settings, bench.files.store, lambda model, count: None).insert(
-            claimed
-        )
+    lease.check = check_once  # type: ignore[method-assign]
+    with pytest.raises(LeaseLost):
+        BatchIntake(bench.database, bench.settings, bench.files.store, lambda model: None).insert(lease)
     bench.change(batch_id, clerk_until=1.0)

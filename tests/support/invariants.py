@@ -17,8 +17,9 @@ from sqlalchemy import Connection, select
 
 from jobs.database import Database, now
 from jobs.models import Batch, Checkpoint, File, Job, LedgerEntry, Result, Schedule, ScheduleRun, Tenant
+from jobs.moments import DAY_SECONDS
 from jobs.states import TERMINAL, BatchState, JobState, LedgerKind
-from jobs.tallies import DAY_SECONDS, used
+from jobs.tallies import used
 from jobs.usage import GroupBy, UsageQuery, Usages
 
 ENDS = {BatchState.COMPLETED, BatchState.CANCELLED, BatchState.FAILED, BatchState.EXPIRED}
