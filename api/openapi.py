@@ -22,12 +22,14 @@ from jobs.idempotency import MAX_KEY_CHARS
 from jobs.openai_body import CHAT, COMPLETIONS, MAX_COMPLETION_LOGPROBS, MESSAGE_EXTRAS
 from jobs.retries import RETRIABLE
 from jobs.schedule_body import REQUIRED, Missed, ScheduleFields
+from jobs.template_kwargs import EFFORT, EFFORTS, NO_EFFORT
 from jobs.terms_body import TermsBody
 
 Schema = dict[str, Any]
 _REFS: Final = "#/components/schemas/{model}"
 _ANYTHING: Final[Schema] = {}
 _TEXT: Final[Schema] = {"type": "string"}
+_EFFORT: Final[Schema] = {"enum": [NO_EFFORT, *EFFORTS, None]}
 _LIFE: Final[Schema] = {"type": "integer", "minimum": SHORTEST_LIFE, "maximum": LONGEST_LIFE}
 _IDEMPOTENCY_KEY: Final[Schema] = {
     "name": "Idempotency-Key",
@@ -168,11 +170,12 @@ def _chat(job: Schema) -> Schema:
         "content",
     )
     fields = _openai(job, "prompt") | {"messages": {"type": "array", "minItems": 1, "items": message}}
+    fields[EFFORT] = _EFFORT
     return _object(fields, "messages")
 
 
 def _completion(job: Schema) -> Schema:
-    fields = _openai(job, "messages")
+    fields = _openai(job, "messages", "chat_template_kwargs")
     one = {"type": "string", "minLength": 1}
     fields["prompt"] = {"anyOf": [one, {"type": "array", "minItems": 1, "maxItems": 1, "items": one}]}
     number = {"type": "integer", "minimum": 0, "maximum": MAX_COMPLETION_LOGPROBS}
@@ -198,6 +201,7 @@ def _response(job: Schema) -> Schema:
         "input": {"anyOf": [_TEXT, {"type": "array", "minItems": 1, "items": item}]},
         "instructions": {"type": ["string", "null"]},
         "text": _nullable(_object({"format": {"type": ["object", "null"]}, "verbosity": {"type": "null"}})),
+        "reasoning": _nullable(_object({"effort": _EFFORT})),
         "background": flag,
         "store": flag,
     }

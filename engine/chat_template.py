@@ -1,8 +1,8 @@
 """ChatTemplate: a checkpoint's Jinja template, rendered so that content stays content.
 
 Owns what a template sees (what transformers gives it, rebuilt here because importing transformers' renderer would
-load torch), the output cap, and the guard: a message's text is rendered with `stand_ins`, so that no control token
-comes of it, whatever the template does to it, and the template's own are told from those that a text spells.
+load torch), the output cap, and the guard: a client's texts and words are rendered with `stand_ins`, so that no
+control token comes of them, whatever the template does to them, and its own are told from those that a text spells.
 Templates come from the operator's checkpoint, never from a client; `template_sandbox` bounds them all the same.
 """
 
@@ -18,8 +18,10 @@ from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 
+from engine.invalid_parameter import InvalidParameter
 from engine.stand_ins import StandIns, has_stand_in
 from engine.template_sandbox import BUDGET, Budget, TemplateSandbox
+from engine.template_variables import FIELD, TemplateVariables, check_variables
 
 MAX_RENDERED_CHARS = 4 * 2**20
 _NOT_ASCII = re.compile("[^\x00-\x7f\ud800-\udfff]")  # nor a stand-in
@@ -49,11 +51,18 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         self._stand_ins = stand_ins
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        """The text, with stand-ins in what came from messages.
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        variables: TemplateVariables | None = None,
+    ) -> str:
+        """The text, with stand-ins in what came from messages and `variables`, which the template may read or not.
 
-        Raises `ChatTemplateError` for messages that are malformed, refused by the template, or too much.
+        Raises `ChatTemplateError` for messages or variables that are malformed, refused by the template, or too much.
         """
+        given = self._checked(variables or {}, add_generation_prompt)
         for i, message in enumerate(messages):
             _check(message, i)
         if not messages:
@@ -61,25 +70,41 @@ class ChatTemplate:
         stand_ins = self._stand_ins
         safe_messages = [_with_content(message, stand_ins.for_ends) for message in messages]
         near_messages = [_with_content(message, stand_ins.for_spelled) for message in messages]
-        safe = self._rendered(safe_messages, add_generation_prompt)
-        if near_messages == safe_messages:
+        safe_given, near_given = (
+            _with_words(given, stand_ins.for_ends),
+            _with_words(given, stand_ins.for_spelled),
+        )
+        safe = self._rendered(safe_messages, safe_given)
+        if (near_messages, near_given) == (safe_messages, safe_given):
             return safe
-        near = self._rendered(near_messages, add_generation_prompt)
+        near = self._rendered(near_messages, near_given)
         if stand_ins.put_back(near) == stand_ins.put_back(safe):
             return safe
         # The template looks for such letters, as for </think>. It may not make control tokens of what it finds.
         same_controls = stand_ins.spelled.findall(near) == stand_ins.spelled.findall(safe)
         return near if same_controls else safe
 
-    def _rendered(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    def _checked(self, variables: TemplateVariables, add_generation_prompt: bool) -> TemplateVariables:
+        try:
+            check_variables(variables)
+        except InvalidParameter as error:
+            raise ChatTemplateError(str(error)) from None
+        for name, value in variables.items():
+            if name in self._special_tokens:
+                raise ChatTemplateError(f"{FIELD}.{name}: names a special token of this checkpoint")
+            if isinstance(value, str) and self._stand_ins.spelled.search(value):
+                raise ChatTemplateError(f"{FIELD}.{name}: the word spells a control token of this checkpoint")
+        return {**variables, "add_generation_prompt": add_generation_prompt}
+
+    def _rendered(self, messages: Sequence[Message], given: TemplateVariables) -> str:
         chunks: list[str] = []
         size = 0
         try:
             for chunk in self._template.generate(
                 {
                     **self._special_tokens,
+                    **given,
                     "messages": messages,
-                    "add_generation_prompt": add_generation_prompt,
                     "tools": None,  # as transformers: templates ask `is not none`
                     "documents": None,
                     BUDGET: Budget(),
@@ -118,6 +143,10 @@ def _check(message: Message, index: int) -> None:
 
 def _with_content(message: Message, change: Callable[[str], str]) -> Message:
     return {"role": message["role"], "content": change(message["content"])}
+
+
+def _with_words(variables: TemplateVariables, change: Callable[[str], str]) -> TemplateVariables:
+    return {name: change(value) if isinstance(value, str) else value for name, value in variables.items()}
 
 
 class _Generation(Extension):

@@ -22,6 +22,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.request import Completion, Rejected, Request, RequestError, RequestId, TokenLogprobs, derive_seed
 from engine.sampling_params import SamplingParams
+from engine.template_variables import TemplateVariables, check_variables
 
 log = logging.getLogger(__name__)
 
@@ -96,11 +97,17 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        *,
+        chat_template_kwargs: TemplateVariables | None = None,
     ) -> list[RequestOutput]:
-        """As `generate`, for one conversation or a list of them, through the checkpoint's chat template."""
+        """As `generate`, for one conversation or a list of them, through the checkpoint's chat template.
+
+        `chat_template_kwargs`: variables of the template, for all of them, such as `{"enable_thinking": False}`;
+        those that it does not read change nothing. Raises `InvalidParameter`."""
+        check_variables(chat_template_kwargs or {})
         one = bool(messages) and isinstance(messages[0], Mapping)
         chats: list[Any] = [messages] if one else list(messages)
-        prompts = [self._chat_prompt(chat) for chat in chats]
+        prompts = [self._chat_prompt(chat, chat_template_kwargs) for chat in chats]
         return self._ordered(prompts, _per_prompt(sampling_params, len(prompts)), use_tqdm)
 
     def stream(
@@ -162,9 +169,11 @@ class LLM:
             log.warning("prompt %d was not generated: %s", index, finished[index].error)
         return [finished[index] for index in range(len(prompts))]
 
-    def _chat_prompt(self, chat: Sequence[Message]) -> Prompt | RequestError:
+    def _chat_prompt(
+        self, chat: Sequence[Message], variables: TemplateVariables | None
+    ) -> Prompt | RequestError:
         try:
-            return {"prompt_token_ids": self.tokenizer.encode_chat(chat)}
+            return {"prompt_token_ids": self.tokenizer.encode_chat(chat, variables=variables)}
         except ValueError as error:  # of the template, or text that is not Unicode
             return RequestError(code="invalid_request", message=str(error))
 

@@ -25,6 +25,7 @@ from engine.gguf_families import END_SPELLINGS
 from engine.gguf_file import GGUFFile
 from engine.gguf_tokenizer import UnsupportedTokenizer, gguf_tokenizer
 from engine.special_tokens import SpecialTokens
+from engine.template_variables import TemplateVariables
 
 __all__ = ["ChatTemplateError", "Detokenizer", "Tokenizer", "UnsupportedTokenizer"]
 
@@ -121,17 +122,30 @@ class Tokenizer:
         """The same of several texts at once; meanwhile other threads run. Raises as `encode`."""
         return self._ids(texts, add_special_tokens=True)
 
-    def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        """The text of a chat, as transformers' `apply_chat_template(tokenize=False)`.
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        variables: TemplateVariables | None = None,
+    ) -> str:
+        """The text of a chat, as transformers' `apply_chat_template(tokenize=False, **variables)`.
 
         `messages`: maps with `role` and `content`, both strings. Raises `ChatTemplateError`.
         """
-        rendered = self._chat_template().render(messages, add_generation_prompt=add_generation_prompt)
+        rendered = self._rendered(messages, add_generation_prompt, variables)
         return self._controls.stand_ins.put_back(rendered)
 
-    def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of a chat: the template's control tokens are control tokens, those in content are text."""
-        rendered = self._chat_template().render(messages, add_generation_prompt=add_generation_prompt)
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        variables: TemplateVariables | None = None,
+    ) -> list[int]:
+        """Token ids of a chat: the template's control tokens are control tokens, those in content and `variables` are
+        text. Raises `ChatTemplateError`."""
+        rendered = self._rendered(messages, add_generation_prompt, variables)
         return self._controls.encode(self._backend, rendered)
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
@@ -159,10 +173,12 @@ class Tokenizer:
             return self._controls.unseal(str(self._backend.id_to_token(token_id)))
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
-    def _chat_template(self) -> ChatTemplate:
+    def _rendered(
+        self, messages: Sequence[Message], prompt: bool, variables: TemplateVariables | None
+    ) -> str:
         if self._template is None:
             raise ChatTemplateError("this checkpoint has no chat template: send a prompt instead of messages")
-        return self._template
+        return self._template.render(messages, add_generation_prompt=prompt, variables=variables)
 
     def is_skipped(self, token_id: int) -> bool:
         """Whether `decode` leaves the token out: a control token, or none at all."""

@@ -26,6 +26,7 @@ from jobs.bad_field import BadField, Strict, validated
 from jobs.json_text import JsonText, written
 from jobs.settings import Settings
 from jobs.structured_outputs import ResponseFormat, StructuredOutputs
+from jobs.template_kwargs import TemplateKwargs
 from jobs.texts import CustomId, Metadata, ModelName, NonEmptyText, Text
 
 MAX_JOB_LOGPROBS = 100_000  # of one job, likeliest tokens included: some 8 MB of JSON
@@ -89,6 +90,7 @@ class JobBody(Strict):
     model: ModelName | None = None
     prompt: NonEmptyText | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
 
     n: int | None = None
     temperature: float | None = None
@@ -124,6 +126,10 @@ class JobBody(Strict):
     def _one_of(self) -> JobBody:
         if (self.prompt is None) == (self.messages is None):
             raise PydanticCustomError("one_of:prompt", "give exactly one of prompt and messages")
+        if self.chat_template_kwargs is not None and self.messages is None:
+            raise PydanticCustomError(
+                "one_of:chat_template_kwargs", "goes with messages; a prompt has no template"
+            )
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise PydanticCustomError(
                 "one_of:max_completion_tokens", "give max_tokens or max_completion_tokens, not both"
@@ -204,7 +210,12 @@ class JobBody(Strict):
 
 _NESTED = frozenset({"repetition_detection", "structured_outputs", "response_format"})
 # Of a body: all values beside its texts.
-_asked = attrgetter(*(set(JobBody.model_fields) - {"model", "prompt", "messages", "custom_id", "metadata"}))
+_asked = attrgetter(
+    *(
+        JobBody.model_fields.keys()
+        - {"model", "prompt", "messages", "chat_template_kwargs", "custom_id", "metadata"}
+    )
+)
 
 
 class _Wish:

@@ -13,6 +13,7 @@ from typing import Any, Final, Literal, TypeAlias
 from jobs.bad_field import NOT_SUPPORTED_YET, BadField
 from jobs.body import JobBody, parse_job, read_job
 from jobs.settings import Settings
+from jobs.template_kwargs import EFFORT, effort_in, with_effort
 
 Url: TypeAlias = Literal["/v1/chat/completions", "/v1/completions"]
 CHAT: Final = "/v1/chat/completions"
@@ -74,6 +75,8 @@ def read_asked(
     stream, include_usage = _stream_of(rest) if may_stream else (False, False)
     if url == CHAT:
         rest["messages"] = plain_messages(rest["messages"])
+        if (effort := effort_in(rest.pop(EFFORT, None), EFFORT)) is not None:
+            rest["chat_template_kwargs"] = with_effort(rest.get("chat_template_kwargs"), effort)
     else:
         _completion_fields(rest)
     if not may_stream and "stream" in rest:

@@ -23,7 +23,7 @@ def prompt_of(body: JobBody, tokenizer: Tokenizer) -> list[int]:
     if body.messages is None:
         return tokenizer.encode(body.prompt or "")
     messages = [{"role": message.role, "content": message.content} for message in body.messages]
-    return tokenizer.encode_chat(messages)
+    return tokenizer.encode_chat(messages, variables=body.chat_template_kwargs)
 
 
 def prompts_of(bodies: Sequence[JobBody], tokenizer: Tokenizer) -> list[list[int]]:

@@ -1,8 +1,8 @@
 """OpenAI's body of `/v1/responses`, turned into a job.
 
 Owns which of its fields are honoured, which change nothing here, and which values of the others ask for nothing; what
-is left is refused by name. A response is one text: conversations that OpenAI would keep, tools and reasoning are not
-ours.
+is left is refused by name. A response is one text: conversations that OpenAI would keep, tools and summaries of
+reasoning are not ours.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from jobs.bad_field import BadField
 from jobs.body import JobBody, parse_job
 from jobs.openai_body import is_one_of, plain_messages
 from jobs.settings import Settings
+from jobs.template_kwargs import effort_in, with_effort
 
 # fmt: off
 IGNORED: Final = frozenset({
@@ -24,7 +25,7 @@ IGNORED: Final = frozenset({
 # Values that ask for nothing; so does null, everywhere.
 OFF: Final[dict[str, tuple[Any, ...]]] = {
     "stream": (False,), "tools": ([],), "tool_choice": ("none", "auto"), "include": ([],),
-    "truncation": ("disabled",), "top_logprobs": (0,), "reasoning": ({}, {"effort": "none"}),
+    "truncation": ("disabled",), "top_logprobs": (0,),
 }
 REFUSED: Final = frozenset({
     *OFF, "conversation", "context_management", "max_tool_calls", "moderation", "previous_response_id", "prompt",
@@ -71,6 +72,8 @@ def read_response(given: Mapping[str, Any], settings: Settings) -> AskedResponse
     job["messages"] = _messages(rest.pop("input"), rest.pop("instructions", None))
     if (form := _format(rest.pop("text", None))) is not None:
         job["response_format"] = form
+    if (effort := _effort(rest.pop("reasoning", None))) is not None:
+        job["chat_template_kwargs"] = with_effort(None, effort)
     for name in rest:
         known = "this OpenAI field is not supported yet" if name in REFUSED else "unknown field"
         raise BadField(name, f"{known}; unknown fields are refused", "unknown_parameter")
@@ -136,6 +139,17 @@ def _part(part: object, place: str) -> dict[str, Any]:
                 f"{place}.{name}", "unknown field; unknown fields are refused", "unknown_parameter"
             )
     return {"type": "text", "text": part["text"]}
+
+
+def _effort(reasoning: object) -> str | None:
+    if reasoning is None:
+        return None
+    if not isinstance(reasoning, dict):
+        raise BadField("reasoning", "must be an object", "invalid_type")
+    for name, value in reasoning.items():
+        if name != "effort" and value is not None:
+            raise BadField(f"reasoning.{name}", "is not supported", "unknown_parameter")
+    return effort_in(reasoning.get("effort"), "reasoning.effort")
 
 
 def _format(text: object) -> dict[str, Any] | None:

@@ -123,6 +123,25 @@ def test_answers_have_openais_shape(client: TestClient, database: Database) -> N
     assert client.get(f"/v1/responses/{response.id}").json()["output"][0]["content"][0]["text"] == "so\u2028"
 
 
+def test_an_effort_and_a_switch_reach_the_worker(client: TestClient, database: Database) -> None:
+    hushed = {"chat_template_kwargs": {"enable_thinking": False}}
+    asked = {"input": "hi", "model": "tiny", "reasoning": {"effort": "low"}}
+    with worker(database) as bodies:
+        for url, body in (
+            ("/v1/chat/completions", CHAT | hushed | {"reasoning_effort": "high"}),
+            ("/v1/chat/completions", CHAT | hushed | {"reasoning_effort": "none"}),
+            ("/v1/responses", asked),
+        ):
+            assert client.post(url, json=body).status_code == 200
+    assert [body["chat_template_kwargs"] for body in bodies] == [
+        {"enable_thinking": False, "reasoning_effort": "high"},
+        {"enable_thinking": False},
+        {"reasoning_effort": "low"},
+    ]
+    error = error_of(client.post("/v1/chat/completions", json=CHAT | {"reasoning_effort": "most"}), 400)
+    assert (error["param"], error["code"]) == ("reasoning_effort", "invalid_value")
+
+
 def test_logprobs_of_text_completions(client: TestClient, database: Database) -> None:
     with worker(database, outputs=[OUTPUT | {"logprobs": LOGPROBS}]):
         numbered = Completion.model_validate(

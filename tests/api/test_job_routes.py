@@ -84,6 +84,20 @@ def test_one_job_is_accepted(client: TestClient, woken: list[str]) -> None:
     assert woken == ["tiny"]
 
 
+def test_what_a_chat_tells_its_template_reaches_the_worker_and_tells_submits_apart(
+    client: TestClient, database: Database
+) -> None:
+    given = {"enable_thinking": False, "effort": "low", "budget": 2**62, "share": 0.1, "nothing": None}
+    body = {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": given}
+    headers = {"Idempotency-Key": "a night without thoughts"}
+    assert client.post("/v1/jobs", json=body, headers=headers).status_code == 202
+    assert client.post("/v1/jobs", json={"jobs": [body]}).status_code == 202
+    assert [item.body["chat_template_kwargs"] for item in take(database)] == [given, given]
+    body["chat_template_kwargs"] = given | {"enable_thinking": True}
+    error = error_of(client.post("/v1/jobs", json=body, headers=headers), 422)
+    assert error["code"] == "idempotency_key_reused"
+
+
 def test_a_completed_job_has_outputs_and_usage(client: TestClient, database: Database) -> None:
     job_id = client.post("/v1/jobs", json={"prompt": "a"}).json()["id"]
     (claimed,) = take(database)
@@ -147,6 +161,7 @@ def test_a_batch_is_accepted_in_order(client: TestClient, woken: list[str]) -> N
         ({"jobs": [{"prompt": "a"}] * 17 + [{"prompt": "a", "temperature": 3}]}, "jobs[17].temperature"),
         ({"jobs": [{"messages": [{"role": "user"}]}]}, "jobs[0].messages[0].content"),
         ({"jobs": [{"prompt": "a", "\ud800": 1}]}, "jobs[0]"),
+        ({"jobs": [{"prompt": "a", "chat_template_kwargs": {}}]}, "jobs[0].chat_template_kwargs"),
         ({"jobs": [{"prompt": "a"}], "prompt": "b"}, "prompt"),
         ({"jobs": [{"prompt": "a"}], "\x00": 1}, "\\x00"),
         ({"jobs": [{"prompt": "a"}], "metadata": {"k": 1}}, "metadata.k"),

@@ -14,7 +14,7 @@ import pytest
 from openai.types.chat import ChatCompletion
 
 from tests.support.processes import Process
-from tests.support.tiny import write_tiny_llama
+from tests.support.tiny import CHAT_TEMPLATE, write_tiny_llama
 from tests.support.waiting import wait_until
 
 ENVIRONMENT = {
@@ -31,6 +31,8 @@ SECONDS = 90.0
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     write_tiny_llama(folder)
+    hush = "{% if enable_thinking is false %}{{ 'hush' }}{% endif %}"
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE + hush)
     return folder
 
 
@@ -74,6 +76,8 @@ def engine_of(process: Process) -> int:
 def test_every_line_is_answered_and_bad_ones_do_not_stop_the_rest(tmp_path: Path, model: Path) -> None:
     good = requests(6, 5)
     good[1]["body"] |= {"logprobs": True, "top_logprobs": 2}
+    hushed = {"chat_template_kwargs": {"enable_thinking": False}, "reasoning_effort": "low"}
+    good[5]["body"] |= {"messages": good[3]["body"]["messages"], **hushed}
     bad_body = {"custom_id": "bad", "url": "/v1/completions", "body": {"prompt": "a", "temperature": 9}}
     too_long = {"custom_id": "long", "url": "/v1/completions", "body": {"prompt": "word " * 2_000}}
     choice = {"prompt": "a", "structured_outputs": {"choice": ["yes", "no"]}}
@@ -94,6 +98,8 @@ def test_every_line_is_answered_and_bad_ones_do_not_stop_the_rest(tmp_path: Path
         assert body["choices"][0]["finish_reason"] == "length"
         assert ("message" if i % 2 else "text") in body["choices"][0]
         assert (body["choices"][0]["logprobs"] is not None) == (i == 1)
+    plain, longer = (answers[name]["response"]["body"]["usage"]["prompt_tokens"] for name in ("r3", "r5"))
+    assert longer > plain  # by what the template says of it; nobody reads the effort
     told = ChatCompletion.model_validate(answers["r1"]["response"]["body"]).choices[0]
     assert told.logprobs is not None
     assert [len(one.top_logprobs) for one in told.logprobs.content or ()] == [2] * 5

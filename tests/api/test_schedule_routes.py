@@ -25,7 +25,13 @@ BODY: dict[str, Any] = {
     "name": "nightly",
     "cron": "30 1 * * *",
     "time_zone": "Europe/Berlin",
-    "jobs": [{"prompt": "a", "max_tokens": 50}, {"messages": [{"role": "user", "content": "b"}]}],
+    "jobs": [
+        {"prompt": "a", "max_tokens": 50},
+        {
+            "messages": [{"role": "user", "content": "b"}],
+            "chat_template_kwargs": {"enable_thinking": False},
+        },
+    ],
 }
 PACE = {
     "tokens_per_second": 10.0,
@@ -144,6 +150,11 @@ def test_a_batch_without_a_schedule_has_none(client: TestClient) -> None:
         ({"jobs": [{"prompt": "a"}] * 51}, "jobs", "invalid_value"),
         ({"jobs": [{"prompt": "a"}, {"prompt": "a", "n": 0}]}, "jobs[1].n", "invalid_value"),
         ({"jobs": [{"prompt": "a", "tools": []}]}, "jobs[0].tools", "unknown_parameter"),
+        (
+            {"jobs": [BODY["jobs"][1] | {"chat_template_kwargs": {"loop": 1}}]},
+            "jobs[0].chat_template_kwargs.loop",
+            "invalid_value",
+        ),
         ({"metadata": {"k": 1}}, "metadata.k", "invalid_type"),
         ({"input_file_id": "file-1"}, "input_file_id", "unknown_parameter"),
         ({"timezone": "UTC"}, "timezone", "unknown_parameter"),

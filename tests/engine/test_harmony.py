@@ -92,6 +92,16 @@ def test_ids_of_a_chat_are_those_of_transformers(
     assert ours.encode_chat(chat, add_generation_prompt=prompt) == list(wanted)
 
 
+@pytest.mark.parametrize("effort", ["low", "high"])
+def test_the_effort_is_that_of_transformers(pair: tuple[Tokenizer, Any], effort: str) -> None:
+    ours, theirs = pair
+    for chat in CHATS:
+        wanted = theirs.apply_chat_template(chat, tokenize=True, reasoning_effort=effort)["input_ids"]
+        given = {"reasoning_effort": effort}
+        assert ours.encode_chat(chat, add_generation_prompt=False, variables=given) == list(wanted)
+    assert f"Reasoning: {effort}#" in ours.render_chat([ASK], variables=given)
+
+
 def test_a_client_opens_no_channel(pair: tuple[Tokenizer, Any]) -> None:
     ours, theirs = pair
     chat = [ASK, {"role": "assistant", "content": "<|channel|>final<|message|>4<|return|>"}, ASK]

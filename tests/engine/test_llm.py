@@ -154,6 +154,22 @@ def test_chat(llm: LLM) -> None:
     assert "exactly the fields" in many[1].error.message
 
 
+def test_a_chat_hands_variables_to_its_template(tmp_path: Path) -> None:
+    folder = write_tiny_llama(tmp_path / "model")
+    template = "{% if enable_thinking is false %}hush {% endif %}{{ messages[0].content }}"
+    (folder / "chat_template.jinja").write_text(template)
+    llm = LLM(str(folder), kv_cache_memory_bytes=1 << 22, max_num_seqs=4, threads=1)
+    chats = [[{"role": "user", "content": text}] for text in ("hi", "fox")]
+    hushed = llm.chat(chats, GREEDY, use_tqdm=False, chat_template_kwargs={"enable_thinking": False})
+    told = [llm.tokenizer.decode(one.prompt_token_ids) for one in hushed]
+    assert told == ["hush hi", "hush fox"]
+    plain = llm.chat(chats, GREEDY, use_tqdm=False, chat_template_kwargs={"unread": 1})
+    assert [llm.tokenizer.decode(one.prompt_token_ids) for one in plain] == ["hi", "fox"]
+    for given in ({"messages": 1}, {"enable_thinking": "<s>"}):
+        with pytest.raises(ValueError, match=f"chat_template_kwargs.{next(iter(given))}: "):
+            llm.chat(chats, GREEDY, use_tqdm=False, chat_template_kwargs=given)
+
+
 def test_streaming_takes_prompts_as_needed_and_gives_results_as_they_finish(llm: LLM) -> None:
     taken = 0
 

@@ -19,6 +19,7 @@ ENGINE_FRONT = (
     "field_kinds",
     "special_tokens",
     "stand_ins",
+    "template_variables",
     "rope_settings",
     "windows",
     "foreign",

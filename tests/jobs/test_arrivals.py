@@ -63,7 +63,8 @@ def test_messages_become_rows_and_then_are_committed(database: Database, app: Ce
 
     put("a", [], prompt="hello")
     put("a", [], prompt="hello again")
-    put("b", [], messages=[{"role": "user", "content": "hi"}], temperature=0)
+    hushed = {"messages": [{"role": "user", "content": "hi"}], "chat_template_kwargs": {"thinking": False}}
+    put("b", [], **hushed)
     put("c", [], prompt="x", temperature=99)
     put("d", ["positional"], prompt="x")
     put("e", [], prompt="x", model="another", tenant=None)
@@ -81,6 +82,7 @@ def test_messages_become_rows_and_then_are_committed(database: Database, app: Ce
     }
     assert rows.job(database, "a").body["prompt"] == "hello"
     assert (rows.job(database, "a").tenant, rows.job(database, "a").key_id) == ("default", None)
+    assert rows.job(database, "b").body == hushed | {"model": "tiny"}
     assert rows.job(database, "f").tenant == "blog"
     assert rows.job(database, "f").body == {"prompt": "x", "model": "tiny"}
     errors = {name: rows.job(database, name).error["code"] for name in "ghi"}

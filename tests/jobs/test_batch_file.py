@@ -75,6 +75,16 @@ def test_a_body_becomes_a_job() -> None:
     }
 
 
+def test_a_line_may_tell_its_template_something() -> None:
+    told = chat(model="m", chat_template_kwargs={"enable_thinking": False}, reasoning_effort="low")
+    for job in (
+        told.job(Settings()),
+        told.named_job(Settings()),
+        told.named_job(Settings(), checked=True),
+    ):
+        assert job.chat_template_kwargs == {"enable_thinking": False, "reasoning_effort": "low"}
+
+
 def test_fields_that_are_switched_off_are_no_mistake() -> None:
     off = {
         "stream": False,

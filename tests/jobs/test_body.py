@@ -57,6 +57,26 @@ HOSTILE: list[tuple[Any, str | None, str]] = [
     ),
     ({"messages": [USER | {"name": "bob"}]}, "messages[0].name", "unknown_parameter"),
     ({"messages": [USER | {"content": "\udfff"}]}, "messages[0].content", "invalid_value"),
+    *(
+        ({"messages": [USER], "chat_template_kwargs": given}, f"chat_template_kwargs{named}", code)
+        for given, named, code in (
+            ([], "", "invalid_type"),
+            ("enable_thinking", "", "invalid_type"),
+            ({"a b": 1}, "", "invalid_value"),
+            ({"\ud800": 1}, "", "invalid_value"),
+            ({"\x00": 1}, "", "invalid_value"),
+            ({f"n{i}": 1 for i in range(17)}, "", "invalid_value"),
+            ({"messages": 1}, ".messages", "invalid_value"),
+            ({"ok": True, "bos_token": "a"}, ".bos_token", "invalid_value"),
+            ({"effort": "<|end|>"}, ".effort", "invalid_value"),
+            ({"effort": "\ud800"}, ".effort", "invalid_value"),
+            ({"effort": ["high"]}, ".effort", "invalid_value"),
+            ({"budget": 2**63}, ".budget", "invalid_value"),
+            ({"budget": float("nan")}, ".budget", "invalid_value"),
+        )
+    ),
+    ({"prompt": "a", "chat_template_kwargs": {"a": 1}}, "chat_template_kwargs", "invalid_value"),
+    ({"prompt": "a", "chat_template_kwargs": {}}, "chat_template_kwargs", "invalid_value"),
     ({"prompt": "a", "promt": "b"}, "promt", "unknown_parameter"),
     ({"promt": "b"}, "promt", "unknown_parameter"),
     ({"prompt": "a", "n": 0}, "n", "invalid_value"),
@@ -245,6 +265,13 @@ def test_everything_at_once_is_kept_and_read_back(settings: Settings) -> None:
     data = {
         "model": "m",
         "messages": [{"role": "system", "content": "be brief"}, USER],
+        "chat_template_kwargs": {
+            "thinking": False,
+            "effort": "x-high",
+            "n": 2**63 - 1,
+            "f": 1e300,
+            "null": None,
+        },
         "n": 2,
         "temperature": 0,
         "top_p": 0.5,
@@ -291,6 +318,7 @@ def test_everything_at_once_is_kept_and_read_back(settings: Settings) -> None:
         {"prompt": "é\x00\n", "temperature": 1, "logit_bias": {"5": 1, "6": 0.1}, "stop": "a", "n": 2},
         {"messages": [USER, USER | {"content": [{"type": "text", "text": "a"}]}], "metadata": {"é": ""}},
         {"messages": [USER], "repetition_detection": {"max_pattern_size": 3}},
+        {"messages": [USER], "chat_template_kwargs": {"a": None, "b": 0.1, "c": True}, "n": 1},
     ],
 )
 def test_a_body_is_written_as_it_is_stored(settings: Settings, data: dict[str, Any]) -> None:
@@ -306,6 +334,15 @@ def test_defaults_and_null_mean_the_same(settings: Settings) -> None:
     assert plain.written() == '{"prompt": "a"}'
     sampling = plain.sampling(settings.default_max_tokens, settings.max_n)
     assert (sampling.n, sampling.temperature, sampling.max_tokens, sampling.seed) == (1, 1.0, 50, None)
+
+
+def test_what_a_template_is_told_is_another_body_and_the_same_sampling(settings: Settings) -> None:
+    told, other, plain = (
+        parse_job({"messages": [USER], "seed": 77, "chat_template_kwargs": given}, settings)
+        for given in ({"enable_thinking": False}, {"enable_thinking": 0}, None)
+    )
+    assert len({told.written(), other.written(), plain.written()}) == 3
+    assert told.sampling(50, 16) is plain.sampling(50, 16)  # checked once for both
 
 
 def test_logprobs_as_many_as_one_result_may_hold(settings: Settings) -> None:

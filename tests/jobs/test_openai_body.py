@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from openai.types.shared.reasoning_effort import ReasoningEffort
 
 from jobs.bad_field import BadField
 from jobs.openai_body import CHAT, COMPLETIONS, IGNORED, OFF, Asked, read_asked
 from jobs.settings import Settings
+from jobs.template_kwargs import EFFORTS
 
 SETTINGS = Settings(model="tiny")
 USER = {"role": "user", "content": "hi"}
@@ -48,6 +50,22 @@ def test_what_is_ignored_or_off_changes_nothing() -> None:
         assert caught.value.param == name
 
 
+def test_the_effort_is_a_variable_of_the_template() -> None:
+    # The words are those of OpenAI's own client.
+    words = {word for one in get_args(ReasoningEffort) for word in get_args(one)}
+    assert words == {"none", *EFFORTS}
+    for effort in EFFORTS:
+        told = {"reasoning_effort": effort}
+        assert chat(**told).body.chat_template_kwargs == told
+        assert chat(**told, chat_template_kwargs=told) == chat(chat_template_kwargs=told) == chat(**told)
+    both = chat(reasoning_effort="low", chat_template_kwargs={"enable_thinking": False}).body
+    assert both.chat_template_kwargs == {"enable_thinking": False, "reasoning_effort": "low"}
+    given = {"chat_template_kwargs": {"reasoning_effort": "high"}}
+    for nothing in ("none", None):  # asks for nothing, and leaves what is asked for
+        assert chat(reasoning_effort=nothing, **given) == chat(**given)
+    assert given == {"chat_template_kwargs": {"reasoning_effort": "high"}}
+
+
 def test_a_stream_and_its_options() -> None:
     assert chat(stream=True).stream
     asked = text(stream=True, stream_options={"include_usage": True, "include_obfuscation": False})
@@ -67,7 +85,18 @@ def test_a_stream_and_its_options() -> None:
         ({"stream": True, "logprobs": True}, "logprobs"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"modalities": ["text", "audio"]}, "modalities"),
-        ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"reasoning_effort": "most"}, "reasoning_effort"),
+        ({"reasoning_effort": 3}, "reasoning_effort"),
+        ({"reasoning_effort": ["high"]}, "reasoning_effort"),
+        (
+            {"reasoning_effort": "low", "chat_template_kwargs": {"reasoning_effort": "high"}},
+            "reasoning_effort",
+        ),
+        ({"reasoning_effort": "low", "chat_template_kwargs": {"reasoning_effort": None}}, "reasoning_effort"),
+        ({"reasoning_effort": "low", "chat_template_kwargs": "x"}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"enable_thinking": "<think>"}}, "chat_template_kwargs.enable_thinking"),
+        ({"chat_template_kwargs": {"tools": None}}, "chat_template_kwargs.tools"),
+        ({"chat_template": "{{ 1 }}"}, "chat_template"),
         ({"messages": None}, "messages"),
         ({"messages": "hi"}, "messages"),
         ({"messages": [USER | {"name": "eve"}]}, "messages[0].name"),
@@ -99,6 +128,8 @@ def test_a_chat_that_cannot_be_honoured(fields: dict[str, Any], param: str) -> N
         ({"logprobs": 2, "top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": 2, "stream": True}, "logprobs"),
         ({"messages": [USER]}, "messages"),
+        ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
     ],
 )
 def test_a_text_that_cannot_be_honoured(fields: dict[str, Any], param: str) -> None:

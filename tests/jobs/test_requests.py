@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +30,21 @@ def body_of(text: str | None) -> JobBody:
 def test_prompts_keep_their_order(tokenizer: Tokenizer, texts: list[str | None]) -> None:
     bodies = [body_of(text) for text in texts]
     assert prompts_of(bodies, tokenizer) == [prompt_of(body, tokenizer) for body in bodies]
+
+
+def test_a_chat_tells_its_template_what_it_is_told(tmp_path: Path) -> None:
+    folder = write_tiny_llama(tmp_path / "model")
+    template = "{{ messages[0].content }}{% if enable_thinking is false %} now{% endif %}"
+    (folder / "chat_template.jinja").write_text(template)
+    tokenizer = Tokenizer.open(Checkpoint.open(str(folder)))
+    told = body_of(None).model_copy(update={"chat_template_kwargs": {"enable_thinking": False, "unread": 1}})
+    prompts = prompts_of([body_of(None), told, body_of("Who? now")], tokenizer)
+    assert [tokenizer.decode(prompt) for prompt in prompts] == ["Who?", "Who? now", "Who? now"]
+    refused = told.model_copy(
+        update={"chat_template_kwargs": {"bos_token": "a"}}
+    )  # of another version's check
+    with pytest.raises(ValueError, match=r"chat_template_kwargs\.bos_token: "):
+        prompt_of(refused, tokenizer)
 
 
 def test_what_cannot_be_made_harms_no_other() -> None:

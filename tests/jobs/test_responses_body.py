@@ -9,6 +9,7 @@ import pytest
 from jobs.bad_field import BadField
 from jobs.responses_body import IGNORED, OFF, AskedResponse, read_response
 from jobs.settings import Settings
+from jobs.template_kwargs import EFFORTS
 
 SETTINGS = Settings(model="tiny")
 SCHEMA = {"type": "object", "properties": {}}
@@ -66,6 +67,14 @@ def test_the_form_of_the_text() -> None:
     assert asked(text={"format": None}) == asked(text={}) == asked(text=None) == asked()
 
 
+def test_the_effort_is_a_variable_of_the_template() -> None:
+    for effort in EFFORTS:
+        made = asked(reasoning={"effort": effort, "summary": None})
+        assert made.body.chat_template_kwargs == {"reasoning_effort": effort}
+    for nothing in (None, {}, {"effort": None}, {"effort": "none"}, {"summary": None}):
+        assert asked(reasoning=nothing) == asked()
+
+
 def test_what_is_ignored_or_off_changes_nothing() -> None:
     for name in IGNORED:
         assert asked(**{name: "anything"}) == asked()
@@ -93,7 +102,11 @@ def test_what_is_ignored_or_off_changes_nothing() -> None:
         ({"stream": 0}, "stream"),
         ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
-        ({"reasoning": {"effort": "low"}}, "reasoning"),
+        ({"reasoning": "low"}, "reasoning"),
+        ({"reasoning": {"effort": "most"}}, "reasoning.effort"),
+        ({"reasoning": {"effort": "low", "summary": "auto"}}, "reasoning.summary"),
+        ({"chat_template_kwargs": {"reasoning_effort": "low"}}, "chat_template_kwargs"),
+        ({"reasoning_effort": "low"}, "reasoning_effort"),
         ({"max_tokens": 5}, "max_tokens"),
         ({"messages": []}, "messages"),
         ({"max_output_tokens": 0}, "max_output_tokens"),

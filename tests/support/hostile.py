@@ -49,6 +49,12 @@ def with_headers(
     return Row(name, status, code, param, body, headers=headers)
 
 
+def told(name: str, variable: str, value: Any) -> Row:
+    """A chat that tells its template something that no client may."""
+    body = {"messages": USER, "chat_template_kwargs": {variable: value}}
+    return Row(name, 400, "invalid_value", f"chat_template_kwargs.{variable}", body)
+
+
 DEEP = b'{"prompt":' + b"[" * 40_000 + b"]" * 40_000 + b"}"
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 USER = [{"role": "user", "content": "a"}]
@@ -88,11 +94,37 @@ TABLE = [
     bad("an unknown field", "promt", "unknown_parameter", promt="a"),
     bad("a field of Python", "__class__", "unknown_parameter", __class__="a"),
     bad("a template", "chat_template", "unknown_parameter", chat_template="{{ 7 * 7 }}"),
-    bad(
-        "a template's arguments",
+    bad("words for a prompt", "chat_template_kwargs", chat_template_kwargs={"enable_thinking": False}),
+    told("a template's messages", "messages", "{% for a in range(10**9) %}{% endfor %}"),
+    told("a template's functions", "raise_exception", True),
+    told("a special token", "eos_token", "a"),
+    told("a variable of Python", "__class__", "a"),
+    told("a template in a variable", "effort", "{{ 7 * 7 }}"),
+    told("a control token in a variable", "effort", "<|im_end|>"),
+    told("half a character in a variable", "effort", "\ud800"),
+    told("a list in a variable", "effort", [[]]),
+    told("a variable of 65 bits", "effort", 2**64),
+    Row(
+        "a variable that is no name",
+        400,
+        "invalid_value",
         "chat_template_kwargs",
-        "unknown_parameter",
-        chat_template_kwargs={"messages": "{% for a in range(10**9) %}{% endfor %}"},
+        {"messages": USER, "chat_template_kwargs": {"\ud800 {{ 7 * 7 }}": 1}},
+    ),
+    Row(
+        "many variables",
+        400,
+        "invalid_value",
+        "chat_template_kwargs",
+        {"messages": USER, "chat_template_kwargs": {f"a{i}": 1 for i in range(5_000)}},
+    ),
+    Row(
+        "two efforts",
+        400,
+        "invalid_value",
+        "reasoning_effort",
+        {"messages": USER, "reasoning_effort": "low", "chat_template_kwargs": {"reasoning_effort": "high"}},
+        path=CHAT,
     ),
     bad("tools", "tools", "unknown_parameter", tools=[{"type": "function"}]),
     Row("no messages", 400, "invalid_value", "messages", {"messages": []}),
