@@ -3,7 +3,7 @@
 Owns the plan that was launched ahead, what its draws mean for sequences that have gone meanwhile (nothing), and what
 becomes of a plan that the device has no memory for: smaller ones, one by one. Who took the memory, another process
 perhaps, may give it back: after some plans without a shortage twice as much is dared, after a try that failed later
-than before. So at most one launch in `PATIENCE` is in vain. Knows neither pages nor tensors.
+than before. So of `PATIENCE` plans at most one, and one launched ahead, are in vain. Knows neither pages nor tensors.
 
 Whatever happens to a sequence between two steps, its pages may be given to others at once: the device works in the
 order of launches, so whoever gets them writes to them later.

@@ -167,6 +167,42 @@ def test_plans_are_launched_ahead_again_once_there_is_memory(impatient: None) ->
         assert done[one.id].outputs[0].token_ids == expected(one, 0, 700)
 
 
+class Short(NoRoomAhead):
+    """A device that has no memory for a plan beside another one, nor for a large one alone."""
+
+    num_short = 0
+
+    def launch(self, plan: Plan) -> Launched:
+        if plan.num_tokens > 150 and not plan.behind:
+            self.num_short += 1
+            self._move(plan.moves)
+            raise OutOfDeviceMemory(f"{plan.num_tokens} tokens")
+        return super().launch(plan)
+
+
+def test_of_many_plans_one_of_each_kind_is_in_vain(impatient: None) -> None:
+    """Where both keep failing, once the budget has been halved."""
+    runner = Short(1600, 4, 50, num_scheduler_steps=8)
+    engine = Engine(runner, None, EngineConfig(model="checked", num_scheduler_steps=8))
+    asked: list[Request] = []
+    done: dict[RequestId, Completion] = {}
+    seen: list[tuple[int, int]] = []  # plans in vain after each step
+    for _ in range(40 * PATIENCE):
+        while engine.num_requests < 12:
+            (one,) = requests(1, 70, max_tokens=30)
+            asked.append(replace(one, id=RequestId(str(len(asked)), 1), cache_salt=str(len(asked))))
+            engine.add(asked[-1])
+        done |= {completion.id: completion for completion in engine.step()}
+        seen.append((runner.num_short, runner.asked))
+    for sooner, later in zip(seen, seen[PATIENCE:], strict=False):
+        assert later[0] - sooner[0] <= 1
+        assert later[1] - sooner[1] <= 1
+    assert min(seen[-1]) - min(seen[0]) > 4
+    done |= run(engine, [], poison=False)
+    for one in asked:
+        assert done[one.id].outputs[0].token_ids == expected(one, 0, 30)
+
+
 def test_who_leaves_while_a_plan_runs_ahead_gets_nothing_of_it() -> None:
     engine = checked_engine(400, max_num_seqs=8, steps=8)
     asked = requests(8, 10, max_tokens=64)
