@@ -272,8 +272,8 @@ def load_decoder(
     kept = kept_formats(source, config, kernels.keeps)
     decoder = Decoder(config, kernels, dtype=dtype, device=device, kept=kept, int8=int8)
     load_weights(decoder, checkpoint, source=source, bar=bar)
-    if kept and torch.device(device).type == "cuda":
-        torch.cuda.empty_cache()  # what repacking took is free, and is to be counted so
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()  # what repacking and changes of layout took is free, and is to be counted so
     return decoder
 
 
