@@ -25,7 +25,7 @@
 
 #define PARALLEL_WORK 16384 /* elements below which waking a second thread costs more than it saves */
 
-/* The activations of the contract, by the numbers that kernels/cpu/__init__.py passes. */
+/* The activations of the contract, by the numbers that kernels/cpu/tensors.py has for them. */
 enum { SILU, GELU, GELU_TANH, RELU, SWIGLU_OAI };
 
 INLINE vn activated(int how, vn x) {
