@@ -205,7 +205,7 @@ def gpt_oss_fields(config: Fields) -> Fields:
     fields: dict[str, Any] = {"attention_out_bias": config["attention_bias"]}
     if not config.get("dtype") and not config.get("torch_dtype"):
         fields["dtype"] = "bfloat16"
-    if not config.get("rope_parameters") and not config.get("rope_scaling"):
+    if config.get("rope_parameters") is None and not config.get("rope_scaling"):
         fields["rope_parameters"] = {
             "rope_type": "yarn",
             "factor": 32.0,

@@ -98,6 +98,7 @@ EDITED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # the model, 
         OSS,
         {"rope_parameters": None, "rope_theta": 500, "rope_scaling": {**YARN, "truncate": False}},
     ),
+    "gpt-oss's rope as an empty field": ("GptOss", OSS, {"rope_parameters": {}}),
     "more experts for a token": ("GptOss", OSS, {"num_experts_per_tok": 3, "experts_per_token": 1}),
     "Mistral with layer_types": ("Mistral", {"sliding_window": 9}, {"layer_types": [FULL, SLIDING]}),
 }
