@@ -69,9 +69,8 @@ class Decoder:
         self.dtype = dtype
         self.device = device
         shapes, kept = parameter_shapes(config), kept or {}
-        self._stacks: dict[
-            str, Tensor
-        ] = {}  # of experts that the kernels mix: [E, out, in], of biases [E, out]
+        # of experts that the kernels mix: [E, out, in], of biases [E, out]
+        self._stacks: dict[str, Tensor] = {}
         self.parameters: dict[str, Tensor] = {}
         if _mixes_experts(config, kernels) and not int8 and not any(".experts." in name for name in kept):
             for name, parts in expert_stacks(config).items():
