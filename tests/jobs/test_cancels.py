@@ -261,3 +261,17 @@ def test_all_that_waits_for_a_model_is_cancelled_whoevers_it_is(
     with database.read() as connection:
         check_tallies(connection)
     assert not cancels.cancel_model("tiny")
+
+
+def test_what_is_handed_back_meanwhile_is_cancelled_with_its_model(
+    database: Database, intake: Intake, cancels: Cancels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.cancels.PORTION", 1)
+    intake.accept_many([JobBody(prompt="x")] * 2, OPERATOR)
+    held = take(database, 2)
+
+    def hand_back(num_jobs: int) -> None:
+        finish(database, *held, kind="released")
+
+    assert cancels.cancel_model("tiny", hand_back) == {JobState.CANCELLED: 1, JobState.CANCELLING: 1}
+    assert set(rows.jobs_by_state(database)) == {"cancelled"}
