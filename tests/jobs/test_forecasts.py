@@ -295,7 +295,7 @@ def test_a_slow_picture_is_renewed_beside_its_readers(
 ) -> None:
     depth = QueueDepth(database)
     old = depth.picture()
-    depth._cost, depth._until = 1.0, 0.0
+    depth._cost, depth._until = 1.0, time.monotonic()
     assert depth.picture() is old
     fresh = wait_until(lambda: depth._picture is not old and depth._picture, "it is renewed")
     assert depth.picture() is fresh
@@ -304,6 +304,15 @@ def test_a_slow_picture_is_renewed_beside_its_readers(
     depth._cost, depth._until = 0.0, 0.0  # of one that is made at once, however slow this machine is now
     depth.picture()
     assert depth._until > time.monotonic() + depth._cost * 500
+
+
+def test_a_slow_picture_of_long_ago_is_shown_to_nobody(database: Database) -> None:
+    """Nobody asked for hours; a worker came meanwhile."""
+    depth = QueueDepth(database)
+    assert depth.picture().queues == {}
+    worker(database)
+    depth._cost, depth._until = 1.0, time.monotonic() - 3600
+    assert len(depth.picture().queues["tiny"].workers) == 1
 
 
 def test_a_long_queue_is_one_sum_per_place(database: Database, settings: Settings) -> None:
