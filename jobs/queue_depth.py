@@ -5,8 +5,8 @@ have to be summed for each; instead one sum per model, tier and fair tag is kept
 as long as it took to make, whichever is more. So at most a twentieth of one connection goes into it, a short queue
 is seen live, and a picture of a long one is old by a small part of what the queue takes. A picture that took long
 is renewed beside the readers, who keep the old one meanwhile, unless nobody asked for as long again: then they wait,
-or the first who asks in the evening would be told of the morning. Tokens are estimated ones, as at submit, and no more
-of a job than its model's context (`jobs.counted_tokens`).
+or the first who asks in the evening would be told of the morning. Tokens are estimated ones, as at submit, and no
+more of a job than its model's context (`jobs.counted_tokens`).
 """
 
 from __future__ import annotations
