@@ -15,6 +15,7 @@ import logging
 import threading
 import time
 from bisect import bisect_right
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Final
@@ -98,6 +99,11 @@ class QueueDepth:
     def _life(self) -> float:
         """Seconds."""
         return max(FRESH_SECONDS, COST_FACTOR * self._cost)
+
+    @property
+    def contexts(self) -> Mapping[str, int]:
+        """As the last picture has them."""
+        return {} if (known := self._picture) is None else known.contexts
 
     def changed(self, model: str, tokens: int) -> None:
         """So many were queued here just now. If that is much, the next reader waits for a new picture."""

@@ -274,6 +274,18 @@ def test_a_picture_is_kept_and_a_great_change_seen_at_once(database: Database, s
     assert depth.picture() is not first
 
 
+def test_one_huge_max_tokens_is_no_great_change(database: Database, settings: Settings) -> None:
+    """Or one client's submits would have the whole queue summed up again and again, while readers wait."""
+    forecasts = Forecasts(database, settings)
+    intake = Intake(database, settings, forecasts)
+    worker(database, max_model_len=200)
+    intake.accept_many([BODY] * 100, OPERATOR)
+    first = forecasts._depth.picture()
+    forecasts._depth._until = time.monotonic() + 600  # however slow this machine is
+    intake.accept_one(BODY.model_copy(update={"max_tokens": 1_000_000}), OPERATOR)
+    assert forecasts._depth.picture() is first
+
+
 def test_a_change_while_the_picture_is_taken_is_not_lost(
     database: Database, monkeypatch: pytest.MonkeyPatch, settings: Settings
 ) -> None:
