@@ -67,7 +67,7 @@ def _retry_job(
     job = None if made is None else services.reads.job(made[0], tenant=owner.tenant)
     if made is None or job is None:
         raise not_found("job", job_id)
-    return services.accepted(job_object(job), f"/v1/jobs/{job.id}", made[1])
+    return services.accepted(job_object(job, services.forecasts.of_job(job)), f"/v1/jobs/{job.id}", made[1])
 
 
 def _retry_batch(
@@ -81,4 +81,6 @@ def _retry_batch(
     batch = None if made is None else services.batch_reads.batch(made[0], tenant=owner.tenant)
     if made is None or batch is None:
         raise not_found("batch", batch_id)
-    return services.accepted(batch_object(batch), f"/v1/batches/{batch.id}", made[1])
+    return services.accepted(
+        batch_object(batch, services.forecasts.of_batch(batch)), f"/v1/batches/{batch.id}", made[1]
+    )

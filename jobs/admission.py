@@ -8,7 +8,6 @@ doors.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -99,11 +98,3 @@ class Admission:
 def count_in(connection: Connection, inserted: Sequence[JobRow]) -> None:
     """Add jobs that were judged and went in to their tenants' sums."""
     tallies.add(connection, [load_of([row]).change(row["tenant"]) for row in inserted])
-
-
-def tokens_by_model(rows: Iterable[JobRow]) -> Counter[str]:
-    """Estimated tokens."""
-    tokens: Counter[str] = Counter()
-    for row in rows:
-        tokens[row["model"]] += row["estimated_tokens"]
-    return tokens

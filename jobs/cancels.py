@@ -1,6 +1,6 @@
-"""Cancels: the client's wish to end a job or a batch, written into SQL.
+"""Cancels: the wish to end a job, a batch, or all that waits for a model, written into SQL.
 
-Owns the two statements of intent. What runs is stopped by its worker, which hears of `cancelling` with its
+Owns the statements of intent. What runs is stopped by its worker, which hears of `cancelling` with its
 next lease renewal, aborts, books the tokens made, and writes `cancelled`; a dead worker's jobs are ended by
 the sweeper. Every update names the states it moves from and takes the row lock first, so that a cancel and
 a result that meet are put in an order: whichever commits first stands.
@@ -62,7 +62,7 @@ class Cancels:
         """Cancel every open job of a model, whoever's, some at a time; how many are `cancelled` or `cancelling` by
         it. For whoever runs the service and has no worker for them any more. `told` hears of each portion."""
         moved: Counter[JobState] = Counter()
-        for waiting in (JOB_QUEUED, _RUNNING):
+        for waiting in (JOB_QUEUED, _RUNNING, JOB_QUEUED):  # some may have been handed back meanwhile
             while some := self._database.transact(partial(_cancel_some, model=model, waiting=waiting)):
                 moved += some
                 told(some.total())
@@ -122,8 +122,10 @@ def _cancel_job(
 
 
 def _cancel_some(connection: Connection, *, model: str, waiting: ColumnElement[bool]) -> Counter[JobState]:
-    found = connection.scalars(select(Job.id).where(waiting, Job.model == model).limit(PORTION))
-    if not (ids := sorted(found)):
+    # In the order of the queue, which is that of an index: without it each portion would look at all rows, those that
+    # were cancelled before included, and on SQLite under the one write lock.
+    some = select(Job.id).where(waiting, Job.model == model).order_by(Job.tier, Job.fair_tag).limit(PORTION)
+    if not (ids := sorted(connection.scalars(some))):
         return Counter()
     rows = connection.execute(
         select(Job.id, Job.state, Job.batch_id).where(Job.id.in_(ids)).order_by(Job.id).with_for_update()

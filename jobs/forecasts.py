@@ -21,6 +21,7 @@ from jobs.batch_reads import BatchView
 from jobs.conditions import JOB_HAS_DEADLINE, JOB_QUEUED, JOB_UNFINISHED
 from jobs.counted_tokens import counted, counted_column
 from jobs.database import Database
+from jobs.job_rows import JobRow
 from jobs.models import Job
 from jobs.queue_depth import Picture, Queue, QueueDepth
 from jobs.reads import JobView
@@ -75,9 +76,9 @@ class Forecasts:
         self._slack = settings.promise_slack
         self._refuses = settings.promise_refuse
 
-    def accepted(self, added: Mapping[str, int]) -> None:
-        """Jobs have just been queued here: estimated tokens by model."""
-        for model, tokens in added.items():
+    def accepted(self, rows: Sequence[JobRow]) -> None:
+        """These jobs have just been queued here."""
+        for model, tokens in _added(rows, self._depth.contexts).items():
             self._depth.changed(model, tokens)
 
     def of_job(self, job: JobView) -> Outlook:
@@ -117,16 +118,12 @@ class Forecasts:
         if terms.deadline is not None and self._refuses:
             self._depth.picture()
 
-    def check(self, connection: Connection, rows: Sequence[Mapping[str, Any]], terms: Terms) -> None:
-        """Whether jobs that are queued now, in the transaction of `connection`, can be done in time. `rows`: theirs
-        (`jobs.job_rows`). Raises `WindowTooTight`, only on evidence."""
+    def check(self, connection: Connection, rows: Sequence[JobRow], terms: Terms) -> None:
+        """Whether these jobs, which are queued now, in the transaction of `connection`, can be done in time. Raises
+        `WindowTooTight`, only on evidence."""
         if terms.deadline is None or not self._refuses:
             return
-        contexts = self._depth.picture(connection).contexts
-        added: Counter[str] = Counter()
-        for row in rows:
-            added[row["model"]] += counted(row["estimated_tokens"], contexts.get(row["model"]))
-        for model, tokens in sorted(added.items()):
+        for model, tokens in sorted(_added(rows, self._depth.picture(connection).contexts).items()):
             self._check(connection, model, tokens, terms.deadline)
 
     def _check(self, connection: Connection, model: str, added_tokens: int, deadline: float) -> None:
@@ -146,6 +143,14 @@ class Forecasts:
         if seconds > window:
             retry_after = None if own > window else max(seconds - window, 1.0)
             raise WindowTooTight(model=model, seconds=seconds, window=window, retry_after=retry_after)
+
+
+def _added(rows: Iterable[JobRow], contexts: Mapping[str, int]) -> Counter[str]:
+    """Tokens by model, as they count in the queue."""
+    tokens: Counter[str] = Counter()
+    for row in rows:
+        tokens[row["model"]] += counted(row["estimated_tokens"], contexts.get(row["model"]))
+    return tokens
 
 
 def _due_sooner(connection: Connection, picture: Picture, model: str, deadline: float) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 from sqlalchemy import Connection, select
 
 from jobs import tallies
-from jobs.admission import Admission, Refusal, count_in, tokens_by_model
+from jobs.admission import Admission, Refusal, count_in
 from jobs.audience import Audience
 from jobs.bad_field import BadField
 from jobs.body import JobBody
@@ -171,7 +171,7 @@ class Intake:
             return job_id
 
         accepted = self._database.transact(work)
-        self._forecasts.accepted(tokens_by_model([row]))
+        self._forecasts.accepted([row])
         return accepted
 
     def accept_new(
@@ -264,7 +264,7 @@ class Intake:
 
     def committed(self, new: NewBatch) -> None:
         """Call it when the transaction of `insert_batch` has committed: forecasts heed the batch at once."""
-        self._forecasts.accepted(tokens_by_model(new.jobs))
+        self._forecasts.accepted(new.jobs)
 
     def accept_messages(self, messages: Sequence[TaskMessage]) -> dict[str, Refusal]:
         """Jobs that came through Redis, under their task ids. An id that exists is passed over, whatever its
@@ -313,6 +313,5 @@ class Intake:
             return {**known, **refused, **{row["id"]: stamp.view(row) for row in fitting}}
 
         found = self._database.transact(work)
-        accepted = [row for key, row in rows.items() if isinstance(found[key], JobView)]
-        self._forecasts.accepted(tokens_by_model(accepted))
+        self._forecasts.accepted([row for key, row in rows.items() if isinstance(found[key], JobView)])
         return [found[key] for key in rows]

@@ -317,7 +317,7 @@ class Worker(Base):
     tokens_per_second: Mapped[float] = mapped_column(default=0.0)
     engine_pid: Mapped[int | None]
     engine_starts: Mapped[int] = mapped_column(default=0)
-    max_model_len: Mapped[int | None]
+    max_model_len: Mapped[int | None]  # tokens; None: its engine was never loaded
     stats: Mapped[dict[str, Any]] = mapped_column(default=dict)
     pace: Mapped[dict[str, Any] | None]  # `jobs.pace.Pace`; None: nothing measured
 

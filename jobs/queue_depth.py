@@ -4,8 +4,9 @@ Owns one picture of all queues and when it is taken anew. To be exact for every 
 have to be summed for each; instead one sum per model, tier and fair tag is kept for a second, or for twenty times
 as long as it took to make, whichever is more. So at most a twentieth of one connection goes into it, a short queue
 is seen live, and a picture of a long one is old by a small part of what the queue takes. A picture that took long
-is renewed beside the readers, who keep the old one meanwhile. Tokens are estimated ones, as at submit, and no more
-of a job than its model's context (`jobs.counted_tokens`).
+is renewed beside the readers, who keep the old one meanwhile, unless nobody asked for as long again: then they wait,
+or the first who asks in the evening would be told of the morning. Tokens are estimated ones, as at submit, and no
+more of a job than its model's context (`jobs.counted_tokens`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import logging
 import threading
 import time
 from bisect import bisect_right
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Final
@@ -82,7 +84,7 @@ class QueueDepth:
         known = self._picture
         if known is not None and time.monotonic() < self._until:
             return known
-        if known is not None and self._cost >= SLOW_SECONDS:
+        if known is not None and self._cost >= SLOW_SECONDS and time.monotonic() < self._until + self._life:
             if self._lock.acquire(blocking=False):
                 threading.Thread(target=self._renew_beside, name="queue-depth", daemon=True).start()
             return known
@@ -92,6 +94,16 @@ class QueueDepth:
             if known is not None and time.monotonic() < self._until:  # another reader has just taken it
                 return known
             return self._renew(reader)
+
+    @property
+    def _life(self) -> float:
+        """Seconds."""
+        return max(FRESH_SECONDS, COST_FACTOR * self._cost)
+
+    @property
+    def contexts(self) -> Mapping[str, int]:
+        """As the last picture has them."""
+        return {} if (known := self._picture) is None else known.contexts
 
     def changed(self, model: str, tokens: int) -> None:
         """So many were queued here just now. If that is much, the next reader waits for a new picture."""
@@ -114,7 +126,7 @@ class QueueDepth:
         changes, begun = self._num_changes, time.monotonic()
         picture = look(connection)
         self._cost = time.monotonic() - begun
-        self._until = time.monotonic() + max(FRESH_SECONDS, COST_FACTOR * self._cost)
+        self._until = time.monotonic() + self._life
         if changes == self._num_changes:
             self._picture = picture
         return picture

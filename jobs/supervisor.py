@@ -28,7 +28,8 @@ KILL_SECONDS = 30.0  # for a process that was killed to end
 
 
 class EngineSupervisor(threading.Thread):
-    """Callbacks run on the engine reader's thread, except `on_hopeless`, which runs on this one.
+    """Callbacks run on the engine reader's thread, except `on_hopeless`, which runs on this one, and `on_death` of an
+    engine that cannot be killed, which runs on the thread of `kill_if_stalled`.
 
     `on_death(returncode, ids, stalled)` follows an unordered death, `stalled` when it was killed for making no steps;
     `on_hopeless(reason)` says that starting is given up.

@@ -40,10 +40,11 @@ class WorkerReport:
             "tokens_per_second": self._tokens_per_second(),
             "engine_pid": self._supervisor.pid,
             "engine_starts": self._supervisor.num_starts,
-            "max_model_len": hello.max_model_len if hello else None,
             "stats": dict(stats),
             "pace": self.pace.figures.stored(),
         }
+        if hello:  # once known it stays, while its engine is started again: others count by it
+            report["max_model_len"] = hello.max_model_len
         if (steps := stats.get("num_steps")) != self._seen_steps:
             self._seen_steps = steps
             report["last_step_at"] = now()

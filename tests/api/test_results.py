@@ -115,6 +115,7 @@ def test_retry_of_a_batch_and_of_a_job(client: TestClient, database: Database, w
     batch = answer.json()
     assert answer.headers["location"] == f"/v1/batches/{batch['id']}"
     assert (batch["retry_of"], batch["request_counts"]["total"]) == (batch_id, 2)
+    assert batch["unserved_models"] == [], "as of any other submit: it is open, and a worker is there"
     assert woken == ["tiny"]
     again = client.post(f"/v1/batches/{batch_id}/retry", headers={"Idempotency-Key": "k"}, json={})
     assert again.json()["id"] == batch["id"]
@@ -129,6 +130,7 @@ def test_retry_of_a_batch_and_of_a_job(client: TestClient, database: Database, w
     assert one.status_code == 202
     assert one.headers["location"] == f"/v1/jobs/{one.json()['id']}"
     assert (one.json()["retry_of"], one.json()["batch_id"]) == (failed[0], None)
+    assert one.json()["unserved_models"] == []
     nothing = client.post(f"/v1/jobs/{open_job}/retry")
     assert error_of(nothing, 409)["code"] == "nothing_to_retry"
     assert nothing.headers["x-should-retry"] == "false"

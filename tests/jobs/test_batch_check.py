@@ -142,7 +142,7 @@ def test_a_model_nobody_has_heard_of_may_still_come() -> None:
     assert check(raw(), known_models=frozenset()).errors == []
 
 
-def test_blank_lines_keep_the_claim_alive_too() -> None:
+def test_blank_lines_keep_the_lease_alive_too() -> None:
     ticks: list[int] = []
     check(b"\n" * 3 * BLOCK_BYTES + raw(), tick=lambda: ticks.append(1))
     assert len(ticks) == 4

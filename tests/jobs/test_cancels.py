@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import event, select, update
 from sqlalchemy.exc import DBAPIError
 
 from jobs.batches import close_batches
@@ -261,3 +262,38 @@ def test_all_that_waits_for_a_model_is_cancelled_whoevers_it_is(
     with database.read() as connection:
         check_tallies(connection)
     assert not cancels.cancel_model("tiny")
+
+
+def test_what_is_handed_back_meanwhile_is_cancelled_with_its_model(
+    database: Database, intake: Intake, cancels: Cancels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.cancels.PORTION", 1)
+    intake.accept_many([JobBody(prompt="x")] * 2, OPERATOR)
+    held = take(database, 2)
+
+    def hand_back(num_jobs: int) -> None:
+        finish(database, *held, kind="released")
+
+    assert cancels.cancel_model("tiny", hand_back) == {JobState.CANCELLED: 1, JobState.CANCELLING: 1}
+    assert set(rows.jobs_by_state(database)) == {"cancelled"}
+
+
+def test_who_cancels_a_model_looks_into_indexes(database: Database, intake: Intake, cancels: Cancels) -> None:
+    """Or each portion of a long queue would pass over all that were cancelled before."""
+    intake.accept_many([JobBody(prompt="x")] * 3000, OPERATOR)
+    asked: list[tuple[str, Any]] = []
+
+    def note(connection: Any, cursor: Any, statement: str, parameters: Any, *more: Any) -> None:
+        if "FROM jobs" in statement and "LIMIT" in statement:
+            asked.append((statement, parameters))
+
+    with database.write() as connection:
+        connection.exec_driver_sql("ANALYZE")
+    event.listen(database.engine, "before_cursor_execute", note)
+    assert cancels.cancel_model("tiny") == {JobState.CANCELLED: 3000}
+    event.remove(database.engine, "before_cursor_execute", note)
+    how = "EXPLAIN QUERY PLAN" if database.is_sqlite else "EXPLAIN"
+    with database.read() as connection:
+        for index, (statement, parameters) in (("ix_jobs_claim", asked[0]), ("ix_jobs_held", asked[-2])):
+            plan = str(connection.exec_driver_sql(f"{how} {statement}", parameters).all())
+            assert index in plan, plan

@@ -214,7 +214,7 @@ def test_a_chunk_whose_commit_got_lost_is_not_inserted_twice(
     assert len(list(bench.settings.files.iterdir())) == 4, "an input and an output of each"
 
 
-def test_a_claim_is_one_clerks_and_passes_on_when_it_runs_out(bench: Bench) -> None:
+def test_a_lease_is_one_clerks_and_passes_on_when_it_runs_out(bench: Bench) -> None:
     batch_id = bench.create(2)
     first = take(bench.database, 60)
     assert first is not None
@@ -236,7 +236,7 @@ def test_a_claim_is_one_clerks_and_passes_on_when_it_runs_out(bench: Bench) -> N
 
 
 @ON_SQLITE
-def test_a_long_check_keeps_its_claim_and_a_stop_ends_it(
+def test_a_long_check_keeps_its_lease_and_a_stop_ends_it(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(desk, "_LOOK_EVERY", 1)

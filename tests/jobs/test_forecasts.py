@@ -274,6 +274,18 @@ def test_a_picture_is_kept_and_a_great_change_seen_at_once(database: Database, s
     assert depth.picture() is not first
 
 
+def test_one_huge_max_tokens_is_no_great_change(database: Database, settings: Settings) -> None:
+    """Or one client's submits would have the whole queue summed up again and again, while readers wait."""
+    forecasts = Forecasts(database, settings)
+    intake = Intake(database, settings, forecasts)
+    worker(database, max_model_len=200)
+    intake.accept_many([BODY] * 100, OPERATOR)
+    first = forecasts._depth.picture()
+    forecasts._depth._until = time.monotonic() + 600  # however slow this machine is
+    intake.accept_one(BODY.model_copy(update={"max_tokens": 1_000_000}), OPERATOR)
+    assert forecasts._depth.picture() is first
+
+
 def test_a_change_while_the_picture_is_taken_is_not_lost(
     database: Database, monkeypatch: pytest.MonkeyPatch, settings: Settings
 ) -> None:
@@ -295,7 +307,7 @@ def test_a_slow_picture_is_renewed_beside_its_readers(
 ) -> None:
     depth = QueueDepth(database)
     old = depth.picture()
-    depth._cost, depth._until = 1.0, 0.0
+    depth._cost, depth._until = 1.0, time.monotonic()
     assert depth.picture() is old
     fresh = wait_until(lambda: depth._picture is not old and depth._picture, "it is renewed")
     assert depth.picture() is fresh
@@ -304,6 +316,15 @@ def test_a_slow_picture_is_renewed_beside_its_readers(
     depth._cost, depth._until = 0.0, 0.0  # of one that is made at once, however slow this machine is now
     depth.picture()
     assert depth._until > time.monotonic() + depth._cost * 500
+
+
+def test_a_slow_picture_of_long_ago_is_shown_to_nobody(database: Database) -> None:
+    """Nobody asked for hours; a worker came meanwhile."""
+    depth = QueueDepth(database)
+    assert depth.picture().queues == {}
+    worker(database)
+    depth._cost, depth._until = 1.0, time.monotonic() - 3600
+    assert len(depth.picture().queues["tiny"].workers) == 1
 
 
 def test_a_long_queue_is_one_sum_per_place(database: Database, settings: Settings) -> None:

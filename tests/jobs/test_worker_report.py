@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from engine.config import EngineConfig
+from engine.wire import Hello
 from jobs.engine_figures import EngineFigures
 from jobs.supervisor import EngineSupervisor
 from jobs.worker_report import WorkerReport
@@ -47,6 +48,31 @@ def test_a_report_follows_the_engine(supervisor: EngineSupervisor) -> None:
     assert "last_step_at" not in report.columns(), "the same step is no news"
     draining = True
     assert report.columns()["state"] == "draining"
+
+
+def test_a_context_stays_known_while_an_engine_is_started_again(supervisor: EngineSupervisor) -> None:
+    """Forecasts count by it, and a row that has none is taken for one of a worker that never loaded."""
+    report = WorkerReport(supervisor, is_draining=lambda: False)
+    assert "max_model_len" not in report.columns()
+    supervisor.hello = Hello(
+        model="tiny",
+        pid=1,
+        max_model_len=4096,
+        num_pages=10,
+        page_size=16,
+        max_num_seqs=2,
+        credits=4,
+        vocab_size=100,
+        device="cpu",
+        dtype="float32",
+        kernels="torch",
+        deterministic=False,
+    )
+    told = report.columns()
+    assert (told["state"], told["max_model_len"]) == ("ready", 4096)
+    supervisor.hello = None
+    told = report.columns()
+    assert (told["state"], "max_model_len" in told) == ("starting", False)
 
 
 def test_a_speed_is_taken_between_two_reports(

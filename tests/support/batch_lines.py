@@ -114,7 +114,7 @@ def run(database: Database, limit: int = 1000, *, failing: Sequence[str] = ()) -
 
 
 def insert_one_chunk(bench: Bench, batch_id: str) -> None:
-    """Validate and insert until one chunk is committed, then lose the claim as a killed process would."""
+    """Validate and insert until one chunk is committed, then lose the lease as a killed process would."""
     lease = take(bench.database, 60)
     assert lease is not None
     bench.batches.validate(lease)
