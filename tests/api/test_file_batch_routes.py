@@ -88,7 +88,8 @@ def test_pages_of_batches(client: TestClient) -> None:
     array = client.post("/v1/jobs", json={"jobs": [{"prompt": "a"}]}).json()
     page = client.get("/v1/batches?limit=2").json()
     assert ([one["id"] for one in page["data"]], page["has_more"]) == ([array["id"], ids[3]], True)
-    assert page["data"][0] == array
+    assert array["unserved_models"] == ["tiny"]
+    assert page["data"][0] == array | {"unserved_models": None}  # a list looks at no queue
     rest = client.get(f"/v1/batches?after={ids[3]}").json()
     assert ([one["id"] for one in rest["data"]], rest["has_more"]) == (ids[2::-1], False)
     client.post(f"/v1/batches/{ids[1]}/cancel")
