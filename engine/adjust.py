@@ -41,7 +41,7 @@ def adjust(logits: Tensor, rows: list[Row], penalise: Callable[[Tensor, Penaltie
         _keep_only(logits, allowed)
     biased = [(i, r.sampling.biases) for i, r in asked if r.sampling.biases]
     if biased:
-        where = _pairs(logits, [(i, [token_id for token_id, _ in pairs]) for i, pairs in biased])
+        where = pairs_on(logits.device, [(i, [token_id for token_id, _ in pairs]) for i, pairs in biased])
         biases = np.array([bias for _, pairs in biased for _, bias in pairs], dtype=np.float32)
         logits[where] += staged(biases, logits.device)
     if any(r.counts is not None for _, r in asked):
@@ -53,16 +53,16 @@ def adjust(logits: Tensor, rows: list[Row], penalise: Callable[[Tensor, Penaltie
     logits[index, 0] = torch.where(sound, logits[index, 0], float("nan"))
 
 
-def _pairs(logits: Tensor, ids: Iterable[tuple[int, _Ids]]) -> tuple[Tensor, Tensor]:
-    """(row, token ids) → two indices, one entry per (row, token id)."""
+def pairs_on(device: torch.device, ids: Iterable[tuple[int, _Ids]]) -> tuple[Tensor, Tensor]:
+    """(row, token ids), at least one → two indices on the device, one entry per (row, token id)."""
     arrays = [(i, np.array(of_row, dtype=np.int64)) for i, of_row in ids]
     at = np.repeat([i for i, _ in arrays], [len(array) for _, array in arrays])
     columns = np.concatenate([array for _, array in arrays])
-    return staged(at, logits.device), staged(columns, logits.device)
+    return staged(at, device), staged(columns, device)
 
 
 def _keep_only(logits: Tensor, allowed: Items[tuple[int, _Ids]]) -> None:
-    where = _pairs(logits, allowed)
+    where = pairs_on(logits.device, allowed)
     kept = logits[where]
     logits[staged_ints([i for i, _ in allowed], logits.device)] = float("-inf")
     logits[where] = kept
@@ -72,7 +72,7 @@ def _ban(logits: Tensor, banned: list[tuple[int, list[int]]]) -> None:
     """Bad words give way in a row that would have nothing left to choose."""
     if not banned:
         return
-    where = _pairs(logits, banned)
+    where = pairs_on(logits.device, banned)
     before = logits[where]
     logits[where] = float("-inf")
     index = staged_ints([i for i, _ in banned], logits.device)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.adjust import adjust
+from engine.adjust import adjust, pairs_on
 from engine.config import ModelConfig
 from engine.logprobs import token_logprobs
 from engine.plan import FAILED, Draws, Row
@@ -59,15 +59,14 @@ class Sampler:
         return accept(sampling_rows, draws) if speculative else draws
 
     def _mask_early_ends(self, logits: Tensor, rows: list[Row]) -> None:
-        early: list[tuple[int, int]] = []  # (row, token)
+        early: list[tuple[int, list[int]]] = []  # (row, tokens)
         for i, row in enumerate(rows):
             sampling = row.sequence.request.sampling
             if row.sequence.num_generated < sampling.min_tokens:
                 ends = sampling.end_token_ids(self._eos)
-                early += ((i, token_id) for token_id in ends if token_id < self._vocab_size)
+                early.append((i, [token_id for token_id in ends if token_id < self._vocab_size]))
         if early:
-            where = staged(np.array(early, dtype=np.int64).T.copy(), logits.device)
-            logits[where[0], where[1]] = float("-inf")
+            logits[pairs_on(logits.device, early)] = float("-inf")
 
     def _draw(self, logits: Tensor, rows: list[Row], ahead: list[int]) -> Tensor:
         """`[S]` token ids, each from its row's own distribution; logits `[S, vocab]`. `ahead`: how many tokens each

@@ -94,13 +94,11 @@ def _after_starts(connection: Connection, model: str | None = None) -> str:
     """What tells a worker that loads from one that dies of it again and again, or is started again each time; nothing
     of one that does not. Of workers that lived in the last hour."""
     starts = func.sum(case((Worker.engine_starts > 1, Worker.engine_starts), else_=1))
-    lately = select(starts).where(Worker.lease_until > now() - LOOP_SECONDS)
+    live = func.count().filter(Worker.state.in_(LIVE_WORKER), Worker.lease_until > now())
+    lately = select(func.coalesce(starts, 0), live).where(Worker.lease_until > now() - LOOP_SECONDS)
     if model is not None:
         lately = lately.where(Worker.model == model)
-    workers = lately.with_only_columns(func.count()).where(
-        Worker.state.in_(LIVE_WORKER), Worker.lease_until > now()
-    )
-    num_starts, num_live = connection.scalar(lately) or 0, connection.scalar(workers) or 0
+    num_starts, num_live = connection.execute(lately).one()
     if num_starts < MANY_STARTS * max(num_live, 1):
         return ""
     return f", after {num_starts} starts of its engine: the worker's log says why"
