@@ -21,10 +21,11 @@ from engine.checkpoint import Checkpoint, UnsupportedCheckpoint
 from engine.dequantise import scaled_blocks
 from engine.model import Decoder
 from engine.weight_source import _SafetensorsSource, open_source
-from engine.weights import _places, load_weights, weight_targets
+from engine.weights import _places, weight_targets
 from kernels.reference import KERNELS
 from tests.engine.test_published_configs import GPT_OSS_20B
 from tests.support.families import write_tiny
+from tests.support.loaded import parameters
 from tests.support.quantised import WEIGHTS
 from tests.support.tiny import write_tiny_llama
 
@@ -65,15 +66,6 @@ def write(folder: Path, **config: Any) -> tuple[Path, Path]:
     told = json.loads((plain / "config.json").read_text()) | {"quantization_config": MXFP4 | config}
     (quantised / "config.json").write_text(json.dumps(told))
     return quantised, plain
-
-
-def parameters(folder: Path, dtype: torch.dtype) -> Tensors:
-    checkpoint = Checkpoint.open(str(folder))
-    decoder = Decoder(checkpoint.config, KERNELS, dtype=dtype, device="cpu")
-    for parameter in decoder.parameters.values():
-        parameter.fill_(float("nan"))
-    load_weights(decoder, checkpoint)
-    return decoder.parameters
 
 
 def e2m1(bits: int) -> float:

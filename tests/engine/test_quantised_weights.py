@@ -10,14 +10,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from engine import LLM, SamplingParams
-from engine.checkpoint import Checkpoint
-from engine.model import Decoder
-from engine.weights import load_weights
-from kernels.reference import KERNELS
 from tests.support.families import write_tiny
+from tests.support.loaded import parameters
 from tests.support.quantised import WEIGHTS, Quantiser, awq, float8, gptq, write
 from tests.support.tiny import write_tiny_llama
 
@@ -98,15 +94,6 @@ CASES: dict[str, tuple[Quantiser, dict[str, Any]]] = {
     "tensor": (float8(None, None, "weight_scale", dims=1), compressed("tensor")),
     "blocks": (float8(32, 32, "weight_scale"), compressed("block", block_structure=[32, 32])),
 }
-
-
-def parameters(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    checkpoint = Checkpoint.open(str(folder))
-    decoder = Decoder(checkpoint.config, KERNELS, dtype=dtype, device="cpu")
-    for parameter in decoder.parameters.values():
-        parameter.fill_(float("nan"))
-    load_weights(decoder, checkpoint)
-    return decoder.parameters
 
 
 def same(one: Path, other: Path, dtype: torch.dtype = torch.float32) -> None:

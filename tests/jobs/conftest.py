@@ -1,4 +1,4 @@
-"""What tests of the job layer share: a migrated database of each kind, and a way to hand jobs in."""
+"""What tests of the job layer share: a migrated database of each kind, our Celery app, and a way to hand jobs in."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from celery import Celery
 
 from jobs.body import parse_job
+from jobs.broker import make_app
 from jobs.database import Database
 from jobs.intake import Intake
 from jobs.settings import Settings
 from jobs.tenants import OPERATOR
+from tests.support.bare_celery import leave_backend
 
 Submit = Callable[[int], list[str]]
 
@@ -26,6 +29,15 @@ def database(database_url: str) -> Iterator[Database]:
     database = Database(database_url)
     yield database
     database.close()
+
+
+@pytest.fixture
+def app(redis_url: str, tmp_path: Path) -> Iterator[Celery]:
+    """Ours, on a broker of the test's own."""
+    app = make_app(Settings(data_dir=tmp_path, model="tiny", redis_url=redis_url))
+    yield app
+    leave_backend(app)
+    app.close()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,16 +16,7 @@ from jobs.database import Database
 from jobs.settings import Settings
 from jobs.tenants import Tenants
 from tests.support import rows
-from tests.support.bare_celery import leave_backend
 from tests.support.waiting import wait_until
-
-
-@pytest.fixture
-def app(redis_url: str, tmp_path: Path) -> Iterator[Celery]:
-    app = make_app(Settings(data_dir=tmp_path, model="tiny", redis_url=redis_url))
-    yield app
-    leave_backend(app)
-    app.close()
 
 
 def plain_arrivals(database: Database, app: Celery, results: CeleryResults | None = None) -> Arrivals:

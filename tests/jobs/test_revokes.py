@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import pytest
 from celery import Celery
 from celery.result import AsyncResult
 
 from jobs.body import JobBody
-from jobs.broker import make_app
 from jobs.celery_results import CeleryResults
 from jobs.claims import claim
 from jobs.database import Database
@@ -20,18 +18,9 @@ from jobs.revokes import Revokes
 from jobs.settings import Settings
 from jobs.tenants import DEFAULT
 from tests.support import rows
-from tests.support.bare_celery import leave_backend
 from tests.support.waiting import wait_until
 
 BODY = JobBody(prompt="a", model="tiny")
-
-
-@pytest.fixture
-def app(redis_url: str, tmp_path: Path) -> Iterator[Celery]:
-    app = make_app(Settings(data_dir=tmp_path, model="tiny", redis_url=redis_url))
-    yield app
-    leave_backend(app)
-    app.close()
 
 
 @pytest.fixture

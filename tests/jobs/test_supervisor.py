@@ -89,16 +89,20 @@ def request(name: str, max_tokens: int) -> Request:
     return Request(id=RequestId(name, 1), prompt_token_ids=(5, 6), sampling=sampling)
 
 
+def unkillable(supervisor: Watched, monkeypatch: pytest.MonkeyPatch) -> tuple[EngineProcess, psutil.Process]:
+    """The engine, once it is loaded, and the process that only the test can end."""
+    wait_until(lambda: supervisor.room, "it is loaded", 60)
+    process = supervisor._process
+    assert process is not None
+    monkeypatch.setattr(process, "__class__", Stuck)
+    return process, psutil.Process(process.pid)
+
+
 def test_an_engine_that_hangs_and_cannot_be_killed_counts_as_dead(
     supervisor: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its jobs are handed on, another engine is started, and neither that nor the end of the worker waits for it."""
-    wait_until(lambda: supervisor.room, "it is loaded", 60)
-    first = supervisor._process
-    assert first is not None
-    assert first.pid is not None
-    monkeypatch.setattr(first, "__class__", Stuck)
-    hung = psutil.Process(first.pid)
+    first, hung = unkillable(supervisor, monkeypatch)
     supervisor.add([request("a", 90_000)])
     hung.suspend()
     try:
@@ -123,11 +127,7 @@ def test_an_engine_that_hangs_and_cannot_be_killed_counts_as_dead(
 def test_a_stop_does_not_wait_for_an_engine_that_cannot_be_killed(
     supervisor: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wait_until(lambda: supervisor.room, "it is loaded", 60)
-    process = supervisor._process
-    assert process is not None
-    hung = psutil.Process(process.pid)
-    monkeypatch.setattr(process, "__class__", Stuck)
+    process, hung = unkillable(supervisor, monkeypatch)
     monkeypatch.setattr("jobs.engine_process._REAP_SECONDS", 0.2)
     hung.suspend()
     try:
