@@ -9,19 +9,20 @@ import pytest
 
 from tests.support.tree import PACKAGES, ROOT, name_of, source_files, tree_of
 
-README = (ROOT / "README.md").read_text("utf-8")
-READMES = {folder: (ROOT / folder / "README.md").read_text("utf-8") for folder in PACKAGES} | {"": README}
+READMES = {
+    folder: (ROOT / folder / "README.md").read_text("utf-8") for folder in ("", "tests/bench", *PACKAGES)
+}
 
 
-def section(title: str, readme: str = README) -> str:
-    match = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", readme, re.MULTILINE | re.DOTALL)
-    assert match, f"README has no section {title}"
+def section(folder: str, title: str) -> str:
+    match = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", READMES[folder], re.MULTILINE | re.DOTALL)
+    assert match, f"{folder}/README.md has no section {title}"
     return match[1]
 
 
 def files_on_the_map(package: str) -> list[str]:
     """Paths of the files in the package's tree, put together from its indentation, two spaces a level."""
-    match = re.search(r"```\n(.*?)```", section("The map", READMES[package]), re.DOTALL)
+    match = re.search(r"```\n(.*?)```", section(package, "The map"), re.DOTALL)
     assert match
     found: list[str] = []
     folders: list[str] = []
@@ -54,7 +55,7 @@ def test_the_maps_name_every_source_file(package: str) -> None:
 def test_the_settings_table_is_complete() -> None:
     from jobs.settings import EngineSettings, Settings
 
-    rows = dict(re.findall(r"^\| `(NIGHTPRESS_\w+)` \| (.*?) \|", section("Settings"), re.MULTILINE))
+    rows = dict(re.findall(r"^\| `(NIGHTPRESS_\w+)` \| (.*?) \|", section("jobs", "Settings"), re.MULTILINE))
     fields = {f"NIGHTPRESS_{name.upper()}": field for name, field in Settings.model_fields.items()}
     del fields["NIGHTPRESS_ENGINE"]
     fields |= {
@@ -78,7 +79,7 @@ def test_the_table_of_routes_is_complete() -> None:
         for path, methods in app.openapi()["paths"].items()
         for method in methods
     }
-    told = set(re.findall(r"`((?:GET|POST|PATCH|DELETE) /[^`]*)`", section("Doors")))
+    told = set(re.findall(r"`((?:GET|POST|PATCH|DELETE) /[^`]*)`", section("api", "Routes")))
     assert told == exist
 
 
@@ -89,7 +90,7 @@ def test_files_that_are_named_exist() -> None:
     assert not {name for name in named if not (ROOT / name).exists()}
 
 
-@pytest.mark.parametrize("folder", [name for name in READMES if name != "migrations"])
+@pytest.mark.parametrize("folder", [name for name in READMES if name not in ("migrations", "tests/bench")])
 def test_links_lead_somewhere(folder: str) -> None:
     """Every link of our own names a README that exists and, behind #, one of its headings."""
     links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", READMES[folder])
@@ -110,10 +111,10 @@ def anchors(readme: str) -> set[str]:
 def test_commands_exist() -> None:
     from api.cli import main
 
-    match = re.search(r"Commands: `nightpress ([^`]*)`", README)
+    match = re.search(r"```\nnightpress (.*)\n```", section("api", "The command line"))
     assert match
     assert set(match[1].split(" | ")) == set(main.commands)
-    assert set(re.findall(r"`make ([\w-]+)`", README)) <= {
+    assert set(re.findall(r"`make ([\w-]+)`", READMES[""])) <= {
         line.split(":")[0]
         for line in (ROOT / "Makefile").read_text().splitlines()
         if re.match(r"[\w-]+:", line)
