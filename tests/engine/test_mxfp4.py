@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from engine import LLM, SamplingParams, float4_source
+from engine import LLM, SamplingParams, stored_tensors
 from engine.checkpoint import Checkpoint, UnsupportedCheckpoint
 from engine.dequantise import scaled_blocks
 from engine.model import Decoder
@@ -93,11 +93,11 @@ def test_each_block_has_a_scale_of_its_own_and_255_is_none() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("together", [float4_source._WEIGHTS_AT_ONCE, 64 * 7])
+@pytest.mark.parametrize("together", [stored_tensors.WEIGHTS_AT_ONCE, 64 * 7])
 def test_parameters_are_those_of_transformers(
     tmp_path: Path, dtype: torch.dtype, together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(float4_source, "_WEIGHTS_AT_ONCE", together)
+    monkeypatch.setattr(stored_tensors, "WEIGHTS_AT_ONCE", together)
     left, right = (parameters(folder, dtype) for folder in write(tmp_path))
     assert left.keys() == right.keys()
     for name in left:
