@@ -16,9 +16,9 @@ import torch
 from engine.config import ModelConfig
 from engine.float8_module import Float8Module
 from engine.packed_module import PackedModule
+from engine.placement import canonical_name, weight_targets
 from engine.quantised_source import QuantisedModule, QuantisedSource
 from engine.weight_source import WeightSource
-from engine.weights import canonical_name, weight_targets
 from kernels.weights import BLOCK, Float8Weight, Int4Weight, QuantisedWeight
 
 

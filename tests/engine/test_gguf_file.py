@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from engine.checkpoint import Checkpoint, UnsupportedCheckpoint
 from engine.gguf_file import GGUFFile
 from engine.model import Decoder
-from engine.weights import load_weights, weight_targets
+from engine.placement import weight_targets
+from engine.weights import load_weights
 from kernels.reference import KERNELS
 from tests.support.smollm2 import bundled
 from tests.support.tiny_gguf import finished, write_gguf

@@ -20,8 +20,8 @@ from engine import LLM, SamplingParams, stored_tensors
 from engine.checkpoint import Checkpoint, UnsupportedCheckpoint
 from engine.dequantise import scaled_blocks
 from engine.model import Decoder
+from engine.placement import placed, weight_targets
 from engine.weight_source import _SafetensorsSource, open_source
-from engine.weights import _places, weight_targets
 from kernels.reference import KERNELS
 from tests.engine.test_published_configs import GPT_OSS_20B
 from tests.support.families import write_tiny
@@ -243,7 +243,7 @@ def test_the_tensors_of_the_20b_model_have_places(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(str(tmp_path))
     decoder = Decoder(checkpoint.config, KERNELS, dtype=torch.bfloat16, device="meta")
     targets = weight_targets(checkpoint.config)
-    found = _places(open_source(checkpoint, targets), targets, decoder, checkpoint)
+    found = placed(open_source(checkpoint, targets), targets, decoder, checkpoint)
     merged = {name.removesuffix("_blocks") for name in shapes if not name.endswith("_scales")}
     assert found.keys() == merged
 
