@@ -2,7 +2,7 @@
 
 Owns the reading of configuration fields and the refusal of what the decoder cannot compute. Knows no files
 and no tensors. A new family is one entry in `FAMILIES`; no other code branches on its name. What a family says in
-words of its own is read in `family_fields`.
+words of its own is read in `family_fields`, how it names its tensors stands in `family_storage`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
-from engine import family_fields
+from engine import family_fields, family_storage
 from engine.config import ModelConfig, Storage, UnsupportedCheckpoint
 from engine.config_sizes import checked
 from engine.field_kinds import check_kinds
@@ -186,7 +186,7 @@ FAMILIES: Mapping[str, Family] = {
             "scale_attn_by_inverse_layer_idx": False,
             "add_cross_attention": False,
         },
-        flags={**_LAYER_NORMS, "positions": "learned", "storage": family_fields.GPT2_STORAGE},
+        flags={**_LAYER_NORMS, "positions": "learned", "storage": family_storage.GPT2_STORAGE},
     ),
     "GPTNeoXForCausalLM": Family(
         words=family_fields.NEOX_WORDS,
@@ -197,7 +197,7 @@ FAMILIES: Mapping[str, Family] = {
             "attention_bias": True,
         },
         always={"mlp_bias": True, "num_key_value_heads": None},
-        flags={**_LAYER_NORMS, "storage": family_fields.NEOX_STORAGE},
+        flags={**_LAYER_NORMS, "storage": family_storage.NEOX_STORAGE},
         read_flags=family_fields.neox_flags,
     ),
     "FalconForCausalLM": Family(
@@ -205,7 +205,7 @@ FAMILIES: Mapping[str, Family] = {
         defaults={"hidden_act": "gelu", "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
         fields=family_fields.falcon_fields,
         only={"apply_residual_connection_post_layernorm": False},
-        flags={**_LAYER_NORMS, "storage": family_fields.FALCON_STORAGE},
+        flags={**_LAYER_NORMS, "storage": family_storage.FALCON_STORAGE},
         read_flags=family_fields.falcon_flags,
     ),
     "MixtralForCausalLM": Family(
@@ -218,7 +218,7 @@ FAMILIES: Mapping[str, Family] = {
             "num_experts_per_tok": 2,
         },
         always={**_NO_BIAS, "use_sliding_window": True},
-        flags={"storage": family_fields.MIXTRAL_STORAGE},
+        flags={"storage": family_storage.MIXTRAL_STORAGE},
         read_flags=family_fields.mixtral_experts,
         windowed=every_layer,
     ),
@@ -251,7 +251,11 @@ FAMILIES: Mapping[str, Family] = {
             "sliding_window_pattern": 2,
         },
         only={"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
-        flags={"activation": "swiglu_oai", "attention_sinks": True, "storage": family_fields.GPT_OSS_STORAGE},
+        flags={
+            "activation": "swiglu_oai",
+            "attention_sinks": True,
+            "storage": family_storage.GPT_OSS_STORAGE,
+        },
         read_flags=family_fields.gpt_oss_experts,
         windowed=by_layer_types(all_but_every(2)),
     ),

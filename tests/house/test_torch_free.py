@@ -16,6 +16,8 @@ ENGINE_FRONT = (
     "config",
     "config_sizes",
     "families",
+    "family_fields",
+    "family_storage",
     "field_kinds",
     "special_tokens",
     "stand_ins",
