@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from engine.detokenizer import Detokenizer
 from engine.special_tokens import SpecialTokens
-from engine.tokenizer import Detokenizer, Tokenizer
+from engine.tokenizer import Tokenizer
 from tests.support.tiny_tokenizers import CONTROLS, KINDS, TEMPLATE
 
 SPECIAL = SpecialTokens.read({"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}, {})

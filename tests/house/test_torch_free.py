@@ -42,7 +42,17 @@ ENGINE_FRONT += (
     "grammars",
     "compiling",
 )
-ENGINE_FRONT += ("logit_rules", "repetition", "vocabulary", "scheduler", "stop", "tokenizer", "wire", "codec")
+ENGINE_FRONT += (
+    "logit_rules",
+    "repetition",
+    "vocabulary",
+    "scheduler",
+    "stop",
+    "tokenizer",
+    "detokenizer",
+    "wire",
+    "codec",
+)
 ENGINE_FRONT += ("multi_step", "speculation", "ngram_proposer", "flight", "step_times", "endings", "openmp")
 
 IMPORT_ALL = """
