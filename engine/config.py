@@ -184,6 +184,10 @@ class ModelConfig:
         """Channels of each head that are rotated."""
         return int(self.head_dim * self.partial_rotary_factor)
 
+    def window(self, layer: int) -> int | None:
+        """How many tokens a query of the layer sees at most, itself included; None: all of them."""
+        return self.windows[layer] if self.windows else None
+
     def kv_bytes_per_token(self, dtype_bytes: int) -> int:
         """Bytes of K and V that one token occupies over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype_bytes
