@@ -1,8 +1,8 @@
 """Fallback: a decoder whose code is transformers' own, with our paged KV cache behind its attention.
 
 Owns a step of packed sequences as one forward pass of its module. Same interface as `model.Decoder`; which
-architectures can be had is found by `anatomy`, not listed, and `foreign_module` loads them. Slower than a family of our
-own: norms, rotations and activations are plain torch.
+architectures can be had is found by `anatomy`, not listed, and `foreign_module` loads them. Slower than a family of
+our own: norms, rotations and activations are plain torch.
 """
 
 from __future__ import annotations
