@@ -280,24 +280,6 @@ class Kernels:
     keys_by_token: bool = False
 
 
-Attend = Callable[[Tensor, PagedKV, Tensor, Tensor, Tensor, Attention], Tensor]
-
-
-def attend_with_single_queries(
-    attend: Attend, q: Tensor, cache: PagedKV, page_table: Tensor, context_lens: Tensor, how: Attention
-) -> Tensor:
-    """`paged_attention` without `query_start`, by an `attend` that must have it: padding sees a token of page 0, and
-    what it has seen is forgotten."""
-    starts = torch.arange(q.shape[0] + 1, dtype=torch.int32, device=q.device)
-    padding = context_lens == 0
-    if not padding.any():
-        return attend(q, cache, page_table, starts, context_lens, how)
-    page_table = page_table.masked_fill(padding[:, None], 0)
-    return attend(q, cache, page_table, starts, context_lens.clamp(min=1), how).masked_fill_(
-        padding[:, None, None], 0.0
-    )
-
-
 def kernels_for(device: str, name: KernelSet = "auto", *, dtype: torch.dtype = torch.bfloat16) -> Kernels:
     """The set for a device. `auto` takes `cpu` on a CPU and `triton` on a GPU, and `reference` where that cannot run.
 

@@ -1,14 +1,19 @@
 """What attention is told: the pages it reads, how a layer attends, and which rows begin alike.
 
-Owns these four types of the contract and what they mean; `kernels` has the operations that take them, and hands the
-types on, so that nobody else need know this file. Knows no set, no model and no request.
+Owns these four types of the contract and what they mean, and the range of 8-bit caches; `kernels` has the operations
+that take them, and hands the types on. Knows no set, no model and no request.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+# dtypes of 8 bits that a cache may have → the largest magnitude that each can store
+LIMITS: Mapping[torch.dtype, float] = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

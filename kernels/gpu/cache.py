@@ -6,15 +6,14 @@ of its own, and 256 of them took 4.3 % of a decoding step of nano-vllm's benchma
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels import PagedKV
+from kernels.attending import LIMITS
 
 BLOCK = 2048  # channels of a program
-LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # largest magnitude that 8 bits can store
 
 
 @triton.jit

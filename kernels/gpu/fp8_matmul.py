@@ -18,12 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.attending import LIMITS
+from kernels.gpu.architectures import capability
 from kernels.gpu.quantised_tiles import PROGRAMS, Tile, segments_for
 from kernels.gpu.segments import add_segments, power_of_two
-from kernels.gpu.tiles import capability
 from kernels.weights import BLOCK, Float8Weight
 
-LIMIT = 448.0  # largest number in E4M3
+LIMIT = LIMITS[torch.float8_e4m3fn]  # the largest number in E4M3
 FEW_TOKENS, SOME_TOKENS = 32, 256
 FEW, SOME, MANY = Tile(16, 64, 4, 4), Tile(64, 128, 4, 4), Tile(128, 128, 8, 4)
 MOST_SEGMENTS = 4  # of more than few tokens

@@ -7,11 +7,12 @@ import triton
 from torch import Tensor
 
 from kernels import Attention, PagedKV, SharedPrefixes
+from kernels.gpu.architectures import capability
 from kernels.gpu.attention import many, reduce, single
 from kernels.gpu.cache import pages_of
 from kernels.gpu.prefix import prefix
 from kernels.gpu.splits import splits_for
-from kernels.gpu.tiles import WIDEST, capability, decode_rows, tiles_for
+from kernels.gpu.tiles import WIDEST, decode_rows, tiles_for
 from kernels.gpu.walk import LOG2_E
 
 # Channels of a tile of 8 bits: with 32 of them and queries of 16 bits, Triton 3.6 made wrong products on an H200.

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gpu.architectures import capability
 from kernels.gpu.matmul_tiles import Tile, segments_for, tile_for, tiles_for
 from kernels.gpu.segments import add_segments
-from kernels.gpu.tiles import capability
 from kernels.weights import PackedWeight
 
 TOGETHER = 8  # tiles of rows whose programs follow each other, so that they find the weight in the L2 cache

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.gpu.architectures import architecture
 from kernels.gpu.segments import power_of_two
 
 MOST_SEGMENTS = 8
@@ -67,8 +68,7 @@ _FP32 = Tiles(few=_OF_FP32, many=_OF_FP32, wide=_OF_FP32)
 
 def tiles_for(capability: tuple[int, int], dtype: torch.dtype) -> Tiles:
     """`capability` of the device, as torch says it."""
-    arch = "sm_100" if capability[0] >= 10 else "sm_90" if capability[0] == 9 else "sm_80"
-    return _FP32 if dtype == torch.float32 else _SIXTEEN_BITS[arch]
+    return _FP32 if dtype == torch.float32 else _SIXTEEN_BITS[architecture(capability)]
 
 
 def tile_for(tiles: Tiles, tokens: int, inputs: int, outputs: int) -> Tile:

@@ -11,10 +11,10 @@ Nothing is tried out at run time. T and R decide nothing here, so that a token's
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 
-import torch
+from kernels.gpu.architectures import Architecture, architecture
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Tiles:
 
 
 # by head dimension, rounded up to a power of two: rows, tokens, warps, stages; decode warps, decode stages
-_SIXTEEN_BITS = {
+_SIXTEEN_BITS: Mapping[Architecture, Mapping[int, Tiles]] = {
     "sm_80": {
         64: Tiles(64, 64, 8, 3, 4, 5),
         128: Tiles(64, 32, 8, 2, 4, 5),
@@ -49,7 +49,7 @@ _SIXTEEN_BITS = {
     },
 }
 # where the cache has 8 bits, which pass through registers
-_CACHE_OF_8_BITS = {("sm_90", 128): Tiles(128, 64, 8, 2, 4, 2)}
+_CACHE_OF_8_BITS: Mapping[tuple[Architecture, int], Tiles] = {("sm_90", 128): Tiles(128, 64, 8, 2, 4, 2)}
 _FP32 = {64: Tiles(16, 16, 4, 1, 4, 1), 128: Tiles(16, 16, 4, 1, 4, 1), 256: Tiles(16, 16, 8, 1, 8, 1)}
 WIDEST = 256
 MOST_DECODE_ROWS = 64
@@ -58,17 +58,10 @@ MOST_DECODE_ROWS = 64
 def tiles_for(capability: tuple[int, int], width: int, *, fp32: bool, scaled: bool) -> Tiles:
     """`capability` of the device, as torch says it; `width`: the head dimension, rounded up to a power of two;
     `scaled`: the cache has 8 bits."""
-    arch = "sm_100" if capability[0] >= 10 else "sm_90" if capability[0] == 9 else "sm_80"
-    width = max(64, width)
+    arch, width = architecture(capability), max(64, width)
     if scaled and not fp32 and (arch, width) in _CACHE_OF_8_BITS:
         return _CACHE_OF_8_BITS[arch, width]
     return (_FP32 if fp32 else _SIXTEEN_BITS[arch])[width]
-
-
-@cache
-def capability(device: torch.device) -> tuple[int, int]:
-    """Of a GPU. In the interpreter, on a CPU, tiles are those of sm_90."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
 def decode_rows(group: int) -> int:
