@@ -157,7 +157,7 @@ class ModelConfig:
     # of attention and MLP; both: before and after each; shared: one before the two
     norm_position: Literal["before", "after", "both", "shared"] = "before"
     parallel: bool = (
-        False  # attention and MLP see the same tokens; else the MLP sees what attention has added
+        False  # attention and MLP see the same residual; else the MLP sees what attention has added
     )
     # swiglu_oai: of gated MLPs alone
     activation: Literal["silu", "gelu", "gelu_tanh", "relu", "swiglu_oai"] = "silu"

@@ -37,8 +37,8 @@ class Family:
     """What an architecture is beyond a plain Llama.
 
     `words`: its names for fields of Llama. `defaults`: fields that its config.json may leave out, as transformers
-    fills them in. `fields`: those of Llama that follow from others. `always`: fields that its config.json has no say
-    in. `only`: fields that change what is computed, each with the one value that can be had. `flags`: those of
+    fills them in. `fields`: those of Llama that follow from others. `always`: fields in which its config.json has no
+    say. `only`: fields that change what is computed, each with the one value that is supported. `flags`: those of
     `ModelConfig` that follow from the name. `read_flags`: those that it reads from fields of its own. `windowed`:
     which layers attend within `sliding_window`; None: no layer, whatever the fields say.
     """
@@ -65,8 +65,9 @@ _ACTIVATIONS: Mapping[str, Activation] = {
     "relu": "relu",
 }
 _LAYER_NORMS = {"norm_kind": "layer", "norm_bias": True, "gated_mlp": False}
-# In Llama's words, where a family has its own: published files have both. Sizes are known to transformers by both.
-_UNHEARD = frozenset(
+# Fields by Llama's name that are ignored where the family has a name of its own for them: published files have both.
+# Sizes are known to transformers by both names.
+_IGNORED = frozenset(
     {"hidden_act", "rms_norm_eps", "intermediate_size", "rope_theta", "partial_rotary_factor"}
 )
 _NO_BIAS = {"attention_bias": False, "attention_out_bias": False, "mlp_bias": False}
@@ -156,13 +157,13 @@ FAMILIES: Mapping[str, Family] = {
             "rope_theta": 1000000.0,
             "rope_local_base_freq": 10000.0,
         },
-        # transformers hears the last one only where the layers do not differ
+        # transformers reads the last one only where the layers do not differ
         always={
             "mlp_bias": False,
             "use_sliding_window": True,
             "original_max_position_embeddings": None,
         },
-        only={"attn_logit_softcapping": None},  # transformers reads it and does not heed it
+        only={"attn_logit_softcapping": None},  # transformers reads it and ignores it
         flags={**_GEMMA_FLAGS, "qk_norm": "head"},
         read_flags=family_fields.gemma3_flags,
         windowed=by_layer_types(all_but_every(6)),
@@ -243,7 +244,7 @@ FAMILIES: Mapping[str, Family] = {
         words={"num_experts": "num_local_experts"},
         defaults=family_fields.GPT_OSS_DEFAULTS,
         fields=family_fields.gpt_oss_fields,
-        # transformers hears the first of them nowhere
+        # transformers ignores the first of them
         always={
             "hidden_act": "silu",
             "mlp_bias": True,
@@ -261,7 +262,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
 }
 
-# Architectures that one may hope for, and why they are not there
+# Architectures that one might expect here, and why they are not supported
 REFUSED: Mapping[str, str] = {
     "Gemma3ForConditionalGeneration": "its checkpoint holds a vision tower beside the text model, and images are "
     "not supported; the text model alone is Gemma3ForCausalLM",
@@ -354,10 +355,10 @@ def _in_llamas_words(family: Family, given: Mapping[str, Any]) -> dict[str, Any]
     for name, allowed in family.only.items():
         if given.get(name, allowed) != allowed:
             raise UnsupportedCheckpoint(f"{name} {given[name]!r} is not supported; allowed: {allowed!r}")
-    unheard = _UNHEARD.intersection(family.words.values())
-    heard = {name: value for name, value in given.items() if name not in unheard}
-    said = {llamas: given[own] for own, llamas in family.words.items() if own in given}
-    config = {**family.defaults, **heard, **said}
+    ignored = _IGNORED.intersection(family.words.values())
+    read = {name: value for name, value in given.items() if name not in ignored}
+    translated = {llamas: given[own] for own, llamas in family.words.items() if own in given}
+    config = {**family.defaults, **read, **translated}
     return {**config, **family.fields(config), **family.always}
 
 

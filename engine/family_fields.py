@@ -62,12 +62,12 @@ GPT_OSS_DEFAULTS = {
 
 
 def four_times_wide(config: Fields) -> Fields:
-    """An MLP of no stated width."""
+    """The width of an MLP where config.json does not say it."""
     return {"intermediate_size": config.get("intermediate_size") or 4 * int(config["hidden_size"])}
 
 
 def falcon_fields(config: Fields) -> Fields:
-    """kv heads and biases; `num_kv_heads` is only heard where `new_decoder_architecture` is set."""
+    """kv heads and biases; `num_kv_heads` counts only where `new_decoder_architecture` is set."""
     heads = config["num_attention_heads"]
     if config.get("new_decoder_architecture"):
         kv_heads = config.get("num_kv_heads") or heads
@@ -100,7 +100,7 @@ def neox_flags(config: Fields) -> Fields:
 
 def no_rope_layers(config: Fields) -> Fields:
     num_layers, interval = int(config["num_hidden_layers"]), config.get("no_rope_layer_interval", 4)
-    uses_rope = config.get("no_rope_layers")  # 1: this layer rotates; despite its name
+    uses_rope = config.get("no_rope_layers")  # despite the name, 1 means that the layer rotates
     if uses_rope is None:
         uses_rope = [(i + 1) % int(interval) for i in range(num_layers)]
     if len(uses_rope) < num_layers:
@@ -145,8 +145,8 @@ def _softcap(config: Fields, name: str) -> float | None:
 
 
 def gpt_oss_fields(config: Fields) -> Fields:
-    """One field for all biases of attention; a rope that config.json does not describe, as transformers fills it in;
-    and the dtype that published ones leave out: of the weights that are stored plainly."""
+    """One field for all biases of attention; where config.json describes no rope, the one that transformers fills in;
+    and the dtype, which published files leave out: that of the weights that are stored plainly."""
     fields: dict[str, Any] = {"attention_out_bias": config["attention_bias"]}
     if not config.get("dtype") and not config.get("torch_dtype"):
         fields["dtype"] = "bfloat16"

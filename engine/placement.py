@@ -150,9 +150,8 @@ def _names_of_experts(name: str, decoder: Decoder) -> tuple[str, ...]:
 
 def _place(name: str, names: tuple[str, ...], targets: dict[str, Target], decoder: Decoder) -> Place:
     if len(names) > 1 or names[0] != name:
-        whole = dict.fromkeys(
-            targets[one].name for one in names
-        )  # gate and up of an expert are one parameter
+        # gate and up of an expert are one parameter
+        whole = dict.fromkeys(targets[one].name for one in names)
         parameters = tuple(decoder.parameters[one] for one in whole)
         if decoder.config.storage.experts == "stacked":
             return Place(parameters, "experts")

@@ -133,9 +133,7 @@ class _SafetensorsSource:
 
 
 class _GGUFSource:
-    piece_bytes = (
-        2**19
-    )  # unpacking makes several arrays up to eight times as large; small ones stay in the cache
+    piece_bytes = 2**19  # unpacked up to eight times as large, several arrays of it stay in the cache
 
     def __init__(self, file: GGUFFile, wanted: Iterable[str]) -> None:
         self._file = file

@@ -39,8 +39,8 @@ class Attention:
     - `slopes` [hq] fp32, on the device of q: plus slope · (key position - query position) (ALiBi: Press et al. 2022),
     - `window` w: a query sees itself and the w - 1 tokens before it, and no others (Beltagy et al. 2020),
     - `sinks` [hq] fp32, on the device of q: each head's exp(sink) joins the sum that its weights are divided by, once
-      for every query, whatever the window: a key without a value, whose score is `sink` (OpenAI gpt-oss 2025; of the
-      first tokens that models attend to for want of it, Xiao et al. 2023). -infinity: the head has none.
+      for every query, whatever the window: a key without a value, whose score is `sink` (OpenAI gpt-oss 2025; models
+      without one attend to their first tokens instead, Xiao et al. 2023). -infinity: the head has none.
 
     Raises `ValueError` for a window below 1 and a softcap that is not above 0.
     """

@@ -151,7 +151,7 @@ INLINE void FN(untile)(SCALAR *p, const vn *tile) {
 }
 #endif
 
-/* A vector of which n elements exist, or all if n is more: missing lanes are 0. */
+/* A vector where only n elements exist, or all of them if n is more: missing lanes are 0. */
 INLINE vn FN(load_some)(const SCALAR *p, long n) {
     if (n >= NATIVE) return FN(load)(p);
     SCALAR padded[NATIVE] = {0};
@@ -201,7 +201,7 @@ INLINE void FN(add_row)(const SCALAR *x, long width, SCALAR *sum) {
     }
 }
 
-/* The sum of a row, or of the squares of what its elements are away from `mean`, by 16 lanes, as `tile` has them. */
+/* The sum of a row, or of the squared distances of its elements from `mean`, by 16 lanes, as `tile` has them. */
 INLINE float FN(row_sum)(const SCALAR *x, long width) {
     vn part[PARTS] = {};
     long i = 0;

@@ -45,9 +45,8 @@ PLAIN = (
 HOSTILE = st.lists(
     st.sampled_from([*PARTS, *CONTROLS, "<S>", "＜s＞", "<|US", "er|>", "﹤/s﹥"]), max_size=8
 ).map("".join)
-OTHER_LETTERS = str.maketrans(
-    "suenSUEN", "zvfmZVFM"
-)  # of the same class, and then nothing spells a control token
+# of the same class, and then nothing spells a control token
+OTHER_LETTERS = str.maketrans("suenSUEN", "zvfmZVFM")
 EXAMPLES = 25
 
 

@@ -55,9 +55,8 @@ def read_back(path: Path) -> dict[str, Tensor]:
 def test_every_tensor_comes_back_under_its_name(
     tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch, quant: str, error: float
 ) -> None:
-    monkeypatch.setattr(
-        "engine.weight_source._GGUFSource.piece_bytes", 3000
-    )  # a few heads, an odd number of rows
+    # a few heads, an odd number of rows
+    monkeypatch.setattr("engine.weight_source._GGUFSource.piece_bytes", 3000)
     found = read_back(write_gguf(tmp_path / "m.gguf", model, "llama", quant=quant))
     expected = model.state_dict()
     assert found.keys() == expected.keys()
