@@ -80,7 +80,7 @@ def dissect(model_config: ModelConfig, config: Any) -> Anatomy:
                 f"{list(logits.shape)} came: it cannot leave out rows that sample nothing"
             )
         if audit.trunk is None:
-            raise UnsupportedCheckpoint(f"{name}: its hidden states are not to be had apart from its head")
+            raise UnsupportedCheckpoint(f"{name}: its hidden states cannot be had apart from its head")
         model.set_attn_implementation(witness_name(model_config.max_position))
         _refuse_masks(model_config, _tried(model, torch.ones(1, _TRIED_TOKENS, dtype=torch.int64))[0])
     except UnsupportedCheckpoint:

@@ -36,7 +36,7 @@ class SelfAttention:
 
     def __call__(self, x: Tensor, step: StepInput, pages: PagedKV, rotation: Rotation | None) -> Tensor:
         """x `[T, hidden]` → `[T, hidden]`, or `[W, hidden]` of the tokens `step.read`; K and V of all the step's
-        tokens are stored. No rotation: none is made."""
+        tokens are stored. `rotation` None: nothing is rotated."""
         heads, kv_heads, dim, num_tokens = self.num_heads, self.num_kv_heads, self.head_dim, x.shape[0]
         # [T, hq + 2·hk, d]: q, k and v are views, nothing is copied
         qkv = self.qkv(x).view(num_tokens, heads + 2 * kv_heads, dim)

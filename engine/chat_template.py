@@ -67,22 +67,22 @@ class ChatTemplate:
             _check(message, i)
         if not messages:
             raise ChatTemplateError("messages: at least one message is needed")
+        # Guarded: nothing that a template does to a text can make a control token of it. Close: what the client
+        # wrote, but for control tokens that it spells, so that a template finds in it what it looks for.
         stand_ins = self._stand_ins
-        safe_messages = [_with_content(message, stand_ins.for_ends) for message in messages]
-        near_messages = [_with_content(message, stand_ins.for_spelled) for message in messages]
-        safe_given, near_given = (
-            _with_words(given, stand_ins.for_ends),
-            _with_words(given, stand_ins.for_spelled),
-        )
-        safe = self._rendered(safe_messages, safe_given)
-        if (near_messages, near_given) == (safe_messages, safe_given):
-            return safe
-        near = self._rendered(near_messages, near_given)
-        if stand_ins.put_back(near) == stand_ins.put_back(safe):
-            return safe
+        guarded_messages = [_with_content(message, stand_ins.for_ends) for message in messages]
+        close_messages = [_with_content(message, stand_ins.for_spelled) for message in messages]
+        guarded_given = _with_words(given, stand_ins.for_ends)
+        close_given = _with_words(given, stand_ins.for_spelled)
+        guarded = self._rendered(guarded_messages, guarded_given)
+        if (close_messages, close_given) == (guarded_messages, guarded_given):
+            return guarded
+        close = self._rendered(close_messages, close_given)
+        if stand_ins.put_back(close) == stand_ins.put_back(guarded):
+            return guarded
         # The template looks for such letters, as for </think>. It may not make control tokens of what it finds.
-        same_controls = stand_ins.spelled.findall(near) == stand_ins.spelled.findall(safe)
-        return near if same_controls else safe
+        same_controls = stand_ins.spelled.findall(close) == stand_ins.spelled.findall(guarded)
+        return close if same_controls else guarded
 
     def _checked(self, variables: TemplateVariables, add_generation_prompt: bool) -> TemplateVariables:
         try:

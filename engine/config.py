@@ -157,7 +157,7 @@ class ModelConfig:
     # of attention and MLP; both: before and after each; shared: one before the two
     norm_position: Literal["before", "after", "both", "shared"] = "before"
     parallel: bool = (
-        False  # attention and MLP see the same tokens; else the MLP sees what attention has added
+        False  # attention and MLP see the same residual; else the MLP sees what attention has added
     )
     # swiglu_oai: of gated MLPs alone
     activation: Literal["silu", "gelu", "gelu_tanh", "relu", "swiglu_oai"] = "silu"
@@ -183,6 +183,10 @@ class ModelConfig:
     def rotary_dim(self) -> int:
         """Channels of each head that are rotated."""
         return int(self.head_dim * self.partial_rotary_factor)
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens a query of the layer sees at most, itself included; None: all of them."""
+        return self.windows[layer] if self.windows else None
 
     def kv_bytes_per_token(self, dtype_bytes: int) -> int:
         """Bytes of K and V that one token occupies over all layers."""

@@ -3,7 +3,7 @@
 Owns the order of bits in words and the formulas, (integer - zero) · scale and float · scale, one fp32 product per
 weight, so that a weight is rounded once more only where it is converted to its parameter's dtype; of floats of 4
 bits, whose scales are powers of two, not even there where that is bf16. Knows no names and no files
-(`quantised_source`, `float4_source`).
+(`packed_module`, `float8_module`, `float4_module`).
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Experts: the feed-forward half of a block as a mixture of experts (Shazeer et al. 2017).
 
-Owns the routing, and that a token's result depends on that token alone: routing is by row, equal shares go to the
-lower index, a token's experts are added in one order, and the rows that an expert computes are padded as those of a
-step are (see `runner` on determinism). `Experts` computes one after the other, with products of any kind, and asks
-the host how many tokens each has; `MixedExperts` is one operation of the kernels. Knows no norm and no residual.
+Owns the routing, and that a token's result depends on that token alone: routing is by row, of equal shares the lower
+index wins, a token's experts are added in one order, and the rows that an expert computes are padded as those of a
+step are (see `runner` on determinism). `Experts` computes one expert after another, with products of any kind, and
+asks the device how many tokens each has; `MixedExperts` is one operation of the kernels. Knows no norm and no
+residual.
 """
 
 from __future__ import annotations
@@ -50,10 +51,8 @@ class Experts:
         for expert, count in zip(self._experts, counts, strict=True):
             if count:
                 rows = tokens[start : start + count]
-                made = expert(self._padded(x[rows]))[:count]
-                total.index_add_(
-                    0, rows, made.float() * weights[start : start + count]
-                )  # no row is there twice
+                made = expert(self._padded(x[rows]))[:count].float() * weights[start : start + count]
+                total.index_add_(0, rows, made)  # no row is there twice
             start += count
         return total.to(x.dtype)
 
@@ -61,7 +60,7 @@ class Experts:
         """(shares fp32, indices of their experts), each `[T, num_per_token]`, the largest share first."""
         shares, indices = self._router(x).float().softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
         shares, indices = shares[:, : self._num_per_token], indices[:, : self._num_per_token]
-        if self._normalised:  # torch may sum in an order that hangs on the number of rows
+        if self._normalised:  # torch may sum in an order that depends on the number of rows
             shares = shares / reduce(torch.add, shares.unbind(dim=-1)).unsqueeze(-1)
         return shares, indices
 
@@ -111,7 +110,7 @@ class FirstExpert(Linear):
         self._mix = mix
 
     def compute_by(self, kernels: Kernels) -> None:
-        """It is, already."""
+        """Nothing to do: the mixture is the kernels' own already."""
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._mix(x, x.new_zeros(x.shape[0], 1), self._mixture)

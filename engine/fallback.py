@@ -1,17 +1,13 @@
 """Fallback: a decoder whose code is transformers' own, with our paged KV cache behind its attention.
 
-Owns loading through transformers, strictly, and a step of packed sequences as one forward pass. Same interface as
-`model.Decoder`; which architectures can be had is found by `anatomy`, not listed. Never runs code from a
-checkpoint's repository. Slower than a family of our own: norms, rotations and activations are plain torch.
+Owns a step of packed sequences as one forward pass of its module. Same interface as `model.Decoder`; which
+architectures can be had is found by `anatomy`, not listed, and `foreign_module` loads them. Slower than a family of
+our own: norms, rotations and activations are plain torch.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from logging import CRITICAL
 from typing import Any
 
 import torch
@@ -19,8 +15,9 @@ from torch import Tensor, nn
 
 from engine.anatomy import Anatomy, dissect, is_activation, is_product
 from engine.cache import KVCache
-from engine.checkpoint import Checkpoint, UnsupportedCheckpoint
+from engine.checkpoint import Checkpoint
 from engine.config import ModelConfig
+from engine.foreign_module import configuration, loaded_module, quiet
 from engine.plug import Call, plain_name, plugged
 from engine.rehearsal import rehearse
 from engine.step_input import StepInput
@@ -107,9 +104,9 @@ class Fallback:
 
         Raises `UnsupportedCheckpoint` naming the reason, or a tensor that is missing or not known.
         """
-        with _quiet():
-            anatomy = dissect(checkpoint.config, _configuration(checkpoint))
-            module = _with_weights(checkpoint, dtype).to(device)
+        with quiet():
+            anatomy = dissect(checkpoint.config, configuration(checkpoint))
+            module = loaded_module(checkpoint, dtype).to(device)
         return cls(checkpoint.config, module, anatomy, kernels, dtype=dtype, device=device)
 
     def prepare(self, max_len: int) -> None:
@@ -188,7 +185,7 @@ class Fallback:
 
     def _own_logits(self, tokens: Tensor) -> Tensor:
         """tokens `[n]` → logits `[n, vocab]`, with transformers' attention, masks and positions."""
-        with _quiet():
+        with quiet():
             self._module.set_attn_implementation("eager")
             try:
                 logits: Tensor = self._module(input_ids=tokens[None], use_cache=False).logits[0]
@@ -201,75 +198,3 @@ def _rows(x: Tensor) -> Tensor:
     """`[1, heads, T, d]` → `[T, heads, d]` in one piece."""
     _, heads, num_tokens, dim = x.shape
     return x[0].transpose(0, 1).reshape(num_tokens, heads * dim).view(num_tokens, heads, dim)
-
-
-def _configuration(checkpoint: Checkpoint) -> Any:
-    """transformers' own configuration, of an architecture that it knows as a causal language model."""
-    import transformers
-
-    name = checkpoint.config.architecture
-    known = f"transformers {transformers.__version__}"
-    try:
-        config = transformers.AutoConfig.from_pretrained(
-            checkpoint.path, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # its errors share no base class
-        written = json.loads((checkpoint.path / "config.json").read_text(encoding="utf-8"))
-        if "auto_map" in written:
-            raise UnsupportedCheckpoint(
-                f"{name}: auto_map: {known} does not know it, and code from a checkpoint's repository is never run"
-            ) from error
-        what = str(error).strip().split("\n")[0]
-        raise UnsupportedCheckpoint(f"{name}: {known} cannot read its config.json: {what}") from error
-    model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if model_class is None or model_class.__name__ != name:
-        raise UnsupportedCheckpoint(
-            f"{name}: {known} knows no such causal language model for model_type {config.model_type}"
-        )
-    return config
-
-
-def _with_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    """The module, in host memory; every tensor of the file used, and every parameter filled."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        module, report = AutoModelForCausalLM.from_pretrained(
-            checkpoint.path,
-            attn_implementation=plain_name(),
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are reported instead, with their names
-        )
-    except Exception as error:  # its errors share no base class
-        raise UnsupportedCheckpoint(f"{checkpoint.path} cannot be loaded: {error}") from error
-    for kind, what in (("missing_keys", "is missing"), ("unexpected_keys", "is not known")):
-        if report[kind]:
-            raise UnsupportedCheckpoint(f"{checkpoint.path}: tensor {min(report[kind])} {what}")
-    if report["mismatched_keys"]:
-        name, found, wanted = min(report["mismatched_keys"])
-        raise UnsupportedCheckpoint(
-            f"{checkpoint.path}: tensor {name} has shape {tuple(found)}, not {tuple(wanted)}"
-        )
-    if report["error_msgs"]:
-        raise UnsupportedCheckpoint(f"{checkpoint.path} cannot be loaded: {report['error_msgs'][0]}")
-    return module.requires_grad_(False)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars and advice: what matters is raised."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -2,7 +2,7 @@
 
 Owns the reading of configuration fields and the refusal of what the decoder cannot compute. Knows no files
 and no tensors. A new family is one entry in `FAMILIES`; no other code branches on its name. What a family says in
-words of its own is read in `family_fields`.
+words of its own is read in `family_fields`, how it names its tensors stands in `family_storage`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
-from engine import family_fields
+from engine import family_fields, family_storage
 from engine.config import ModelConfig, Storage, UnsupportedCheckpoint
 from engine.config_sizes import checked
 from engine.field_kinds import check_kinds
@@ -37,8 +37,8 @@ class Family:
     """What an architecture is beyond a plain Llama.
 
     `words`: its names for fields of Llama. `defaults`: fields that its config.json may leave out, as transformers
-    fills them in. `fields`: those of Llama that follow from others. `always`: fields that its config.json has no say
-    in. `only`: fields that change what is computed, each with the one value that can be had. `flags`: those of
+    fills them in. `fields`: those of Llama that follow from others. `always`: fields in which its config.json has no
+    say. `only`: fields that change what is computed, each with the one value that is supported. `flags`: those of
     `ModelConfig` that follow from the name. `read_flags`: those that it reads from fields of its own. `windowed`:
     which layers attend within `sliding_window`; None: no layer, whatever the fields say.
     """
@@ -65,8 +65,9 @@ _ACTIVATIONS: Mapping[str, Activation] = {
     "relu": "relu",
 }
 _LAYER_NORMS = {"norm_kind": "layer", "norm_bias": True, "gated_mlp": False}
-# In Llama's words, where a family has its own: published files have both. Sizes are known to transformers by both.
-_UNHEARD = frozenset(
+# Fields by Llama's name that are ignored where the family has a name of its own for them: published files have both.
+# Sizes are known to transformers by both names.
+_IGNORED = frozenset(
     {"hidden_act", "rms_norm_eps", "intermediate_size", "rope_theta", "partial_rotary_factor"}
 )
 _NO_BIAS = {"attention_bias": False, "attention_out_bias": False, "mlp_bias": False}
@@ -156,13 +157,13 @@ FAMILIES: Mapping[str, Family] = {
             "rope_theta": 1000000.0,
             "rope_local_base_freq": 10000.0,
         },
-        # transformers hears the last one only where the layers do not differ
+        # transformers reads the last one only where the layers do not differ
         always={
             "mlp_bias": False,
             "use_sliding_window": True,
             "original_max_position_embeddings": None,
         },
-        only={"attn_logit_softcapping": None},  # transformers reads it and does not heed it
+        only={"attn_logit_softcapping": None},  # transformers reads it and ignores it
         flags={**_GEMMA_FLAGS, "qk_norm": "head"},
         read_flags=family_fields.gemma3_flags,
         windowed=by_layer_types(all_but_every(6)),
@@ -186,7 +187,7 @@ FAMILIES: Mapping[str, Family] = {
             "scale_attn_by_inverse_layer_idx": False,
             "add_cross_attention": False,
         },
-        flags={**_LAYER_NORMS, "positions": "learned", "storage": family_fields.GPT2_STORAGE},
+        flags={**_LAYER_NORMS, "positions": "learned", "storage": family_storage.GPT2_STORAGE},
     ),
     "GPTNeoXForCausalLM": Family(
         words=family_fields.NEOX_WORDS,
@@ -197,7 +198,7 @@ FAMILIES: Mapping[str, Family] = {
             "attention_bias": True,
         },
         always={"mlp_bias": True, "num_key_value_heads": None},
-        flags={**_LAYER_NORMS, "storage": family_fields.NEOX_STORAGE},
+        flags={**_LAYER_NORMS, "storage": family_storage.NEOX_STORAGE},
         read_flags=family_fields.neox_flags,
     ),
     "FalconForCausalLM": Family(
@@ -205,7 +206,7 @@ FAMILIES: Mapping[str, Family] = {
         defaults={"hidden_act": "gelu", "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
         fields=family_fields.falcon_fields,
         only={"apply_residual_connection_post_layernorm": False},
-        flags={**_LAYER_NORMS, "storage": family_fields.FALCON_STORAGE},
+        flags={**_LAYER_NORMS, "storage": family_storage.FALCON_STORAGE},
         read_flags=family_fields.falcon_flags,
     ),
     "MixtralForCausalLM": Family(
@@ -218,7 +219,7 @@ FAMILIES: Mapping[str, Family] = {
             "num_experts_per_tok": 2,
         },
         always={**_NO_BIAS, "use_sliding_window": True},
-        flags={"storage": family_fields.MIXTRAL_STORAGE},
+        flags={"storage": family_storage.MIXTRAL_STORAGE},
         read_flags=family_fields.mixtral_experts,
         windowed=every_layer,
     ),
@@ -243,7 +244,7 @@ FAMILIES: Mapping[str, Family] = {
         words={"num_experts": "num_local_experts"},
         defaults=family_fields.GPT_OSS_DEFAULTS,
         fields=family_fields.gpt_oss_fields,
-        # transformers hears the first of them nowhere
+        # transformers ignores the first of them
         always={
             "hidden_act": "silu",
             "mlp_bias": True,
@@ -251,13 +252,17 @@ FAMILIES: Mapping[str, Family] = {
             "sliding_window_pattern": 2,
         },
         only={"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
-        flags={"activation": "swiglu_oai", "attention_sinks": True, "storage": family_fields.GPT_OSS_STORAGE},
+        flags={
+            "activation": "swiglu_oai",
+            "attention_sinks": True,
+            "storage": family_storage.GPT_OSS_STORAGE,
+        },
         read_flags=family_fields.gpt_oss_experts,
         windowed=by_layer_types(all_but_every(2)),
     ),
 }
 
-# Architectures that one may hope for, and why they are not there
+# Architectures that one might expect here, and why they are not supported
 REFUSED: Mapping[str, str] = {
     "Gemma3ForConditionalGeneration": "its checkpoint holds a vision tower beside the text model, and images are "
     "not supported; the text model alone is Gemma3ForCausalLM",
@@ -350,10 +355,10 @@ def _in_llamas_words(family: Family, given: Mapping[str, Any]) -> dict[str, Any]
     for name, allowed in family.only.items():
         if given.get(name, allowed) != allowed:
             raise UnsupportedCheckpoint(f"{name} {given[name]!r} is not supported; allowed: {allowed!r}")
-    unheard = _UNHEARD.intersection(family.words.values())
-    heard = {name: value for name, value in given.items() if name not in unheard}
-    said = {llamas: given[own] for own, llamas in family.words.items() if own in given}
-    config = {**family.defaults, **heard, **said}
+    ignored = _IGNORED.intersection(family.words.values())
+    read = {name: value for name, value in given.items() if name not in ignored}
+    translated = {llamas: given[own] for own, llamas in family.words.items() if own in given}
+    config = {**family.defaults, **read, **translated}
     return {**config, **family.fields(config), **family.always}
 
 

@@ -1,8 +1,8 @@
 """What single families say in `config.json` in words of their own, read into Llama's words or into flags.
 
-Owns these readings, and the tensor names of the families that do not use Llama's. Knows no family as such: an entry
-of `families.FAMILIES` says which of them it takes. Raises KeyError, TypeError or ValueError for what is no reading,
-`UnsupportedCheckpoint` for what cannot be had.
+Owns these readings. Knows no family as such: an entry of `families.FAMILIES` says which of them it takes. Knows no
+tensors (`family_storage`). Raises KeyError, TypeError or ValueError for a value that cannot be read,
+`UnsupportedCheckpoint` for one that is not supported.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from engine.config import MixtureOfExperts, Storage, UnsupportedCheckpoint
+from engine.config import MixtureOfExperts, UnsupportedCheckpoint
 from engine.rope_settings import rope_parameters, windowed_rope_theta
 
 Fields = Mapping[str, Any]
@@ -47,60 +47,6 @@ FALCON_WORDS = {
     "layer_norm_epsilon": "rms_norm_eps",
 }
 
-GPT2_STORAGE = Storage(
-    names=(
-        (r"^transformer\.", ""),  # some repositories leave it out
-        (r"^wte\.", "model.embed_tokens."),
-        (r"^wpe\.", "model.embed_positions."),
-        (r"^ln_f\.", "model.norm."),
-        (r"^h\.", "model.layers."),
-        (r"\.ln_1\.", ".input_layernorm."),
-        (r"\.ln_2\.", ".post_attention_layernorm."),
-        (r"\.attn\.c_attn\.", ".self_attn.qkv_proj."),
-        (r"\.attn\.c_proj\.", ".self_attn.o_proj."),
-        (r"\.mlp\.c_fc\.", ".mlp.up_proj."),
-        (r"\.mlp\.c_proj\.", ".mlp.down_proj."),
-    ),
-    derived=r"\.attn\.(masked_)?bias$",  # the causal mask
-    qkv="stacked",
-    transposed=True,
-)
-NEOX_STORAGE = Storage(
-    names=(
-        (r"^gpt_neox\.embed_in\.", "model.embed_tokens."),
-        (r"^gpt_neox\.final_layer_norm\.", "model.norm."),
-        (r"^gpt_neox\.", "model."),
-        (r"^embed_out\.", "lm_head."),
-        (r"\.attention\.query_key_value\.", ".self_attn.qkv_proj."),
-        (r"\.attention\.dense\.", ".self_attn.o_proj."),
-        (r"\.mlp\.dense_h_to_4h\.", ".mlp.up_proj."),
-        (r"\.mlp\.dense_4h_to_h\.", ".mlp.down_proj."),
-    ),
-    derived=r"\.attention\.(masked_)?bias$",
-    qkv="grouped",
-)
-FALCON_STORAGE = Storage(
-    names=(
-        (r"^transformer\.word_embeddings\.", "model.embed_tokens."),
-        (r"^transformer\.ln_f\.", "model.norm."),
-        (r"^transformer\.h\.", "model.layers."),
-        (r"\.ln_attn\.", ".input_layernorm."),
-        (r"\.ln_mlp\.", ".post_attention_layernorm."),
-        (r"\.self_attention\.query_key_value\.", ".self_attn.qkv_proj."),
-        (r"\.self_attention\.dense\.", ".self_attn.o_proj."),
-        (r"\.mlp\.dense_h_to_4h\.", ".mlp.up_proj."),
-        (r"\.mlp\.dense_4h_to_h\.", ".mlp.down_proj."),
-    ),
-    qkv="grouped",
-)
-MIXTRAL_STORAGE = Storage(
-    names=(
-        (r"\.block_sparse_moe\.", ".mlp."),
-        (r"\.experts\.(\d+)\.w1\.", r".experts.\1.gate_proj."),
-        (r"\.experts\.(\d+)\.w2\.", r".experts.\1.down_proj."),
-        (r"\.experts\.(\d+)\.w3\.", r".experts.\1.up_proj."),
-    ),
-)
 GPT_OSS_DEFAULTS = {
     "num_attention_heads": 64,
     "num_key_value_heads": 8,
@@ -113,16 +59,15 @@ GPT_OSS_DEFAULTS = {
     "num_local_experts": 128,
     "num_experts_per_tok": 4,
 }
-GPT_OSS_STORAGE = Storage(names=((r"\.mlp\.router\.", ".mlp.gate."),), experts="alternating")
 
 
 def four_times_wide(config: Fields) -> Fields:
-    """An MLP of no stated width."""
+    """The width of an MLP where config.json does not say it."""
     return {"intermediate_size": config.get("intermediate_size") or 4 * int(config["hidden_size"])}
 
 
 def falcon_fields(config: Fields) -> Fields:
-    """kv heads and biases; `num_kv_heads` is only heard where `new_decoder_architecture` is set."""
+    """kv heads and biases; `num_kv_heads` counts only where `new_decoder_architecture` is set."""
     heads = config["num_attention_heads"]
     if config.get("new_decoder_architecture"):
         kv_heads = config.get("num_kv_heads") or heads
@@ -155,7 +100,7 @@ def neox_flags(config: Fields) -> Fields:
 
 def no_rope_layers(config: Fields) -> Fields:
     num_layers, interval = int(config["num_hidden_layers"]), config.get("no_rope_layer_interval", 4)
-    uses_rope = config.get("no_rope_layers")  # 1: this layer rotates; despite its name
+    uses_rope = config.get("no_rope_layers")  # despite the name, 1 means that the layer rotates
     if uses_rope is None:
         uses_rope = [(i + 1) % int(interval) for i in range(num_layers)]
     if len(uses_rope) < num_layers:
@@ -200,8 +145,8 @@ def _softcap(config: Fields, name: str) -> float | None:
 
 
 def gpt_oss_fields(config: Fields) -> Fields:
-    """One field for all biases of attention; a rope that config.json does not describe, as transformers fills it in;
-    and the dtype that published ones leave out: of the weights that are stored plainly."""
+    """One field for all biases of attention; where config.json describes no rope, the one that transformers fills in;
+    and the dtype, which published files leave out: that of the weights that are stored plainly."""
     fields: dict[str, Any] = {"attention_out_bias": config["attention_bias"]}
     if not config.get("dtype") and not config.get("torch_dtype"):
         fields["dtype"] = "bfloat16"
@@ -219,35 +164,27 @@ def gpt_oss_fields(config: Fields) -> Fields:
 
 def gpt_oss_experts(config: Fields) -> Fields:
     """The softmax over the logits of a token's experts is that over all logits, divided by their sum."""
-    moe = MixtureOfExperts(
-        num_experts=int(config["num_local_experts"]),
-        num_per_token=int(config["num_experts_per_tok"]),
-        intermediate_size=int(config["intermediate_size"]),
-        normalised=True,
-        router_bias=True,
-    )
-    return {"moe": moe}
+    return _experts(config, config["intermediate_size"], normalised=True, router_bias=True)
 
 
 def mixtral_experts(config: Fields) -> Fields:
-    moe = MixtureOfExperts(
-        num_experts=int(config["num_local_experts"]),
-        num_per_token=int(config["num_experts_per_tok"]),
-        intermediate_size=int(config["intermediate_size"]),
-        normalised=True,
-    )
-    return {"moe": moe}
+    return _experts(config, config["intermediate_size"], normalised=True)
 
 
 def qwen3_experts(config: Fields) -> Fields:
-    count, step = int(config["num_local_experts"]), int(config["decoder_sparse_step"])
-    only_mlp = set(config.get("mlp_only_layers") or ())
-    dense = (i for i in range(int(config["num_hidden_layers"])) if i in only_mlp or (i + 1) % step)
+    """Where there are 0 of them, all layers are dense."""
+    step, only_mlp = int(config["decoder_sparse_step"]), set(config.get("mlp_only_layers") or ())
+    dense = tuple(i for i in range(int(config["num_hidden_layers"])) if i in only_mlp or (i + 1) % step)
+    normalised = bool(config["norm_topk_prob"])
+    found = _experts(config, config["moe_intermediate_size"], normalised=normalised, dense_layers=dense)
+    return found if int(config["num_local_experts"]) else {"moe": None}
+
+
+def _experts(config: Fields, intermediate_size: Any, **flags: Any) -> Fields:
     moe = MixtureOfExperts(
-        num_experts=count,
+        num_experts=int(config["num_local_experts"]),
         num_per_token=int(config["num_experts_per_tok"]),
-        intermediate_size=int(config["moe_intermediate_size"]),
-        normalised=bool(config["norm_topk_prob"]),
-        dense_layers=tuple(dense),
+        intermediate_size=int(intermediate_size),
+        **flags,
     )
-    return {"moe": moe if count else None}
+    return {"moe": moe}

@@ -1,7 +1,7 @@
 """Which fields of config.json are numbers, and which are true or false.
 
-Owns the refusal of a value of another kind by the name of its field: a word for a switch would otherwise count as
-true, whatever it says. Knows no families: each reads its own fields.
+Owns the refusal, by the name of the field, of a value of another kind: a string in the place of a switch would
+otherwise count as true, whatever it says. Knows no families: each reads its own fields.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _SWITCHES = (
 
 
 def check_kinds(config: Mapping[str, Any]) -> None:
-    """Raises `UnsupportedCheckpoint` naming the field; null is as good as none."""
+    """Raises `UnsupportedCheckpoint` naming the field; null counts as left out."""
     for name in _NUMBERS:
         if not isinstance(config.get(name), int | float | None):
             _refuse(name, "a number", config[name])

@@ -136,7 +136,7 @@ def gguf_config(
             config["partial_rotary_factor"] = (rotated + 0.5) / head_dim
         if ROPE_FACTORS in shapes:
             config["rope_scaling"] = _llama3(rope_factors(), head_dim, float(config.get("rope_theta", 1e4)))
-        # no family's default is heard: where the file says nothing, it is the context length
+        # no family's default applies: where the file says nothing, it is the context length
         original = (config["rope_scaling"] or {}).get("original_max_position_embeddings")
         config["original_max_position_embeddings"] = original
     except (TypeError, ValueError, ArithmeticError) as error:

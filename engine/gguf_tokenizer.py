@@ -66,12 +66,8 @@ _PRE_TOKENIZERS: dict[str, Callable[[], PreTokenizer]] = {
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "dbrx", "smaug-bpe"), lambda: _splits(_LLAMA3)),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), lambda: _splits(_QWEN2)),
 }
-_WHOLE_WORDS_FIRST = (
-    "llama-bpe",
-    "llama3",
-    "llama-v3",
-    "tekken",
-)  # a piece that is a token is not built by merges
+# a piece that is a token is not built by merges
+_WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3", "tekken")
 _BOS_BY_DEFAULT = ("llama-bpe", "llama3", "llama-v3", "tekken")
 
 
@@ -129,9 +125,8 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[i
         )
     )
     prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
-    if (
-        metadata.get("general.architecture") == "phi3"
-    ):  # its own tokenizer.json puts a space before every text part
+    # Phi-3's own tokenizer.json puts a space before every text part
+    if metadata.get("general.architecture") == "phi3":
         tokenizer.normalizer = normalizers.Sequence(
             [*[normalizers.Prepend("▁")][: int(prefix)], normalizers.Replace(" ", "▁")]
         )

@@ -2,20 +2,23 @@
 
 Owns the choice, by what the kernel set multiplies with and what the checkpoint's modules are. All parts of a merged
 parameter must be stored alike. What is not chosen is made plain when it is loaded. Knows no bits and no bytes
-(`quantised_source`).
+(`packed_module`, `float8_module`).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from engine.config import ModelConfig
-from engine.quantised_source import QuantisedSource
+from engine.float8_module import Float8Module
+from engine.packed_module import PackedModule
+from engine.placement import canonical_name, weight_targets
+from engine.quantised_source import QuantisedModule, QuantisedSource
 from engine.weight_source import WeightSource
-from engine.weights import canonical_name, weight_targets
 from kernels.weights import BLOCK, Float8Weight, Int4Weight, QuantisedWeight
 
 
@@ -65,27 +68,32 @@ def kept_formats(
     formats: dict[str, WeightFormat] = {}
     with source:
         for name, names in parts.items():
-            found: WeightFormat | None = _int4(source, names) if Int4Weight in keeps else None
+            modules = [
+                None if stored_name is None else source.modules.get(stored_name) for stored_name in names
+            ]
+            found: WeightFormat | None = _int4(modules) if Int4Weight in keeps else None
             if found is None and Float8Weight in keeps:
-                found = _float8(source, names)
+                found = _float8(modules)
             if found is not None:
                 formats[name] = found
     return formats
 
 
-def _int4(source: QuantisedSource, names: list[str | None]) -> Int4Format | None:
+def _int4(parts: Sequence[QuantisedModule | None]) -> Int4Format | None:
     """Of all parts together."""
-    modules = [source.packed_module(name) if name is not None else None for name in names]
-    first = modules[0]
-    if first is None or not Int4Weight.fits(first.shape[1], first.group_size):
+    modules = [part for part in parts if isinstance(part, PackedModule) and part.how.bits == 4]
+    if len(modules) < len(parts):
         return None
-    scale, order = source.scale_dtype(first), source.order(first)
+    first, *others = modules
+    if not Int4Weight.fits(first.shape[1], first.group_size):
+        return None
+    scale, order = first.scale_dtype, first.order()
     if scale == torch.float32:
         return None
-    for module in modules[1:]:
-        if module is None or module.group_size != first.group_size or source.scale_dtype(module) != scale:
+    for module in others:
+        if module.group_size != first.group_size or module.scale_dtype != scale:
             return None
-        other = source.order(module)
+        other = module.order()
         if (order is None) != (other is None) or (
             order is not None and other is not None and not torch.equal(order, other)
         ):
@@ -93,18 +101,17 @@ def _int4(source: QuantisedSource, names: list[str | None]) -> Int4Format | None
     return Int4Format(first.group_size, scale, order is not None)
 
 
-def _float8(source: QuantisedSource, names: list[str | None]) -> Float8Format | None:
+def _float8(parts: Sequence[QuantisedModule | None]) -> Float8Format | None:
     """Of all parts together: a scale for each output, which one for a whole part is too, or blocks of 128 by 128, all
     parts but the last of whole blocks. Rows are of whole vectors of 16 bytes."""
-    modules = [source.float8_module(name) if name is not None else None for name in names]
-    found = [module for module in modules if module is not None]
-    if len(found) < len(modules) or found[0].shape[1] % 16:
+    modules = [part for part in parts if isinstance(part, Float8Module)]
+    if len(modules) < len(parts) or modules[0].shape[1] % 16:
         return None
     if all(
-        module.block[1] == module.shape[1] and module.block[0] in (1, module.shape[0]) for module in found
+        module.block[1] == module.shape[1] and module.block[0] in (1, module.shape[0]) for module in modules
     ):
         return Float8Format(blocks=False)
-    whole = all(module.shape[0] % BLOCK == 0 for module in found[:-1])
-    if whole and all(module.block == (BLOCK, BLOCK) for module in found):
+    whole = all(module.shape[0] % BLOCK == 0 for module in modules[:-1])
+    if whole and all(module.block == (BLOCK, BLOCK) for module in modules):
         return Float8Format(blocks=True)
     return None

@@ -40,7 +40,7 @@ class Linear:
                 self._weight = None  # a view, however small, would keep its memory
 
     def compute_by(self, kernels: Kernels) -> None:
-        """From now on by the product of those kernels, which have one."""
+        """From now on multiply by the product of those kernels, which must have one."""
         if self._blocked is not None:
             self._weight, self._blocked = self._blocked.to_dense(), None
         if kernels.pack is not None and isinstance(self._weight, Tensor):

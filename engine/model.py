@@ -1,7 +1,8 @@
 """Decoder: the one transformer decoder, driven by the flags of a `ModelConfig`.
 
-Owns the tensors of the weights, how they become blocks, and the way from token ids over the blocks to logits.
-Knows no files, no requests and no sampling, and leaves names to `parameters` and the insides of a block to `block`.
+Owns the memory of the weights, and the way from token ids over the blocks to logits. Knows no files, no requests and
+no sampling. Names are those of `parameters`, blocks are made of named tensors by `assembly`, and their insides are
+`block`'s.
 """
 
 from __future__ import annotations
@@ -14,23 +15,19 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from engine.alibi import alibi_slopes
-from engine.attention import Rotation, SelfAttention
+from engine.assembly import Assembly
+from engine.attention import Rotation
 from engine.block import Block, ParallelBlock
 from engine.cache import KVCache
-from engine.config import MixtureOfExperts, ModelConfig
-from engine.experts import AllExperts, Experts, MixedExperts
+from engine.config import ModelConfig
+from engine.experts import Experts
 from engine.fused_blocks import fused_blocks
 from engine.linear import Linear
-from engine.mlp import MLP, GatedMLP, PlainMLP
-from engine.norm import LayerNorm, Norm, RMSNorm
-from engine.parameters import NORM_NAMES, expert_stacks, parameter_shapes
-from engine.quantised_linear import Int8Linear, QuantisedLinear
+from engine.parameters import expert_stacks, parameter_shapes
 from engine.rope import rope_tables
 from engine.step_input import StepInput
-from kernels import Attention, Kernels
+from kernels import Kernels
 from kernels.blocks import FusedBlocks
-from kernels.mixture import Mixture
 from kernels.weights import QuantisedWeight
 
 if TYPE_CHECKING:
@@ -99,12 +96,21 @@ class Decoder:
         """Move the loaded `parameters` into their products, and make rope tables for `max_len` positions, which is at
         most `max_position`."""
         config = self.config
-        self._blocks = [self._block(i) for i in range(config.num_layers)]
+        parts = Assembly(
+            config,
+            self.kernels,
+            parameters=self.parameters,
+            quantised=self.quantised,
+            stacks=self._stacks,
+            device=self.device,
+            int8=self._int8,
+        )
+        self._blocks = [parts.block(i) for i in range(config.num_layers)]
         self._embedding = self.parameters.pop("model.embed_tokens.weight")
         self._positions = self.parameters.pop("model.embed_positions.weight", None)
-        self._last_norm = self._norm("model.norm")
+        self._last_norm = parts.norm("model.norm")
         tied = config.tied_embeddings
-        self._head = self._linear(self._embedding, None) if tied else self._product("lm_head")
+        self._head = parts.linear(self._embedding, None) if tied else parts.product("lm_head")
         self._multiplier = config.embedding_multiplier
         if config.rounds_embedding_multiplier:
             self._multiplier = float(torch.tensor(self._multiplier).to(self.dtype))
@@ -115,7 +121,7 @@ class Decoder:
             windowed = replace(config, rope_theta=config.windowed_rope_theta, rope_scaling=None)
             self._tables.append(rope_tables(windowed, max_len, self.device))
         tables = (0, len(self._tables) - 1) if self._tables else (None, None)  # without a window, with one
-        self._table_of = [tables[self._window(i) is not None] for i in range(config.num_layers)]
+        self._table_of = [tables[config.window(i) is not None] for i in range(config.num_layers)]
         self._fused = self._fuse()
 
     def distinct_products(self) -> list[Linear]:
@@ -186,128 +192,6 @@ class Decoder:
         if config.logits_softcap is not None:
             logits = self.kernels.softcap(logits, config.logits_softcap)
         return logits
-
-    def _block(self, index: int) -> Block | ParallelBlock:
-        config, layer, places = self.config, f"model.layers.{index}", NORM_NAMES[self.config.norm_position]
-
-        def norm(place: str) -> Norm | None:
-            return self._norm(f"{layer}.{places[place]}") if place in places else None
-
-        if config.parallel:
-            return ParallelBlock(
-                attention_norm=norm("attention"),
-                attention=self._attention(index),
-                mlp_norm=norm("mlp"),
-                mlp=self._mlp(index),
-                multiplier=config.residual_multiplier,
-            )
-        return Block(
-            attention_norm=norm("attention"),
-            attention=self._attention(index),
-            out_norm=norm("out"),
-            mlp_norm=norm("mlp"),
-            mlp=self._mlp(index),
-            down_norm=norm("down"),
-            multiplier=config.residual_multiplier,
-        )
-
-    def _attention(self, index: int) -> SelfAttention:
-        config, part = self.config, f"model.layers.{index}.self_attn"
-        return SelfAttention(
-            kernels=self.kernels,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            rotary_dim=0 if index in config.no_rope_layers else config.rotary_dim,
-            how=self._how(index),
-            qkv=self._product(f"{part}.qkv_proj"),
-            q_norm=self._head_norm(f"{part}.q_norm"),
-            k_norm=self._head_norm(f"{part}.k_norm"),
-            out=self._product(f"{part}.o_proj"),
-        )
-
-    def _window(self, index: int) -> int | None:
-        return self.config.windows[index] if self.config.windows else None
-
-    def _how(self, index: int) -> Attention:
-        config = self.config
-        scale = config.head_dim**-0.5 if config.attention_multiplier is None else config.attention_multiplier
-        slopes = None
-        if config.positions == "alibi":
-            slopes = (alibi_slopes(config.num_heads) * scale).to(self.device)
-        sinks = self.parameters.pop(f"model.layers.{index}.self_attn.sinks", None)
-        return Attention(
-            scale,
-            window=self._window(index),
-            softcap=config.attention_softcap,
-            slopes=slopes,
-            sinks=None if sinks is None else sinks.float(),
-        )
-
-    def _product(self, name: str) -> Linear:
-        # taken out of `parameters`, so that a packed weight frees its plain copy at once
-        weight, bias = self.parameters.pop(f"{name}.weight"), self.parameters.pop(f"{name}.bias", None)
-        kept = self.quantised.pop(f"{name}.weight", None)
-        if kept is not None:
-            return QuantisedLinear(kept, bias, self.kernels)
-        return self._linear(weight, bias, plain=name.endswith(".mlp.gate"))
-
-    def _linear(self, weight: Tensor, bias: Tensor | None, *, plain: bool = False) -> Linear:
-        kind = Int8Linear if self._int8 and not plain else Linear
-        return kind(weight, bias, self.kernels)
-
-    def _mlp(self, index: int) -> MLP | AllExperts:
-        part, moe = f"model.layers.{index}.mlp", self.config.moe
-        if moe is None or index in moe.dense_layers:
-            return self._one_mlp(part)
-        router = self._product(f"{part}.gate")
-        if self._stacks:
-            return self._mixture(router, f"{part}.experts", moe)
-        return Experts(
-            router,
-            tuple(self._one_mlp(f"{part}.experts.{expert}") for expert in range(moe.num_experts)),
-            num_per_token=moe.num_per_token,
-            normalised=moe.normalised,
-        )
-
-    def _mixture(self, router: Linear, part: str, moe: MixtureOfExperts) -> MixedExperts:
-        for expert in range(moe.num_experts):
-            for name in ("gate_up_proj", "down_proj"):
-                del self.parameters[f"{part}.{expert}.{name}.weight"]
-                self.parameters.pop(f"{part}.{expert}.{name}.bias", None)
-        mixture = Mixture(
-            gate_up=self._stacks[f"{part}.gate_up_proj.weight"],
-            down=self._stacks[f"{part}.down_proj.weight"],
-            gate_up_bias=self._stacks.get(f"{part}.gate_up_proj.bias"),
-            down_bias=self._stacks.get(f"{part}.down_proj.bias"),
-            activation=self.config.activation,
-            num_per_token=moe.num_per_token,
-            normalised=moe.normalised,
-        )
-        assert self.kernels.mix_experts is not None
-        return MixedExperts(router, mixture, self.kernels.mix_experts)
-
-    def _one_mlp(self, part: str) -> MLP:
-        name = "gate_up_proj" if self.config.gated_mlp else "up_proj"
-        up, down = self._product(f"{part}.{name}"), self._product(f"{part}.down_proj")
-        if self.config.gated_mlp:
-            return GatedMLP(self.kernels, self.config.activation, up, down)
-        assert self.config.activation != "swiglu_oai"  # gated by what it is
-        return PlainMLP(self.kernels, self.config.activation, up, down)
-
-    def _norm(self, name: str) -> Norm:
-        weight, bias = self.parameters.pop(f"{name}.weight"), self.parameters.pop(f"{name}.bias", None)
-        if self.config.norm_kind == "rms":
-            assert bias is None
-            return RMSNorm(self.kernels, weight, self.config.norm_eps, self.config.norm_offset)
-        return LayerNorm(self.kernels, weight, bias, self.config.norm_eps)
-
-    def _head_norm(self, name: str) -> RMSNorm | None:
-        """Of q or k. None: this model has no such norm."""
-        weight = self.parameters.pop(f"{name}.weight", None)
-        if weight is None:
-            return None
-        return RMSNorm(self.kernels, weight, self.config.norm_eps, self.config.norm_offset)
 
 
 def _mixes_experts(config: ModelConfig, kernels: Kernels) -> bool:

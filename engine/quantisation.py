@@ -1,8 +1,8 @@
 """Quantisation: how the weights of a safetensors checkpoint are stored in 4 or 8 bits, as its config.json says.
 
 Owns the reading of `quantization_config` (AWQ, GPTQ, FP8, compressed-tensors, MXFP4) into one frozen value, and the
-refusal, by field, of what cannot be undone exactly. Knows no torch, no files and no tensors (`quantised_source` and
-`float4_source` do). What such files say about activations is left aside: products are computed in the engine's dtype.
+refusal, by field, of what cannot be undone exactly. Knows no torch, no files and no tensors (`quantised_source`
+does). What such files say about activations is left aside: products are computed in the engine's dtype.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from kernels.weights import Int4Weight, QuantisedWeight
 
 
 class _NeverPacked(Linear):
-    """A product with a weight that no set takes as a plain one in its own order."""
+    """A product whose weight is no plain one: no kernel set keeps it in an order of its own."""
 
     __slots__ = ()
 
@@ -62,7 +62,7 @@ class Int8Linear(_NeverPacked):
         self._product = kernels.int8_matmul
 
     def compute_by(self, kernels: Kernels) -> None:
-        """It is, already."""
+        """Nothing to do: a row's bits depend on that row alone already."""
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._product(x, self._integers, self._bias)

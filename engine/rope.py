@@ -48,7 +48,7 @@ def _yarn_ramp(config: ModelConfig, scaling: RopeScaling) -> Tensor:
     dim = config.rotary_dim
 
     def channel(rotations: float) -> float:
-        """The one whose wave turns so often over the original context."""
+        """The one whose wave turns that many times over the original context."""
         wavelength = scaling.original_max_position / rotations
         return dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(config.rope_theta))
 

@@ -29,6 +29,7 @@ from engine.memory import (
 )
 from engine.model import Decoder
 from engine.multi_step import decodes_freely
+from engine.placement import weight_targets
 from engine.plan import Draws, Launched, OutOfDeviceMemory, Plan, PromptScores
 from engine.sampler import Sampler
 from engine.sampling_params import InvalidParameter
@@ -36,7 +37,7 @@ from engine.speculation import STEP_TOKENS, num_speculative_tokens
 from engine.step_input import StepInput
 from engine.step_times import StepTimes
 from engine.weight_source import open_source
-from engine.weights import load_weights, weight_targets
+from engine.weights import load_weights
 from kernels import Kernels, kernels_for
 
 if TYPE_CHECKING:

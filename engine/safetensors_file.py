@@ -1,7 +1,7 @@
 """SafetensorsFile: what tensors one .safetensors file holds and where they lie, checked before any is read.
 
 Owns the header (https://github.com/huggingface/safetensors#format): its length in 8 bytes, then JSON with dtype,
-shape and byte range of each tensor. Knows no torch, so that the front of the house can judge a checkpoint, and no
+shape and byte range of each tensor. Knows no torch, so that the api and the worker can judge a checkpoint, and no
 meaning of names. Parsed here because the library's own reader maps the whole file, and reading through a map faults
 page by page: at best half as fast as reading into the parameters.
 """

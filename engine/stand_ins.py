@@ -1,8 +1,8 @@
-"""StandIns: letters that no text has, in the place of letters of a client's text while a template works on it.
+"""StandIns: characters that no valid text has stand in for some of a client's text while a template works on it.
 
-Owns the exchange and its way back. A stand-in is half of a surrogate pair, which valid text never has alone, so a
-client cannot send one, and what spells a control token without any was written by the template. It is one letter for
-one letter, so a template may cut, join, turn round and strip a text as ever. Knows no templates and no tokenizers.
+Owns the exchange and its way back. A stand-in is half of a surrogate pair, which valid text never has alone: a client
+cannot send one, so what spells a control token without any was written by the template. One stand-in replaces one
+character, so a template may cut, join, reverse and strip a text as usual. Knows no templates and no tokenizers.
 """
 
 from __future__ import annotations

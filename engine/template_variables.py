@@ -4,7 +4,7 @@ Owns the names and values that are taken, as vLLM's `chat_template_kwargs`, for 
 alike. Values are switches, numbers and short words: no text that could spell a control token, nothing to loop over.
 Names that the renderer or Jinja gives a meaning are refused, and so are transformers' arguments of
 `apply_chat_template`, which are no variables. Refuses to know Jinja and which names a template reads: one that it
-does not read changes nothing, as everywhere.
+does not read changes nothing.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ TemplateVariables: TypeAlias = Mapping[str, bool | int | float | str | None]
 
 
 def check_variables(variables: Mapping[Any, Any]) -> None:
-    """Raises `InvalidParameter`, whose `param` is the field, with the key behind a point where that is a name."""
+    """Raises `InvalidParameter`, whose `param` is the field, followed by a dot and the key where that is a name."""
     if len(variables) > MAX_VARIABLES:
         raise InvalidParameter(FIELD, f"may have at most {MAX_VARIABLES} names")
     for name, value in variables.items():

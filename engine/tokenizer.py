@@ -9,7 +9,6 @@ torch).
 
 from __future__ import annotations
 
-import codecs
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -27,7 +26,7 @@ from engine.gguf_tokenizer import UnsupportedTokenizer, gguf_tokenizer
 from engine.special_tokens import SpecialTokens
 from engine.template_variables import TemplateVariables
 
-__all__ = ["ChatTemplateError", "Detokenizer", "Tokenizer", "UnsupportedTokenizer"]
+__all__ = ["ChatTemplateError", "Tokenizer", "UnsupportedTokenizer"]
 
 _METASPACE = "▁"  # SentencePiece's space (Kudo and Richardson 2018)
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # and its tokens of single bytes
@@ -62,43 +61,6 @@ class Tokenizer:
             )
         return tokenizer
 
-    @classmethod
-    def _from_folder(cls, folder: Path) -> Tokenizer:
-        settings = _read_json(folder / "tokenizer_config.json")
-        special_tokens_map = _read_json(folder / "special_tokens_map.json")
-        return cls._made(
-            str(folder),
-            _definition(folder),
-            template=_template_source(folder, settings),
-            special_tokens=SpecialTokens.read(settings, special_tokens_map),
-        )
-
-    @classmethod
-    def _made(
-        cls, origin: str, definition: str, *, template: str | None, special_tokens: SpecialTokens
-    ) -> Tokenizer:
-        try:
-            return cls(definition, template=template, special_tokens=special_tokens)
-        except ChatTemplateError as error:
-            raise UnsupportedTokenizer(f"{origin}: {error}") from None
-        except Exception as error:  # tokenizers raises bare Exception
-            raise UnsupportedTokenizer(f"{origin}: the tokenizer cannot be read: {error}") from error
-
-    @classmethod
-    def _from_gguf(cls, path: Path) -> Tokenizer:
-        metadata = GGUFFile.open(path).metadata
-        definition = gguf_tokenizer(metadata).to_str()
-        tokens = metadata["tokenizer.ggml.tokens"]
-        keys = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-        ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
-        names = {name: tokens[i] for name, i in ids.items() if i is not None}
-        return cls._made(
-            str(path),
-            definition,
-            template=metadata.get("tokenizer.chat_template"),
-            special_tokens=SpecialTokens(names, END_SPELLINGS.union(names.values())),
-        )
-
     @property
     def vocab_size(self) -> int:
         return int(self._backend.get_vocab_size())
@@ -121,6 +83,10 @@ class Tokenizer:
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """The same of several texts at once; meanwhile other threads run. Raises as `encode`."""
         return self._ids(texts, add_special_tokens=True)
+
+    def encode_part(self, text: str) -> list[int]:
+        """Token ids of text inside another text: nothing is put around it. Raises ValueError as `encode` does."""
+        return self._ids([text], add_special_tokens=False)[0] if text else []
 
     def render_chat(
         self,
@@ -173,13 +139,6 @@ class Tokenizer:
             return self._controls.unseal(str(self._backend.id_to_token(token_id)))
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
-    def _rendered(
-        self, messages: Sequence[Message], prompt: bool, variables: TemplateVariables | None
-    ) -> str:
-        if self._template is None:
-            raise ChatTemplateError("this checkpoint has no chat template: send a prompt instead of messages")
-        return self._template.render(messages, add_generation_prompt=prompt, variables=variables)
-
     def is_skipped(self, token_id: int) -> bool:
         """Whether `decode` leaves the token out: a control token, or none at all."""
         return token_id in self.control_ids or self._backend.id_to_token(token_id) is None
@@ -188,13 +147,53 @@ class Tokenizer:
         """Whether the token is a byte that a tokenizer without byte-level tokens falls back to, as `<0x0A>`."""
         return bool(_BYTE_TOKEN.fullmatch(self._backend.id_to_token(token_id) or ""))
 
+    @classmethod
+    def _from_folder(cls, folder: Path) -> Tokenizer:
+        settings = _read_json(folder / "tokenizer_config.json")
+        special_tokens_map = _read_json(folder / "special_tokens_map.json")
+        return cls._made(
+            str(folder),
+            _definition(folder),
+            template=_template_source(folder, settings),
+            special_tokens=SpecialTokens.read(settings, special_tokens_map),
+        )
+
+    @classmethod
+    def _made(
+        cls, origin: str, definition: str, *, template: str | None, special_tokens: SpecialTokens
+    ) -> Tokenizer:
+        try:
+            return cls(definition, template=template, special_tokens=special_tokens)
+        except ChatTemplateError as error:
+            raise UnsupportedTokenizer(f"{origin}: {error}") from None
+        except Exception as error:  # tokenizers raises bare Exception
+            raise UnsupportedTokenizer(f"{origin}: the tokenizer cannot be read: {error}") from error
+
+    @classmethod
+    def _from_gguf(cls, path: Path) -> Tokenizer:
+        metadata = GGUFFile.open(path).metadata
+        definition = gguf_tokenizer(metadata).to_str()
+        tokens = metadata["tokenizer.ggml.tokens"]
+        keys = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+        ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
+        names = {name: tokens[i] for name, i in ids.items() if i is not None}
+        return cls._made(
+            str(path),
+            definition,
+            template=metadata.get("tokenizer.chat_template"),
+            special_tokens=SpecialTokens(names, END_SPELLINGS.union(names.values())),
+        )
+
+    def _rendered(
+        self, messages: Sequence[Message], prompt: bool, variables: TemplateVariables | None
+    ) -> str:
+        if self._template is None:
+            raise ChatTemplateError("this checkpoint has no chat template: send a prompt instead of messages")
+        return self._template.render(messages, add_generation_prompt=prompt, variables=variables)
+
     def _last_id(self) -> int:
         last = self._backend.get_vocab_size(with_added_tokens=False) - 1
         return max(last, *self._backend.get_added_tokens_decoder(), -1)
-
-    def encode_part(self, text: str) -> list[int]:
-        """Token ids of text inside another text: nothing is put around it. Raises ValueError as `encode` does."""
-        return self._ids([text], add_special_tokens=False)[0] if text else []
 
     def _ids(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
         try:
@@ -203,51 +202,6 @@ class Tokenizer:
         except TypeError:  # what the library says of lone surrogates
             raise ValueError("the text is not valid Unicode") from None
         return [list(encoding.ids) for encoding in found]
-
-
-class Detokenizer:
-    """Text of a growing list of tokens, a piece per token; a character split over tokens comes when it is whole.
-
-    All pieces together are `Tokenizer.decode` of all tokens. For tokenizers that are not byte-level the last
-    few tokens are decoded again each time (after vLLM's `detokenize_incrementally`), and bytes that stand for
-    characters come when their run has ended: what follows decides whether all of them are valid.
-    """
-
-    _PATIENCE = 16  # tokens a character may need before its replacement sign is taken as meant
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace") if tokenizer.byte_level else None
-        self._token_ids: list[int] = []  # since a point where text and tokens last agreed
-        self._num_read = 0  # of those, already given out
-
-    def push(self, token_id: int) -> str:
-        """The text this token completes, possibly none."""
-        if self._utf8 is not None:
-            return self._utf8.decode(self._tokenizer.token_bytes(token_id))
-        if self._tokenizer.is_skipped(token_id):  # left out before anything is put together
-            return ""
-        self._token_ids.append(token_id)
-        if self._tokenizer.is_byte(token_id):
-            return ""
-        text = self._unread()
-        if not text or (text.endswith("�") and len(self._token_ids) - self._num_read < self._PATIENCE):
-            return ""
-        del self._token_ids[: self._num_read]
-        self._num_read = len(self._token_ids)
-        return text
-
-    def flush(self) -> str:
-        """What was held back, as it stands."""
-        if self._utf8 is not None:
-            return self._utf8.decode(b"", final=True)
-        text = self._unread()
-        self._num_read = len(self._token_ids)
-        return text
-
-    def _unread(self) -> str:
-        read = self._tokenizer.decode(self._token_ids[: self._num_read])
-        return self._tokenizer.decode(self._token_ids)[len(read) :]
 
 
 def _byte_of_char() -> dict[str, int]:

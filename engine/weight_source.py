@@ -19,9 +19,7 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint import Checkpoint, UnsupportedCheckpoint
-from engine.float4_source import Float4Source
 from engine.gguf_file import GGUFFile
-from engine.quantisation import Float4Blocks
 from engine.quantised_source import QuantisedSource
 from engine.safetensors_file import SafetensorsFile, StoredTensor
 
@@ -67,8 +65,6 @@ def open_source(checkpoint: Checkpoint, wanted: Iterable[str]) -> WeightSource:
     source = _SafetensorsSource([SafetensorsFile.open(path) for path in checkpoint.files])
     if checkpoint.quantisation is None:
         return source
-    if isinstance(checkpoint.quantisation, Float4Blocks):
-        return Float4Source(source, checkpoint.quantisation)
     return QuantisedSource(source, checkpoint.quantisation)
 
 
@@ -137,9 +133,7 @@ class _SafetensorsSource:
 
 
 class _GGUFSource:
-    piece_bytes = (
-        2**19
-    )  # unpacking makes several arrays up to eight times as large; small ones stay in the cache
+    piece_bytes = 2**19  # unpacked up to eight times as large, several arrays of it stay in the cache
 
     def __init__(self, file: GGUFFile, wanted: Iterable[str]) -> None:
         self._file = file

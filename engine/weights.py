@@ -1,21 +1,19 @@
 """Fills a decoder's parameters from a checkpoint, strictly.
 
-Owns the way from the file's names and layouts to the decoder's, which `Storage` describes, and the demand that every
-tensor of the file is used and every parameter of the model is filled, made before the first byte of a weight is read.
-A tied head that is stored a second time must be the embedding.
-Weights that stay quantised (`kept_weights`) are filled as strictly. Knows no mathematics. A few threads copy pieces
-into the parameters, so loading needs little more memory than the model.
+Owns the copying, by a few threads, a piece at a time, into the parameters themselves, so that loading needs little
+more memory than the model; and the change of layout on the way. A tied head that is stored a second time must be the
+embedding. Where each tensor goes is decided before (`placement`). Knows no mathematics and no files' formats
+(`weight_source`).
 """
 
 from __future__ import annotations
 
 import ctypes
 import mmap
-import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,57 +22,12 @@ from engine.checkpoint import Checkpoint, UnsupportedCheckpoint
 from engine.config import ModelConfig
 from engine.load_progress import LoadProgress
 from engine.model import Decoder
-from engine.parameters import parameter_shapes
+from engine.placement import Place, placed, weight_targets
 from engine.quantised_source import QuantisedSource
 from engine.weight_source import WeightSource, open_source
-from kernels.weights import QuantisedWeight
 
 READERS = 8  # threads: fewer would do for copying, more keep a fast disk busy
 _HUGE_PAGE_BYTES = 2 * 2**20
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# what one tensor of all experts holds: the end of its name, the modules that share it, and which part of them it is
-_OF_EXPERTS = (
-    (".experts.gate_up_proj", ("gate_proj", "up_proj"), "weight"),
-    (".experts.down_proj", ("down_proj",), "weight"),
-    (".experts.gate_up_proj_bias", ("gate_proj", "up_proj"), "bias"),
-    (".experts.down_proj_bias", ("down_proj",), "bias"),
-)
-
-
-class Target(NamedTuple):
-    """Rows `start` to `end` of the parameter `name` take one tensor of the checkpoint."""
-
-    name: str
-    start: int
-    end: int
-    grouped: bool = False  # they are stored kv head by kv head
-
-
-class Place(NamedTuple):
-    """Where one stored tensor goes: into a part of a parameter, or, row by row, into one `experts` parameter each.
-
-    `layout`: `experts_transposed` are `[in, out]` each, `experts_alternating` too, and a gate lies before each up.
-    `repeated`: they are there already.
-    """
-
-    parameters: tuple[Tensor, ...]
-    layout: Literal[
-        "rows",
-        "transposed",
-        "grouped",
-        "experts",
-        "experts_transposed",
-        "experts_alternating",
-        "repeated",
-    ]
-    kept: QuantisedWeight | None = None  # of these rows; then the parameter has no memory
-
-    @property
-    def stored_shape(self) -> tuple[int, ...]:
-        shape = tuple(self.parameters[0].shape)
-        if self.layout in ("transposed", "experts_transposed", "experts_alternating"):
-            shape = shape[::-1]
-        return (len(self.parameters), *shape) if self.layout.startswith("experts") else shape
 
 
 class Piece(NamedTuple):
@@ -98,7 +51,7 @@ def load_weights(
     """
     targets = weight_targets(decoder.config)
     source = source or open_source(checkpoint, targets)
-    places = _places(source, targets, decoder, checkpoint)
+    places = placed(source, targets, decoder, checkpoint)
     for parameter in decoder.parameters.values():
         _advise_huge_pages(parameter)
 
@@ -121,107 +74,6 @@ def load_weights(
             some = [piece for piece in pieces if (places[piece.name].layout == "repeated") is repeated]
             for num_bytes in pool.map(copy, some):  # the first failure cancels the rest
                 progress.advance(num_bytes)
-
-
-def weight_targets(config: ModelConfig) -> dict[str, Target]:
-    """The canonical name of a checkpoint's tensor → where it goes."""
-    storage = config.storage
-    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    targets: dict[str, Target] = {}
-    for name, shape in parameter_shapes(config).items():
-        module, rows = name.split(".")[-2], shape[0]
-        parts: tuple[tuple[str, int], ...] = ((module, rows),)
-        if module == "qkv_proj" and storage.qkv == "apart":
-            parts = (("q_proj", heads), ("k_proj", kv_heads), ("v_proj", kv_heads))
-        elif module == "gate_up_proj" and storage.gate_up == "apart":
-            parts = (("gate_proj", rows // 2), ("up_proj", rows // 2))
-        start, grouped = 0, module == "qkv_proj" and storage.qkv == "grouped"
-        for part, size in parts:
-            targets[name.replace(module, part)] = Target(name, start, start + size, grouped)
-            start += size
-    return targets
-
-
-def _places(
-    source: WeightSource, targets: dict[str, Target], decoder: Decoder, checkpoint: Checkpoint
-) -> dict[str, Place]:
-    """Stored name → where it goes, in the file's order, of all that are no mere derivatives."""
-    config = decoder.config
-    waiting = set(targets)
-    places: dict[str, Place] = {}
-    for stored_name in source.tensors:
-        name = canonical_name(stored_name, config)
-        if name is None:
-            continue
-        if config.tied_embeddings and name == _HEAD:
-            places[stored_name] = Place((decoder.parameters[_EMBEDDING],), "repeated")
-            _check(source, stored_name, places[stored_name], checkpoint)
-            continue
-        names = _names_of_experts(name, decoder) or (name,)
-        if any(one not in targets for one in names):
-            if source.leave_out(stored_name):
-                continue
-            raise UnsupportedCheckpoint(f"{checkpoint.path}: tensor {stored_name} is not known")
-        if not waiting.issuperset(names):
-            raise UnsupportedCheckpoint(f"{checkpoint.path}: tensor {stored_name} is there twice")
-        places[stored_name] = _place(name, names, targets, decoder)
-        _check(source, stored_name, places[stored_name], checkpoint)
-        waiting.difference_update(names)
-    if waiting:
-        raise UnsupportedCheckpoint(f"{checkpoint.path}: tensor {min(waiting)} is missing")
-    return places
-
-
-def _check(source: WeightSource, stored_name: str, place: Place, checkpoint: Checkpoint) -> None:
-    source.check(stored_name)
-    shape, _ = source.tensors[stored_name]
-    if shape != place.stored_shape:
-        raise UnsupportedCheckpoint(
-            f"{checkpoint.path}: tensor {stored_name} has shape {shape}, not {place.stored_shape}"
-        )
-
-
-def canonical_name(stored_name: str, config: ModelConfig) -> str | None:
-    """Llama's name for it; None for what is no weight of its own."""
-    storage, name = config.storage, stored_name
-    for pattern, replacement in storage.names:
-        name = re.sub(pattern, replacement, name)
-    # old checkpoints store the rope frequencies
-    derived = stored_name.endswith(".rotary_emb.inv_freq") or (
-        storage.derived and re.search(storage.derived, stored_name)
-    )
-    return None if derived else name
-
-
-def _names_of_experts(name: str, decoder: Decoder) -> tuple[str, ...]:
-    """transformers 5 may write all experts of a layer as one tensor, `[E, 2·I, H]` or `[E, H, I]`, some families do
-    always: the targets of its parts, expert by expert. Empty: it is no such tensor."""
-    moe = decoder.config.moe
-    for end, modules, kind in _OF_EXPERTS:
-        if moe is not None and name.endswith(end):
-            part = name.rsplit(".", 1)[0]
-            return tuple(f"{part}.{e}.{one}.{kind}" for e in range(moe.num_experts) for one in modules)
-    return ()
-
-
-def _place(name: str, names: tuple[str, ...], targets: dict[str, Target], decoder: Decoder) -> Place:
-    if len(names) > 1 or names[0] != name:
-        whole = dict.fromkeys(
-            targets[one].name for one in names
-        )  # gate and up of an expert are one parameter
-        parameters = tuple(decoder.parameters[one] for one in whole)
-        if decoder.config.storage.experts == "stacked":
-            return Place(parameters, "experts")
-        if ".gate_up_proj" in name:
-            return Place(parameters, "experts_alternating")
-        return Place(parameters, "experts_transposed")
-    target = targets[name]
-    rows = decoder.parameters[target.name][target.start : target.end]
-    if (kept := decoder.quantised.get(target.name)) is not None:
-        return Place((rows,), "rows", kept.rows(target.start, target.end))
-    if decoder.config.storage.transposed and name.startswith("model.layers.") and rows.dim() == 2:
-        return Place((rows,), "transposed")
-    return Place((rows,), "grouped" if target.grouped else "rows")
 
 
 def _pieces(source: WeightSource, name: str, place: Place) -> Iterator[Piece]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.tokenizer import Detokenizer, Tokenizer
+from engine.detokenizer import Detokenizer
+from engine.tokenizer import Tokenizer
 
 
 class GrowingText:

@@ -15,15 +15,16 @@ P pages per row in the table. All tensors on one device; x, weights, q, k and v 
 - T = 0 and R = 0 are allowed and do nothing.
 
 Cache layout: `PagedKV`. Slot s is token `s % page_size` of page `s // page_size`. Slots that no row's context
-covers may hold anything, NaN included. Nor does a query meet what its own row stores behind it, or before its
-window: NaN there changes no bit of the query's result. That is why V in a page is finite: of a token's head whose V
-has NaN or infinity, K is stored as NaN and V as zeros, so whoever sees it fails, and a weight of 0 hides it from all
-others. Entries of the page table whose tokens no query of the row sees are not read: they need not be pages.
+covers may hold anything, NaN included. Nor does what a row stores behind a query, or before its window, reach that
+query: NaN there changes no bit of its result. That is why V in a page is always finite: where V of a token's head has
+NaN or infinity, K is stored as NaN and V as zeros, so every query that sees the token fails, and a weight of 0 hides
+it from all others. Entries of the page table whose tokens no query of the row sees are not read: they need not be
+pages.
 
 A cache of 8 bits has one scale per token and kv head, for K and for V. The scale is the largest |x| over d
 divided by 127 (int8) or 448 (fp8), rounded up to bfloat16 so that nothing clips; what is stored is x / scale,
-rounded to nearest even, and means stored · scale in fp32. A vector of zeros has scale 0. A vector with NaN or
-infinity has scale NaN, so that the failure is carried. Only the token's own vector decides.
+rounded to nearest even, and it means stored · scale in fp32. A vector of zeros has scale 0. A vector with NaN or
+infinity has scale NaN, so that the failure shows. A scale depends on the token's own vector alone.
 """
 
 from __future__ import annotations
@@ -67,13 +68,13 @@ class HeadNorms:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Filters:
-    """Which tokens each row of `sample` may draw where its temperature is above 0. Those that are left, of all that
-    the one before has left, after
+    """Which tokens each row of `sample` may draw where its temperature is above 0. Three filters, applied in this
+    order, each to what the one before has left:
 
-    - `min_p` m: a token stays if logit ≥ largest + temperature · ln(m), so that the largest's is not more than 1 / m
+    - `min_p` m: a token stays if logit ≥ largest + temperature · ln(m): the likeliest token is then at most 1 / m
       times as likely (Nguyen et al. 2024). 0 is off.
-    - `top_k` k: the first k. Tokens are ranked by logit, the largest first, equals by the lower id. 0 is off, and so
-      is what is not less than the vocabulary.
+    - `top_k` k: the first k stay. Tokens are ranked by logit, the largest first, equals by the lower id. 0 is off,
+      and so is any k that is at least the size of the vocabulary.
     - `top_p` p: a token stays if the weights of those ranked before it sum to less than p times the weight of all
       that are left; the first one always (Holtzman et al. 2019). 1 is off.
     """
@@ -103,7 +104,7 @@ class Penalties:
 
 
 class Normalisers(NamedTuple):
-    """What makes logits of a row to logprobs, the logs of its softmax: (logit - largest) - log_sum, in fp32. Two
+    """What turns a row's logits into logprobs, the logs of its softmax: (logit - largest) - log_sum, in fp32. Two
     numbers, because their sum would round away the logprob of a token that is nearly certain."""
 
     largest: Tensor  # [S] fp32, of the row's logits
@@ -179,7 +180,7 @@ class Kernels:
     - `rms_norm(x [T, H], weight [H], eps, offset=0) -> [T, H]`: x / sqrt(mean(x²) + eps) · (weight + offset)
       (Zhang and Sennrich 2019; Gemma stores its weights less 1).
     - `add_rms_norm(x [T, H], residual [T, H], weight [H], eps, offset=0) -> (normed [T, H], new residual [T, H])`:
-      the new residual is x + residual rounded to the dtype, and what is normed. May overwrite `residual`.
+      the new residual is x + residual rounded to the dtype, and that is what is normed. May overwrite `residual`.
     - `layer_norm(x [T, H], weight [H], bias [H] or None, eps) -> [T, H]`: (x - mean(x)) / sqrt(var(x) + eps)
       · weight + bias, with the variance of the H values themselves, not an estimate (Ba et al. 2016).
     - `add_layer_norm(x [T, H], residual [T, H], weight [H], bias [H] or None, eps)`: as `add_rms_norm`.
@@ -222,8 +223,8 @@ class Kernels:
     - `count_tokens(penalties, tokens [S] int64)`: notes the tokens that rows have drawn, in place: one more time for
       a token that the row lists, else an entry at its end, if N leaves room. Not of a row without entries, and not
       of a negative token.
-    - `pack(weight [out, in]) -> PackedWeight`: the weight in the order in which `matmul` reads it best. None: the
-      plain one is.
+    - `pack(weight [out, in]) -> PackedWeight`: the weight in the order in which `matmul` reads it best. None: that is
+      the plain order.
     - `matmul(x [T, in], weight [out, in] or what `pack` made of it, bias [out] or None) -> [T, out]`: x · weightᵀ +
       bias. None: this set has no product of its own; whether the library's products keep the second rule above must
       then be checked.
@@ -278,24 +279,6 @@ class Kernels:
     fuse: Fuse | None = None
     sharing: Sharing | None = None
     keys_by_token: bool = False
-
-
-Attend = Callable[[Tensor, PagedKV, Tensor, Tensor, Tensor, Attention], Tensor]
-
-
-def attend_with_single_queries(
-    attend: Attend, q: Tensor, cache: PagedKV, page_table: Tensor, context_lens: Tensor, how: Attention
-) -> Tensor:
-    """`paged_attention` without `query_start`, by an `attend` that must have it: padding sees a token of page 0, and
-    what it has seen is forgotten."""
-    starts = torch.arange(q.shape[0] + 1, dtype=torch.int32, device=q.device)
-    padding = context_lens == 0
-    if not padding.any():
-        return attend(q, cache, page_table, starts, context_lens, how)
-    page_table = page_table.masked_fill(padding[:, None], 0)
-    return attend(q, cache, page_table, starts, context_lens.clamp(min=1), how).masked_fill_(
-        padding[:, None, None], 0.0
-    )
 
 
 def kernels_for(device: str, name: KernelSet = "auto", *, dtype: torch.dtype = torch.bfloat16) -> Kernels:

@@ -1,14 +1,19 @@
 """What attention is told: the pages it reads, how a layer attends, and which rows begin alike.
 
-Owns these four types of the contract and what they mean; `kernels` has the operations that take them, and hands the
-types on, so that nobody else need know this file. Knows no set, no model and no request.
+Owns these four types of the contract and what they mean, and the range of 8-bit caches; `kernels` has the operations
+that take them, and hands the types on. Knows no set, no model and no request.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+# dtypes of 8 bits that a cache may have → the largest magnitude that each can store
+LIMITS: Mapping[torch.dtype, float] = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,8 +39,8 @@ class Attention:
     - `slopes` [hq] fp32, on the device of q: plus slope · (key position - query position) (ALiBi: Press et al. 2022),
     - `window` w: a query sees itself and the w - 1 tokens before it, and no others (Beltagy et al. 2020),
     - `sinks` [hq] fp32, on the device of q: each head's exp(sink) joins the sum that its weights are divided by, once
-      for every query, whatever the window: a key without a value, whose score is `sink` (OpenAI gpt-oss 2025; of the
-      first tokens that models attend to for want of it, Xiao et al. 2023). -infinity: the head has none.
+      for every query, whatever the window: a key without a value, whose score is `sink` (OpenAI gpt-oss 2025; models
+      without one attend to their first tokens instead, Xiao et al. 2023). -infinity: the head has none.
 
     Raises `ValueError` for a window below 1 and a softcap that is not above 0.
     """

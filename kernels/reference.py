@@ -23,13 +23,13 @@ from kernels import (
     PagedKV,
     Penalties,
     SharedPrefixes,
-    attend_with_single_queries,
 )
+from kernels.attending import LIMITS
 from kernels.noise import uniforms
 from kernels.running_sums import running_sums
 from kernels.weights import BLOCK, Float8Weight, Int4Weight, Int8Weight, rounded_to_int8
 
-LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # largest magnitude that an 8-bit cache can store
+Attend = Callable[[Tensor, PagedKV, Tensor, Tensor, Tensor, Attention], Tensor]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
@@ -169,6 +169,21 @@ def paged_attention(
     return out
 
 
+def attend_with_single_queries(
+    attend: Attend, q: Tensor, cache: PagedKV, page_table: Tensor, context_lens: Tensor, how: Attention
+) -> Tensor:
+    """`paged_attention` without `query_start`, by an `attend` that must have it: padding sees a token of page 0, and
+    what it has seen is forgotten."""
+    starts = torch.arange(q.shape[0] + 1, dtype=torch.int32, device=q.device)
+    padding = context_lens == 0
+    if not padding.any():
+        return attend(q, cache, page_table, starts, context_lens, how)
+    page_table = page_table.masked_fill(padding[:, None], 0)
+    return attend(q, cache, page_table, starts, context_lens.clamp(min=1), how).masked_fill_(
+        padding[:, None, None], 0.0
+    )
+
+
 def _context(cache: PagedKV, page_table: Tensor, base: int, length: int) -> tuple[Tensor, Tensor]:
     """K and V of a row's tokens `base:length` `[hk, length - base, d]` in fp32, cut before any arithmetic: what
     lies outside may be NaN, and its pages none."""
@@ -277,10 +292,11 @@ def fp8_matmul(x: Tensor, weight: Float8Weight, bias: Tensor | None, *, invarian
 
 def _through_fp8(x: Tensor) -> Tensor:
     """What fp32 rows `[T, n]` mean after they were rounded to fp8 with one scale each."""
-    scales = x.abs().amax(dim=1, keepdim=True) / LIMITS[torch.float8_e4m3fn]
+    limit = LIMITS[torch.float8_e4m3fn]
+    scales = x.abs().amax(dim=1, keepdim=True) / limit
     scales = scales.masked_fill(~scales.isfinite(), float("nan"))
     reach = torch.where(scales > 0, 1.0 / scales, 0.0)
-    return (x * reach).nan_to_num(0.0).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scales
+    return (x * reach).nan_to_num(0.0).clamp(-limit, limit).to(torch.float8_e4m3fn).float() * scales
 
 
 def quantise_int8(weight: Tensor) -> Int8Weight:

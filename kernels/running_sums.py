@@ -1,8 +1,8 @@
-"""Running sums along rows, whose bits hang on the row's own values alone.
+"""Running sums along rows, whose bits depend on the row's own values alone.
 
-Owns one operation that torch has, but not so on a GPU: there the number of threads that `cumsum` gives a row, and
-with it the order of sums, follows from how many rows there are and how wide they are, up to a limit. Here it is
-always given so many rows and columns that it is at that limit; zeros behind a row change none of its sums.
+Owns the one operation for which torch's `cumsum` will not do on a GPU: there the number of threads that work on a
+row, and with it the order of sums, depends on how many rows there are and how wide they are, up to a limit. Here
+`cumsum` always gets as many rows and columns as reach that limit; zeros behind a row change none of its sums.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ LEAST_WIDTH = 2**14  # torch: 512 threads, its limit, once the width is 512 time
 
 
 def running_sums(x: Tensor) -> Tensor:
-    """x `[n, width]`, at least 0 → of each row the sums up to and with each value `[n, width]`."""
+    """x `[n, width]`, at least 0 → of each row the sums up to and including each value `[n, width]`."""
     return x.cumsum(dim=1) if x.device.type == "cpu" else in_pieces(x)
 
 

@@ -26,7 +26,6 @@ from kernels import (
     PagedKV,
     SharedPrefixes,
     Sharing,
-    attend_with_single_queries,
 )
 from kernels.cpu.blocks import Fusing
 from kernels.cpu.build import BuildError, load_library
@@ -47,7 +46,14 @@ from kernels.cpu.tensors import (
     same_dtype,
     single_queries,
 )
-from kernels.reference import count_tokens, fp8_matmul, int4_matmul, normalisers, penalise
+from kernels.reference import (
+    attend_with_single_queries,
+    count_tokens,
+    fp8_matmul,
+    int4_matmul,
+    normalisers,
+    penalise,
+)
 
 __all__ = ["BuildError", "kernels"]
 

@@ -1,7 +1,7 @@
 """All blocks of a decoder by one call of C (`blocks.h`).
 
-Owns the structures that C reads: that of the weights is written once, those of the caches when other ones come, that
-of a step each time. Knows no model.
+Owns the structures that C reads: those of the weights are written once, those of the caches when the caches change,
+that of a step each time. Knows no model.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class _Blocks:
             max((2 * block.heads + 2 * block.kv_heads) * block.dim, 3 * block.down.weight.shape[1])
             for block in self._blocks
         )
-        # of each rotation how many channels it turns
+        # rotation → how many channels it turns
         self._rotary = {block.rotation: block.rotary_dim for block in self._blocks if block.rotary_dim}
         require(
             all(block.rotary_dim in (0, self._rotary[block.rotation]) for block in self._blocks)

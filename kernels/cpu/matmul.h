@@ -119,7 +119,7 @@ INLINE void FN(multiply)(const int tokens, const int panels, long inputs, const 
         UNROLL for (int p = 0; p < panels; p++)
             FN(load_panel)(packed + p * stride, weight + 2 * p, weight + 2 * p + 1);
         UNROLL for (int t = 0; t < tokens; t++) {
-            vn by = x[t] - (vn){};
+            vn by = nsplat(x[t]);
             UNROLL for (int j = 0; j < 2 * panels; j++) sum[t][j] += by * weight[j];
         }
     }

@@ -16,10 +16,8 @@ from torch import Tensor
 
 from kernels.weights import PackedWeight
 
-SUFFIXES = {
-    torch.bfloat16: "bf16",
-    torch.float32: "f32",
-}  # of the functions in C, by the dtype of the activations
+# of the functions in C, by the dtype of the activations
+SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
 
 def operands_fit(x: Tensor, shape: tuple[int, int], bias: Tensor | None) -> bool:

@@ -29,12 +29,11 @@
 enum { SILU, GELU, GELU_TANH, RELU, SWIGLU_OAI };
 
 INLINE vn activated(int how, vn x) {
-    const float log2_e = 1.44269504f;
     if (how == RELU) return nchoose(x < (vn){}, (vn){}, x); /* NaN stays NaN */
-    if (how == SILU) return x / (1.0f + nexp2(x * -log2_e));
+    if (how == SILU) return x / (1.0f + nexp2(x * -LOG2E));
     if (how == GELU_TANH) { /* (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)) */
         vn u = 0.797884561f * x * (1.0f + 0.044715f * x * x);
-        return x / (1.0f + nexp2(u * (-2.0f * log2_e)));
+        return x / (1.0f + nexp2(u * (-2.0f * LOG2E)));
     }
     /* GELU: x * Phi(x), where Phi(-|x|) = exp(-x*x/2) * t * polynomial(t), t = 1 / (1 + 0.2687 |x|); the polynomial
      * is a minimax fit of our own, relative error 2e-8 up to |x| = 14, where Phi is nothing to an fp32 */
@@ -48,7 +47,7 @@ INLINE vn activated(int how, vn x) {
     p = p * t + 0.101951585f;
     p = p * t + 0.106959930f;
     p = p * t + 0.107205466f;
-    vn tail = p * t * nexp2(x * x * (-0.5f * log2_e));
+    vn tail = p * t * nexp2(x * x * (-0.5f * LOG2E));
     return x * nchoose(x < (vn){}, tail, 1.0f - tail);
 }
 
@@ -152,7 +151,7 @@ INLINE void FN(untile)(SCALAR *p, const vn *tile) {
 }
 #endif
 
-/* A vector of which n elements exist, or all if n is more: missing lanes are 0. */
+/* A vector where only n elements exist, or all of them if n is more: missing lanes are 0. */
 INLINE vn FN(load_some)(const SCALAR *p, long n) {
     if (n >= NATIVE) return FN(load)(p);
     SCALAR padded[NATIVE] = {0};
@@ -202,7 +201,7 @@ INLINE void FN(add_row)(const SCALAR *x, long width, SCALAR *sum) {
     }
 }
 
-/* The sum of a row, or of the squares of what its elements are away from `mean`, by 16 lanes, as `tile` has them. */
+/* The sum of a row, or of the squared distances of its elements from `mean`, by 16 lanes, as `tile` has them. */
 INLINE float FN(row_sum)(const SCALAR *x, long width) {
     vn part[PARTS] = {};
     long i = 0;

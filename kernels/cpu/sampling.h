@@ -106,7 +106,8 @@ INLINE void FN(weights)(const SCALAR *logits, long n, float largest, float by, f
     }
 }
 
-INLINE double FN(weight)(const SCALAR *logits, long n, float largest, float by, float least) {
+/* The sum of the weights of n tokens. */
+INLINE double FN(weight_sum)(const SCALAR *logits, long n, float largest, float by, float least) {
     vn sums[PARTS] = {}, held[PARTS];
     for (long i = 0; i < n; i += LANES) {
         FN(weights)(logits + i, n - i, largest, by, least, held);
@@ -117,12 +118,13 @@ INLINE double FN(weight)(const SCALAR *logits, long n, float largest, float by, 
     return sum;
 }
 
+/* The token in which the cumulative weight first exceeds u times the total. */
 INLINE long FN(draw)(const SCALAR *row, long width, float largest, float by, double u) {
     const long blocks = (width + WEIGHED - 1) / WEIGHED;
     double sums[blocks], total = 0;
     for (long b = 0; b < blocks; b++) {
         const long from = b * WEIGHED, n = width - from < WEIGHED ? width - from : WEIGHED;
-        total += sums[b] = FN(weight)(row + from, n, largest, by, -INFINITY);
+        total += sums[b] = FN(weight_sum)(row + from, n, largest, by, -INFINITY);
     }
     const double target = u * total;
     double before = 0;
@@ -159,7 +161,7 @@ INLINE long FN(collect)(const SCALAR *row, long width, float largest, float by, 
     return count;
 }
 
-/* top_k: 0, or below the width. room[2 * width] */
+/* As `draw`, of the tokens that the filters leave. top_k: 0, or below the width. room[2 * width] */
 static long FN(draw_filtered)(const SCALAR *row, long width, float largest, float by, double heat, double u,
                               long top_k, double top_p, double min_p, const float *maxima, candidate *room) {
     const long groups = (width + GROUP - 1) / GROUP;
@@ -174,7 +176,7 @@ static long FN(draw_filtered)(const SCALAR *row, long width, float largest, floa
         if (bound > least) least = bound;
     } else if (top_k == 0 && top_p < 1) { /* all of less weight weigh less together than what does not stay */
         for (long from = 0; from < width; from += WEIGHED)
-            mass += FN(weight)(row + from, width - from < WEIGHED ? width - from : WEIGHED, largest, by, least);
+            mass += FN(weight_sum)(row + from, width - from < WEIGHED ? width - from : WEIGHED, largest, by, least);
         const float bound = at_least(largest + heat * log(0.99 * (1 - top_p) * mass / width));
         if (bound > least) least = bound;
     }

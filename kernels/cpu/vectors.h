@@ -105,7 +105,7 @@ INLINE vn native_f32(const float *p) {
     return v;
 }
 
-/* Of which n elements exist, or all if n is more: missing lanes are 0. */
+/* The same where only n elements exist, or all of them if n is more: missing lanes are 0. */
 INLINE vn some_f32(const float *p, long n) {
     vn v = {};
     if (n >= NATIVE) memcpy(&v, p, sizeof v);

@@ -13,8 +13,9 @@ import triton.language as tl
 from triton.runtime.jit import JITFunction
 
 from kernels import Kernels, Sharing
+from kernels.attending import LIMITS
 from kernels.gpu.activation import act, act_mul, softcap
-from kernels.gpu.cache import LIMITS, store_kv
+from kernels.gpu.cache import store_kv
 from kernels.gpu.fp8_matmul import fp8_matmul
 from kernels.gpu.int4_matmul import int4_matmul
 from kernels.gpu.launch import paged_attention

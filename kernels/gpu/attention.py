@@ -9,7 +9,7 @@ Splits that many rows share may come from a third kernel (`prefix`): `single` le
 Integers that change from step to step are not specialised: nothing may be compiled for one more length.
 
 A token's bits depend on its own row alone: tiles and splits lie at fixed positions of the context (`splits`), `many`
-merges the same splits as `reduce` does, and all choices hang on shapes of the model (`tiles`).
+merges the same splits as `reduce` does, and all choices depend on shapes of the model alone (`tiles`).
 """
 
 from __future__ import annotations

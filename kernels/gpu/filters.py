@@ -1,15 +1,15 @@
 """Filters: min-p, top-k and top-p of a row of logits, and the draw from what they leave; one launch, in which nothing
 is sorted and nothing is read back to the host.
 
-A row's logits are ordered by integer keys. What the filters keep are the keys above a least one, and of the tokens
-with the least key the first few. It is searched for: a token stays if the tokens above it measure less than a bound,
-in numbers for top-k, in weight for top-p. Each pass of the search halves the keys in question and moves both ends to
-keys that the row has. Weights are whole numbers, so no order of a sum changes it and rows stay by themselves.
+A row's logits are ordered by integer keys. The filters keep all tokens above a least key, and the first few of those
+that have it. That key is searched for: a token stays if the tokens above it measure less than a bound, counted for
+top-k, weighed for top-p. Each pass of the search halves the range of keys and moves both its ends to keys that the
+row has. Weights are whole numbers, so no order of summation changes a sum, and no row depends on another.
 
-Passes over a whole vocabulary would be slow. Three bounds come first, below which nothing can stay: min-p's own; for
-top-p the weight of which a whole vocabulary has less than 1 - p; for top-k the k-th of the largest logits of groups
-of tokens, of which each has one. Tokens that reach them are collected in the order of ids, and looked at alone if
-they are few enough.
+Passes over a whole vocabulary would be slow. So three bounds come first, below which nothing can stay: min-p's own;
+for top-p, a weight so small that a whole vocabulary of such tokens weighs less than 1 - p; for top-k, the k-th
+largest of the maxima of groups of tokens. The tokens that reach these bounds are collected in the order of ids, and
+searched alone if they are few enough.
 """
 
 from __future__ import annotations

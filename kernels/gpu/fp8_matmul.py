@@ -18,12 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.int4_matmul import PROGRAMS, Tile, segments_for
-from kernels.gpu.matmul import add_segments
-from kernels.gpu.tiles import capability
+from kernels.attending import LIMITS
+from kernels.gpu.architectures import capability
+from kernels.gpu.quantised_tiles import PROGRAMS, Tile, segments_for
+from kernels.gpu.segments import add_segments, power_of_two
 from kernels.weights import BLOCK, Float8Weight
 
-LIMIT = 448.0  # largest number in E4M3
+LIMIT = LIMITS[torch.float8_e4m3fn]  # the largest number in E4M3
 FEW_TOKENS, SOME_TOKENS = 32, 256
 FEW, SOME, MANY = Tile(16, 64, 4, 4), Tile(64, 128, 4, 4), Tile(128, 128, 8, 4)
 MOST_SEGMENTS = 4  # of more than few tokens
@@ -100,9 +101,8 @@ def fp8_kernel(
 
 def fp8_matmul(x: Tensor, weight: Float8Weight, bias: Tensor | None, *, invariant: bool = False) -> Tensor:
     (outputs, inputs), tokens = weight.shape, x.shape[0]
-    out = torch.empty((tokens, outputs), dtype=x.dtype, device=x.device)
     if not tokens:
-        return out
+        return torch.empty((tokens, outputs), dtype=x.dtype, device=x.device)
     floats, x_scales = quantise_rows(x, BLOCK if weight.blocks else inputs)
     few = tokens <= FEW_TOKENS and not invariant
     fits = not (few or invariant or weight.blocks or inputs % 16 or outputs % 16)
@@ -116,19 +116,37 @@ def fp8_matmul(x: Tensor, weight: Float8Weight, bias: Tensor | None, *, invarian
             out_dtype=x.dtype,
         )
     tile = FEW if few else SOME if invariant or tokens <= SOME_TOKENS else MANY
-    tiles = triton.cdiv(tokens, tile.rows) * triton.cdiv(outputs, tile.columns)
-    blocks = triton.cdiv(inputs, BLOCK)
-    segments = segments_for(blocks, outputs) if few else 1
-    while not (few or invariant) and 2 * segments <= min(MOST_SEGMENTS, blocks, PROGRAMS // tiles):
-        segments *= 2
+    blocks, segments = triton.cdiv(inputs, BLOCK), 1
+    if few:
+        segments = segments_for(blocks, outputs)
+    elif not invariant:
+        tiles = triton.cdiv(tokens, tile.rows) * triton.cdiv(outputs, tile.columns)
+        segments = power_of_two(min(MOST_SEGMENTS, blocks, PROGRAMS // tiles))
+    return fp8_tiled(floats, x_scales, weight, bias, x.dtype, tile, segments)
+
+
+def fp8_tiled(
+    floats: Tensor,
+    x_scales: Tensor,
+    weight: Float8Weight,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    tile: Tile,
+    segments: int,
+) -> Tensor:
+    """The product in tiles of that size, each segment by programs of its own; floats and x_scales: x as
+    `quantise_rows` has left it."""
+    (tokens, inputs), outputs = floats.shape, weight.shape[0]
+    out = torch.empty((tokens, outputs), dtype=dtype, device=floats.device)
     made = out
     if segments > 1:
-        made = torch.empty((segments, tokens, outputs), dtype=torch.float32, device=x.device)
+        made = torch.empty((segments, tokens, outputs), dtype=torch.float32, device=floats.device)
+    tiles = triton.cdiv(tokens, tile.rows) * triton.cdiv(outputs, tile.columns)
     fp8_kernel[(tiles, segments)](
         floats, x_scales, weight.floats, weight.scales, bias if segments == 1 else None, made,
         tokens, inputs, outputs,
         SEGMENTS=segments, BLOCKS=weight.blocks, ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
-        num_stages=tile.stages if capability(x.device)[0] in (9, 10) else min(tile.stages, 3),  # or too large
+        num_stages=tile.stages if capability(floats.device)[0] in (9, 10) else min(tile.stages, 3),  # or too large
     )  # fmt: skip
     if segments > 1:
         add_segments(made, bias, out)

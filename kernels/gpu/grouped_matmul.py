@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gpu.architectures import capability
 from kernels.gpu.groups import group_of
 from kernels.gpu.matmul import TOGETHER, accumulate, tile_of
 from kernels.gpu.matmul_tiles import Tile, tile_for, tiles_for
-from kernels.gpu.tiles import capability
 
 
 @triton.jit(do_not_specialize=["row_tiles"])

@@ -1,8 +1,8 @@
 """Products with weights of 4 bits, which stay in 4 bits in memory: x · ((integers - zeros) · scales)ᵀ + bias.
 
-A program makes one tile of the result from one segment of the inputs; `sum_kernel` adds the segments in their
+A program makes one tile of the result from one segment of the inputs; `add_segments` adds them in their
 order. Integers less zeros are exact in x's dtype, are multiplied by the tensor cores, and each group's sum is scaled
-in fp32. The weight's shape alone decides where segments begin. With many tokens the weight is dequantised, rounded
+in fp32. With many tokens the weight is dequantised, rounded
 to x's dtype, for one product of the library. Where that begins, `MOST_TOKENS`, and the tiles are estimates: an
 8B shape on an H200 is 1.3 times as fast as in bf16 with 16 rows, and three quarters as fast with 256. `invariant`
 products have one tile for all numbers of tokens, and never the library.
@@ -10,32 +10,18 @@ products have one tile for all numbers of tokens, and never the library.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.matmul import add_segments
+from kernels.gpu.quantised_tiles import Tile, segments_for
+from kernels.gpu.segments import add_segments
 from kernels.weights import BLOCK, Int4Weight
 
 MOST_TOKENS = 128  # of the kernel; with more the weight is dequantised
 APART_TOKENS = 256  # with more, programs are many enough to take all segments each
-MOST_SEGMENTS = 16
-LEAST_BLOCKS = 4  # of a segment
-PROGRAMS = 264  # two for each processor of an H100 or H200
 PIECE = 16  # inputs in the same bits of neighbouring words
-
-
-class Tile(NamedTuple):
-    """Of the result [rows, columns]. `stages`: blocks of inputs under way."""
-
-    rows: int
-    columns: int
-    warps: int
-    stages: int
-
 
 # with more rows wgmma would take the integers from shared memory, where unpacking costs three times as much
 FEW, MANY = Tile(16, 128, 4, 4), Tile(32, 128, 4, 4)
@@ -196,10 +182,3 @@ def _grouping(weight: Int4Weight) -> tuple[int, int]:
     """(pieces of a block that share a scale, blocks that do)."""
     size = weight.group_size
     return min(size, BLOCK) // PIECE, max(1, size // BLOCK)
-
-
-def segments_for(blocks: int, outputs: int) -> int:
-    """A power of two: as many as make a product of few tokens busy, each long enough to be worth it."""
-    wanted = -(-PROGRAMS // -(-outputs // 128))
-    allowed = min(wanted, MOST_SEGMENTS, blocks // LEAST_BLOCKS)
-    return 1 << max(0, allowed.bit_length() - 1)

@@ -1,8 +1,8 @@
 """Matrix products of which each row depends on that row alone, bit for bit: as a vendor's library does not promise.
 
-A program makes one tile of the result, from one segment of the inputs or from all of them; `sum_kernel` adds segments
-that were made apart, in the order in which a program adds its own. So the same sums are made, in the same order,
-whatever the number of rows (`matmul_tiles`). Rows and columns beyond the end are zeros that nobody keeps.
+A program makes one tile of the result, from one segment of the inputs or from all of them; `add_segments` adds
+those that were made apart, in the order in which a program adds its own. So the same sums are made, in the same
+order, whatever the number of rows (`matmul_tiles`). Rows and columns beyond the end are zeros that nobody keeps.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gpu.architectures import capability
 from kernels.gpu.matmul_tiles import Tile, segments_for, tile_for, tiles_for
-from kernels.gpu.tiles import capability
+from kernels.gpu.segments import add_segments
 from kernels.weights import PackedWeight
 
 TOGETHER = 8  # tiles of rows whose programs follow each other, so that they find the weight in the L2 cache
-BLOCK = 1024  # elements of a program of `sum_kernel`
 
 
 @triton.jit
@@ -90,20 +90,6 @@ def matmul_kernel(
     tl.store(out + place, total.to(out.dtype.element_ty), mask=held_rows & held_columns)
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def sum_kernel(parts, bias, out, tokens, outputs, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr):
-    """out [tokens, outputs] = the sum of parts [SEGMENTS, tokens, outputs], in their order, plus bias."""
-    token, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < outputs
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for segment in tl.static_range(SEGMENTS):
-        place = (segment * tokens + token) * outputs + column
-        total += tl.load(parts + place, mask=inside, other=0.0)
-    if bias is not None:
-        total += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + token * outputs + column, total.to(out.dtype.element_ty), mask=inside)
-
-
 def matmul(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None) -> Tensor:
     assert isinstance(weight, Tensor)  # this set packs none
     tokens, (outputs, inputs) = x.shape[0], weight.shape
@@ -136,11 +122,3 @@ def tiled(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile, *, apart: 
     if apart:
         add_segments(made, bias, out)
     return out
-
-
-def add_segments(made: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out [tokens, outputs] of made [segments, tokens, outputs] fp32, and bias."""
-    segments, tokens, outputs = made.shape
-    sum_kernel[(tokens, triton.cdiv(outputs, BLOCK))](
-        made, bias, out, tokens, outputs, SEGMENTS=segments, BLOCK=BLOCK
-    )

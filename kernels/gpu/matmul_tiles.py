@@ -14,6 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.gpu.architectures import architecture
+from kernels.gpu.segments import power_of_two
+
 MOST_SEGMENTS = 8
 LEAST_INPUTS = 512  # of a segment
 WIDE_OUTPUTS = 16384  # from so many on, a tile of few programs is worth nothing
@@ -65,8 +68,7 @@ _FP32 = Tiles(few=_OF_FP32, many=_OF_FP32, wide=_OF_FP32)
 
 def tiles_for(capability: tuple[int, int], dtype: torch.dtype) -> Tiles:
     """`capability` of the device, as torch says it."""
-    arch = "sm_100" if capability[0] >= 10 else "sm_90" if capability[0] == 9 else "sm_80"
-    return _FP32 if dtype == torch.float32 else _SIXTEEN_BITS[arch]
+    return _FP32 if dtype == torch.float32 else _SIXTEEN_BITS[architecture(capability)]
 
 
 def tile_for(tiles: Tiles, tokens: int, inputs: int, outputs: int) -> Tile:
@@ -77,7 +79,6 @@ def tile_for(tiles: Tiles, tokens: int, inputs: int, outputs: int) -> Tile:
 
 
 def segments_for(inputs: int, outputs: int) -> int:
-    """A power of two: as many as make a product of few tokens busy, each long enough to be worth it."""
+    """A power of two: as many as keep a device busy with a product of few tokens, each long enough to be worth it."""
     wanted = -(-96 // -(-outputs // 64))
-    allowed = min(wanted, MOST_SEGMENTS, inputs // LEAST_INPUTS)
-    return 1 << max(0, allowed.bit_length() - 1)
+    return power_of_two(min(wanted, MOST_SEGMENTS, inputs // LEAST_INPUTS))

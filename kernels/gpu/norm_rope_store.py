@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import HeadNorms, PagedKV
-from kernels.gpu.cache import LIMITS, fails, pages_of, replaced, store
+from kernels.attending import LIMITS
+from kernels.gpu.cache import fails, pages_of, replaced, store
 from kernels.gpu.norm import inverse_rms
 from kernels.gpu.rope import rotated
 

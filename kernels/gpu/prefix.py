@@ -2,8 +2,8 @@
 
 A cascade (Juravsky et al. 2024, "Hydragen"; Ye et al. 2024, FlashInfer): for the splits that lie wholly inside the
 shared tokens of a group of rows, `prefix` writes what `single` would have written for each of them, up to rounding,
-and `reduce` merges all splits of a row as ever. Which splits these are, both kernels ask one rule (`prefix_holds`),
-with what is known of a row itself: so each split is written by exactly one of them.
+and `reduce` merges all splits of a row as usual. Both kernels ask one rule which splits these are (`prefix_holds`),
+by what is known of the row itself, so each split is written by exactly one of them.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@ sum of what came back.
 
 Owns these three launches, which read nothing back to the host. Knows no products (`grouped_matmul`). An entry is a
 token's choice of one expert: entry token · K + j is the j-th of its K, the largest share first. A place is where an
-entry lies when all are sorted by expert, in their own order inside of one: so no atomics, and the same places always.
+entry lies when all are sorted by expert, and within an expert in their own order: that takes no atomics, and gives
+the same places every time.
 """
 
 from __future__ import annotations

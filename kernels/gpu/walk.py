@@ -1,9 +1,10 @@
 """The walk of a block of queries over tokens of one context: scores, softmax and weighted values, tile by tile.
 
-Owns the arithmetic that every kernel of attention shares. Knows no programs, no splits, and not whose queries and
-pages they are. Scores and sums are fp32 and in base 2; the weights of the softmax are rounded to the dtype of the
-queries before they meet V, as tensor cores take them. But over a cache of 8 bits, where they are multiplied by V's
-scales first, float16 is too short for the small ones: there they meet in bfloat16, in which stored numbers are exact.
+Owns the arithmetic that every kernel of attention shares. Knows no programs and no splits, nor whose queries and
+pages these are. Scores and sums are fp32 and in base 2; the weights of the softmax are rounded to the dtype of the
+queries before they meet V, as tensor cores take them. With a cache of 8 bits they are multiplied by V's scales first,
+and float16 has too little range for the small ones: there they meet V in bfloat16, which holds stored numbers
+exactly.
 """
 
 from __future__ import annotations

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from engine.detokenizer import Detokenizer
 from engine.special_tokens import SpecialTokens
-from engine.tokenizer import Detokenizer, Tokenizer
+from engine.tokenizer import Tokenizer
 from tests.support.tiny_tokenizers import CONTROLS, KINDS, TEMPLATE
 
 SPECIAL = SpecialTokens.read({"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}, {})
@@ -44,9 +45,8 @@ PLAIN = (
 HOSTILE = st.lists(
     st.sampled_from([*PARTS, *CONTROLS, "<S>", "＜s＞", "<|US", "er|>", "﹤/s﹥"]), max_size=8
 ).map("".join)
-OTHER_LETTERS = str.maketrans(
-    "suenSUEN", "zvfmZVFM"
-)  # of the same class, and then nothing spells a control token
+# of the same class, and then nothing spells a control token
+OTHER_LETTERS = str.maketrans("suenSUEN", "zvfmZVFM")
 EXAMPLES = 25
 
 

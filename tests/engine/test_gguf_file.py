@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from engine.checkpoint import Checkpoint, UnsupportedCheckpoint
 from engine.gguf_file import GGUFFile
 from engine.model import Decoder
-from engine.weights import load_weights, weight_targets
+from engine.placement import weight_targets
+from engine.weights import load_weights
 from kernels.reference import KERNELS
 from tests.support.smollm2 import bundled
 from tests.support.tiny_gguf import finished, write_gguf
@@ -54,9 +55,8 @@ def read_back(path: Path) -> dict[str, Tensor]:
 def test_every_tensor_comes_back_under_its_name(
     tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch, quant: str, error: float
 ) -> None:
-    monkeypatch.setattr(
-        "engine.weight_source._GGUFSource.piece_bytes", 3000
-    )  # a few heads, an odd number of rows
+    # a few heads, an odd number of rows
+    monkeypatch.setattr("engine.weight_source._GGUFSource.piece_bytes", 3000)
     found = read_back(write_gguf(tmp_path / "m.gguf", model, "llama", quant=quant))
     expected = model.state_dict()
     assert found.keys() == expected.keys()

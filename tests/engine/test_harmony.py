@@ -11,8 +11,9 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
+from engine.detokenizer import Detokenizer
 from engine.special_tokens import SpecialTokens
-from engine.tokenizer import Detokenizer, Tokenizer
+from engine.tokenizer import Tokenizer
 
 CONTROLS = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>", "<|constrain|>")
 # What the published one does with Jinja, in fewer words: macros, a namespace, names that nobody defined, today's date

@@ -50,9 +50,8 @@ NOT_KEPT: dict[str, tuple[Quantiser, dict[str, Any]]] = {
     "awq, groups of 8": (awq(8), AWQ | {"group_size": 8}),
     "fp8, smaller blocks": (float8(64, 64, "weight_scale_inv"), FP8 | {"weight_block_size": [64, 64]}),
 }
-KEEPING = dataclasses.replace(
-    KERNELS, keeps=(Int4Weight, Float8Weight)
-)  # the reference set, as if it were quick
+# the reference set, as if it were quick
+KEEPING = dataclasses.replace(KERNELS, keeps=(Int4Weight, Float8Weight))
 
 
 def tiny(folder: Path, **more: Any) -> Path:

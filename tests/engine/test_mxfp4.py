@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from engine import LLM, SamplingParams, float4_source
+from engine import LLM, SamplingParams, stored_tensors
 from engine.checkpoint import Checkpoint, UnsupportedCheckpoint
 from engine.dequantise import scaled_blocks
 from engine.model import Decoder
+from engine.placement import placed, weight_targets
 from engine.weight_source import _SafetensorsSource, open_source
-from engine.weights import _places, weight_targets
 from kernels.reference import KERNELS
 from tests.engine.test_published_configs import GPT_OSS_20B
 from tests.support.families import write_tiny
@@ -93,11 +93,11 @@ def test_each_block_has_a_scale_of_its_own_and_255_is_none() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("together", [float4_source._WEIGHTS_AT_ONCE, 64 * 7])
+@pytest.mark.parametrize("together", [stored_tensors.WEIGHTS_AT_ONCE, 64 * 7])
 def test_parameters_are_those_of_transformers(
     tmp_path: Path, dtype: torch.dtype, together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(float4_source, "_WEIGHTS_AT_ONCE", together)
+    monkeypatch.setattr(stored_tensors, "WEIGHTS_AT_ONCE", together)
     left, right = (parameters(folder, dtype) for folder in write(tmp_path))
     assert left.keys() == right.keys()
     for name in left:
@@ -243,7 +243,7 @@ def test_the_tensors_of_the_20b_model_have_places(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(str(tmp_path))
     decoder = Decoder(checkpoint.config, KERNELS, dtype=torch.bfloat16, device="meta")
     targets = weight_targets(checkpoint.config)
-    found = _places(open_source(checkpoint, targets), targets, decoder, checkpoint)
+    found = placed(open_source(checkpoint, targets), targets, decoder, checkpoint)
     merged = {name.removesuffix("_blocks") for name in shapes if not name.endswith("_scales")}
     assert found.keys() == merged
 

@@ -148,7 +148,7 @@ def test_names_and_layouts_of_families(
 
 @pytest.mark.parametrize("name", ["awq", "gptq act-order", "fp8 blocks"])
 def test_matrices_of_many_pieces(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.quantised_source._WEIGHTS_AT_ONCE", 1000)
+    monkeypatch.setattr("engine.stored_tensors.WEIGHTS_AT_ONCE", 1000)
     monkeypatch.setattr("engine.quantised_source.QuantisedSource.piece_bytes", 700)
     same(*write(write_tiny_llama(tmp_path / "model"), *CASES[name]))
 

@@ -12,10 +12,11 @@ import pytest
 
 from engine.chat_template import MAX_RENDERED_CHARS, ChatTemplate
 from engine.checkpoint import Checkpoint
+from engine.detokenizer import Detokenizer
 from engine.gguf_tokenizer import gguf_tokenizer
 from engine.special_tokens import SpecialTokens
 from engine.stand_ins import StandIns
-from engine.tokenizer import ChatTemplateError, Detokenizer, Tokenizer, UnsupportedTokenizer
+from engine.tokenizer import ChatTemplateError, Tokenizer, UnsupportedTokenizer
 from tests.support.smollm2 import bundled
 from tests.support.tiny import write_tiny_llama
 

@@ -16,6 +16,8 @@ ENGINE_FRONT = (
     "config",
     "config_sizes",
     "families",
+    "family_fields",
+    "family_storage",
     "field_kinds",
     "special_tokens",
     "stand_ins",
@@ -40,7 +42,17 @@ ENGINE_FRONT += (
     "grammars",
     "compiling",
 )
-ENGINE_FRONT += ("logit_rules", "repetition", "vocabulary", "scheduler", "stop", "tokenizer", "wire", "codec")
+ENGINE_FRONT += (
+    "logit_rules",
+    "repetition",
+    "vocabulary",
+    "scheduler",
+    "stop",
+    "tokenizer",
+    "detokenizer",
+    "wire",
+    "codec",
+)
 ENGINE_FRONT += ("multi_step", "speculation", "ngram_proposer", "flight", "step_times", "endings", "openmp")
 
 IMPORT_ALL = """

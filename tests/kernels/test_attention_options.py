@@ -73,10 +73,8 @@ def test_options_equal_a_plain_loop(
     assert_close(case.run(kernels), naive_attention(case), dtype)
 
 
-COUNT, CONTEXT = (
-    21,
-    568,
-)  # the queries' own positions lie over the end of a block of 256 for windows of some 40
+# the queries' own positions lie over the end of a block of 256 for windows of some 40
+COUNT, CONTEXT = 21, 568
 SHAPES = [(8, 1, 64, 16), (3, 3, 6, 64)]
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from kernels import Attention, Kernels, PagedKV, kernels_for
+from kernels.attending import LIMITS
 from kernels.reference import KERNELS as REFERENCE
-from kernels.reference import LIMITS
 from tests.support.close import assert_close
 from tests.support.paged import empty_cache, laid_out, naive_attention, paged
 

@@ -9,17 +9,8 @@ import torch
 from torch import Tensor
 
 from kernels import Kernels
-from kernels.gpu.int4_matmul import (
-    FEW,
-    FP32,
-    LEAST_BLOCKS,
-    MANY,
-    MOST_SEGMENTS,
-    MOST_TOKENS,
-    int4_plain,
-    int4_tiled,
-    segments_for,
-)
+from kernels.gpu.int4_matmul import FEW, FP32, MANY, MOST_TOKENS, int4_plain, int4_tiled
+from kernels.gpu.quantised_tiles import LEAST_BLOCKS, MOST_SEGMENTS, segments_for
 from kernels.weights import Int4Weight
 from tests.support.close import assert_close
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from kernels import Kernels
+from kernels.gpu.architectures import capability
 from kernels.gpu.grouped_matmul import grouped_in_tiles
 from kernels.gpu.matmul_tiles import tiles_for
 from kernels.gpu.routing import grouped, route
-from kernels.gpu.tiles import capability
 from kernels.mixture import Mixture
 from tests.support.close import assert_close
 from tests.support.hopping import triton_kernels

@@ -19,9 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 Parts = dict[str, Tensor]
-Quantiser = Callable[
-    [np.ndarray], tuple[Parts, np.ndarray]
-]  # a weight → its tensors, and what they stand for
+# a weight → its tensors, and what they stand for
+Quantiser = Callable[[np.ndarray], tuple[Parts, np.ndarray]]
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 WEIGHTS = "model.safetensors"
 

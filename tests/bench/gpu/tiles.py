@@ -18,7 +18,8 @@ import triton
 
 from kernels import Attention, kernels_for
 from kernels.gpu import launch
-from kernels.gpu.tiles import Tiles, capability, tiles_for
+from kernels.gpu.architectures import capability
+from kernels.gpu.tiles import Tiles, tiles_for
 from tests.bench.gpu.attention import Case, make_inputs
 from tests.bench.gpu.setting import Setting
 from tests.bench.gpu.timing import seconds_of
