@@ -180,6 +180,11 @@ class Tokenizer:
             raise ChatTemplateError("this checkpoint has no chat template: send a prompt instead of messages")
         return self._template.render(messages, add_generation_prompt=prompt, variables=variables)
 
+    def id_of(self, token: str) -> int | None:
+        """The token that is spelled so, as its files write it; None: there is none."""
+        known = self._controls.ids.get(token)
+        return self._backend.token_to_id(token) if known is None else known
+
     def is_skipped(self, token_id: int) -> bool:
         """Whether `decode` leaves the token out: a control token, or none at all."""
         return token_id in self.control_ids or self._backend.id_to_token(token_id) is None

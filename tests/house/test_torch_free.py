@@ -41,6 +41,7 @@ ENGINE_FRONT += (
     "compiling",
 )
 ENGINE_FRONT += ("logit_rules", "repetition", "vocabulary", "scheduler", "stop", "tokenizer", "wire", "codec")
+ENGINE_FRONT += ("reasoning",)
 ENGINE_FRONT += ("multi_step", "speculation", "ngram_proposer", "flight", "step_times", "endings", "openmp")
 
 IMPORT_ALL = """
