@@ -23,6 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from api.loopback import is_loopback
 from engine.checkpoint import Checkpoint, is_hub_id
+from engine.reasoning import format_of
 from engine.tokenizer import Tokenizer
 from jobs.broker import server_info
 from jobs.database import Database, clock, reason_of
@@ -195,6 +196,7 @@ def _model(settings: Settings) -> Iterator[Finding]:
         config = settings.engine_config()
         checkpoint = Checkpoint.open(settings.model, config.revision, model_impl=config.model_impl)
         tokenizer = Tokenizer.open(checkpoint)
+        format_of(tokenizer, config.reasoning_parser)
     except (ValueError, OSError) as error:  # of the checkpoint, its tokenizer or the engine's settings
         yield Finding("model", Verdict.FAILED, str(error))
         return

@@ -1,8 +1,8 @@
 """Chunks: OpenAI's streamed answers, as server-sent events (WHATWG HTML, 9.2).
 
 Owns the objects `chat.completion.chunk` and `text_completion` of a stream, their order, and the bytes around them: a
-role first, then pieces of text, then why each choice ended, perhaps the usage, then `[DONE]`; an error instead of
-the rest when something goes wrong on the way.
+role first, then pieces of reasoning and of text, then why each choice ended, perhaps the usage, then `[DONE]`; an
+error instead of the rest when something goes wrong on the way.
 """
 
 from __future__ import annotations
@@ -43,6 +43,10 @@ class Chunks:
 
     def text(self, index: int, text: str) -> bytes:
         return self._chunk(self._choice(index, {"content": text} if self.url == CHAT else text))
+
+    def reasoning(self, index: int, text: str) -> bytes:
+        """What is thought before the answer; text completions have none."""
+        return self._chunk(self._choice(index, {"reasoning_content": text}))
 
     def end(self, output: JSON) -> bytes:
         """Why a choice ended; `output` as `jobs.outcomes` stores it."""

@@ -120,8 +120,12 @@ async def _events(
     transcript = Transcript(num_choices)
 
     def say(pieces: list[Piece]) -> bytes:
-        new = [(piece.sample, transcript.take(piece)) for piece in pieces]
-        return b"".join(chunks.text(sample, text) for sample, text in new if text)
+        new = [(piece, transcript.take(piece)) for piece in pieces]
+        return b"".join(
+            (chunks.reasoning if piece.is_reasoning else chunks.text)(piece.sample, text)
+            for piece, text in new
+            if text
+        )
 
     yield chunks.opening(num_choices) + say(first)
     try:
@@ -150,6 +154,8 @@ def _last_words(chunks: Chunks, transcript: Transcript, job: JobView) -> bytes:
     assert job.outputs is not None
     said = b""
     for output in job.outputs:
+        if rest := transcript.rest(output["index"], output.get("reasoning", ""), is_reasoning=True):
+            said += chunks.reasoning(output["index"], rest)
         if rest := transcript.rest(output["index"], output["text"]):
             said += chunks.text(output["index"], rest)
         said += chunks.end(output)
@@ -158,7 +164,7 @@ def _last_words(chunks: Chunks, transcript: Transcript, job: JobView) -> bytes:
 
 def _usage(job: JobView) -> dict[str, Any]:
     assert job.usage is not None
-    return usage_object(job.usage.prompt, job.usage.completion, job.usage.cached)
+    return usage_object(job.usage.prompt, job.usage.completion, job.usage.cached, job.outputs)
 
 
 def _answer_id(url: Url, job_id: str) -> str:

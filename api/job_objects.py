@@ -9,6 +9,7 @@ from typing import Literal
 
 from api.schemas import UNKNOWN, CachedTokens, JobError, Named, Object, PageObject, seen_ahead, whole_seconds
 from jobs.forecasts import Outlook
+from jobs.openai_answers import reasoning_in
 from jobs.reads import JobView
 from jobs.states import JobState
 
@@ -35,7 +36,12 @@ class Output(Object):
     text: str
     finish_reason: str
     stop_reason: str | int | None = None
+    reasoning: str | None = None  # what the model thought before `text`, where it marks that
     logprobs: Logprobs | None = None
+
+
+class ReasoningTokens(Object):
+    reasoning_tokens: int
 
 
 class JobUsage(Object):
@@ -43,6 +49,7 @@ class JobUsage(Object):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
+    completion_tokens_details: ReasoningTokens
 
 
 class JobObject(Named):
@@ -93,6 +100,7 @@ def job_object(job: JobView, outlook: Outlook = UNKNOWN) -> JobObject:
             completion_tokens=usage.completion,
             total_tokens=usage.prompt + usage.completion,
             prompt_tokens_details=CachedTokens(cached_tokens=usage.cached),
+            completion_tokens_details=ReasoningTokens(reasoning_tokens=reasoning_in(job.outputs)),
         ),
         error=None if job.error is None else JobError.model_validate(job.error),
         attempts=job.attempts,

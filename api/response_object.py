@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from jobs.failures import failure_of
+from jobs.openai_answers import reasoning_in
 from jobs.reads import JobView
 from jobs.states import JobState
 from jobs.terms import Tier
@@ -56,7 +57,7 @@ def response_object(job: JobView, body: dict[str, Any]) -> dict[str, Any]:
         "max_output_tokens": body.get("max_completion_tokens", body.get("max_tokens")),
         "metadata": job.metadata,
         "model": job.model,
-        "output": [_message(job, output) for output in outputs],
+        "output": [item for output in outputs for item in (*_reasoning(job, output), _message(job, output))],
         "parallel_tool_calls": False,
         "previous_response_id": None,
         "store": True,
@@ -68,6 +69,21 @@ def response_object(job: JobView, body: dict[str, Any]) -> dict[str, Any]:
         "truncation": "disabled",
         "usage": _usage(job),
     }
+
+
+def _reasoning(job: JobView, output: dict[str, Any]) -> list[dict[str, Any]]:
+    """Nothing where the model did not reason."""
+    if "reasoning" not in output:
+        return []
+    return [
+        {
+            "id": f"rs_{job.id.removeprefix('job_')}{output['index'] or ''}",
+            "type": "reasoning",
+            "status": "completed",
+            "summary": [],
+            "content": [{"type": "reasoning_text", "text": output["reasoning"]}],
+        }
+    ]
 
 
 def _message(job: JobView, output: dict[str, Any]) -> dict[str, Any]:
@@ -93,6 +109,6 @@ def _usage(job: JobView) -> dict[str, Any] | None:
         "input_tokens": job.usage.prompt,
         "input_tokens_details": {"cached_tokens": job.usage.cached, "cache_write_tokens": 0},
         "output_tokens": job.usage.completion,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": reasoning_in(job.outputs)},
         "total_tokens": job.usage.prompt + job.usage.completion,
     }

@@ -19,6 +19,7 @@ from pathlib import Path
 from api.run_output import RunOutput
 from engine.checkpoint import Checkpoint
 from engine.growth import Growth, join
+from engine.reasoning import format_of
 from engine.request import Completion, Request, RequestId, derive_seed
 from engine.tokenizer import Tokenizer
 from engine.wire import Completions, FromEngine, Grown, Progress
@@ -110,6 +111,7 @@ class BatchRun:
     ) -> None:
         self._settings = settings
         self._tokenizer = tokenizer
+        self._reasoning = format_of(tokenizer, settings.engine.reasoning_parser)
         self._output = output
         self._done = done
         self._quiet = quiet
@@ -176,6 +178,7 @@ class BatchRun:
             seed=seed,
             settings=self._settings,
             tenant="",  # one file, one owner
+            reasoning=self._reasoning,
         )
         return Entry(line, request)
 
@@ -286,9 +289,11 @@ class BatchRun:
             told = error_line(entry.line, status, error.message, code=error.code, param=error.param)
             self._output.write(told, failed=True)
             return
-        outcome = outcome_of(completion, self._tokenizer)
+        outcome = outcome_of(completion, self._tokenizer, self._reasoning)
         self._output.count(prompt_tokens=outcome.prompt_tokens, generated_tokens=outcome.completion_tokens)
-        usage = usage_object(outcome.prompt_tokens, outcome.completion_tokens, outcome.cached_tokens)
+        usage = usage_object(
+            outcome.prompt_tokens, outcome.completion_tokens, outcome.cached_tokens, outcome.outputs
+        )
         self._output.write(answer_line(entry.line, self._settings.served_model, outcome.outputs, usage))
 
     def _died(self, end: Exit) -> None:

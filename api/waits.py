@@ -37,30 +37,38 @@ class DivergedError(Exception):
 
 
 class Transcript:
-    """What a client has been sent of each sample."""
+    """What a client has been sent of each sample: of its text, and of its reasoning."""
 
     def __init__(self, num_samples: int) -> None:
-        self._sent: list[list[str]] = [[] for _ in range(num_samples)]
-        self._num_chars = [0] * num_samples
+        self._sent = {
+            (sample, is_reasoning): _Sent() for sample in range(num_samples) for is_reasoning in (False, True)
+        }
 
     def take(self, piece: Piece) -> str:
         """What of `piece` is to be sent: nothing that was sent before, and nothing behind a gap."""
-        if not 0 <= piece.sample < len(self._sent):
-            return ""
-        overlap = self._num_chars[piece.sample] - piece.at
-        return self._note(piece.sample, piece.text[overlap:] if overlap >= 0 else "")
+        sent = self._sent.get((piece.sample, piece.is_reasoning))
+        overlap = sent.num_chars - piece.at if sent else -1
+        return sent.note(piece.text[overlap:]) if sent and overlap >= 0 else ""
 
-    def rest(self, sample: int, whole: str) -> str:
+    def rest(self, sample: int, whole: str, *, is_reasoning: bool = False) -> str:
         """What is still to be sent when the whole text is known. Raises `DivergedError`."""
-        sent = "".join(self._sent[sample])
-        if not whole.startswith(sent):
+        sent = self._sent[sample, is_reasoning]
+        if not whole.startswith("".join(sent.parts)):
             raise DivergedError
-        return self._note(sample, whole[len(sent) :])
+        return sent.note(whole[sent.num_chars :])
 
-    def _note(self, sample: int, text: str) -> str:
+
+class _Sent:
+    """What has been sent of one text."""
+
+    def __init__(self) -> None:
+        self.parts: list[str] = []
+        self.num_chars = 0
+
+    def note(self, text: str) -> str:
         if text:
-            self._sent[sample].append(text)
-            self._num_chars[sample] += len(text)
+            self.parts.append(text)
+            self.num_chars += len(text)
         return text
 
 

@@ -42,7 +42,7 @@ class _Task:
 
     def work(self, grammars: Grammars, params: StructuredOutputsParams) -> list[Matcher]:
         self.started_at = time.monotonic()
-        return grammars.matchers(params, self.generated)
+        return grammars.matchers(params, self.generated, self.sequences[0].request.begins)
 
 
 class Compiling:

@@ -44,6 +44,8 @@ class EngineConfig:
     scheduling_policy: Literal["planned", "fcfs"] = "planned"  # planned: by shared prefix and expected length
     preemption_mode: Literal["auto", "recompute", "swap"] = "auto"  # auto: what is faster
     swap_space_bytes: int | None = None  # host memory for pages; None: on cuda from what is free, on cpu 0
+    # how a model marks what it thinks, told apart in the answers to chats; auto: as its tokenizer's marks say
+    reasoning_parser: Literal["auto", "none", "think", "harmony"] = "auto"
     deterministic: bool | None = None  # None: where it costs next to nothing, which is on CPUs
     seed: int = 0  # for requests of `LLM` that bring none
     threads: int | None = None  # CPU threads; None: torch's own choice

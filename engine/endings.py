@@ -1,4 +1,4 @@
-"""How a sample ends: end of sequence, a stop token, its length, or a loop it has fallen into.
+"""How a sample ends: end of sequence, a stop token, its length, or a loop it has fallen into; or that it fails.
 
 Owns that order. Stop strings are text and are found by whoever has a tokenizer (`run`). Knows no pages and no queue.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from engine.repetition import repeats
-from engine.request import Output
+from engine.request import Output, RequestError
 from engine.sequence import Sequence
 
 
@@ -39,6 +39,14 @@ def goes_on(sequence: Sequence, drawn: tuple[int, ...], eos_token_ids: Collectio
         and (sampling.ignore_eos or not any(token_id in drawn for token_id in eos_token_ids))
         and not any(token_id in drawn for token_id in sampling.stop_token_ids)
     )
+
+
+def failure(sequence: Sequence) -> RequestError:
+    """Why a sequence left without an output."""
+    if sequence.matcher is not None and sequence.matcher.error:
+        return RequestError(code="grammar_error", message=f"structured_outputs: {sequence.matcher.error}")
+    message = "the model's output was not finite (NaN or infinity) for this request"
+    return RequestError(code="numerics", message=message)
 
 
 def _stopped(sequence: Sequence, stop_token_id: int | None = None) -> Output:

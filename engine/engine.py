@@ -14,12 +14,14 @@ from typing import Protocol
 from engine.checkpoint import Checkpoint
 from engine.compiling import Compiling
 from engine.config import EngineConfig, ModelConfig
+from engine.endings import failure
 from engine.figures import Figures
 from engine.flight import Flight
 from engine.grammars import Grammars
 from engine.growth import Growth
 from engine.pages import PagePool, require
 from engine.plan import Launched, Plan
+from engine.reasoning import format_of
 from engine.request import Completion, Generated, Rejected, Request, RequestError, RequestId
 from engine.run import Run, check_generated, identity
 from engine.scheduler import Scheduler
@@ -85,6 +87,7 @@ class Engine:
         self._by_identity: dict[Hashable, Run] = {}
         self._compiling: Compiling | None = None  # runs that wait for their grammar; None: nobody has asked
         self._over: list[Run] = []  # ended by what they were resumed with
+        self.reasoning = format_of(tokenizer, config.reasoning_parser) if tokenizer else None
         self._figures = Figures()
 
     @classmethod
@@ -98,6 +101,7 @@ class Engine:
 
         checkpoint = Checkpoint.open(config.model, config.revision, model_impl=config.model_impl)
         tokenizer = Tokenizer.open(checkpoint)  # first: what is wrong with it is told before weights are read
+        format_of(tokenizer, config.reasoning_parser)
         return cls(ModelRunner.load(config, checkpoint, bar=bar), tokenizer, config)
 
     # --- requests -------------------------------------------------------------------------------------------
@@ -292,7 +296,8 @@ class Engine:
             if self.tokenizer is None or not model.eos_token_ids:
                 missing = "tokenizer" if self.tokenizer is None else "end of sequence among its tokens"
                 raise Rejected("invalid_request", f"structured_outputs: this engine has no {missing}")
-            self._compiling = Compiling(Grammars(self.tokenizer, model.vocab_size, model.eos_token_ids))
+            grammars = Grammars(self.tokenizer, model.vocab_size, model.eos_token_ids, self.reasoning)
+            self._compiling = Compiling(grammars)
         return self._compiling
 
     def _compiled(self) -> list[Completion]:
@@ -310,7 +315,8 @@ class Engine:
     def _checker(self, request: Request) -> StopChecker:
         if self.tokenizer is None:
             raise Rejected("invalid_request", "stop: this engine has no tokenizer; use stop_token_ids")
-        return StopChecker(self.tokenizer, request.sampling.stop, request.sampling.min_tokens)
+        splitter = self.reasoning.splitter(request.begins) if self.reasoning else None
+        return StopChecker(self.tokenizer, request.sampling.stop, request.sampling.min_tokens, splitter)
 
     def _resumed(self, run: Run, sequence: Sequence) -> bool:
         """Give a new sequence the tokens of its checkpoint, as if it had just made them; True if they end it.
@@ -353,7 +359,7 @@ class Engine:
                 continue
             run.num_unfinished -= 1
             if sequence.output is None:
-                completions += self._leave(run, error=_failure(sequence))
+                completions += self._leave(run, error=failure(sequence))
             elif run.num_unfinished == 0:
                 completions += self._leave(run)
         return completions
@@ -390,11 +396,3 @@ class Engine:
             return self.config.preemption_mode == "swap"
         moved, computed = self.runner.seconds_per_page_moved, self._figures.seconds_per_token
         return moved is not None and (computed is None or moved < computed * self.pool.page_size)
-
-
-def _failure(sequence: Sequence) -> RequestError:
-    """Why a sequence left without an output."""
-    if sequence.matcher is not None and sequence.matcher.error:
-        return RequestError(code="grammar_error", message=f"structured_outputs: {sequence.matcher.error}")
-    message = "the model's output was not finite (NaN or infinity) for this request"
-    return RequestError(code="numerics", message=message)

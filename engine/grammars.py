@@ -13,11 +13,13 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from engine.grammar_source import limits, shortened, source_of
 from engine.matcher import Matcher
+from engine.reasoning import ReasoningFormat
+from engine.request import Begins
 from engine.structured_outputs import StructuredOutputsParams
 from engine.tokenizer import Tokenizer
 
@@ -70,20 +72,31 @@ class Grammar:
 
 
 class Grammars:
-    """For one model: its tokenizer, the length of its logits, and what ends its sequences (at least one id)."""
+    """For one model: its tokenizer, the length of its logits, what ends its sequences (at least one id), and how it
+    marks what it thinks."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        eos_token_ids: tuple[int, ...],
+        reasoning: ReasoningFormat | None = None,
+    ) -> None:
         self._text_tokenizer = tokenizer
+        self._reasoning = reasoning
         self._vocab_size = max(vocab_size, tokenizer.vocab_size)
         self._eos_token_ids = list(eos_token_ids)
         self._cached: OrderedDict[StructuredOutputsParams, Grammar] = OrderedDict()
         self._lock = threading.Lock()
         self._tokenizer_lock = threading.Lock()
 
-    def matchers(self, params: StructuredOutputsParams, generated: list[tuple[int, ...]]) -> list[Matcher]:
+    def matchers(
+        self, params: StructuredOutputsParams, generated: list[tuple[int, ...]], begins: Begins = "answer"
+    ) -> list[Matcher]:
         """One matcher per sample, each behind what its sample has generated already. Raises `GrammarError`."""
-        grammar = self._grammar(params)
-        matchers = [Matcher(grammar) for _ in generated]
+        grammar, form = self._grammar(params), self._reasoning
+        reasons = (partial(form.splitter, begins), form.openers, self._eos_token_ids) if form else ()
+        matchers = [Matcher(grammar, *reasons) for _ in generated]
         for matcher, token_ids in zip(matchers, generated, strict=True):
             matcher.follow(token_ids, 0)
             if matcher.error:

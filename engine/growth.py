@@ -9,17 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from engine.request import Generated, RequestId, TokenLogprobs
+from engine.request import Begins, Generated, RequestId, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Growth:
     """What a request has made since it was last told of: sample k, from its generated token `starts[k]` on. Logprobs
-    of the prompt come with parts that begin at 0."""
+    of the prompt come with parts that begin at 0. `begins`: as the request said, for those who read along."""
 
     id: RequestId
     starts: tuple[int, ...]
     generated: tuple[Generated, ...]
+    begins: Begins = "answer"
 
 
 def join(growths: Sequence[Growth]) -> tuple[Generated, ...]:

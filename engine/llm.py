@@ -20,7 +20,17 @@ from typing import Any, Literal
 from engine.chat_template import Message
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.request import Completion, Rejected, Request, RequestError, RequestId, TokenLogprobs, derive_seed
+from engine.reasoning import told
+from engine.request import (
+    Completion,
+    Output,
+    Rejected,
+    Request,
+    RequestError,
+    RequestId,
+    TokenLogprobs,
+    derive_seed,
+)
 from engine.sampling_params import SamplingParams
 from engine.template_variables import TemplateVariables, check_variables
 
@@ -31,9 +41,14 @@ MAX_QUEUED = 100_000  # prompts of one `generate` that the engine sees at once
 Prompt = str | Mapping[str, Sequence[int]]  # text, or {"prompt_token_ids": [...]}
 
 
+class _Chat(dict[str, Sequence[int]]):
+    """A prompt that a chat template wrote."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionOutput:
-    """One sample. `text` ends before a stop string; `token_ids` are everything that was generated.
+    """One sample. `text` ends before a stop string; `token_ids` are everything that was generated. `reasoning`: what
+    the model thought before its answer to a chat, where that can be told apart (`EngineConfig.reasoning_parser`).
 
     With `SamplingParams.logprobs`, `logprobs` has one entry per token of `token_ids` and `cumulative_logprob`
     is the sum over the chosen ones.
@@ -46,6 +61,7 @@ class CompletionOutput:
     stop_reason: str | int | None = None
     logprobs: tuple[TokenLogprobs, ...] | None = None
     cumulative_logprob: float | None = None
+    reasoning: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,7 +189,7 @@ class LLM:
         self, chat: Sequence[Message], variables: TemplateVariables | None
     ) -> Prompt | RequestError:
         try:
-            return {"prompt_token_ids": self.tokenizer.encode_chat(chat, variables=variables)}
+            return _Chat(prompt_token_ids=self.tokenizer.encode_chat(chat, variables=variables))
         except ValueError as error:  # of the template, or text that is not Unicode
             return RequestError(code="invalid_request", message=str(error))
 
@@ -191,7 +207,9 @@ class LLM:
             raise Rejected("invalid_request", "prompt_token_ids: must be a list of integers") from None
         if sampling.seed is None:
             sampling = replace(sampling, seed=derive_seed(self.config.seed, request_id.job_id))
-        return Request(id=request_id, prompt_token_ids=token_ids, sampling=sampling)
+        form = self.engine.reasoning if isinstance(prompt, _Chat) else None
+        begins = form.begins(token_ids) if form else "answer"
+        return Request(id=request_id, prompt_token_ids=token_ids, sampling=sampling, begins=begins)
 
     def _output(self, completion: Completion, text: str | None, request: Request) -> RequestOutput:
         if completion.error is not None:
@@ -200,20 +218,22 @@ class LLM:
             request_id=completion.id.job_id,
             prompt=text,
             prompt_token_ids=request.prompt_token_ids,
-            outputs=tuple(
-                CompletionOutput(
-                    index=index,
-                    text=output.text(self.tokenizer.decode),
-                    token_ids=output.token_ids,
-                    finish_reason=output.finish_reason,
-                    stop_reason=output.stop_reason,
-                    logprobs=output.logprobs,
-                    cumulative_logprob=_cumulative(output.logprobs),
-                )
-                for index, output in enumerate(completion.outputs)
-            ),
+            outputs=tuple(self._sample(index, output) for index, output in enumerate(completion.outputs)),
             num_cached_tokens=completion.num_cached_tokens,
             prompt_logprobs=completion.prompt_logprobs,
+        )
+
+    def _sample(self, index: int, output: Output) -> CompletionOutput:
+        said = told(output, self.tokenizer, self.engine.reasoning)
+        return CompletionOutput(
+            index=index,
+            text=said.text,
+            token_ids=output.token_ids,
+            finish_reason=output.finish_reason,
+            stop_reason=output.stop_reason,
+            logprobs=output.logprobs,
+            cumulative_logprob=_cumulative(output.logprobs),
+            reasoning=said.reasoning,
         )
 
 

@@ -16,6 +16,8 @@ from typing import Literal, NamedTuple
 from engine.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "repetition"]
+# how a sample begins (`reasoning`): within a reasoning, with one or without as its first token says, or as answer
+Begins = Literal["answer", "undecided", "reasoning"]
 _FIELD = re.compile(r"([a-z_]+(?:\.[a-z_]+)*): ")
 
 
@@ -60,6 +62,7 @@ class Request:
     lower runs first, and None comes last; in whatever the caller counts turns. It preempts, once, those of another
     salt that are at least two turns later (`making_way`). `generated`: a checkpoint, one entry per sample, or
     nothing. `stream`: somebody reads along, so its tokens are told of as they are made (`wire.Streamed`).
+    `begins`: stop strings and a form are for the answer, not for the reasoning before it.
     """
 
     id: RequestId
@@ -70,6 +73,7 @@ class Request:
     turn: float | None = None
     generated: tuple[Generated, ...] = ()
     stream: bool = False
+    begins: Begins = "answer"
 
 
 def derive_seed(*parts: object) -> int:
@@ -97,10 +101,10 @@ class Output:
     """One sample of a completion.
 
     `token_ids` are exact and are what is billed. `text_cut`, when a stop string was met, is the number of
-    characters of the decoded text that belong to the answer; `last_is_silent`: the token that ended it adds nothing
+    characters of the answer's decoded text that belong to it; `last_is_silent`: the token that ended it adds nothing
     to the text. `stop_reason` is the stop string or stop token
     id that ended it; None for end of sequence, `length` and `repetition`. `logprobs` has one entry per token of
-    `token_ids`; None when they were not asked for.
+    `token_ids`; None when they were not asked for. `begins`: as the request said.
     """
 
     token_ids: tuple[int, ...]
@@ -109,10 +113,16 @@ class Output:
     text_cut: int | None = None
     last_is_silent: bool = False
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    begins: Begins = "answer"
+
+    @property
+    def shown_ids(self) -> tuple[int, ...]:
+        """The tokens that a text is made of."""
+        return self.token_ids[:-1] if self.last_is_silent else self.token_ids
 
     def text(self, decode: Callable[[tuple[int, ...]], str]) -> str:
-        """What the user reads, by the tokenizer's `decode`."""
-        return decode(self.token_ids[:-1] if self.last_is_silent else self.token_ids)[: self.text_cut]
+        """What the user reads of a sample that is all answer, by the tokenizer's `decode`."""
+        return decode(self.shown_ids)[: self.text_cut]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

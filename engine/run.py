@@ -19,7 +19,7 @@ from engine.waiting import rank_of
 def identity(request: Request) -> Hashable:
     """Equal for requests whose outputs are equal: a greedy one has no use for its seed."""
     sampling = replace(request.sampling, seed=0) if request.sampling.greedy else request.sampling
-    return request.prompt_token_ids, sampling, request.cache_salt, request.generated
+    return request.prompt_token_ids, sampling, request.cache_salt, request.generated, request.begins
 
 
 def check_generated(request: Request) -> None:

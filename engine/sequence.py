@@ -94,10 +94,13 @@ class Sequence:
 
     @property
     def finished_output(self) -> Output | None:
-        """`output`, with the logprobs of the tokens it kept if the request asks for them."""
-        if self.output is None or self.request.sampling.logprobs is None:
-            return self.output
-        return replace(self.output, logprobs=tuple(self.logprobs[: len(self.output.token_ids)]))
+        """`output`, with how it begins, and with the logprobs of the tokens it kept if the request asks for them."""
+        output, request = self.output, self.request
+        if output is None or (request.sampling.logprobs is None and request.begins == "answer"):
+            return output
+        scored = request.sampling.logprobs is not None
+        logprobs = tuple(self.logprobs[: len(output.token_ids)]) if scored else None
+        return replace(output, logprobs=logprobs, begins=request.begins)
 
     @property
     def num_reusable(self) -> int:

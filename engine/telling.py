@@ -60,6 +60,7 @@ class Telling:
                     )
                     for sample, begin, count in zip(samples, told, counts, strict=True)
                 )
-                growths.append(Growth(id=request_id, starts=told, generated=made))
+                begins = samples[0].request.begins
+                growths.append(Growth(id=request_id, starts=told, generated=made, begins=begins))
                 self._told[request_id] = counts
         return growths

@@ -139,6 +139,11 @@ class Tokenizer:
             return self._controls.unseal(str(self._backend.id_to_token(token_id)))
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
+    def id_of(self, token: str) -> int | None:
+        """The token that is spelled so, as its files write it; None: there is none."""
+        known = self._controls.ids.get(token)
+        return self._backend.token_to_id(token) if known is None else known
+
     def is_skipped(self, token_id: int) -> bool:
         """Whether `decode` leaves the token out: a control token, or none at all."""
         return token_id in self.control_ids or self._backend.id_to_token(token_id) is None

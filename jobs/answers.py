@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from engine.reasoning import ReasoningFormat, told
 from engine.request import Completion, TokenLogprobs
 from engine.tokenizer import Tokenizer
 from jobs.holdings import Holding
@@ -18,8 +19,11 @@ from jobs.quarantine import is_guilty, suspicion_after
 LEAST_LOGPROB = -9999.0  # OpenAI's word for all but impossible: JSON knows no infinity
 
 
-def outcome_of(completion: Completion, tokenizer: Tokenizer) -> Outcome:
-    """`completed` with text, `failed` with the engine's reason, or `released` for an aborted request.
+def outcome_of(
+    completion: Completion, tokenizer: Tokenizer, reasoning: ReasoningFormat | None = None
+) -> Outcome:
+    """`completed` with text, `failed` with the engine's reason, or `released` for an aborted request. `reasoning`:
+    how this model marks what it thinks.
 
     An aborted request has made `num_generated` tokens, all of which its checkpoint keeps; whether that is a cancel or
     a hand-back is for the job's state in SQL to say. A job whose checkpoint does not fit (the model was exchanged)
@@ -54,12 +58,15 @@ def outcome_of(completion: Completion, tokenizer: Tokenizer) -> Outcome:
         )
     outputs = []
     for index, output in enumerate(completion.outputs):
+        said = told(output, tokenizer, reasoning)
         shown: dict[str, Any] = {
             "index": index,
-            "text": output.text(tokenizer.decode),
+            "text": said.text,
             "finish_reason": output.finish_reason,
             "stop_reason": output.stop_reason,
         }
+        if said.reasoning is not None:
+            shown |= {"reasoning": said.reasoning, "reasoning_tokens": said.num_reasoning}
         if output.logprobs is not None:
             shown["logprobs"] = _logprobs(output.logprobs, tokenizer)
         outputs.append(shown)

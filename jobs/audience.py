@@ -28,11 +28,12 @@ class Audience(IntEnum):
 
 
 class Piece(NamedTuple):
-    """A part of one sample's text. `at`: characters before it."""
+    """A part of one sample's text, or of what it thought before. `at`: characters before it."""
 
     sample: int
     at: int
     text: str
+    is_reasoning: bool = False
 
 
 class Said(NamedTuple):
@@ -58,7 +59,10 @@ def heard(entry: Mapping[Any, Any]) -> Said:
     """What an entry says, with names and values as bytes. One that is not ours says nothing."""
     try:
         said = json.loads(entry[_FIELD.encode()])
-        pieces = tuple(Piece(int(sample), int(at), str(text)) for sample, at, text in said.get("pieces", ()))
+        pieces = tuple(
+            Piece(int(sample), int(at), str(text), more == [True])
+            for sample, at, text, *more in said.get("pieces", ())
+        )
         return Said(pieces, said.get("ended") is True)
     except (KeyError, ValueError, TypeError, AttributeError):
         return Said()

@@ -49,7 +49,7 @@ def line_of(job: JobView, url: Url, *, cancelled: bool) -> bytes:
             answer_id=answer_id(url, name),
             created=int(job.finished_at),
             model=job.model,
-            usage=usage_object(job.usage.prompt, job.usage.completion, job.usage.cached),
+            usage=usage_object(job.usage.prompt, job.usage.completion, job.usage.cached, job.outputs),
         )
         return output_line(name, job.custom_id, response(name, 200, body))
     if job.state is JobState.FAILED:

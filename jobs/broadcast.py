@@ -19,10 +19,11 @@ from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from engine.growth import Growth
-from engine.request import RequestId
+from engine.reasoning import ReasoningFormat
+from engine.request import Begins, RequestId
 from engine.tokenizer import Tokenizer
 from jobs.audience import LIFE_SECONDS, MAX_ENTRIES, Piece, end_entry, pieces_entry, stream_name
-from jobs.growing_text import GrowingText
+from jobs.growing_text import GrowingSample
 
 log = logging.getLogger(__name__)
 
@@ -31,26 +32,36 @@ QUIET_SECONDS = 1.0  # after a failure
 
 
 class _Speech:
-    """The samples of one request. `told[k]`: characters of sample k that Redis has."""
+    """The samples of one request, and how many characters of each of their texts Redis has."""
 
-    def __init__(self, texts: list[GrowingText]) -> None:
-        self.texts = texts
-        self.told = [0] * len(texts)
+    def __init__(self, samples: list[GrowingSample]) -> None:
+        self.samples = samples
+        self._told = [{True: 0, False: 0} for _ in samples]  # by whether it is the reasoning
 
     def news(self) -> list[Piece]:
         return [
-            Piece(sample, told, text.read(told))
-            for sample, (text, told) in enumerate(zip(self.texts, self.told, strict=True))
-            if text.certain > told
+            Piece(index, told, text.read(told), is_reasoning)
+            for index, sample in enumerate(self.samples)
+            for is_reasoning, text in ((True, sample.reasoning), (False, sample.answer))
+            if text.certain > (told := self._told[index][is_reasoning])
         ]
+
+    def note(self, pieces: Sequence[Piece]) -> None:
+        """Redis has them."""
+        for piece in pieces:
+            self._told[piece.sample][piece.is_reasoning] = piece.at + len(piece.text)
 
 
 class Broadcast(threading.Thread):
     """`put`, `over` and `forget` may be called from any thread and never block. `stop_of(id)`: the stop strings of a
-    request, None when it is no longer held."""
+    request, None when it is no longer held. `reasoning`: how this model marks what it thinks."""
 
     def __init__(
-        self, redis_url: str, tokenizer: Tokenizer, stop_of: Callable[[RequestId], Sequence[str] | None]
+        self,
+        redis_url: str,
+        tokenizer: Tokenizer,
+        stop_of: Callable[[RequestId], Sequence[str] | None],
+        reasoning: ReasoningFormat | None = None,
     ) -> None:
         super().__init__(name="broadcast", daemon=True)
         self._redis = Redis.from_url(
@@ -61,6 +72,7 @@ class Broadcast(threading.Thread):
         )
         self._tokenizer = tokenizer
         self._stop_of = stop_of
+        self._reasoning = reasoning
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._speeches: dict[RequestId, _Speech] = {}
         self._changed: dict[RequestId, None] = {}  # ordered
@@ -111,11 +123,15 @@ class Broadcast(threading.Thread):
             if speech is None:
                 if (stop := self._stop_of(growth.id)) is None:
                     continue
-                texts = [GrowingText(self._tokenizer, stop) for _ in growth.starts]
-                speech = self._speeches[growth.id] = _Speech(texts)
-            for text, start, made in zip(speech.texts, growth.starts, growth.generated, strict=True):
-                text.push(start, made.token_ids)
+                samples = [self._sample(growth.begins, stop) for _ in growth.starts]
+                speech = self._speeches[growth.id] = _Speech(samples)
+            for sample, start, made in zip(speech.samples, growth.starts, growth.generated, strict=True):
+                sample.push(start, made.token_ids)
             self._changed[growth.id] = None
+
+    def _sample(self, begins: Begins, stop: Sequence[str]) -> GrowingSample:
+        splitter = self._reasoning.splitter(begins) if self._reasoning else None
+        return GrowingSample(self._tokenizer, stop, splitter)
 
     def _over(self, request_id: RequestId, ended: bool) -> None:
         self._speeches.pop(request_id, None)  # the rest of its text is in SQL
@@ -144,5 +160,4 @@ class Broadcast(threading.Thread):
             self._quiet_until = time.monotonic() + QUIET_SECONDS
             return
         for key, pieces in news.items():
-            for piece in pieces:
-                self._speeches[key].told[piece.sample] = piece.at + len(piece.text)
+            self._speeches[key].note(pieces)

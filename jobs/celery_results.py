@@ -125,13 +125,15 @@ class CeleryResults(threading.Thread):
 
 
 def answer(outcome: Outcome, model: str) -> dict[str, Any]:
-    """The JSON that `AsyncResult.get()` returns; `text` is the first output's."""
+    """The JSON that `AsyncResult.get()` returns; `text` is the first output's, and so is `reasoning`, if any."""
     return {
         "id": outcome.job_id,
         "object": "job",
         "status": "completed",
         "model": model,
-        "text": outcome.outputs[0]["text"],
+        **{name: value for name, value in outcome.outputs[0].items() if name in ("text", "reasoning")},
         "outputs": outcome.outputs,
-        "usage": usage_object(outcome.prompt_tokens, outcome.completion_tokens, outcome.cached_tokens),
+        "usage": usage_object(
+            outcome.prompt_tokens, outcome.completion_tokens, outcome.cached_tokens, outcome.outputs
+        ),
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from engine.reasoning import ReasoningFormat
 from engine.request import Request, RequestId
 from engine.tokenizer import Tokenizer
 from jobs.audience import Audience
@@ -18,9 +19,12 @@ from jobs.settings import Settings
 
 
 class Encoder:
-    def __init__(self, tokenizer: Tokenizer, settings: Settings) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, settings: Settings, reasoning: ReasoningFormat | None = None
+    ) -> None:
         self._tokenizer = tokenizer
         self._settings = settings
+        self._reasoning = reasoning
 
     def encode(self, claims: Sequence[Claim]) -> list[Request | BaseException]:
         """What each of these jobs asks of the engine, or why it cannot be asked."""
@@ -41,6 +45,7 @@ class Encoder:
                 turn=claim.turn,
                 generated=claim.generated,
                 stream=claim.audience == Audience.TEXT,
+                reasoning=self._reasoning,
             )
             for claim, body, prompt in zip(claims, bodies, prompts, strict=True)
         ]

@@ -229,7 +229,7 @@ class Result(Base):
     __tablename__ = "results"
 
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
-    # [{"index", "text", "finish_reason", "stop_reason", perhaps "logprobs"}]
+    # [{"index", "text", "finish_reason", "stop_reason", perhaps "reasoning" with "reasoning_tokens", "logprobs"}]
     outputs: Mapped[list[dict[str, Any]]]
     prompt_tokens: Mapped[int]
     completion_tokens: Mapped[int]

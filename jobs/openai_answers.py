@@ -1,7 +1,9 @@
 """OpenAI's answers of chat and text completions, made of a job's outputs, for HTTP and for batch files alike.
 
 Owns the objects `chat.completion`, `text_completion` and their usage, as plain JSON. Outputs are as `jobs.outcomes`
-stores them: index, text, finish_reason, stop_reason, and logprobs where they were asked for, in a chat's shape.
+stores them: index, text, finish_reason, stop_reason, reasoning and reasoning_tokens where the model reasoned, and
+logprobs where they were asked for, in a chat's shape. OpenAI shows no reasoning in a chat; `reasoning_content` is the
+name that DeepSeek, SGLang and vLLM gave it.
 """
 
 from __future__ import annotations
@@ -16,14 +18,20 @@ JSON = dict[str, Any]
 _PREFIX: Final = {CHAT: "chatcmpl-", COMPLETIONS: "cmpl-"}
 
 
-def usage_object(prompt: int, completion: int, cached: int) -> JSON:
+def usage_object(prompt: int, completion: int, cached: int, outputs: Sequence[JSON] | None) -> JSON:
     """Tokens; `cached` are those of `prompt` that needed no computing."""
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": cached},
+        "completion_tokens_details": {"reasoning_tokens": reasoning_in(outputs)},
     }
+
+
+def reasoning_in(outputs: Sequence[JSON] | None) -> int:
+    """Tokens of reasoning in all samples, which count as completion."""
+    return sum(output.get("reasoning_tokens", 0) for output in outputs or ())
 
 
 def answer_id(url: Url, name: str) -> str:
@@ -48,11 +56,7 @@ def completion_object(
         choices.append(
             {
                 "index": output["index"],
-                **(
-                    {"message": {"role": "assistant", "content": text, "refusal": None}}
-                    if chat
-                    else {"text": text}
-                ),
+                **({"message": _message(output)} if chat else {"text": text}),
                 "logprobs": logprobs if chat or logprobs is None else numbered_logprobs(logprobs),
                 "finish_reason": output["finish_reason"],
                 "stop_reason": output["stop_reason"],
@@ -66,6 +70,11 @@ def completion_object(
         "choices": choices,
         "usage": usage,
     }
+
+
+def _message(output: JSON) -> JSON:
+    message = {"role": "assistant", "content": output["text"], "refusal": None}
+    return message | ({"reasoning_content": output["reasoning"]} if "reasoning" in output else {})
 
 
 def numbered_logprobs(logprobs: JSON) -> JSON:

@@ -34,8 +34,10 @@ OFF: Final[dict[str, tuple[Any, ...]]] = {
 }
 # What clients copy into a conversation from answers that had none of it.
 MESSAGE_EXTRAS: Final = frozenset({
-    "annotations", "audio", "function_call", "name", "reasoning_content", "refusal", "tool_calls",
+    "annotations", "audio", "function_call", "name", "refusal", "tool_calls",
 })
+# What earlier answers thought, which templates leave out of a conversation.
+THOUGHTS: Final = "reasoning_content"
 # fmt: on
 _SPECIAL: Final = IGNORED | OFF.keys() | NOT_SUPPORTED_YET
 
@@ -106,7 +108,7 @@ def is_one_of(value: object, known: tuple[Any, ...]) -> bool:
 
 
 def plain_messages(messages: object) -> object:
-    """Messages with roles that templates know, and without what is empty in them."""
+    """Messages with roles that templates know, without what is empty in them, and without thoughts."""
     if not isinstance(messages, list):
         return messages
     return [_plain(message) if isinstance(message, dict) else message for message in messages]
@@ -115,6 +117,8 @@ def plain_messages(messages: object) -> object:
 def _plain(message: dict[str, Any]) -> dict[str, Any]:
     extras = MESSAGE_EXTRAS.intersection(message)
     plain = {name: value for name, value in message.items() if name not in extras or value}
+    if isinstance(plain.get(THOUGHTS), str | None):
+        plain.pop(THOUGHTS, None)
     if plain.get("role") == "developer":  # OpenAI's newer word
         plain["role"] = "system"
     return plain

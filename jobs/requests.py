@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from engine.reasoning import ReasoningFormat
 from engine.request import Generated, Request, RequestId
 from engine.tokenizer import Tokenizer
 from jobs.body import JobBody
@@ -55,9 +56,12 @@ def request_of(
     turn: float | None = None,
     generated: tuple[Generated, ...] = (),
     stream: bool = False,
+    reasoning: ReasoningFormat | None = None,
 ) -> Request:
     """Prefixes are shared inside a tenant only. `prompt`: as `prompt_of` made it. `priority`, `turn`: as in
-    `Request`. `generated`: a checkpoint. `stream`: tell of its tokens as they are made. Raises `InvalidParameter`."""
+    `Request`. `generated`: a checkpoint. `stream`: tell of its tokens as they are made. `reasoning`: how this model
+    marks what it thinks, which it does in chats; what follows a plain prompt is one text. Raises
+    `InvalidParameter`."""
     sampling = body.sampling(settings.default_max_tokens, settings.max_n)
     return Request(
         id=request_id,
@@ -68,4 +72,5 @@ def request_of(
         turn=turn,
         generated=generated,
         stream=stream,
+        begins="answer" if reasoning is None or body.messages is None else reasoning.begins(prompt),
     )

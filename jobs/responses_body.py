@@ -103,7 +103,13 @@ def _messages(given: object, instructions: object) -> Any:
         return [*head, {"role": "user", "content": given}]
     if not isinstance(given, list) or not given:
         raise BadField("input", "must be a string or a list of messages", "invalid_type")
-    return [*head, *plain_messages([_message(item, f"input[{i}]") for i, item in enumerate(given)])]  # type: ignore[misc]
+    messages = [_message(item, f"input[{i}]") for i, item in enumerate(given) if not _is_thought(item)]
+    return [*head, *plain_messages(messages)]  # type: ignore[misc]
+
+
+def _is_thought(item: object) -> bool:
+    """What an earlier response thought: clients hand back its whole output, and templates leave that out."""
+    return isinstance(item, dict) and item.get("type") == "reasoning"
 
 
 def _message(item: object, place: str) -> dict[str, Any]:

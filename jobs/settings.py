@@ -56,6 +56,9 @@ class EngineSettings(BaseModel):
     )
     enable_prefix_caching: bool = True
     scheduling_policy: Literal["planned", "fcfs"] = "planned"
+    reasoning_parser: Literal["auto", "none", "think", "harmony"] = Field(
+        "auto", description="how a model marks what it thinks; auto: as the marks among its tokens say"
+    )
     deterministic: bool | None = None
     threads: int | None = None
 

@@ -16,6 +16,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from engine.checkpoint import Checkpoint
+from engine.reasoning import format_of
 from engine.request import Completion, RequestId
 from engine.tokenizer import Tokenizer
 from engine.wire import Hello
@@ -72,6 +73,7 @@ class Worker:
             settings.model, settings.engine.revision, model_impl=settings.engine.model_impl
         )
         self.tokenizer = Tokenizer.open(checkpoint)
+        self.reasoning = format_of(self.tokenizer, settings.engine.reasoning_parser)
         self.settings = settings
         self.model = settings.served_model
         self.worker_id = new_worker_id()
@@ -116,7 +118,7 @@ class Worker:
     def _make_engine_side(self, weights: str, on_hopeless: Callable[[str], None]) -> None:
         """The engine process, and what is made of what it says while it runs."""
         self.checkpointer = Checkpointer(self.database, self.holdings, self._name, weights)
-        self.broadcast = Broadcast(self.settings.redis, self.tokenizer, self._stop_of)
+        self.broadcast = Broadcast(self.settings.redis, self.tokenizer, self._stop_of, self.reasoning)
         self.supervisor = EngineSupervisor(
             self.settings.engine_config(),
             checkpoint_seconds=self.settings.checkpoint_seconds,
@@ -141,7 +143,7 @@ class Worker:
             self.supervisor,
             model=self.model,
             worker_id=self._name,
-            encode=Encoder(self.tokenizer, settings).encode,
+            encode=Encoder(self.tokenizer, settings, self.reasoning).encode,
             finish=self.writer.put,
             on_more=lambda: self.wake_ups.repeat(self.model),
             window=settings.claim_window * places,
@@ -306,7 +308,7 @@ class Worker:
     def _on_completions(self, completions: Sequence[Completion]) -> None:
         for completion in completions:
             if holding := self.holdings.get(completion.id):
-                outcome = outcome_of(completion, self.tokenizer)
+                outcome = outcome_of(completion, self.tokenizer, self.reasoning)
                 self.writer.put(outcome)
                 if outcome.kind == "completed":
                     made = outcome.prompt_tokens - outcome.cached_tokens + outcome.completion_tokens

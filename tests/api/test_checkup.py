@@ -196,6 +196,8 @@ def test_models(tmp_path: Path) -> None:
     hub = only("model", data_dir=tmp_path, model="some/model")
     assert (hub.verdict, "hub id" in hub.says) == (Verdict.WARNING, True)
     wrong = {"data_dir": tmp_path, "model": str(write_tiny_llama(tmp_path / "tiny"))}
+    finding = only("model", **wrong, engine={"reasoning_parser": "think"})
+    assert (finding.verdict, "reasoning_parser" in finding.says) == (Verdict.FAILED, True)
     finding = only("model", **wrong, engine={"max_num_seqs": 0})
     assert (finding.verdict, "max_num_seqs" in finding.says) == (Verdict.FAILED, True)
 

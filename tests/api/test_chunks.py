@@ -84,3 +84,20 @@ def test_a_result_that_is_another_one_is_noticed() -> None:
     for other in ("abX and more", "ab"):
         with pytest.raises(DivergedError):
             sent.rest(0, other)
+
+
+def test_thoughts_have_places_of_their_own() -> None:
+    sent = Transcript(1)
+    assert [
+        sent.take(Piece(0, 0, "hm", True)),
+        sent.take(Piece(0, 0, "so")),
+        sent.take(Piece(0, 1, "m!", True)),
+    ] == [
+        "hm",
+        "so",
+        "!",
+    ]
+    assert sent.rest(0, "hm! yes", is_reasoning=True) == " yes"
+    assert sent.rest(0, "so.") == "."
+    with pytest.raises(DivergedError):
+        sent.rest(0, "hm? yes", is_reasoning=True)

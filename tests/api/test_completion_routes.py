@@ -15,7 +15,7 @@ import pytest
 from fastapi.testclient import TestClient
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion
-from openai.types.responses import Response
+from openai.types.responses import Response, ResponseReasoningItem
 
 from api import completion_routes
 from api.app import create_app
@@ -121,6 +121,29 @@ def test_answers_have_openais_shape(client: TestClient, database: Database) -> N
     assert response.usage is not None
     assert response.usage.output_tokens == 2
     assert client.get(f"/v1/responses/{response.id}").json()["output"][0]["content"][0]["text"] == "so\u2028"
+
+
+def test_thoughts_stand_beside_the_answer(client: TestClient, database: Database) -> None:
+    thinking = OUTPUT | {"reasoning": "hm", "reasoning_tokens": 1}
+    with worker(database, outputs=[thinking]):
+        answers = {url: client.post(url, json=body).json() for url, body in ROUTES.items()}
+        events = events_of(client.post("/v1/chat/completions", json=CHAT | {"stream": True}))
+    chat = ChatCompletion.model_validate(answers["/v1/chat/completions"])
+    message = chat.choices[0].message.to_dict()
+    assert (message["content"], message["reasoning_content"]) == ("so\u2028", "hm")
+    assert chat.usage is not None
+    assert chat.usage.completion_tokens_details is not None
+    assert chat.usage.completion_tokens_details.reasoning_tokens == 1
+    response = Response.model_validate(answers["/v1/responses"])
+    assert [item.type for item in response.output] == ["reasoning", "message"]
+    thought = response.output[0]
+    assert isinstance(thought, ResponseReasoningItem)
+    assert [part.text for part in thought.content or ()] == ["hm"]
+    assert response.output_text == "so\u2028"
+    assert response.usage is not None
+    assert response.usage.output_tokens_details.reasoning_tokens == 1
+    deltas = [json.loads(event)["choices"][0]["delta"] for event in events[:-1]]
+    assert deltas[1:] == [{"reasoning_content": "hm"}, {"content": "so\u2028"}, {}]
 
 
 def test_an_effort_and_a_switch_reach_the_worker(client: TestClient, database: Database) -> None:

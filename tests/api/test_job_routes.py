@@ -105,20 +105,27 @@ def test_a_completed_job_has_outputs_and_usage(client: TestClient, database: Dat
         job_id=job_id,
         fence=claimed.fence,
         kind="completed",
-        outputs=[OUTPUT, OUTPUT | {"index": 1, "logprobs": LOGPROBS}],
+        outputs=[
+            OUTPUT | {"reasoning": "hm", "reasoning_tokens": 5},
+            OUTPUT | {"index": 1, "logprobs": LOGPROBS},
+        ],
         prompt_tokens=3,
-        completion_tokens=4,
+        completion_tokens=9,
         cached_tokens=1,
     )
     database.transact(lambda connection: record(connection, worker_id="w", outcomes=[outcome]))
     job = client.get(f"/v1/jobs/{job_id}").json()
-    outputs = [OUTPUT | {"logprobs": None}, OUTPUT | {"index": 1, "logprobs": LOGPROBS}]
+    outputs = [
+        OUTPUT | {"logprobs": None, "reasoning": "hm"},
+        OUTPUT | {"index": 1, "logprobs": LOGPROBS, "reasoning": None},
+    ]
     assert (job["status"], job["outputs"], job["attempts"]) == ("completed", outputs, 1)
     assert job["usage"] == {
         "prompt_tokens": 3,
-        "completion_tokens": 4,
-        "total_tokens": 7,
+        "completion_tokens": 9,
+        "total_tokens": 12,
         "prompt_tokens_details": {"cached_tokens": 1},
+        "completion_tokens_details": {"reasoning_tokens": 5},
     }
     assert job["created_at"] <= job["started_at"] <= job["finished_at"]
 

@@ -14,6 +14,7 @@ import pytest
 from openai.types.chat import ChatCompletion
 
 from tests.support.processes import Process
+from tests.support.thinking import CLOSE_ID, write_thinking_llama
 from tests.support.tiny import CHAT_TEMPLATE, write_tiny_llama
 from tests.support.waiting import wait_until
 
@@ -116,6 +117,21 @@ def test_every_line_is_answered_and_bad_ones_do_not_stop_the_rest(tmp_path: Path
     assert again.wait(SECONDS) == 1
     assert (tmp_path / "out.jsonl").read_bytes() == before
     assert "12 of 12 requests answered, 5 failed" in again.text()
+
+
+def test_an_answer_is_without_its_thoughts(tmp_path: Path) -> None:
+    model = write_thinking_llama(tmp_path / "model")
+    bias = {"logit_bias": {str(CLOSE_ID): 100}, "seed": 1}
+    lines = requests(2, 5)
+    for line in lines:
+        line["body"] |= bias
+    write(tmp_path, list(lines))
+    process = start(tmp_path, model)
+    assert process.wait(SECONDS) == 0, process.tail()
+    answers = {one["custom_id"]: one["response"]["body"] for one in read(tmp_path)}
+    # In a chat the first mark ends the reasoning that its template has begun; behind a prompt it is text.
+    assert answers["r1"]["choices"][0]["message"]["content"] == 4 * "</think>"
+    assert answers["r0"]["choices"][0]["text"] == 5 * "</think>"
 
 
 @pytest.mark.long

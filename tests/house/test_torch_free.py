@@ -53,6 +53,7 @@ ENGINE_FRONT += (
     "wire",
     "codec",
 )
+ENGINE_FRONT += ("reasoning",)
 ENGINE_FRONT += ("multi_step", "speculation", "ngram_proposer", "flight", "step_times", "endings", "openmp")
 
 IMPORT_ALL = """

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from openai.types.chat import ChatCompletion
 from openai.types.chat.chat_completion import ChoiceLogprobs
 
 from engine.checkpoint import Checkpoint
+from engine.reasoning import format_of
 from engine.request import Completion, Output, RequestError, RequestId, TokenLogprobs
 from engine.tokenizer import Tokenizer
 from jobs.answers import outcome_of
+from jobs.celery_results import answer
+from jobs.openai_answers import completion_object
+from jobs.openai_body import CHAT
+from tests.support.thinking import CLOSE_ID, write_thinking_llama
 from tests.support.tiny import EOS_TOKEN_ID, write_tiny_llama
 
 ID = RequestId("job", 3)
@@ -61,3 +69,31 @@ def test_failures_and_aborts_tell_what_was_worked_for(tokenizer: Tokenizer) -> N
     assert error_told["param"] == "structured_outputs.regex"
     gone = outcome_of(Completion(id=ID, aborted=True, num_prompt=5), tokenizer)
     assert (gone.kind, gone.prompt_tokens, gone.completion_tokens) == ("released", 0, 0)
+
+
+def test_what_was_thought_stands_beside_what_was_said(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.open(Checkpoint.open(str(write_thinking_llama(tmp_path))))
+    form = format_of(tokenizer, "auto")
+    thought, said = tokenizer.encode("the fox\n"), tokenizer.encode("the dog")
+    ids = (*thought, CLOSE_ID, *said, EOS_TOKEN_ID)
+    whole = Output(token_ids=ids, finish_reason="stop", last_is_silent=True, begins="reasoning")
+    outputs = (
+        whole,
+        replace(whole, token_ids=tuple(thought), last_is_silent=False),
+        replace(whole, begins="answer"),
+    )
+    outcome = outcome_of(Completion(id=ID, outputs=outputs, num_prompt=2), tokenizer, form)
+    assert outcome.completion_tokens == 2 * len(ids) + len(thought)
+    shown = [(one["text"], one.get("reasoning"), one.get("reasoning_tokens")) for one in outcome.outputs]
+    assert shown == [
+        ("the dog", "the fox", len(thought)),
+        ("", "the fox", len(thought)),
+        ("the fox\n</think>the dog", None, None),
+    ]
+    told = answer(outcome, "m")
+    assert (told["text"], told["reasoning"]) == ("the dog", "the fox")
+    assert told["usage"]["completion_tokens_details"] == {"reasoning_tokens": 2 * len(thought)}
+    body = completion_object(CHAT, outcome.outputs, answer_id="a", created=1, model="m", usage=told["usage"])
+    messages = [choice.message.to_dict() for choice in ChatCompletion.model_validate(body).choices]
+    assert [one.get("reasoning_content") for one in messages] == ["the fox", "the fox", None]
+    assert "reasoning_content" not in messages[2]

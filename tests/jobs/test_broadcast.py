@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import redis
 
 from engine.growth import Growth
+from engine.reasoning import format_of
 from engine.request import Generated, RequestId
 from engine.special_tokens import SpecialTokens
 from engine.tokenizer import Tokenizer
 from jobs import broadcast as module
 from jobs.audience import MAX_ENTRIES, Piece, Said, heard, stream_name
 from jobs.broadcast import Broadcast
+from tests.support.thinking import THINK, with_marks
 from tests.support.tiny_tokenizers import byte_level
 from tests.support.waiting import wait_until
 
@@ -40,9 +43,11 @@ def said(client: redis.Redis, request_id: RequestId = JOB) -> list[Said]:
 
 
 def text_of(entries: list[Said], sample: int = 0) -> str:
-    """The pieces of one sample put together, each in its place."""
+    """The pieces of one sample's answer put together, each in its place; of its thoughts, if there is none."""
     text = ""
-    for piece in (piece for entry in entries for piece in entry.pieces if piece.sample == sample):
+    pieces = [piece for entry in entries for piece in entry.pieces if piece.sample == sample]
+    some = any(not piece.is_reasoning for piece in pieces)
+    for piece in (piece for piece in pieces if piece.is_reasoning != some):
         assert piece.at <= len(text)
         assert text[piece.at :] in piece.text
         text = text[: piece.at] + piece.text
@@ -144,3 +149,20 @@ def test_what_is_not_ours_says_nothing() -> None:
     for entry in ({}, {b"said": b"{"}, {b"said": b"[]"}, {b"said": b'{"pieces": [[1]]}'}, {b"x": b"y"}):
         assert heard(entry) == Said()
     assert heard({b"said": b'{"pieces": [[1, 2, "x"]]}'}) == Said((Piece(1, 2, "x"),))
+    assert heard({b"said": b'{"pieces": [[1, 2, "x", true]]}'}) == Said((Piece(1, 2, "x", True),))
+
+
+def test_thoughts_are_told_as_such(redis_url: str) -> None:
+    marked = with_marks(byte_level(), THINK, special=False)
+    tokenizer = Tokenizer(marked.to_str(), template=None, special_tokens=SpecialTokens())
+    (close,) = (tokenizer.id_of(THINK[1]) or 0,)
+    ids = [*tokenizer.encode_part("\nthe dog\n"), close, *tokenizer.encode_part("\nthe fox")]
+    broadcast = Broadcast(redis_url, tokenizer, {JOB: ["dog"]}.get, format_of(tokenizer, "auto"))
+    broadcast.start()
+    with redis.Redis.from_url(redis_url) as client:
+        for place in range(len(ids)):
+            broadcast.put([replace(growth(ids, place, place + 1), begins="reasoning")])
+        wait_until(lambda: said(client) and text_of(said(client), 1) == "the fox", "all is told")
+        thoughts = [piece for entry in said(client) for piece in entry.pieces if piece.is_reasoning]
+        assert text_of([Said(tuple(thoughts))], 1) == "the dog"
+    broadcast.stop(10)

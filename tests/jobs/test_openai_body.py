@@ -151,6 +151,9 @@ def test_text_completions_have_openais_defaults() -> None:
 
 def test_an_answer_can_be_put_back_into_the_conversation() -> None:
     answer = {"role": "assistant", "content": "so", "refusal": None, "tool_calls": None, "annotations": []}
-    asked = chat(messages=[{"role": "developer", "content": "Be brief."}, USER, answer, USER])
-    assert asked.body.messages is not None
-    assert [one.role for one in asked.body.messages] == ["system", "user", "assistant", "user"]
+    for thoughts in ({}, {"reasoning_content": None}, {"reasoning_content": "hm"}):
+        asked = chat(messages=[{"role": "developer", "content": "Be brief."}, USER, answer | thoughts, USER])
+        assert asked.body.messages is not None
+        assert [one.role for one in asked.body.messages] == ["system", "user", "assistant", "user"]
+    with pytest.raises(BadField, match="reasoning_content"):
+        chat(messages=[USER, answer | {"reasoning_content": 5}])

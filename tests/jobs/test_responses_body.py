@@ -38,6 +38,7 @@ def test_a_conversation() -> None:
     made = asked(
         input=[
             {"role": "developer", "content": "Be brief."},
+            {"id": "rs_1", "type": "reasoning", "summary": [], "content": [{"type": "reasoning_text"}]},
             {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a"}, answer]},
             {
                 "id": "msg_1",
