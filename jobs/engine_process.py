@@ -43,8 +43,8 @@ log = logging.getLogger(__name__)
 
 _REQUESTS_PER_FRAME = 64
 _REAP_SECONDS = 5.0  # between the end of its pipe and its exit; after that it is killed
-# Of one that a stop has killed. Less than a supervisor gives one (`KILL_SECONDS`): no other is to have its device, and
-# whoever stops must write outcomes before it is killed itself.
+# For one that a stop has killed. Less than a supervisor's `KILL_SECONDS`: nobody waits for its device, and who stops
+# has outcomes to write before it is killed itself.
 _LAST_SECONDS = 5.0
 
 
