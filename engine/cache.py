@@ -107,16 +107,24 @@ class KVCache:
             _host=host,
         )
 
-    def move(self, moves: Iterable[Move]) -> None:
-        """A plan's moves, one after another as far as anybody can see, in as few calls as that allows."""
-        for kind, pairs in grouped(moves):
-            match kind:
-                case "copy":
-                    self.copy(pairs)
-                case "out":
-                    self.swap_out(pairs)
-                case "in":
-                    self.swap_in(pairs)
+    def move(self, moves: list[Move]) -> None:
+        """A plan's moves, one after another as far as anybody can see, in as few calls as that allows. Those that are
+        made leave the list; a device that has no memory for a page (`torch.OutOfMemoryError`) leaves the rest."""
+        for kind, pairs in grouped(tuple(moves)):
+            self._move(kind, pairs)
+            del moves[: len(pairs)]
+
+    def _move(self, kind: str, pairs: Pairs) -> None:
+        """All that is read here lies where nothing is written: what was begun can be done again."""
+        move = {"copy": self.copy, "out": self.swap_out, "in": self.swap_in}[kind]
+        try:
+            return move(pairs)
+        except torch.OutOfMemoryError:
+            if len(pairs) == 1:
+                raise
+        middle = len(pairs) // 2
+        self._move(kind, pairs[:middle])
+        self._move(kind, pairs[middle:])
 
     def copy(self, pairs: Pairs) -> None:
         """Page to page, on the device."""

@@ -74,7 +74,10 @@ class Flight:
         return _without_the_gone(plan, draws, self._scheduler.running) if plan.behind else (plan, draws)
 
     def _first(self) -> tuple[Plan, Launched] | None:
-        """A plan behind nothing, launched. One that does not fit is made anew from half the tokens."""
+        """A plan behind nothing, launched. One that does not fit is made anew from half the tokens; of several steps
+        those of one count, for a step takes the memory of the one before it. The smallest is tried twice: what was
+        left may have lain in pieces."""
+        tried = False
         while True:
             plan = self._scheduler.plan()
             if not plan.rows:
@@ -82,9 +85,13 @@ class Flight:
             try:
                 return plan, self._runner.launch(plan)
             except OutOfDeviceMemory as error:
-                budget = min(self._scheduler.max_num_batched_tokens, plan.num_tokens) // 2
-                if budget < LEAST_BUDGET:
-                    raise
+                at_once = plan.num_tokens // plan.num_steps
+                if at_once <= LEAST_BUDGET:
+                    if tried:
+                        raise
+                    tried = True
+                    continue
+                budget = max(at_once // 2, LEAST_BUDGET)
                 self._scheduler.max_num_batched_tokens = budget
                 self._fell_short()
                 logger.warning("steps of at most %d tokens for now: %s", budget, error)

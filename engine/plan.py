@@ -108,7 +108,8 @@ FAILED = -1  # in place of a token: this row's logits were not finite
 
 
 class OutOfDeviceMemory(Exception):
-    """A plan needs more memory beside the pages than the device has. Its moves are made; nothing else of it holds."""
+    """A plan needs more memory beside the pages than the device has. Its moves are made, or will be before those of
+    the next one; nothing else of it holds."""
 
 
 class Draws(NamedTuple):

@@ -30,7 +30,7 @@ from engine.memory import (
 from engine.model import Decoder
 from engine.multi_step import decodes_freely
 from engine.placement import weight_targets
-from engine.plan import Draws, Launched, OutOfDeviceMemory, Plan, PromptScores
+from engine.plan import Draws, Launched, Move, OutOfDeviceMemory, Plan, PromptScores
 from engine.sampler import Sampler
 from engine.sampling_params import InvalidParameter
 from engine.speculation import STEP_TOKENS, num_speculative_tokens
@@ -66,7 +66,8 @@ class ModelRunner:
         seconds_per_page_moved: float | None = None,
     ) -> None:
         self.model_config: ModelConfig = decoder.config
-        self.cache = cache  # whoever plans the pages moves them, between steps
+        self.cache = cache
+        self._moves: list[Move] = []  # of plans that were launched; not yet made
         self.num_pages = cache.num_pages
         self.num_host_pages = cache.num_host_pages
         self.seconds_per_page_moved = seconds_per_page_moved  # out and back in; None without host pages
@@ -178,8 +179,9 @@ class ModelRunner:
         """
         self.times.begin("inputs")
         with torch.inference_mode():
-            self.cache.move(plan.moves)
+            self._moves += plan.moves
             try:
+                self.cache.move(self._moves)
                 return self._launched(plan)
             except torch.OutOfMemoryError as error:
                 reason = str(error).split("\n")[0]
@@ -245,7 +247,7 @@ class ModelRunner:
     def logits(self, plan: Plan) -> Tensor:
         """As `run`, but the logits `[draws, vocab]` before any sampling."""
         with torch.inference_mode():
-            self.cache.move(plan.moves)
+            self.cache.move(list(plan.moves))
             step = self._input(plan)
             return self._decoder.forward(step, self.cache)[: plan.num_draws]
 

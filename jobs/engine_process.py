@@ -2,7 +2,8 @@
 
 Owns the subprocess, its two pipes and the ids that are in flight. Refuses to know jobs and SQL: it reports
 messages and, exactly once, the end; whoever listens decides what is requeued. One object is one process life:
-to start again, make a new one. No torch here, only the frames of `engine.wire`.
+to start again, make a new one. It is ready when it has shown that it can compute (`canary`). No torch here, only the
+frames of `engine.wire`.
 """
 
 from __future__ import annotations
@@ -28,17 +29,23 @@ from engine.wire import (
     FrameReader,
     FrameWriter,
     FromEngine,
+    Grown,
     Hello,
+    Progress,
     Stop,
     ToEngine,
     WireError,
 )
+from jobs.canary import canary
 from jobs.python_process import command_of, environment_of
 
 log = logging.getLogger(__name__)
 
 _REQUESTS_PER_FRAME = 64
 _REAP_SECONDS = 5.0  # between the end of its pipe and its exit; after that it is killed
+# For one that a stop has killed. Less than a supervisor's `KILL_SECONDS`: nobody waits for its device, and who stops
+# has outcomes to write before it is killed itself.
+_LAST_SECONDS = 5.0
 
 
 class EngineGoneError(RuntimeError):
@@ -52,8 +59,9 @@ class NoCreditError(RuntimeError):
 class EngineProcess:
     """One engine process.
 
-    `on_message(message)` is called for every message, in order, and `on_exit(returncode, ids)` once, after
-    the last message: `returncode` as `subprocess` has it (negative: the signal), `ids` the requests that were
+    `on_message(message)` is called for every message, in order, but `Hello` only when the engine has answered a
+    canary, and until then nothing else than `Stats` and `Fatal`. `on_exit(returncode, ids)` is called once, after the
+    last message: `returncode` as `subprocess` has it (negative: the signal), `ids` the requests that were
     added and not answered. Both run on this object's reader thread and must not call `stop` or `wait_exit`.
     If `on_message` raises, nobody knows what was taken: the process is killed and its ids are reported.
     `bar`: while it loads, the process shows a bar on our stderr, if that is a terminal; else it logs two lines.
@@ -71,12 +79,14 @@ class EngineProcess:
         self.config = config
         self.checkpoint_seconds = checkpoint_seconds
         self._bar = bar
-        self.hello: Hello | None = None
+        self.hello: Hello | None = None  # of one that is ready
+        self.loaded_at: float | None = None  # on the monotonic clock; then it has a canary to answer
         self.fatal: Fatal | None = None
         self._on_message = on_message
         self._on_exit = on_exit
         self._lock = threading.Lock()
-        self._turned = threading.Condition(self._lock)  # hello came, or the end
+        self._turned = threading.Condition(self._lock)  # ready, or at its end
+        self._greeting: Hello | None = None  # until it is ready
         self._in_flight: dict[RequestId, None] = {}  # ordered
         self._gone = False
         self._outbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
@@ -86,7 +96,7 @@ class EngineProcess:
     # --- life -----------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the process; returns at once, `Hello` follows when the model is loaded.
+        """Start the process; returns at once, `Hello` follows when the model is loaded and computes.
 
         Call it from the main thread, or from one that lives as long as the engine should: the child asks for
         SIGKILL when its parent dies (PR_SET_PDEATHSIG), and to the operating system the parent is the thread
@@ -148,7 +158,7 @@ class EngineProcess:
         if (code := self.wait_exit(max(0.0, deadline - time.monotonic()))) is not None:
             return code
         self.kill()
-        if (code := self.wait_exit(_REAP_SECONDS)) is None:
+        if (code := self.wait_exit(_LAST_SECONDS)) is None:
             log.error("the engine process %d was killed and does not end", self._process.pid)
             self.abandon()
             return -signal.SIGKILL
@@ -243,6 +253,15 @@ class EngineProcess:
 
     def _take(self, message: object) -> None:
         answered: list[RequestId] = []
+        if isinstance(message, Hello):
+            self._greeting, self.loaded_at = message, time.monotonic()
+            self._outbox.put(Add((canary(message),)))
+            return
+        if self.hello is None and isinstance(message, Completions | Progress | Grown):
+            answers = message.completions if isinstance(message, Completions) else ()
+            if self._greeting is None or all(one.aborted for one in answers):
+                return  # of a canary that is on its way, or stopped
+            message = self._greeting
         with self._turned:
             if isinstance(message, Completions):
                 # Freed before the callback, so that whoever it wakes sees the credits.

@@ -2,7 +2,8 @@
 
 Owns suspicion, a number that is stored with the job, and the halving of suspects: a group of them has the engine to
 itself, and when it dies its halves are tried one after the other. So the guilty one of N is alone after log2 N
-further deaths, and only a death while alone convicts. Knows no engine, no SQL and no threads.
+further deaths, and only a death while alone convicts: engines that die of anything they compute are never given a job
+(`canary`). Knows no engine, no SQL and no threads.
 
 A SIGKILL may come from outside, from an operator or from a kernel that is short of memory: one of them makes nobody
 a suspect, and a job that had got further since it was claimed starts again at one.

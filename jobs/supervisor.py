@@ -21,7 +21,7 @@ from jobs.engine_process import EngineProcess
 
 log = logging.getLogger(__name__)
 
-MAX_FAILED_STARTS = 3  # deaths in a row before Hello: the model cannot be served here
+MAX_FAILED_STARTS = 3  # deaths in a row before any token: the model cannot be served here
 MAX_BACKOFF_SECONDS = 30.0
 STOP_SECONDS = 5.0
 KILL_SECONDS = 30.0  # for a process that was killed to end
@@ -103,18 +103,20 @@ class EngineSupervisor(threading.Thread):
             process.abort(ids)
 
     def kill_if_stalled(self, step_seconds: float, start_seconds: float) -> None:
-        """A busy engine that shows no step for so long hangs, and one that is not loaded after so long does too:
-        end it, so that its death can be dealt with. One that even the kernel cannot end, because it hangs in a
-        driver, counts as dead `KILL_SECONDS` later."""
-        process, still = self._process, time.monotonic() - self.moved_at
+        """A busy engine that shows no step for so long hangs, also of its canary, and one that is not loaded after
+        so long does too: end it, so that its death can be dealt with. One that even the kernel cannot end, because it
+        hangs in a driver, counts as dead `KILL_SECONDS` later."""
+        process = self._process
         if process is None or not process.alive:
             return
+        still = time.monotonic() - max(self.moved_at, process.loaded_at or 0.0)
         if self._killed is not None and self._killed[0] is process:
             if time.monotonic() - self._killed[1] > KILL_SECONDS:
                 log.error("engine.unkillable pid=%s: it may keep the device's memory", process.pid)
                 process.abandon()
             return
-        if still > start_seconds if self.hello is None else process.in_flight and still > step_seconds:
+        busy = self.hello is None or process.in_flight
+        if busy and still > (start_seconds if process.loaded_at is None else step_seconds):
             log.error("engine.stalled pid=%s seconds=%.0f", process.pid, still)
             self._killed = process, time.monotonic()
             process.kill()
@@ -145,7 +147,9 @@ class EngineSupervisor(threading.Thread):
             failed_starts = 0 if process.hello else failed_starts + 1
             if failed_starts >= MAX_FAILED_STARTS:
                 self.on_hopeless(
-                    process.fatal.reason if process.fatal else "the engine process died while loading"
+                    process.fatal.reason
+                    if process.fatal
+                    else "the engine process died while loading, or of its first steps"
                 )
                 return
             self._stopping.wait(min(0.2 * 2**failed_starts, MAX_BACKOFF_SECONDS))

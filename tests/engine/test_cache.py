@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from engine.cache import KVCache
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig, ModelConfig
 from engine.memory import bytes_per_page, fitting_host_pages, fitting_pages
+from engine.plan import Move
 from engine.sampling_params import InvalidParameter
 from tests.support.tiny import write_tiny_llama
 
@@ -116,6 +118,40 @@ def test_host_pages_keep_what_they_hold(cache: KVCache) -> None:
         assert torch.equal(bits(cache)[:HOST_PAGES], held.flip(0))
     cache.swap_in([(4, 0), (4, 9)])
     assert torch.equal(bits(cache)[[0, 9]], before[[4, 4]])
+
+
+MOVES = [
+    *(Move("out", page, host) for host, page in enumerate((2, 9, 0, 4))),
+    *(Move("copy", 11, page) for page in (2, 9, 0)),
+    Move("copy", 2, 4),
+    Move("in", 3, 11),
+    *(Move("in", host, 5 + host) for host in range(3)),
+]
+
+
+def test_moves_that_find_no_memory_are_made_fewer_at_a_time(
+    cache: KVCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or, where there is none for a single page, when there is some: none is lost, and none is made twice."""
+    before, outer, most = bits(cache), KVCache._index, 0
+
+    def narrow(cache: KVCache, pages: Sequence[int]) -> Tensor:
+        if len(pages) > most:
+            raise torch.OutOfMemoryError("none is left")
+        return outer(cache, pages)
+
+    monkeypatch.setattr(KVCache, "_index", narrow)
+    left = list(MOVES)
+    with pytest.raises(torch.OutOfMemoryError):
+        cache.move(left)
+    assert left == MOVES
+    most = 1
+    cache.move(left)
+    assert left == []
+    wanted = before.clone()
+    wanted[[2, 9, 0, 4]] = before[11]
+    wanted[[11, 5, 6, 7]] = before[[4, 2, 9, 0]]
+    assert torch.equal(bits(cache), wanted)
 
 
 def test_long_moves_go_in_pieces(cache: KVCache, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,8 +33,8 @@ class Narrow(CheckedRunner):
         return super().launch(plan)
 
 
-def narrow_engine(most: int) -> Engine:
-    runner = Narrow(400, 4, 50)
+def narrow_engine(most: int, steps: int = 1) -> Engine:
+    runner = Narrow(800, 4, 50, num_scheduler_steps=steps)
     runner.most = most
     return Engine(runner, None, EngineConfig(model="checked", max_num_batched_tokens=2000))
 
@@ -117,10 +117,44 @@ def test_memory_that_stays_away_is_asked_for_ever_more_rarely(impatient: None) -
 
 
 def test_a_device_that_has_no_memory_at_all_is_given_up() -> None:
-    engine = narrow_engine(20)
+    engine = narrow_engine(15)
     engine.add(requests(1, 100)[0])
     with pytest.raises(OutOfDeviceMemory):
         engine.step()
+    assert engine.runner.num_short == 5  # 100, 50, 25, and 16 twice
+
+
+def test_of_several_steps_it_is_the_rows_that_are_halved() -> None:
+    engine, asked = narrow_engine(10_000, steps=8), requests(40, 5, max_tokens=64)
+    for one in asked:
+        engine.add(one)
+    for _ in range(3):
+        assert engine.step() == []
+    engine.runner.most = 30 * 8
+    done = run(engine, [], poison=False)
+    assert engine.runner.num_short == 2  # one that was to run ahead, and one of 40 rows
+    for one in asked:
+        assert done[one.id].outputs[0].token_ids == expected(one, 0, 64)
+
+
+class Pieces(CheckedRunner):
+    """A device that finds memory for a plan when it is asked again."""
+
+    asked = 0
+
+    def launch(self, plan: Plan) -> Launched:
+        self.asked += 1
+        if self.asked % 2:
+            self._move(plan.moves)
+            raise OutOfDeviceMemory("it lies in pieces")
+        return super().launch(plan)
+
+
+def test_the_smallest_plan_is_tried_twice() -> None:
+    engine = Engine(Pieces(40, 4, 50), None, EngineConfig(model="checked"))
+    (one,) = requests(1, 10)
+    assert run(engine, [one], poison=False)[one.id].outputs[0].token_ids == expected(one, 0, 20)
+    assert engine.runner.asked == 2 * engine.stats()["num_steps"]
 
 
 class NoRoomAhead(CheckedRunner):

@@ -19,6 +19,7 @@ from engine.sampling_params import SamplingParams
 from jobs import supervisor as module
 from jobs.engine_process import EngineProcess
 from jobs.supervisor import EngineSupervisor
+from tests.support.taps import Tap
 from tests.support.tiny import write_tiny_llama
 from tests.support.waiting import wait_until
 
@@ -61,16 +62,21 @@ class Watched(EngineSupervisor):
     def __init__(self, folder: Path) -> None:
         self.deaths: list[Death] = []
         self.num_done = 0
+        self.num_ready = 0
+        self.hopeless: list[str] = []
         super().__init__(
             EngineConfig(model=str(folder), kv_cache_memory_bytes=1 << 26, max_num_seqs=2, threads=1),
-            on_ready=lambda hello: None,
+            on_ready=self.count_ready,
             on_completions=self.count,
             on_progress=lambda progress: None,
             on_grown=lambda growths: None,
             on_streamed=lambda growths: None,
             on_death=lambda *death: self.deaths.append(death),
-            on_hopeless=lambda reason: None,
+            on_hopeless=self.hopeless.append,
         )
+
+    def count_ready(self, hello: object) -> None:
+        self.num_ready += 1
 
     def count(self, completions: object) -> None:
         self.num_done += 1
@@ -128,10 +134,42 @@ def test_a_stop_does_not_wait_for_an_engine_that_cannot_be_killed(
     supervisor: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     process, hung = unkillable(supervisor, monkeypatch)
-    monkeypatch.setattr("jobs.engine_process._REAP_SECONDS", 0.2)
+    monkeypatch.setattr("jobs.engine_process._LAST_SECONDS", 0.2)
     hung.suspend()
     try:
         assert process.stop(0.1) == -signal.SIGKILL
     finally:
         hung.kill()
     assert process.wait_exit(30) == -signal.SIGKILL
+
+
+@pytest.fixture
+def broken_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tap:
+    tap = Tap(tmp_path / "tap")
+    for name, value in tap.environment.items():
+        monkeypatch.setenv(name, value)
+    tap.break_device()
+    return tap
+
+
+def test_an_engine_that_loads_and_dies_of_every_first_step_is_never_ready(
+    broken_device: Tap, supervisor: Watched
+) -> None:
+    """So no job meets it, and none can be taken for what killed it."""
+    wait_until(lambda: supervisor.hopeless, "it is given up", 120)
+    assert supervisor.hopeless == ["the engine process died while loading, or of its first steps"]
+    assert (supervisor.num_starts, supervisor.num_ready, supervisor.room) == (3, 0, 0)
+    assert supervisor.deaths == [(7, (), False)] * 3
+
+
+def test_a_first_step_that_hangs_is_not_given_the_time_of_a_start(
+    broken_device: Tap, supervisor: Watched
+) -> None:
+    broken_device.break_device("hangs")
+    wait_until(lambda: supervisor._process and supervisor._process.loaded_at, "it is loaded", 60)
+    supervisor.kill_if_stalled(60.0, 0.0)
+    assert not supervisor.deaths, "it is not late yet"
+    supervisor.kill_if_stalled(0.0, 3600.0)
+    wait_until(lambda: supervisor.deaths, "it is ended", 30)
+    assert supervisor.deaths == [(-signal.SIGKILL, (), True)]
+    assert supervisor.num_ready == 0

@@ -7,7 +7,10 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from jobs.models import Job
+from jobs.pool import EXIT_HOPELESS
 from jobs.states import JobState
 from tests.support.bare_celery import QUEUE, TASK, bare_celery
 from tests.support.press import LEASE_SECONDS, SLACK_SECONDS, START_SECONDS, SWEEP_SECONDS, Press
@@ -105,6 +108,26 @@ def test_an_engine_process_is_killed_while_a_step_hangs(press: Press) -> None:
     wait_until(lambda: not alive(row["engine_pid"]), "the engine process has died with its worker", 5)
     press.start_workers(1)
     assert press.finish()[JobState.FAILED] == 0
+
+
+@pytest.mark.parametrize("num_jobs", [1, 20])
+def test_a_device_breaks_and_no_job_is_blamed(press: Press, tmp_path: Path, num_jobs: int) -> None:
+    """Models still load on it, and every step ends its process. The worker gives up, also when it is started again;
+    another one does the work."""
+    for process in press.live_workers():
+        process.terminate(START_SECONDS)
+    tap = Tap(tmp_path / "tap")
+    worker = press.start("worker", ["worker"], tap.environment)
+    batch_id = press.submit(long_jobs(num_jobs, 600))
+    wait_until(lambda: in_mid_generation(press, worker), "it generates", START_SECONDS)
+    tap.break_device()
+    assert worker.wait(START_SECONDS) == EXIT_HOPELESS
+    assert "died while loading, or of its first steps" in worker.text()
+    assert press.start("worker", ["worker"], tap.environment).wait(START_SECONDS) == EXIT_HOPELESS
+    jobs = press.jobs(Job.batch_id == batch_id).values()
+    assert {job.state for job in jobs} <= {JobState.QUEUED, JobState.COMPLETED}
+    press.start_workers(1)
+    assert press.finish() == {JobState.COMPLETED: num_jobs}
 
 
 def test_redis_loses_everything(press: Press) -> None:

@@ -21,6 +21,10 @@ class Tap:
             "TAP_DEATH": death,
         }
 
+    def break_device(self, how: str = "ends") -> None:
+        """From now on every step `ends` the engine process it is made in, or `hangs`."""
+        Path(f"{self._file}.broken").write_text(how)
+
     @property
     def num_generated(self) -> int:
         """Tokens made by all engine processes so far, those that were lost included."""

@@ -1,0 +1,29 @@
+"""Canary: a harmless request that an engine answers before it is given any job.
+
+Owns what is asked. A device that is broken loads a model all the same, and then every step ends the process, whatever
+is in it: jobs that met it alone would look guilty, one after the other (`quarantine`). So an engine counts as started
+only when it has made tokens of this, and one that has made none is a failed start, which is nobody's fault. Whose
+engine dies with a job alone in it, after that, dies of the job. Knows no process.
+"""
+
+from __future__ import annotations
+
+from engine.request import Request, RequestId
+from engine.sampling_params import SamplingParams
+from engine.wire import Hello
+
+CANARY = RequestId("canary", 0)  # a job's fence is at least 1
+PROMPT_TOKENS = 32
+MAX_TOKENS = 8  # a step of a prompt, and some that only decode
+
+
+def canary(hello: Hello) -> Request:
+    """For the engine that said `hello`. Its answer may be an error, such as of logits that are not finite: that harms
+    the jobs that meet it, and no others."""
+    length = max(1, min(PROMPT_TOKENS, hello.max_model_len - 1))
+    return Request(
+        id=CANARY,
+        prompt_token_ids=tuple(number % hello.vocab_size for number in range(length)),
+        sampling=SamplingParams(temperature=1.0, seed=1, max_tokens=MAX_TOKENS, ignore_eos=True),
+        cache_salt=CANARY.job_id,
+    )
