@@ -306,7 +306,7 @@ class Worker:
     def _on_completions(self, completions: Sequence[Completion]) -> None:
         for completion in completions:
             if holding := self.holdings.get(completion.id):
-                outcome = outcome_of(completion, self.tokenizer)
+                outcome = outcome_of(completion, self.tokenizer, chat="messages" in holding.claim.body)
                 self.writer.put(outcome)
                 if outcome.kind == "completed":
                     made = outcome.prompt_tokens - outcome.cached_tokens + outcome.completion_tokens
