@@ -296,8 +296,22 @@ def test_what_is_no_request(client: TestClient, url: str) -> None:
 
 def test_a_response_in_the_background_belongs_to_its_tenant(client: TestClient, database: Database) -> None:
     asked = {"model": "tiny", "input": "x", "background": True, "max_output_tokens": 5, "temperature": 0.5}
-    made = Response.model_validate(client.post("/v1/responses", json=asked).json())
+    asked |= {"instructions": "Be brief.", "reasoning": {"effort": "low"}, "metadata": {"k": "v"}}
+    told = client.post("/v1/responses", json=asked).json()
+    made = Response.model_validate(told)
     assert (made.status, made.background, made.output, made.max_output_tokens) == ("queued", True, [], 5)
+    said = {name: told[name] for name in ("instructions", "temperature", "top_p", "metadata", "store")}
+    assert said == {
+        "instructions": "Be brief.",
+        "temperature": 0.5,
+        "top_p": 1.0,
+        "metadata": {"k": "v"},
+        "store": True,
+    }
+    assert (told["reasoning"], told["text"]["format"]) == (
+        {"effort": "low", "summary": None},
+        {"type": "text"},
+    )
     job = rows.job(database, "job_" + made.id.removeprefix("resp_"))
     assert (job.tier, job.audience) == (2, 0)
     path = f"/v1/responses/{made.id}"
