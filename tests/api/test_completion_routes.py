@@ -170,12 +170,15 @@ def test_a_stream_without_redis_is_whole(client: TestClient, database: Database)
 def test_a_failure_before_and_after_a_stream_begins(
     client: TestClient, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    error = {"code": "context_length_exceeded", "message": "too long", "param": None}
+    error = {"code": "context_length_exceeded", "message": "too long", "param": "messages"}
     with worker(database, kind="failed", error=error):
         for stream in (False, True):
             answer = client.post("/v1/chat/completions", json=CHAT | {"stream": stream})
             assert error_of(answer, 400)["code"] == "context_length_exceeded"
+            assert error_of(answer, 400)["param"] == "messages"
             assert answer.headers["x-should-retry"] == "false"
+        answer = client.post("/v1/responses", json={"model": "tiny", "input": "x"})
+        assert error_of(answer, 400)["param"] == "input"
         response = client.post(
             "/v1/responses", json={"model": "tiny", "input": "x", "background": True}
         ).json()
