@@ -155,6 +155,7 @@ class Job(Base):
     seed: Mapped[int] = mapped_column(BigInteger)
     # As of the submit, for quotas and forecasts.
     estimated_tokens: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    num_samples: Mapped[int] = mapped_column(server_default=text("1"))  # of which all of those tokens are
 
     state: Mapped[str] = mapped_column(String(16))
     tier: Mapped[int] = mapped_column(default=2)  # `jobs.terms.Tier`, plus DELAYED before `not_before`

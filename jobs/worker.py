@@ -311,7 +311,9 @@ class Worker:
                 if outcome.kind == "completed":
                     made = outcome.prompt_tokens - outcome.cached_tokens + outcome.completion_tokens
                     self.report.pace.completed(
-                        computed_tokens=made, estimated_tokens=holding.claim.estimated_tokens
+                        computed_tokens=made,
+                        estimated_tokens=holding.claim.estimated_tokens,
+                        num_samples=holding.claim.num_samples,
                     )
 
     def _on_death(self, returncode: int, ids: tuple[RequestId, ...], stalled: bool) -> None:
