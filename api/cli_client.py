@@ -69,6 +69,12 @@ def fails_politely(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except ClientError as error:
             click.echo(f"nightpress: {error}", err=True)
+            if isinstance(error, Refused) and error.status == 401:
+                click.echo(
+                    "a key goes into NIGHTPRESS_API_KEY or --api-key; whoever runs the service makes one: "
+                    "nightpress keys create NAME",
+                    err=True,
+                )
             if isinstance(error, Unreachable):
                 click.echo(
                     "if it runs elsewhere, say where: --url, or NIGHTPRESS_DATA_DIR as `up` has it", err=True

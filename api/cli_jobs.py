@@ -116,10 +116,16 @@ def _cancel_model(model: str, as_json: bool) -> None:
         from jobs.cancels import Cancels
 
         with progress(model, None) as bar:
-            counts = Cancels(database).cancel_model(model, bar.update)
-    numbers = {str(state): count for state, count in counts.items()}
+            jobs, num_files = Cancels(database).cancel_model(model, bar.update)
+    numbers = {str(state): count for state, count in jobs.items()}
     said = ", ".join(f"{count} {state}" for state, count in numbers.items() if count)
     click.echo(json.dumps(numbers) if as_json else f"{model}  {said or 'no open jobs'}")
+    if num_files:
+        click.echo(
+            f"nightpress: {num_files} {'batch' if num_files == 1 else 'batches'} of files still being read: "
+            "their lines of this model will be cancelled, too",
+            err=True,
+        )
 
 
 @click.command()

@@ -45,15 +45,18 @@ def up(data_dir: Path | None, model: str | None, port: int | None) -> None:
 @data_dir_option
 @click.option("--host", help="Address to bind; loopback only, unless there is an API key.")
 @port_option
+@click.option("--model", help="What jobs that name no model are for, as workers are given it.")
 @click.option(
     "--url-file", type=click.Path(dir_okay=False, path_type=Path), help="Write the address here too."
 )
-def api(data_dir: Path | None, host: str | None, port: int | None, url_file: Path | None) -> None:
+def api(
+    data_dir: Path | None, host: str | None, port: int | None, model: str | None, url_file: Path | None
+) -> None:
     """Run the HTTP API.
 
     Without API keys it answers only programs on this machine; see `nightpress keys`.
     """
-    settings = load_settings(data_dir=data_dir, host=host, port=port)
+    settings = load_settings(data_dir=data_dir, host=host, port=port, model=model)
     from api import server
 
     try:

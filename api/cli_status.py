@@ -91,7 +91,9 @@ def _text(found: dict[str, Any]) -> str:
         )
     lines = [f"{found['id']}  {found['status']}  attempts: {found['attempts']}{_when(found)}"]
     if found["error"]:
-        lines.append(f"  {found['error']['code']}: {found['error']['message']}")
+        from jobs.failures import in_words
+
+        lines.append(f"  {in_words(found['error'])}")
     return "\n".join([*lines, *(output["text"] for output in found["outputs"] or ())])
 
 

@@ -1,19 +1,23 @@
 """OpenAI's `response` object, made of a job.
 
-Owns its shape and the words for a job's state. A response is named like its job, so that no table has to remember it.
+Owns its shape and the words for a job's state. A response is named like its job, so that no table has to remember it;
+what it was asked with is read off the job's body, where `instructions` are the system message that begins the chat.
 """
 
 from __future__ import annotations
 
 from typing import Any, Final
 
+from engine.sampling_params import SamplingParams
 from jobs.failures import failure_of
 from jobs.openai_answers import reasoning_in
 from jobs.reads import JobView
 from jobs.states import JobState
+from jobs.template_kwargs import EFFORT
 from jobs.terms import Tier
 
 PREFIX: Final = "resp_"
+_PLAIN: Final = SamplingParams()  # what a body leaves out
 _STATUS: Final = {
     JobState.QUEUED: "queued",
     JobState.IN_PROGRESS: "in_progress",
@@ -53,19 +57,20 @@ def response_object(job: JobView, body: dict[str, Any]) -> dict[str, Any]:
             "message": f"{failure.code}: {failure.message}",
         },
         "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-        "instructions": None,
+        "instructions": _instructions(body.get("messages")),
         "max_output_tokens": body.get("max_completion_tokens", body.get("max_tokens")),
         "metadata": job.metadata,
         "model": job.model,
         "output": [item for output in outputs for item in (*_reasoning(job, output), _message(job, output))],
         "parallel_tool_calls": False,
         "previous_response_id": None,
+        "reasoning": {"effort": (body.get("chat_template_kwargs") or {}).get(EFFORT), "summary": None},
         "store": True,
-        "temperature": body.get("temperature"),
+        "temperature": body.get("temperature", _PLAIN.temperature),
         "text": {"format": _format(body.get("response_format"))},
         "tool_choice": "none",
         "tools": [],
-        "top_p": body.get("top_p"),
+        "top_p": body.get("top_p", _PLAIN.top_p),
         "truncation": "disabled",
         "usage": _usage(job),
     }
@@ -84,6 +89,10 @@ def _reasoning(job: JobView, output: dict[str, Any]) -> list[dict[str, Any]]:
             "content": [{"type": "reasoning_text", "text": output["reasoning"]}],
         }
     ]
+
+
+def _instructions(messages: list[dict[str, str]] | None) -> str | None:
+    return messages[0]["content"] if messages and messages[0]["role"] == "system" else None
 
 
 def _message(job: JobView, output: dict[str, Any]) -> dict[str, Any]:

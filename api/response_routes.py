@@ -21,7 +21,7 @@ from api.schemas import REFUSALS
 from api.services import Services
 from api.waits import unless_client_leaves
 from jobs.audience import Audience
-from jobs.responses_body import read_response
+from jobs.responses_body import field_of, read_response
 from jobs.terms import Tier
 
 ROUTE = "/v1/responses"
@@ -52,6 +52,9 @@ def routes(services: Services) -> APIRouter:
             try:
                 await wait.look()
                 await unless_client_leaves(request.receive, wait.end())
+            except ApiError as error:
+                error.param = field_of(error.param)
+                raise
             finally:
                 wait.close()
         return JSONResponse(await run_in_threadpool(_response, services, caller.tenant, job_id))

@@ -23,7 +23,7 @@ from engine.reasoning import format_of
 from engine.request import Completion, Request, RequestId, derive_seed
 from engine.tokenizer import Tokenizer
 from engine.wire import Completions, FromEngine, Grown, Progress
-from jobs.answers import outcome_of
+from jobs.answers import outcome_of, param_of
 from jobs.bad_field import BadField
 from jobs.batch_file import (
     BadLine,
@@ -36,6 +36,7 @@ from jobs.batch_file import (
 from jobs.engine_process import EngineProcess
 from jobs.failures import status_of
 from jobs.openai_answers import usage_object
+from jobs.openai_body import CHAT
 from jobs.quarantine import SUSPECT, Quarantine, is_guilty, suspicion_after
 from jobs.requests import prompt_of, request_of
 from jobs.run_files import (
@@ -283,13 +284,15 @@ class BatchRun:
             self._again.append(entry)
             return
         self._quarantine.ended([entry.name])
+        chat = entry.line.url == CHAT
         if completion.error is not None:
             error = completion.error
             status = status_of(error.code)
-            told = error_line(entry.line, status, error.message, code=error.code, param=error.param)
+            param = param_of(error, chat=chat)
+            told = error_line(entry.line, status, error.message, code=error.code, param=param)
             self._output.write(told, failed=True)
             return
-        outcome = outcome_of(completion, self._tokenizer, self._reasoning)
+        outcome = outcome_of(completion, self._tokenizer, self._reasoning, chat=chat)
         self._output.count(prompt_tokens=outcome.prompt_tokens, generated_tokens=outcome.completion_tokens)
         usage = usage_object(
             outcome.prompt_tokens, outcome.completion_tokens, outcome.cached_tokens, outcome.outputs

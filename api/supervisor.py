@@ -118,12 +118,13 @@ class Supervisor:
         self._database: Database | None = None
         self._reads: Reads | None = None
         self._valkey = PrivateValkey(settings.valkey_socket) if settings.embedded_broker else None
-        place = ("--data-dir", str(self._folder))
+        # The API is told the model too: it answers before the worker has a row, which could tell it.
+        common = ("--data-dir", str(self._folder), "--model", settings.model)
         self._api = Child(
-            *("api", *place, "--host", settings.host, "--port", str(settings.port)),
+            *("api", *common, "--host", settings.host, "--port", str(settings.port)),
             *("--url-file", str(self._url_file)),
         )
-        self._worker = Child("worker", *place, "--model", settings.model)
+        self._worker = Child("worker", *common)
 
     def run(self) -> int:
         """Run until SIGINT or SIGTERM; a second one does not wait for running jobs. Returns the exit status."""

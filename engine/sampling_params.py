@@ -63,7 +63,7 @@ class SamplingParams:
 
     n: int = 1
     temperature: float = 1.0  # 0 is greedy
-    top_p: float = 1.0  # nucleus sampling (Holtzman et al. 2019); 1 is off
+    top_p: float = 1.0  # nucleus sampling (Holtzman et al. 2019); 1 is off, 0 is greedy, as with OpenAI
     top_k: int = 0  # 0 (or -1) is off
     min_p: float = 0.0  # the least probability, as a share of the likeliest token's (Nguyen et al. 2024)
     presence_penalty: float = 0.0  # taken off the logit of every token that was generated (OpenAI)
@@ -91,7 +91,10 @@ class SamplingParams:
             object.__setattr__(self, "top_k", 0)
         _integer("n", self.n, 1, MAX_N)
         _number("temperature", self.temperature, 0.0, 2.0)
-        _number("top_p", self.top_p, 0.0, 1.0, above=True)
+        _number("top_p", self.top_p, 0.0, 1.0)
+        if self.top_p == 0.0:  # the smallest nucleus: the likeliest token alone
+            object.__setattr__(self, "temperature", 0.0)
+            object.__setattr__(self, "top_p", 1.0)
         _integer("top_k", self.top_k, 0, MAX_TOP_K)
         _number("min_p", self.min_p, 0.0, 1.0)
         for name in ("presence_penalty", "frequency_penalty"):
@@ -170,13 +173,11 @@ def _integer(param: str, value: object, low: int, high: int) -> None:
         raise InvalidParameter(param, f"must be an integer from {low} to {high}")
 
 
-def _number(param: str, value: object, low: float, high: float, *, above: bool = False) -> None:
+def _number(param: str, value: object, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InvalidParameter(param, "must be a number")
-    if not (low < value <= high if above else low <= value <= high):  # also refuses NaN
-        raise InvalidParameter(
-            param, f"must be {'above' if above else 'at least'} {low:g} and at most {high:g}"
-        )
+    if not low <= value <= high:  # also refuses NaN
+        raise InvalidParameter(param, f"must be at least {low:g} and at most {high:g}")
 
 
 def _items(param: str, given: Any) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from engine.reasoning import ReasoningFormat, told
-from engine.request import Completion, TokenLogprobs
+from engine.request import Completion, RequestError, TokenLogprobs
 from engine.tokenizer import Tokenizer
 from jobs.holdings import Holding
 from jobs.outcomes import Outcome
@@ -19,11 +19,18 @@ from jobs.quarantine import is_guilty, suspicion_after
 LEAST_LOGPROB = -9999.0  # OpenAI's word for all but impossible: JSON knows no infinity
 
 
+def param_of(error: RequestError, *, chat: bool) -> str | None:
+    """The field at fault, under its name in the job's body: what the prompt is called there, the engine cannot say."""
+    if error.param is None and error.code == "context_length_exceeded":
+        return "messages" if chat else "prompt"
+    return error.param
+
+
 def outcome_of(
-    completion: Completion, tokenizer: Tokenizer, reasoning: ReasoningFormat | None = None
+    completion: Completion, tokenizer: Tokenizer, reasoning: ReasoningFormat | None = None, *, chat: bool
 ) -> Outcome:
     """`completed` with text, `failed` with the engine's reason, or `released` for an aborted request. `reasoning`:
-    how this model marks what it thinks.
+    how this model marks what it thinks. `chat`: it came as `messages`.
 
     An aborted request has made `num_generated` tokens, all of which its checkpoint keeps; whether that is a cancel or
     a hand-back is for the job's state in SQL to say. A job whose checkpoint does not fit (the model was exchanged)
@@ -51,7 +58,7 @@ def outcome_of(
             error={
                 "code": completion.error.code,
                 "message": completion.error.message,
-                "param": completion.error.param,
+                "param": param_of(completion.error, chat=chat),
             },
             prompt_tokens=completion.num_prompt if completion.num_generated else 0,
             completion_tokens=completion.num_generated,

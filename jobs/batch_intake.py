@@ -4,7 +4,8 @@ Owns the insertion and its end. Each transaction inserts one chunk and moves the
 `next_offset`, with the batch's row locked, so that a pass that is cut short goes on exactly there in another process,
 and no line becomes two jobs. Jobs run as soon as their chunk is committed. What the tenant's sums hold for the lines
 that are left was taken when the batch began; a chunk turns a part of that reserve into jobs, and whoever stops the
-insertion gives the rest back. Ids follow from the batch's id and the line's place: a repeated insert would fail,
+insertion gives the rest back. Lines of a model whose jobs somebody has cancelled meanwhile (`jobs.cancels`) become
+cancelled jobs. Ids follow from the batch's id and the line's place: a repeated insert would fail,
 never double.
 """
 
@@ -26,16 +27,16 @@ from jobs.batch_check import FILE_LOST
 from jobs.batch_file import BadLine, bounded_lines, is_blank, parse_line
 from jobs.batches import close_batches
 from jobs.completion_window import terms_of_window
-from jobs.database import Database, commit_lazily
+from jobs.database import Database, commit_lazily, now
 from jobs.desk import BatchLease
 from jobs.drafts import Draft, DraftFile, Drafts, by_column, draft_of, joined
 from jobs.file_store import FileStore
 from jobs.job_rows import ReadyRows, columns_of, shared_columns
 from jobs.line_check import BLOCK_BYTES, max_line_bytes
-from jobs.models import Batch
+from jobs.models import Batch, Job
 from jobs.quotas import Load
 from jobs.settings import Settings
-from jobs.states import BatchState
+from jobs.states import BatchState, JobState
 from jobs.tenants import Owner
 
 CHUNK: Final = 2_000  # lines per transaction
@@ -229,7 +230,26 @@ def _insert(connection: Connection, lease: BatchLease, chunk: _Chunk) -> bool:
             reserved_bytes=0 if chunk.last else left_bytes,
         )
     )
+    changes = _cancel_at_birth(connection, batch, chunk)
+    if changes and chunk.last:
+        close_batches(connection, [batch.id])  # nothing of it may be open
     if chunk.last:
         # Zero, unless the process that checked estimated by other settings than this one.
-        tallies.add(connection, [tallies.Change(batch.tenant, tokens=-left_tokens, stored_bytes=-left_bytes)])
+        changes.append(tallies.Change(batch.tenant, tokens=-left_tokens, stored_bytes=-left_bytes))
+    tallies.add(connection, changes)
     return True
+
+
+def _cancel_at_birth(connection: Connection, batch: Any, chunk: _Chunk) -> list[tallies.Change]:
+    """What the jobs of cancelled models leave the tenant's sums. `batch`: its row, locked, from before the chunk."""
+    models = chunk.models.intersection(batch.cancelled_models or ())
+    if not models:
+        return []
+    born = (Job.batch_id == batch.id, Job.position >= batch.num_inserted, Job.model.in_(sorted(models)))
+    ended = connection.execute(
+        update(Job)
+        .where(*born, Job.state == JobState.QUEUED)
+        .values(state=JobState.CANCELLED, finished_at=now())
+        .returning(Job.estimated_tokens)
+    )
+    return [tallies.ended(batch.tenant, row.estimated_tokens) for row in ended]

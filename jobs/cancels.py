@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, and_, exists, select, update
+from sqlalchemy import ColumnElement, Connection, and_, exists, or_, select, update
 
 from jobs import tallies
 from jobs.batch_intake import stop_inserting
@@ -24,6 +25,19 @@ from jobs.models import Batch, Job
 from jobs.states import OPEN, BatchState, JobState
 
 _RUNNING = and_(Job.worker_id.is_not(None), Job.state == JobState.IN_PROGRESS)
+_TO_COME = and_(  # batches of files some lines of which are no jobs yet
+    BATCH_UNFINISHED,
+    Batch.input_file_id.is_not(None),
+    or_(Batch.state == BatchState.VALIDATING, Batch.next_offset.is_not(None)),
+)
+
+
+class ModelCancel(NamedTuple):
+    """`jobs`: how many are `cancelled` or `cancelling` by it. `num_files`: batches of files that are still being read
+    and may bring more jobs of the model, each of them `cancelled` from its first moment."""
+
+    jobs: Counter[JobState]
+    num_files: int
 
 
 class Cancels:
@@ -56,17 +70,20 @@ class Cancels:
         self._database.transact(lambda connection: _stop_file_batch(connection, batch_id, tenant))
         return self._database.transact(lambda connection: _cancel_batch(connection, batch_id, tenant))
 
-    def cancel_model(
-        self, model: str, told: Callable[[int], object] = lambda num_jobs: None
-    ) -> Counter[JobState]:
-        """Cancel every open job of a model, whoever's, some at a time; how many are `cancelled` or `cancelling` by
-        it. For whoever runs the service and has no worker for them any more. `told` hears of each portion."""
+    def cancel_model(self, model: str, told: Callable[[int], object] = lambda num_jobs: None) -> ModelCancel:
+        """Cancel every open job of a model, whoever's, some at a time. For whoever runs the service and has no worker
+        for them any more. `told` hears of each portion."""
+        # Lines that are still to come first: what is made of them meanwhile either shows below or knows of this.
+        with self._database.read() as connection:
+            batch_ids = list(connection.scalars(select(Batch.id).where(_TO_COME)))
+        stop = partial(_stop_model, model=model)
+        num_files = sum(self._database.transact(partial(stop, batch_id=one)) for one in batch_ids)
         moved: Counter[JobState] = Counter()
         for waiting in (JOB_QUEUED, _RUNNING, JOB_QUEUED):  # some may have been handed back meanwhile
             while some := self._database.transact(partial(_cancel_some, model=model, waiting=waiting)):
                 moved += some
                 told(some.total())
-        return moved
+        return ModelCancel(moved, num_files)
 
 
 def half_cancelled(connection: Connection) -> list[tuple[str, str]]:
@@ -104,6 +121,19 @@ def _stop_file_batch(connection: Connection, batch_id: str, tenant: str) -> None
     )
     close_batches(connection, [batch_id])  # nothing may be left to cancel
     tallies.add(connection, [change])
+
+
+def _stop_model(connection: Connection, *, batch_id: str, model: str) -> bool:
+    """Lines of this batch that are to come become cancelled jobs if they name `model`. False: none can be."""
+    batch = connection.execute(
+        select(Batch.model, Batch.cancelled_models).where(Batch.id == batch_id, _TO_COME).with_for_update()
+    ).one_or_none()
+    if batch is None or batch.model not in (None, model):
+        return False
+    known = batch.cancelled_models or []
+    if model not in known:
+        connection.execute(update(Batch).where(Batch.id == batch_id).values(cancelled_models=[*known, model]))
+    return True
 
 
 def _cancel_job(

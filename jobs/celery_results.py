@@ -18,7 +18,7 @@ from celery.states import READY_STATES
 
 from jobs.broker import NightpressCelery
 from jobs.deadlines import EXPIRED_ERROR
-from jobs.failures import UNKNOWN
+from jobs.failures import UNKNOWN, in_words
 from jobs.openai_answers import usage_object
 from jobs.outcomes import Outcome, Recorded
 from jobs.states import JobState
@@ -52,8 +52,7 @@ class CeleryResults(threading.Thread):
         self._put((job_id, "STARTED", {}))
 
     def failed(self, job_id: str, error: dict[str, Any]) -> None:
-        words = [error["code"], error.get("param"), error["message"]]
-        self._put((job_id, "FAILURE", JobFailedError(": ".join(filter(None, words)))))
+        self._put((job_id, "FAILURE", JobFailedError(in_words(error))))
 
     def revoked(self, job_id: str) -> None:
         self._put((job_id, "REVOKED", "cancelled"))

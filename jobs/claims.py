@@ -48,6 +48,7 @@ class Claim:
     audience: int = 0
     generated: tuple[Generated, ...] = ()  # a checkpoint, where it goes on
     estimated_tokens: int = 0
+    num_samples: int = 1
     turn: float = 0.0  # among the jobs of its tier inside the engine (`jobs.claimer`)
 
 
@@ -92,6 +93,7 @@ def claim(
             row.audience,
             generated.get(row.id, ()),
             row.estimated_tokens,
+            row.num_samples,
         )
         for row in ordered
     ]
@@ -136,6 +138,7 @@ def _claim_of(*conditions: ColumnElement[bool]) -> Any:
             Job.fair_tag,
             Job.prefix_group,
             Job.estimated_tokens,
+            Job.num_samples,
             Job.deadline,
         )
     )

@@ -40,6 +40,7 @@ class Draft(NamedTuple):
     metadata: dict[str, str]
     seed: int | None
     estimated_tokens: int
+    num_samples: int
     prefix_group: int
 
 
@@ -54,6 +55,7 @@ class Drafts(NamedTuple):
     metadata: Sequence[dict[str, str]]
     seeds: Sequence[int | None]
     estimated_tokens: Sequence[int]
+    num_samples: Sequence[int]
     prefix_groups: Sequence[int]
 
     def part(self, start: int, stop: int) -> Drafts:
@@ -102,6 +104,7 @@ def draft_of(body: JobBody, settings: Settings) -> Draft:
         body.metadata or {},
         body.seed,
         estimate_tokens(body, settings),
+        body.n or 1,
         prefix_group(body.model, body.opening),
     )
 

@@ -5,7 +5,8 @@ Owns the one table of status codes, for the API's answers and for the lines of e
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
 
 from jobs.reads import JobView
 from jobs.states import JobState
@@ -31,6 +32,14 @@ class Failure(NamedTuple):
 def status_of(code: str) -> int:
     """`code`: of `models.Job.error` or `engine.request.RequestError`."""
     return STATUS.get(code, REFUSED)
+
+
+def in_words(error: Mapping[str, Any]) -> str:
+    """`models.Job.error` as one line: code, field and message, which may begin with the field itself."""
+    param, message = error.get("param"), str(error["message"])
+    if param and not message.startswith(f"{param}:"):
+        message = f"{param}: {message}"
+    return f"{error['code']}: {message}"
 
 
 def failure_of(job: JobView) -> Failure | None:

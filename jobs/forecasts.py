@@ -2,8 +2,8 @@
 
 Owns the arithmetic. The work ahead of a job is what workers hold (half of what already runs is taken as done) and
 what is queued up to its fair tag, in estimated tokens; what models make of estimates lately (`jobs.pace`) turns
-these into tokens that will be computed, and the live workers' speeds into seconds. No job is done sooner than its
-own tokens take, one per step. Not heeded: later jobs that will be put ahead, a mix of jobs that differs from the
+these into tokens that will be computed, and the live workers' speeds into seconds. No job is done sooner than what
+one of its samples makes takes, one token per step. Not heeded: later jobs that will be put ahead, a mix of jobs that differs from the
 recent one, and, of a batch for several models, those that only jobs before the last `LAST_JOBS` need. What nobody
 has measured is None, and nobody is refused for it.
 """
@@ -88,7 +88,8 @@ class Forecasts:
         place = (job.tier, job.fair_tag) if job.state is JobState.QUEUED else None
         started_at = job.started_at if place is None else job.not_before
         picture = self._depth.picture()
-        end = _end_of(picture, job.model, place, longest_tokens=job.estimated_tokens, started_at=started_at)
+        longest = job.estimated_tokens // job.num_samples
+        end = _end_of(picture, job.model, place, longest_tokens=longest, started_at=started_at)
         return Outlook(end, _unserved(picture, {job.model}))
 
     def of_batch(self, batch: BatchView) -> Outlook:
@@ -96,7 +97,8 @@ class Forecasts:
         if batch.state is not BatchState.IN_PROGRESS:
             return Outlook()
         tier = (Job.tier % DELAYED).label("tier")
-        columns = (Job.model, tier, Job.fair_tag, Job.estimated_tokens, Job.not_before, Job.started_at)
+        of_sample = (Job.estimated_tokens // Job.num_samples).label("of_sample")
+        columns = (Job.model, tier, Job.fair_tag, of_sample, Job.not_before, Job.started_at)
         open_jobs = select(*columns).where(Job.batch_id == batch.id)
         last = open_jobs.where(Job.state == JobState.QUEUED).order_by(Job.position.desc()).limit(LAST_JOBS)
         with self._database.read() as connection:
@@ -149,7 +151,8 @@ def _added(rows: Iterable[JobRow], contexts: Mapping[str, int]) -> Counter[str]:
     """Tokens by model, as they count in the queue."""
     tokens: Counter[str] = Counter()
     for row in rows:
-        tokens[row["model"]] += counted(row["estimated_tokens"], contexts.get(row["model"]))
+        context = contexts.get(row["model"])
+        tokens[row["model"]] += counted(row["estimated_tokens"], row["num_samples"], context)
     return tokens
 
 
@@ -172,12 +175,12 @@ Place = tuple[int, float]  # tier, fair tag
 def _places(
     connection: Connection, jobs: Any, *, queued: bool
 ) -> list[tuple[str, Place | None, int, float | None]]:
-    """By model: the last place, the most tokens of one job, and when that can have begun."""
+    """By model: the last place, the most tokens of one sample, and when that can have begun."""
     columns = jobs.c
     begun = func.max(columns.not_before if queued else columns.started_at)
     rows = connection.execute(
         select(
-            columns.model, columns.tier, func.max(columns.fair_tag), func.max(columns.estimated_tokens), begun
+            columns.model, columns.tier, func.max(columns.fair_tag), func.max(columns.of_sample), begun
         ).group_by(columns.model, columns.tier)
     )
     return [
@@ -198,7 +201,7 @@ def _end_of(
     speed = None if queue is None else _speed(queue)
     if queue is None or speed is None:
         return None
-    longest_tokens = counted(longest_tokens, picture.contexts.get(model))
+    longest_tokens = counted(longest_tokens, 1, picture.contexts.get(model))
     ahead = _held(queue) + (0 if place is None else queue.ahead(*place))
     earliest = (
         picture.at if started_at is None else started_at if place is None else max(started_at, picture.at)

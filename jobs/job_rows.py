@@ -37,8 +37,8 @@ _QUEUED = str(JobState.QUEUED)
 _TABLE = cast(Table, Job.__table__)
 # fmt: off
 _SHOWN = (
-    "id", "model", "batch_id", "position", "custom_id", "metadata", "estimated_tokens", "priority", "not_before",
-    "deadline",
+    "id", "model", "batch_id", "position", "custom_id", "metadata", "estimated_tokens", "num_samples", "priority",
+    "not_before", "deadline",
 )
 # fmt: on
 
@@ -107,6 +107,7 @@ def columns_of(
         "metadata": drafts.metadata,
         "seed": [_seed(job_id, seed) for job_id, seed in zip(ids, drafts.seeds, strict=True)],
         "estimated_tokens": drafts.estimated_tokens,
+        "num_samples": drafts.num_samples,
         "prefix_group": drafts.prefix_groups,
         **{name: [value] * len(ids) for name, value in shared.items()},
     }
@@ -141,6 +142,7 @@ def again_row(
         "metadata": old.metadata,
         "seed": old.seed,
         "estimated_tokens": old.estimated_tokens,
+        "num_samples": old.num_samples,
         "state": _QUEUED,
         "prefix_group": old.prefix_group,
         "retry_of": old.id,
@@ -163,6 +165,7 @@ def refused_row(job_id: str, tenant: str, model: str, error: dict[str, Any]) -> 
         "metadata": {},
         "seed": derive_seed("job", job_id),
         "estimated_tokens": 0,
+        "num_samples": 1,
         "state": str(JobState.FAILED),
         "prefix_group": 0,
         "error": error,

@@ -24,7 +24,12 @@ class Base(DeclarativeBase):
             "pk": "pk_%(table_name)s",
         }
     )
-    type_annotation_map = {float: Double, dict[str, Any]: JSON(none_as_null=True), list[dict[str, Any]]: JSON}  # noqa: RUF012
+    type_annotation_map = {  # noqa: RUF012
+        float: Double,
+        dict[str, Any]: JSON(none_as_null=True),
+        list[dict[str, Any]]: JSON,
+        list[str]: JSON(none_as_null=True),
+    }
 
 
 def _partial(name: str, condition: str, *columns: str) -> Index:
@@ -116,6 +121,7 @@ class Batch(Base):
     num_inserted: Mapped[int] = mapped_column(server_default=text("0"))
     reserved_tokens: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
     reserved_bytes: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    cancelled_models: Mapped[list[str] | None]  # lines that name one of these become jobs that are cancelled
     clerk: Mapped[str | None] = mapped_column(String(32))  # who works on it (`jobs.desk`), until when
     clerk_until: Mapped[float | None]
 
@@ -149,6 +155,7 @@ class Job(Base):
     seed: Mapped[int] = mapped_column(BigInteger)
     # As of the submit, for quotas and forecasts.
     estimated_tokens: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    num_samples: Mapped[int] = mapped_column(server_default=text("1"))  # of which all of those tokens are
 
     state: Mapped[str] = mapped_column(String(16))
     tier: Mapped[int] = mapped_column(default=2)  # `jobs.terms.Tier`, plus DELAYED before `not_before`

@@ -87,7 +87,7 @@ class Pace:
                 estimated_tokens=known.estimated_tokens,
             )
 
-    def completed(self, *, computed_tokens: int, estimated_tokens: int) -> None:
+    def completed(self, *, computed_tokens: int, estimated_tokens: int, num_samples: int = 1) -> None:
         """One more job has its result."""
         kept = 1 - 1 / MEMORY_JOBS
         with self._lock:
@@ -96,7 +96,8 @@ class Pace:
                 tokens_per_second=known.tokens_per_second,
                 steps_per_second=known.steps_per_second,
                 computed_tokens=known.computed_tokens * kept + computed_tokens,
-                estimated_tokens=known.estimated_tokens * kept + counted(estimated_tokens, self.context),
+                estimated_tokens=known.estimated_tokens * kept
+                + counted(estimated_tokens, num_samples, self.context),
             )
 
 

@@ -6,7 +6,7 @@ as long as it took to make, whichever is more. So at most a twentieth of one con
 is seen live, and a picture of a long one is old by a small part of what the queue takes. A picture that took long
 is renewed beside the readers, who keep the old one meanwhile, unless nobody asked for as long again: then they wait,
 or the first who asks in the evening would be told of the morning. Tokens are estimated ones, as at submit, and no
-more of a job than its model's context (`jobs.counted_tokens`).
+more of a sample than its model's context (`jobs.counted_tokens`).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Queue:
 
     places: list[tuple[int, float]] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
-    num_held: int = 0  # jobs that workers have
+    num_held: int = 0  # samples of jobs that workers have
     held_tokens: int = 0
     num_running: int = 0  # sequences that their engines compute
     workers: list[Figures] = field(default_factory=list)  # live ones that take jobs
@@ -144,13 +144,13 @@ def look(connection: Connection) -> Picture:
         queue.places.append((tier, fair_tag))
         queue.tokens.append(int(tokens) + queue.tokens_queued)
     held = (
-        select(Job.model, func.count(), tokens_ahead)
+        select(Job.model, func.sum(Job.num_samples), tokens_ahead)
         .where(Job.worker_id.is_not(None), Job.state.in_(sorted(HELD)))
         .group_by(Job.model)
     )
-    for model, count, tokens in connection.execute(held):
+    for model, num_samples, tokens in connection.execute(held):
         queue = queues.setdefault(model, Queue())
-        queue.num_held, queue.held_tokens = count, int(tokens)
+        queue.num_held, queue.held_tokens = int(num_samples), int(tokens)
     live = select(Worker.model, Worker.num_running, Worker.pace).where(
         Worker.state.in_(sorted(TAKING)), Worker.lease_until > at
     )

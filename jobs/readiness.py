@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import dataclass, field
+from shlex import quote
 from typing import Final
 
 from sqlalchemy import ColumnElement, Connection, case, func, select
@@ -65,6 +66,8 @@ def readiness(connection: Connection, stall_seconds: float) -> Readiness:
             if _has_work(connection, Job.model == model):
                 its_own = {worker.state for worker in workers if worker.model == model}
                 reason = f"{model}: {_why_not(its_own, stall_seconds)}{_after_starts(connection, model)}"
+                if not its_own:
+                    reason += f"; start one, or give them up: nightpress cancel --model {quote(model)}"
                 break
         else:
             reason = None if moving else _why_not(num_workers, stall_seconds) + _after_starts(connection)

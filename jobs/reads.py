@@ -52,6 +52,7 @@ class JobView:
     finished_at: float | None
     fair_tag: float
     estimated_tokens: int
+    num_samples: int
     attempts: int
     tier: Tier
     priority: int
@@ -219,6 +220,7 @@ def _jobs() -> Select[Any]:
         Job.finished_at,
         Job.fair_tag,
         Job.estimated_tokens,
+        Job.num_samples,
         Job.fence,
         Job.tier,
         Job.priority,
@@ -248,6 +250,7 @@ def _job_view(row: Row[Any]) -> JobView:
         finished_at=row.finished_at,
         fair_tag=row.fair_tag,
         estimated_tokens=row.estimated_tokens,
+        num_samples=row.num_samples,
         attempts=row.fence,
         tier=tier_of(row.tier),
         priority=row.priority,

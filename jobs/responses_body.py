@@ -80,10 +80,15 @@ def read_response(given: Mapping[str, Any], settings: Settings) -> AskedResponse
     try:
         body = parse_job(job, settings, forms=True)
     except BadField as error:
-        first, _, more = (error.param or "").partition("[")
-        name = _FORMAT.sub("text.format", _OURS.get(first, first))
-        raise BadField(f"{name}[{more}" if more else name or None, error.message, error.code) from None
+        raise BadField(field_of(error.param), error.message, error.code) from None
     return AskedResponse(body, bool(background), bool(store))
+
+
+def field_of(param: str | None) -> str | None:
+    """What a response calls a field of its job."""
+    first, _, more = (param or "").partition("[")
+    name = _FORMAT.sub("text.format", _OURS.get(first, first))
+    return f"{name}[{more}" if more else name or None
 
 
 def _flag(rest: dict[str, Any], name: str) -> bool | None:

@@ -43,11 +43,11 @@ class Revokes(threading.Thread):
     def run(self) -> None:
         while (command := self._inbox.get()) is not None:
             job_ids, running = command
-            try:
-                for job_id in job_ids:
+            for job_id in job_ids:
+                try:
                     self._revoke(job_id, running)
-            except Exception:
-                log.exception("revokes.failed")
+                except Exception:
+                    log.exception("revokes.failed")
 
     def _revoke(self, job_id: str, running: bool) -> None:
         state = self._cancels.revoke(job_id, running=running)

@@ -225,7 +225,10 @@ class Settings(BaseSettings):
     @property
     def served_model(self) -> str:
         """The name that jobs give in their `model` field."""
-        return self.model_name or Path(self.model.rstrip("/")).name.removesuffix(".gguf")
+        path = Path(self.model)
+        if self.model and path.name in ("", ".."):  # a folder as seen from inside
+            path = path.resolve()
+        return self.model_name or path.name.removesuffix(".gguf")
 
     def engine_config(self) -> EngineConfig:
         return self.engine.for_model(self.model)

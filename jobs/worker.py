@@ -308,12 +308,15 @@ class Worker:
     def _on_completions(self, completions: Sequence[Completion]) -> None:
         for completion in completions:
             if holding := self.holdings.get(completion.id):
-                outcome = outcome_of(completion, self.tokenizer, self.reasoning)
+                chat = "messages" in holding.claim.body
+                outcome = outcome_of(completion, self.tokenizer, self.reasoning, chat=chat)
                 self.writer.put(outcome)
                 if outcome.kind == "completed":
                     made = outcome.prompt_tokens - outcome.cached_tokens + outcome.completion_tokens
                     self.report.pace.completed(
-                        computed_tokens=made, estimated_tokens=holding.claim.estimated_tokens
+                        computed_tokens=made,
+                        estimated_tokens=holding.claim.estimated_tokens,
+                        num_samples=holding.claim.num_samples,
                     )
 
     def _on_death(self, returncode: int, ids: tuple[RequestId, ...], stalled: bool) -> None:

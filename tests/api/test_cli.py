@@ -77,7 +77,7 @@ def complete(database: Database, kind: str = "completed") -> None:
     with database.write() as connection:
         claims = claim(connection, worker_id="w", model="tiny", limit=10_000)
         outputs = [{"index": 0, "text": "made text", "finish_reason": "stop", "stop_reason": None}]
-        error = {"code": "numerics", "message": "NaN logits"}
+        error = {"code": "numerics", "message": "NaN logits", "param": "temperature"}
         record(
             connection,
             worker_id="w",
@@ -209,7 +209,7 @@ def test_failed_jobs_are_an_exit_status(run: Run, database: Database) -> None:
     batch_id = run("submit", "--prompt", "a", "--prompt", "b").stdout.strip()
     complete(database, kind="failed")
     assert run("status", job_id).exit_code == 1
-    assert "numerics: NaN logits" in run("status", job_id).output
+    assert "numerics: temperature: NaN logits" in run("status", job_id).output
     assert run("status", batch_id).exit_code == 1
     assert run("results", batch_id).exit_code == 1
 

@@ -206,6 +206,7 @@ def test_a_service_with_keys(guarded: tuple[Process, str], monkeypatch: pytest.M
     without = run("submit", "--prompt", "a")
     assert (without.exit_code, without.stdout) == (1, "")
     assert "an API key is required" in without.stderr
+    assert "NIGHTPRESS_API_KEY" in without.stderr
     job_id = run("submit", "--prompt", "a", "--api-key", key).stdout.strip()
     assert job_id.startswith("job_")
     monkeypatch.setenv("NIGHTPRESS_API_KEY", key)

@@ -302,6 +302,17 @@ def test_a_model_that_nobody_will_serve_again_is_cleared(run: Run, database: Dat
         again = run("cancel", "--model", "retired", "--json")
         assert (again.exit_code, json.loads(again.stdout)) == (0, {})
         assert run("cancel", "--model", "retired").stdout == "retired  no open jobs\n"
+        columns = "id, tenant, state, endpoint, total, metadata, created_at, input_file_id"
+        with database.write() as connection:  # a file of which no api process reads a line
+            connection.exec_driver_sql(
+                f"INSERT INTO batches ({columns}, next_offset, model, clerk_until) VALUES "
+                "('batch_a', 'default', 'in_progress', '/', 1, '{}', 1, 'file_a', 0, 'retired', 1e12)"
+            )
+        again = run("cancel", "--model", "retired")
+        assert again.stdout == "retired  no open jobs\n"
+        assert "1 batch of files still being read" in again.stderr
+        with database.write() as connection:
+            connection.exec_driver_sql("DELETE FROM batches WHERE id = 'batch_a'")
     assert all("cancelled" in run("status", job_id).output for job_id in made)
     assert "queued" in run("status", other).output
     assert run("cancel", other).exit_code == 0

@@ -193,12 +193,15 @@ def test_a_stream_without_redis_is_whole(client: TestClient, database: Database)
 def test_a_failure_before_and_after_a_stream_begins(
     client: TestClient, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    error = {"code": "context_length_exceeded", "message": "too long", "param": None}
+    error = {"code": "context_length_exceeded", "message": "too long", "param": "messages"}
     with worker(database, kind="failed", error=error):
         for stream in (False, True):
             answer = client.post("/v1/chat/completions", json=CHAT | {"stream": stream})
             assert error_of(answer, 400)["code"] == "context_length_exceeded"
+            assert error_of(answer, 400)["param"] == "messages"
             assert answer.headers["x-should-retry"] == "false"
+        answer = client.post("/v1/responses", json={"model": "tiny", "input": "x"})
+        assert error_of(answer, 400)["param"] == "input"
         response = client.post(
             "/v1/responses", json={"model": "tiny", "input": "x", "background": True}
         ).json()
@@ -319,8 +322,22 @@ def test_what_is_no_request(client: TestClient, url: str) -> None:
 
 def test_a_response_in_the_background_belongs_to_its_tenant(client: TestClient, database: Database) -> None:
     asked = {"model": "tiny", "input": "x", "background": True, "max_output_tokens": 5, "temperature": 0.5}
-    made = Response.model_validate(client.post("/v1/responses", json=asked).json())
+    asked |= {"instructions": "Be brief.", "reasoning": {"effort": "low"}, "metadata": {"k": "v"}}
+    told = client.post("/v1/responses", json=asked).json()
+    made = Response.model_validate(told)
     assert (made.status, made.background, made.output, made.max_output_tokens) == ("queued", True, [], 5)
+    said = {name: told[name] for name in ("instructions", "temperature", "top_p", "metadata", "store")}
+    assert said == {
+        "instructions": "Be brief.",
+        "temperature": 0.5,
+        "top_p": 1.0,
+        "metadata": {"k": "v"},
+        "store": True,
+    }
+    assert (told["reasoning"], told["text"]["format"]) == (
+        {"effort": "low", "summary": None},
+        {"type": "text"},
+    )
     job = rows.job(database, "job_" + made.id.removeprefix("resp_"))
     assert (job.tier, job.audience) == (2, 0)
     path = f"/v1/responses/{made.id}"

@@ -106,7 +106,8 @@ def test_every_line_is_answered_and_bad_ones_do_not_stop_the_rest(tmp_path: Path
     assert [len(one.top_logprobs) for one in told.logprobs.content or ()] == [2] * 5
     assert answers["bad"]["response"]["status_code"] == 400
     assert answers["bad"]["response"]["body"]["error"]["param"] == "temperature"
-    assert answers["long"]["response"]["body"]["error"]["code"] == "context_length_exceeded"
+    long = answers["long"]["response"]["body"]["error"]
+    assert (long["code"], long["param"]) == ("context_length_exceeded", "prompt")
     assert answers["form"]["response"]["body"]["choices"][0]["text"] in ("yes", "no")
     assert answers["bad form"]["response"]["status_code"] == 400
     assert answers["bad form"]["response"]["body"]["error"]["param"] == "structured_outputs.regex"

@@ -58,6 +58,16 @@ def start(tmp_path: Path) -> Iterator[Callable[[], Process]]:
 
 
 @pytest.fixture
+def database(tmp_path: Path) -> Iterator[Database]:
+    """Of the data directory, before `up` comes to it."""
+    (tmp_path / "d").mkdir()
+    url = f"sqlite:///{tmp_path / 'd' / 'nightpress.sqlite3'}"
+    upgrade(url)
+    with closing(Database(url)) as database:
+        yield database
+
+
+@pytest.fixture
 def up(start: Callable[[], Process]) -> Process:
     return start()
 
@@ -98,19 +108,15 @@ def generate(folder: Path) -> None:
     assert done["usage"]["completion_tokens"] == 4
 
 
-def leave_work_for_another_model(folder: Path) -> None:
-    """As an `up` of another day would."""
-    folder.mkdir()
-    url = f"sqlite:///{folder / 'nightpress.sqlite3'}"
-    upgrade(url)
-    with closing(Database(url)) as database:
-        with database.write() as connection:
-            register(connection, worker_id="gone", model="other", lease_seconds=-1)
-        Intake(database, Settings(data_dir=folder)).accept_one(JobBody(prompt="a", model="other"), OPERATOR)
-
-
-def test_up_is_ready_though_jobs_of_another_model_wait(start: Callable[[], Process], tmp_path: Path) -> None:
-    leave_work_for_another_model(tmp_path / "d")
+def test_up_is_ready_though_jobs_of_another_model_wait(
+    database: Database, start: Callable[[], Process], tmp_path: Path
+) -> None:
+    """Left behind by an `up` of another day."""
+    with database.write() as connection:
+        register(connection, worker_id="gone", model="other", lease_seconds=-1)
+    Intake(database, Settings(data_dir=tmp_path / "d")).accept_one(
+        JobBody(prompt="a", model="other"), OPERATOR
+    )
     start()
     generate(tmp_path)
     with pytest.raises(HTTPError) as refused:
@@ -118,6 +124,16 @@ def test_up_is_ready_though_jobs_of_another_model_wait(start: Callable[[], Proce
     with closing(refused.value) as answer:
         assert answer.code == 503
         assert json.load(answer)["error"]["message"].startswith("other: jobs are waiting")
+
+
+def test_the_api_of_up_knows_its_model_without_its_worker(
+    database: Database, start: Callable[[], Process], tmp_path: Path
+) -> None:
+    """From rows of workers it could not tell which is meant; before ours had one, it could tell nothing."""
+    with database.write() as connection:
+        register(connection, worker_id="elsewhere", model="other", lease_seconds=3600)
+    start()
+    assert call(tmp_path, "/v1/jobs", {"prompt": "a"})["model"] == "tiny"
 
 
 def test_up_works_survives_its_worker_and_stops_cleanly(up: Process, tmp_path: Path) -> None:

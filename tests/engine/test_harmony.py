@@ -83,23 +83,31 @@ def pair() -> tuple[Tokenizer, Any]:
     return Tokenizer(backend.to_str(), template=TEMPLATE, special_tokens=special), theirs
 
 
+def ids_of(theirs: Any, chat: list[dict[str, str]], **variables: Any) -> list[int]:
+    """What transformers makes of a chat, with the date of the moment: midnight may pass between two calls, so ours is
+    compared with the one before it and the one after."""
+    return list(theirs.apply_chat_template(chat, tokenize=True, **variables)["input_ids"])
+
+
 @pytest.mark.parametrize("chat", CHATS, ids=len)
 @pytest.mark.parametrize("prompt", [True, False])
 def test_ids_of_a_chat_are_those_of_transformers(
     pair: tuple[Tokenizer, Any], chat: list[dict[str, str]], prompt: bool
 ) -> None:
     ours, theirs = pair
-    wanted = theirs.apply_chat_template(chat, tokenize=True, add_generation_prompt=prompt)["input_ids"]
-    assert ours.encode_chat(chat, add_generation_prompt=prompt) == list(wanted)
+    before = ids_of(theirs, chat, add_generation_prompt=prompt)
+    made = ours.encode_chat(chat, add_generation_prompt=prompt)
+    assert made in (before, ids_of(theirs, chat, add_generation_prompt=prompt))
 
 
 @pytest.mark.parametrize("effort", ["low", "high"])
 def test_the_effort_is_that_of_transformers(pair: tuple[Tokenizer, Any], effort: str) -> None:
     ours, theirs = pair
     for chat in CHATS:
-        wanted = theirs.apply_chat_template(chat, tokenize=True, reasoning_effort=effort)["input_ids"]
         given = {"reasoning_effort": effort}
-        assert ours.encode_chat(chat, add_generation_prompt=False, variables=given) == list(wanted)
+        before = ids_of(theirs, chat, **given)
+        made = ours.encode_chat(chat, add_generation_prompt=False, variables=given)
+        assert made in (before, ids_of(theirs, chat, **given))
     assert f"Reasoning: {effort}#" in ours.render_chat([ASK], variables=given)
 
 

@@ -88,6 +88,11 @@ def test_the_same_wish_is_kept_in_the_same_words() -> None:
     assert one.biases == ((3, -2.5), (9, 1.0))
 
 
+def test_the_smallest_nucleus_is_the_likeliest_token() -> None:
+    """OpenAI allows it, vLLM does not."""
+    assert SamplingParams(top_p=0, temperature=1.5, n=2) == SamplingParams(temperature=0.0, n=2)
+
+
 def test_only_allowed_tokens_come(engine: Engine) -> None:
     params = SamplingParams(seed=1, max_tokens=60, allowed_token_ids=(9, 30, 31), temperature=2.0)
     assert set(run(engine, params)[0]) == {9, 30, 31}

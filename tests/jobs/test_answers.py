@@ -42,7 +42,7 @@ def test_logprobs_have_openais_shape(tokenizer: Tokenizer) -> None:
     )
     quiet = Output(token_ids=(first, *rest), finish_reason="length")
     completion = Completion(id=ID, outputs=(told, quiet), num_prompt=2, num_cached_tokens=1)
-    outcome = outcome_of(completion, tokenizer)
+    outcome = outcome_of(completion, tokenizer, chat=False)
     assert (outcome.kind, outcome.completion_tokens, outcome.cached_tokens) == ("completed", 7, 1)
     shown = json.loads(json.dumps(outcome.outputs, allow_nan=False))
     assert [one["text"] for one in shown] == ["é."] * 2
@@ -60,14 +60,21 @@ def test_logprobs_have_openais_shape(tokenizer: Tokenizer) -> None:
 
 def test_failures_and_aborts_tell_what_was_worked_for(tokenizer: Tokenizer) -> None:
     error = RequestError(code="numerics", message="NaN")
-    failed = outcome_of(Completion(id=ID, error=error, num_prompt=5, num_generated=2), tokenizer)
+    failed = outcome_of(Completion(id=ID, error=error, num_prompt=5, num_generated=2), tokenizer, chat=True)
     assert (failed.kind, failed.error) == ("failed", {"code": "numerics", "message": "NaN", "param": None})
     assert (failed.prompt_tokens, failed.completion_tokens, failed.outputs) == (5, 2, [])
     named = RequestError(code="invalid_request", message="structured_outputs.regex: at 1(8): no")
-    error_told = outcome_of(Completion(id=ID, error=named, num_prompt=5), tokenizer).error
+    error_told = outcome_of(Completion(id=ID, error=named, num_prompt=5), tokenizer, chat=True).error
     assert error_told is not None
     assert error_told["param"] == "structured_outputs.regex"
-    gone = outcome_of(Completion(id=ID, aborted=True, num_prompt=5), tokenizer)
+    too_long = Completion(
+        id=ID, error=RequestError(code="context_length_exceeded", message="long"), num_prompt=5
+    )
+    for chat, param in ((True, "messages"), (False, "prompt")):
+        error_told = outcome_of(too_long, tokenizer, chat=chat).error
+        assert error_told is not None
+        assert error_told["param"] == param
+    gone = outcome_of(Completion(id=ID, aborted=True, num_prompt=5), tokenizer, chat=True)
     assert (gone.kind, gone.prompt_tokens, gone.completion_tokens) == ("released", 0, 0)
 
 
@@ -82,7 +89,7 @@ def test_what_was_thought_stands_beside_what_was_said(tmp_path: Path) -> None:
         replace(whole, token_ids=tuple(thought), last_is_silent=False),
         replace(whole, begins="answer"),
     )
-    outcome = outcome_of(Completion(id=ID, outputs=outputs, num_prompt=2), tokenizer, form)
+    outcome = outcome_of(Completion(id=ID, outputs=outputs, num_prompt=2), tokenizer, form, chat=True)
     assert outcome.completion_tokens == 2 * len(ids) + len(thought)
     shown = [(one["text"], one.get("reasoning"), one.get("reasoning_tokens")) for one in outcome.outputs]
     assert shown == [

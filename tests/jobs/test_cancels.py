@@ -253,7 +253,7 @@ def test_all_that_waits_for_a_model_is_cancelled_whoevers_it_is(
     intake.accept_messages([TaskMessage("m", JobBody(prompt="x", model="tiny"), "blog")])
     kept = intake.accept_one(JobBody(prompt="x", model="another"), OPERATOR)
     told: list[int] = []
-    assert cancels.cancel_model("tiny", told.append) == {JobState.CANCELLED: 7, JobState.CANCELLING: 2}
+    assert cancels.cancel_model("tiny", told.append).jobs == {JobState.CANCELLED: 7, JobState.CANCELLING: 2}
     assert told == [3, 3, 1, 2]
     assert rows.job(database, "m").state == JobState.CANCELLED
     assert rows.job(database, kept).state == JobState.QUEUED
@@ -261,7 +261,7 @@ def test_all_that_waits_for_a_model_is_cancelled_whoevers_it_is(
     assert state_of(database, running) == BatchState.IN_PROGRESS, "until its worker has stopped what it runs"
     with database.read() as connection:
         check_tallies(connection)
-    assert not cancels.cancel_model("tiny")
+    assert cancels.cancel_model("tiny") == ({}, 0)
 
 
 def test_what_is_handed_back_meanwhile_is_cancelled_with_its_model(
@@ -274,7 +274,7 @@ def test_what_is_handed_back_meanwhile_is_cancelled_with_its_model(
     def hand_back(num_jobs: int) -> None:
         finish(database, *held, kind="released")
 
-    assert cancels.cancel_model("tiny", hand_back) == {JobState.CANCELLED: 1, JobState.CANCELLING: 1}
+    assert cancels.cancel_model("tiny", hand_back).jobs == {JobState.CANCELLED: 1, JobState.CANCELLING: 1}
     assert set(rows.jobs_by_state(database)) == {"cancelled"}
 
 
@@ -290,7 +290,7 @@ def test_who_cancels_a_model_looks_into_indexes(database: Database, intake: Inta
     with database.write() as connection:
         connection.exec_driver_sql("ANALYZE")
     event.listen(database.engine, "before_cursor_execute", note)
-    assert cancels.cancel_model("tiny") == {JobState.CANCELLED: 3000}
+    assert cancels.cancel_model("tiny").jobs == {JobState.CANCELLED: 3000}
     event.remove(database.engine, "before_cursor_execute", note)
     how = "EXPLAIN QUERY PLAN" if database.is_sqlite else "EXPLAIN"
     with database.read() as connection:

@@ -52,7 +52,7 @@ def test_a_chunk_has_as_many_as_it_may_and_no_more(sizes: list[list[int]], left:
     ends = accumulate(chain.from_iterable(sizes), initial=begin)
     next(ends)
     blocks = [[next(ends) for _ in block] for block in sizes]
-    draft = Draft(None, "tiny", JsonText("{}"), {}, None, 1, 1)
+    draft = Draft(None, "tiny", JsonText("{}"), {}, None, 1, 1, 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batch_intake, "CHUNK", 5)
         patch.setattr(batch_intake, "CHUNK_BYTES", 100)

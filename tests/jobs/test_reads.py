@@ -250,7 +250,9 @@ def test_a_worker_that_dies_of_loading_is_told_from_one_that_loads(
         connection.execute(
             update(Worker).where(Worker.id == WORKER).values(lease_until=now() - 20, engine_starts=1)
         )
-    assert str(reads.readiness(60).reason).endswith("no worker is alive to take them")
+    assert str(reads.readiness(60).reason).endswith(
+        "no worker is alive to take them; start one, or give them up: nightpress cancel --model tiny"
+    )
     for name in "abc":  # whatever starts workers does so again and again
         worker(database, name, state=WorkerState.STOPPED, lease_until=now() - 10, engine_starts=0)
     assert "alive to take them, after 4 starts of its engine" in str(reads.readiness(60).reason)
@@ -284,7 +286,7 @@ def test_work_of_one_model_is_not_done_by_workers_of_another(
     job_id = intake.accept_one(JobBody(prompt="a", model="m3"), OPERATOR)
     readiness = reads.readiness(60)
     assert (readiness.ready, readiness.has_work, readiness.models) == (False, True, ("m2",))
-    assert readiness.reason == "m3: jobs are waiting and no worker is alive to take them"
+    assert str(readiness.reason).startswith("m3: jobs are waiting and no worker is alive to take them; start")
     worker(database, "fourth", model="m3", state=WorkerState.STARTING)
     assert "m3: jobs are waiting and the worker is still loading" in str(reads.readiness(60).reason)
     with database.write() as connection:

@@ -45,7 +45,9 @@ def retries(database: Database, settings: Settings) -> Retries:
 def night(database: Database, intake: Intake, count: int = 6) -> str:
     """A batch whose jobs 0, 3, … failed, 1, 4, … were cancelled, 2, 5, … completed."""
     bodies = [
-        JobBody(prompt=f"☾ {i}", custom_id=f"c{i}", metadata={"i": str(i)}, seed=i if i % 2 else None)
+        JobBody(
+            prompt=f"☾ {i}", custom_id=f"c{i}", metadata={"i": str(i)}, seed=i if i % 2 else None, n=1 + i
+        )
         for i in range(count)
     ]
     batch_id = intake.accept_many(bodies, OPERATOR, {"night": "7"})
@@ -99,8 +101,10 @@ def test_a_batch(
     assert [row.position for row in new] == list(range(len(positions)))
     for row, position in zip(new, positions, strict=True):
         before = old[position]
-        for column in ("body", "seed", "model", "custom_id", "metadata", "prefix_group", "estimated_tokens"):
+        same = ("body", "seed", "model", "custom_id", "metadata", "prefix_group", "estimated_tokens")
+        for column in (*same, "num_samples"):
             assert getattr(row, column) == getattr(before, column), column
+        assert row.num_samples == 1 + position
         assert (row.retry_of, row.key_id, row.state, row.fence) == (before.id, "key_a", "queued", 0)
         assert (row.error, row.worker_id, row.finished_at, row.source) == (None, None, None, "http")
     batch = batch_of(database, new_id)

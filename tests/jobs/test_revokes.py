@@ -55,11 +55,13 @@ def test_what_waits_is_over_and_what_runs_is_told_to_stop(
 def test_one_that_fails_costs_no_other(
     database: Database, settings: Settings, results: CeleryResults, caplog: pytest.LogCaptureFixture
 ) -> None:
-    Intake(database, settings).accept_messages([TaskMessage("waits", BODY, DEFAULT)])
+    """Neither of its own command nor of a later one."""
+    messages = [TaskMessage(name, BODY, DEFAULT) for name in ("beside", "later")]
+    Intake(database, settings).accept_messages(messages)
     revokes = Revokes(database, results, on_cancelling=lambda: None)
     revokes.start()
-    revokes.put([{}], running=True)  # type: ignore[list-item]
-    revokes.put(["waits"], running=False)
+    revokes.put([{}, "beside"], running=True)  # type: ignore[list-item]
+    revokes.put(["later"], running=False)
     revokes.stop(10.0)
-    assert rows.jobs_by_state(database) == {"cancelled": ["waits"]}
+    assert rows.jobs_by_state(database) == {"cancelled": ["beside", "later"]}
     assert "revokes.failed" in caplog.text

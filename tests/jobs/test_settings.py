@@ -144,3 +144,13 @@ def test_an_address_that_its_library_reads_as_it_is_meant_is_taken(name: str, ur
 def test_the_served_name_is_the_last_part_of_the_model(model: str, name: str) -> None:
     assert Settings(model=model).served_model == name
     assert Settings(model=model, model_name="other").served_model == "other"
+
+
+@pytest.mark.parametrize("model", [".", "./", "../folder", "inside/.."])
+def test_a_model_that_is_named_from_inside_its_folder_has_its_name(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder" / "inside").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "folder")
+    assert Settings(model=model).served_model == "folder"
+    assert Settings().served_model == ""

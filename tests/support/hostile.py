@@ -166,7 +166,7 @@ TABLE = [
         "temperature",
         b'{"prompt": "a", "temperature": 1e999}',
     ),
-    bad("top_p of nothing", "top_p", top_p=0),
+    bad("top_p below nothing", "top_p", top_p=-0.1),
     bad("a seed of 200 bits", "seed", seed=2**200),
     bad("bias of a word", "logit_bias", logit_bias={"word": 1}),
     bad("bias of token -1", "logit_bias", logit_bias={"-1": 1}),
