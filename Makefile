@@ -57,6 +57,7 @@ bench: venv model
 	$(BIN)/python -m tests.bench.bench_attention_cpu
 	$(BIN)/python -m tests.bench.bench_grammar
 	$(BIN)/python -m tests.bench.bench_loading
+	$(BIN)/python -m tests.bench.launches
 	$(BIN)/python -m tests.bench.peers
 
 venv: $(VENV)/.installed

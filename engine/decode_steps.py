@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from engine.cache import KVCache
-from engine.logprobs import logprobs_of
 from engine.model import Decoder
 from engine.penalties import KeptPenalties
 from engine.plan import Row
@@ -31,7 +30,7 @@ from engine.sequence import Sequence
 from engine.shared_prefixes import Group, shared_prefixes
 from engine.staging import put
 from engine.step_input import StepInput
-from kernels import Filters, SharedPrefixes, Sharing
+from kernels import DecodingRows, Filters, SharedPrefixes, Sharing
 
 if TYPE_CHECKING:
     from engine.fallback import Fallback
@@ -140,7 +139,7 @@ class DecodeSteps:
         self._aside = torch.cuda.Stream(self._device) if self._captures else None  # type: ignore[no-untyped-call]
         rows, pages = self._bucket(most_rows), _power_of_two(most_pages)
         with torch.inference_mode():
-            self._numbers = self._zeros(5, rows)  # token ids, positions, limits, seeds, top_k
+            self._numbers = self._zeros(5, rows)  # token ids, lengths, limits, seeds, top_k
             self._heats = self._zeros(3, rows, dtype=torch.float64)  # temperatures, top_p, min_p
             self._tables = self._zeros(rows * pages, dtype=torch.int32)
             self._shared = self._zeros(STARTS + 2 * rows, dtype=torch.int32)  # starts, tokens, members
@@ -152,7 +151,9 @@ class DecodeSteps:
                 most_distinct=min(most_pages * page_size, decoder.config.vocab_size),
                 device=self._device,
             )
-            self._count = self._zeros(1)  # steps since the inputs were written
+            self._counts = self._zeros(rows)  # of draws since the inputs were written
+            self._positions, self._slots = self._zeros(rows), self._zeros(rows)
+            self._context_lens = self._zeros(rows, dtype=torch.int32)
             self._logits = self._zeros(
                 rows if self._captures else 0, decoder.config.vocab_size, dtype=decoder.dtype
             )
@@ -212,7 +213,7 @@ class DecodeSteps:
             put(numbers[2], self._numbers[2, : shape[0]])
         else:
             numbers[0, : len(rows)] = [one.token_ids[-1] for one in sequences]
-            numbers[1, : len(rows)] = [one.num_computed for one in sequences]
+            numbers[1, : len(rows)] = [one.num_computed + 1 for one in sequences]
             seeds = np.array([one.seed & 0xFFFFFFFFFFFFFFFF for one in sequences], dtype=np.uint64)
             numbers[3, : len(rows)] = seeds.view(np.int64)
             params = [one.request.sampling for one in sequences]
@@ -223,6 +224,7 @@ class DecodeSteps:
             put(heats, self._heats[:, : shape[0]])
         self._put_groups(groups, shape)
         self._put_table(sequences, limits, shape)
+        self._decoder.kernels.advance(self._rows(shape), None)
         return shape
 
     def _limits(self, sequences: list[Sequence], num_steps: int) -> tuple[list[int], list[Group], Shape]:
@@ -255,25 +257,36 @@ class DecodeSteps:
         held = np.arange(shape[1]) < used[:, None]
         table[: len(sequences)][held] = np.fromiter(pages, dtype=np.int32, count=int(used.sum()))
         put(table, self._table(shape))
-        self._count.zero_()
+
+    def _rows(self, shape: Shape) -> DecodingRows:
+        count = shape[0]
+        token_ids, lengths, limits, *_ = self._numbers[:, :count]
+        return DecodingRows(
+            token_ids=token_ids,
+            lengths=lengths,
+            limits=limits,
+            page_table=self._table(shape),
+            page_size=self._page_size,
+            counts=self._counts[:count],
+            positions=self._positions[:count],
+            slots=self._slots[:count],
+            context_lens=self._context_lens[:count],
+            made=self._made[:, :count],
+            logprobs=self._logprobs[:, :count],
+        )
 
     def _step(self, shape: Shape) -> StepInput:
-        rows = shape[0]
-        starts, tokens, members = self._shared[: STARTS + 2 * rows].split_with_sizes((STARTS, rows, rows))
-        token_ids, positions, limits, *_ = self._numbers[:, :rows]
-        at = torch.minimum(positions, limits - 1).clamp_(min=0)  # where a row stands that does not go on
-        table = self._table(shape)
-        page = table.gather(1, (at // self._page_size)[:, None])[:, 0]
-        slots = torch.where(positions < limits, page * self._page_size + at % self._page_size, -1)
+        count, rows = shape[0], self._rows(shape)
+        starts, tokens, members = self._shared[: STARTS + 2 * count].split_with_sizes((STARTS, count, count))
         return StepInput(
-            token_ids=token_ids,
-            positions=at,
-            slots=slots,
-            page_table=table,
+            token_ids=rows.token_ids,
+            positions=rows.positions,
+            slots=rows.slots,
+            page_table=rows.page_table,
             query_start=None,
-            context_lens=torch.where(positions < limits, positions + 1, 0).int(),
-            logit_rows=torch.arange(rows, device=self._device),
-            scored_rows=token_ids[:0],
+            context_lens=rows.context_lens,
+            logit_rows=None,
+            scored_rows=rows.token_ids[:0],
             shared=SharedPrefixes(tokens, members, starts[: MOST_GROUPS + 1]) if shape[2] else None,
         )
 
@@ -285,24 +298,21 @@ class DecodeSteps:
     def _advance(self, shape: Shape, logits: Tensor, draw: Draw) -> None:
         """Draw, keep what was drawn, and make it the next step's input."""
         kernels = self._decoder.kernels
-        token_ids, positions, _, seeds, top_k = self._numbers[:, : shape[0]]
+        _, lengths, _, seeds, top_k = self._numbers[:, : shape[0]]
         temperatures, top_p, min_p = self._heats[:, : shape[0]]
-        positions += 1  # tokens there are, which is what the noise of a draw is made of
         filters = Filters(top_k, top_p, min_p) if draw.filtered else None
         penalties = self._penalties.of(shape[0]) if draw.penalised else None
         adjusted = logits
         if penalties is not None:
             adjusted = logits.to(torch.float32, copy=True)
             kernels.penalise(adjusted, penalties)
-        drawn = kernels.sample(adjusted, temperatures, seeds, positions, filters)
+        drawn = kernels.sample(adjusted, temperatures, seeds, lengths, filters)
         if penalties is not None:
             kernels.count_tokens(penalties, drawn)
-        self._made[:, : shape[0]].index_copy_(0, self._count, drawn[None])
         if draw.scored:
-            likely = logprobs_of(logits, drawn, kernels.normalisers(logits))
-            self._logprobs[:, : shape[0]].index_copy_(0, self._count, likely[None])
-        torch.clamp(drawn, min=0, out=token_ids)
-        self._count += 1
+            kernels.advance(self._rows(shape), drawn, logits, kernels.normalisers(logits))
+        else:
+            kernels.advance(self._rows(shape), drawn)
 
     def _prepare(self, shape: Shape) -> None:
         """Capture a step of this shape, unless that was done. One without memory for its graphs does without for
@@ -314,7 +324,6 @@ class DecodeSteps:
         self._numbers.zero_()  # limits of 0: nothing is seen and nothing is stored
         lengths = self._penalties.clear()
         self._shared.zero_()  # it may name rows that this shape lacks, and is written anew for every launch
-        self._count.zero_()
         torch.cuda.empty_cache()  # a capture gets nothing of what is merely kept for others
         try:
             self._graphs[shape] = self._captured(shape)
@@ -333,10 +342,11 @@ class DecodeSteps:
         self._aside.wait_stream(ours)
         try:
             with _uncollected(), torch.cuda.stream(self._aside):
+                self._decoder.kernels.advance(self._rows(shape), None)
                 logits = self._compute(shape)
                 for draw in DRAWS:
                     self._advance(shape, logits, draw)  # compiles and allocates what a capture must not
-                    self._count.zero_()
+                    self._counts.zero_()
                 with self._capture() as forward:
                     logits = self._compute(shape)
                 draws = {}

@@ -170,11 +170,13 @@ class Fallback:
                 use_cache=False,
             )
 
-    def logits(self, hidden: Any, rows: Tensor) -> Tensor:
-        """`[N, vocab]` of the tokens `rows` `[N]` of a step. Only they reach the head.
+    def logits(self, hidden: Any, rows: Tensor | None) -> Tensor:
+        """`[N, vocab]` of the tokens `rows` `[N]` of a step. Only they reach the head. None: of all.
 
         A head may be more than one product, so the whole model runs, with a trunk that has its answer already.
         """
+        if rows is None:
+            rows = torch.arange(hidden[0].shape[1], device=self.device)
         self._trunk.forward = lambda *_inputs, **_options: hidden
         try:
             output = self._module(input_ids=rows[None], use_cache=False, logits_to_keep=rows)

@@ -114,12 +114,12 @@ class Decoder:
         self._multiplier = config.embedding_multiplier
         if config.rounds_embedding_multiplier:
             self._multiplier = float(torch.tensor(self._multiplier).to(self.dtype))
-        self._tables: list[Rotation] = []
+        self._tables: tuple[Rotation, ...] = ()
         if config.positions == "rope":
-            self._tables.append(rope_tables(config, max_len, self.device))
+            self._tables += (rope_tables(config, max_len, self.device),)
         if config.windowed_rope_theta is not None:
             windowed = replace(config, rope_theta=config.windowed_rope_theta, rope_scaling=None)
-            self._tables.append(rope_tables(windowed, max_len, self.device))
+            self._tables += (rope_tables(windowed, max_len, self.device),)
         tables = (0, len(self._tables) - 1) if self._tables else (None, None)  # without a window, with one
         self._table_of = [tables[config.window(i) is not None] for i in range(config.num_layers)]
         self._fused = self._fuse()
@@ -158,9 +158,11 @@ class Decoder:
 
     def hidden(self, step: StepInput, cache: KVCache) -> Hidden:
         """As `forward`, but what is before the last norm and the head, of the tokens that are read."""
-        # of the layers that see everything, and of those with a window: cos and sin, each [T, rotary_dim / 2]
-        rotations = [(cos[step.positions], sin[step.positions]) for cos, sin in self._tables]
-        residual = self._embedding[step.token_ids]  # [T, hidden]
+        # [T, hidden]; of the layers that see everything, and of those with a window: cos and sin, each
+        # [T, rotary_dim / 2]
+        residual, rotations = self.kernels.look_up(
+            step.token_ids, step.positions, self._embedding, self._tables
+        )
         if self._multiplier != 1.0:
             residual = residual * self._multiplier
         if self._positions is not None:
@@ -177,15 +179,17 @@ class Decoder:
         assert x is not None  # there is at least one layer
         return Hidden(x, residual, step.read)
 
-    def logits(self, hidden: Hidden, rows: Tensor) -> Tensor:
+    def logits(self, hidden: Hidden, rows: Tensor | None) -> Tensor:
         """`[N, vocab]` of the tokens `rows` `[N]` of a step, which are among those read. Only they reach the last
-        norm and the head."""
-        config = self.config
-        if rows.shape[0] == 0:
-            return hidden.added.new_empty((0, config.vocab_size))
-        if hidden.read is not None:
-            rows = torch.searchsorted(hidden.read, rows)
-        x, _ = self._last_norm.added(hidden.added[rows], hidden.residual[rows])
+        norm and the head. None: of all that were read; `hidden` is overwritten then."""
+        config, (added, residual, read) = self.config, hidden
+        if rows is not None:
+            if rows.shape[0] == 0:
+                return added.new_empty((0, config.vocab_size))
+            if read is not None:
+                rows = torch.searchsorted(read, rows)
+            added, residual = added[rows], residual[rows]
+        x, _ = self._last_norm.added(added, residual)
         logits = self._head(x)
         if config.logits_scaling != 1.0:
             logits = logits / config.logits_scaling

@@ -29,8 +29,9 @@ class StepInput:
     page_table: Tensor  # [R, P] int32
     query_start: Tensor | None  # [R + 1] int32; None: one token each row, and T = R
     context_lens: Tensor  # [R] int32, this step's tokens included
-    # [S] int64: tokens whose logits draw the next, proposed ones behind a row's last; padding repeats token 0
-    logit_rows: Tensor
+    # [S] int64: tokens whose logits draw the next, proposed ones behind a row's last; padding repeats token 0. None:
+    # all tokens are such, in their order
+    logit_rows: Tensor | None
     scored_rows: Tensor  # [N] int64: the same for logits that score a prompt's next token (`Row.scored`)
     shared: SharedPrefixes | None = None  # where rows of one token share pages, if attention is to be told
     # [W] int64, ascending: the tokens of `logit_rows` and `scored_rows`, where they are few, and padding of token 0.

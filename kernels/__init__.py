@@ -42,6 +42,7 @@ from kernels.attending import Attention as Attention
 from kernels.attending import PagedKV as PagedKV
 from kernels.attending import SharedPrefixes as SharedPrefixes
 from kernels.attending import Sharing as Sharing
+from kernels.decoding import DecodingRows as DecodingRows
 from kernels.weights import Float8Weight, Int4Weight, Int8Weight, PackedWeight, QuantisedWeight
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ KernelSet = Literal["auto", "reference", "cpu", "triton"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 GatedActivation = Activation | Literal["swiglu_oai"]
 FAILED = -1  # in place of a token that `sample` cannot draw
+Rotations = tuple[tuple[Tensor, Tensor], ...]  # (cos, sin) of each way to rotate, lines of one width in fp32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -145,6 +147,16 @@ class NormRopeStore(Protocol):
     ) -> None: ...
 
 
+class Advance(Protocol):
+    def __call__(
+        self,
+        rows: DecodingRows,
+        drawn: Tensor | None,
+        logits: Tensor | None = None,
+        of: Normalisers | None = None,
+    ) -> None: ...
+
+
 class Int4Matmul(Protocol):
     def __call__(
         self, x: Tensor, weight: Int4Weight, bias: Tensor | None, *, invariant: bool = False
@@ -223,6 +235,14 @@ class Kernels:
     - `count_tokens(penalties, tokens [S] int64)`: notes the tokens that rows have drawn, in place: one more time for
       a token that the row lists, else an entry at its end, if N leaves room. Not of a row without entries, and not
       of a negative token.
+    - `look_up(token_ids [T] int64, positions [T] int64, embedding [vocab, H], tables) -> (x [T, H], rotations)`: the
+      lines of the embedding, and of each of at most two pairs of tables [positions, d/2] fp32 those of the positions.
+      All are contiguous.
+    - `advance(rows: DecodingRows, drawn [S] int64 or None, logits [S, vocab] or None, of: Normalisers or None)`: of
+      what a step has drawn to the input of the next one, in place. A token is kept in line `counts` of `made`, and
+      its logprob (`of` has those of the raw `logits`; both may be left out) in that of `logprobs`; it becomes the
+      row's last one, and length and count grow by one. A negative token is kept, and goes on as token 0. None:
+      nothing was drawn, a launch begins, and counts become 0. Then `positions`, `slots` and `context_lens` are made.
     - `pack(weight [out, in]) -> PackedWeight`: the weight in the order in which `matmul` reads it best. None: that is
       the plain order.
     - `matmul(x [T, in], weight [out, in] or what `pack` made of it, bias [out] or None) -> [T, out]`: x · weightᵀ +
@@ -266,6 +286,8 @@ class Kernels:
     normalisers: Callable[[Tensor], Normalisers]
     penalise: Callable[[Tensor, Penalties], None]
     count_tokens: Callable[[Penalties, Tensor], None]
+    look_up: Callable[[Tensor, Tensor, Tensor, Rotations], tuple[Tensor, Rotations]]
+    advance: Advance
     int4_matmul: Int4Matmul
     fp8_matmul: Fp8Matmul
     keeps: tuple[type[QuantisedWeight], ...] = ()

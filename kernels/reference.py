@@ -16,12 +16,14 @@ from kernels import (
     FAILED,
     Activation,
     Attention,
+    DecodingRows,
     Filters,
     GatedActivation,
     Kernels,
     Normalisers,
     PagedKV,
     Penalties,
+    Rotations,
     SharedPrefixes,
 )
 from kernels.attending import LIMITS
@@ -280,6 +282,35 @@ def _listed(penalties: Penalties) -> Tensor:
     return places < penalties.lengths[:, None]
 
 
+def look_up(
+    token_ids: Tensor, positions: Tensor, embedding: Tensor, tables: Rotations
+) -> tuple[Tensor, Rotations]:
+    return embedding[token_ids], tuple((cos[positions], sin[positions]) for cos, sin in tables)
+
+
+def advance(
+    rows: DecodingRows, drawn: Tensor | None, logits: Tensor | None = None, of: Normalisers | None = None
+) -> None:
+    lengths, limits, size = rows.lengths, rows.limits, rows.page_size
+    if drawn is None:
+        rows.counts.zero_()
+    else:
+        torch.clamp(drawn, min=0, out=rows.token_ids)
+        rows.made.scatter_(0, rows.counts[None], drawn[None])
+        if logits is not None and of is not None:
+            largest, log_sums = of
+            found = logits.gather(1, rows.token_ids[:, None])[:, 0].float()
+            rows.logprobs.scatter_(0, rows.counts[None], ((found - largest) - log_sums)[None])
+        lengths += 1
+        rows.counts.add_(1)
+    at = (torch.minimum(lengths, limits) - 1).clamp_(min=0)  # where a row stands that does not go on
+    goes_on = (lengths > 0) & (lengths <= limits)
+    page = rows.page_table.gather(1, (at // size)[:, None])[:, 0].long()
+    rows.positions.copy_(at)
+    rows.slots.copy_(torch.where(goes_on, page * size + at % size, -1))
+    rows.context_lens.copy_(torch.where(goes_on, lengths, 0))
+
+
 def int4_matmul(x: Tensor, weight: Int4Weight, bias: Tensor | None, *, invariant: bool = False) -> Tensor:
     return _multiplied(x.float(), weight.dequantised(), bias, x.dtype)
 
@@ -339,6 +370,8 @@ KERNELS = Kernels(
     normalisers=normalisers,
     penalise=penalise,
     count_tokens=count_tokens,
+    look_up=look_up,
+    advance=advance,
     int4_matmul=int4_matmul,
     fp8_matmul=fp8_matmul,
     quantise_int8=quantise_int8,

@@ -1,10 +1,10 @@
 """The `cpu` set: `ops.c`, compiled on first use, behind the contract of `kernels`.
 
 Owns the passing of tensors to C, whose shapes, strides and types are checked before (`tensors`). bf16 and fp32,
-with caches of the same dtype or of int8. Sampling is C too (`sampling`), but for fp16 logits; penalties and
-logprobs are the reference set's. Products are the set's own (`matmul`) where the library's are slow, and then a
-decoder's blocks may be one call (`blocks`); those with quantised weights are the reference set's, and nobody needs
-them: weights are made plain when they are loaded.
+with caches of the same dtype or of int8. Sampling is C too (`sampling`), but for fp16 logits; penalties, logprobs,
+look-ups and the way from step to step are the reference set's. Products are the set's own (`matmul`) where the
+library's are slow, and then a decoder's blocks may be one call (`blocks`); those with quantised weights are the
+reference set's, and nobody needs them: weights are made plain when they are loaded.
 """
 
 from __future__ import annotations
@@ -47,10 +47,12 @@ from kernels.cpu.tensors import (
     single_queries,
 )
 from kernels.reference import (
+    advance,
     attend_with_single_queries,
     count_tokens,
     fp8_matmul,
     int4_matmul,
+    look_up,
     normalisers,
     penalise,
 )
@@ -100,6 +102,8 @@ def kernels() -> Kernels:
         normalisers=normalisers,
         penalise=penalise,
         count_tokens=count_tokens,
+        look_up=look_up,
+        advance=advance,
         int4_matmul=int4_matmul,
         fp8_matmul=fp8_matmul,
         matmul=products.matmul,

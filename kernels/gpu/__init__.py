@@ -15,10 +15,12 @@ from triton.runtime.jit import JITFunction
 from kernels import Kernels, Sharing
 from kernels.attending import LIMITS
 from kernels.gpu.activation import act, act_mul, softcap
+from kernels.gpu.advance import advance
 from kernels.gpu.cache import store_kv
 from kernels.gpu.fp8_matmul import fp8_matmul
 from kernels.gpu.int4_matmul import int4_matmul
 from kernels.gpu.launch import paged_attention
+from kernels.gpu.look_up import look_up
 from kernels.gpu.matmul import matmul
 from kernels.gpu.mixture import mix_experts
 from kernels.gpu.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
@@ -56,6 +58,8 @@ KERNELS = Kernels(
     normalisers=normalisers,
     penalise=penalise,
     count_tokens=count_tokens,
+    look_up=look_up,
+    advance=advance,
     matmul=matmul,
     int4_matmul=int4_matmul,
     fp8_matmul=fp8_matmul,

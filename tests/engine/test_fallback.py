@@ -262,6 +262,23 @@ def test_alone_is_crowd(tmp_path: Path, dtype: str) -> None:
     assert engine.stats()["num_preemptions"] > 0
 
 
+def test_steps_together_are_steps_one_by_one(tmp_path: Path) -> None:
+    write_foreign(tmp_path, "OPTForCausalLM", OPT)
+    sampling = [
+        SamplingParams(temperature=heat, seed=4, max_tokens=9, ignore_eos=True) for heat in (0.0, 1.0)
+    ]
+    requests = [
+        Request(
+            id=RequestId(str(number), 1), prompt_token_ids=(5, 6, 7, number), sampling=sampling[number % 2]
+        )
+        for number in range(5)
+    ]
+    engines = [load(tmp_path, 24, dtype="float32", num_scheduler_steps=steps) for steps in (1, 4)]
+    alone, together = (comparable(run(engine, requests)) for engine in engines)
+    assert together == alone
+    assert engines[1].stats()["num_steps"] < engines[0].stats()["num_steps"]
+
+
 def test_experts_may_depend_on_the_crowd(tmp_path: Path) -> None:
     write_foreign(tmp_path, "OlmoeForCausalLM", {"num_experts": 4, "num_experts_per_tok": 2})
     assert not runner_of(tmp_path).deterministic

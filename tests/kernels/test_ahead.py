@@ -47,6 +47,8 @@ NAMES = {
     "normaliser_kernel",
     "penalise_kernel",
     "count_kernel",
+    "look_up_kernel",
+    "advance_kernel",
     "matmul_kernel",
     "sum_kernel",
     "grouped_kernel",

@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from kernels import Attention, Filters, HeadNorms, PagedKV, Penalties, SharedPrefixes
+from kernels import Attention, DecodingRows, Filters, HeadNorms, PagedKV, Penalties, SharedPrefixes
 from kernels.gpu import KERNELS, grouped_matmul, launch
 from kernels.gpu.fp8_matmul import fp8_matmul
 from kernels.gpu.int4_matmul import int4_matmul, int4_plain
@@ -167,6 +167,8 @@ def rowwise(dtype: torch.dtype) -> Callable[[], object]:
             KERNELS.act_mul(x, activation)
         KERNELS.act_mul(x, "swiglu_oai")
         KERNELS.softcap(x, 30.0)
+        for tables in ((), ((angles, angles),), ((angles, angles), (angles, angles))):
+            KERNELS.look_up(torch.empty(16, dtype=torch.int64), torch.empty(16, dtype=torch.int64), x, tables)
 
     return calls
 
@@ -174,11 +176,14 @@ def rowwise(dtype: torch.dtype) -> Callable[[], object]:
 def sampling(dtype: torch.dtype) -> Callable[[], object]:
     """Vocabularies of one block and of many, whose rows are aligned and are not; sampling as the engine asks for it,
     with filters and without, and with temperatures of fp32; what logprobs are made with,
-    and penalties."""
+    penalties, and the way to the next step."""
     seeds, heat = torch.empty(16, dtype=torch.int64), torch.empty(16, dtype=torch.float64)
     filters = Filters(seeds, heat, heat)
     ids, factors = torch.empty(16, 4096, dtype=torch.int32), heat.float()
-    penalties = Penalties(ids, ids, ids[:, 0].contiguous(), factors, factors, factors)
+    lengths = ids[:, 0].contiguous()
+    penalties = Penalties(ids, ids, lengths, factors, factors, factors)
+    kept = torch.empty(16, 16, dtype=torch.int64), torch.empty(16, 16)
+    rows = DecodingRows(seeds, seeds, seeds, ids, 64, seeds, seeds, seeds, lengths, *kept)
 
     def calls() -> None:
         for vocab in (1000, 49152, 151936, 262145):
@@ -188,6 +193,10 @@ def sampling(dtype: torch.dtype) -> Callable[[], object]:
         KERNELS.penalise(torch.empty(16, 49152), penalties)
         KERNELS.count_tokens(penalties, seeds)
         KERNELS.sample(torch.empty(16, 49152, dtype=dtype), heat.float(), seeds, seeds, filters)
+        logits = torch.empty(16, 49152, dtype=dtype)
+        KERNELS.advance(rows, None)
+        KERNELS.advance(rows, seeds)
+        KERNELS.advance(rows, seeds, logits, KERNELS.normalisers(logits))
 
     return calls
 
