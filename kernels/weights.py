@@ -74,7 +74,7 @@ class Int4Weight:
         device: str | torch.device,
         ordered: bool = False,
     ) -> Int4Weight:
-        """Uninitialised memory. `ordered`: with an `order`. Raises `ValueError` for what does not `fit`."""
+        """Uninitialised memory. `ordered`: with an `order`. Raises `ValueError` where it does not fit (`fits`)."""
         if not cls.fits(inputs, group_size):
             raise ValueError(f"{inputs} inputs in groups of {group_size} do not fit")
         return cls(
