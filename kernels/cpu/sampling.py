@@ -1,6 +1,6 @@
 """Sampling on a CPU: one pass of C over each row of logits, greedy, plain or filtered (`sampling.h`).
 
-Owns the passing of tensors to C, and the noise. Logits that the C has no code for go the reference set's way.
+Owns the passing of tensors to C, and the noise. Logits of other dtypes are left to the reference set.
 """
 
 from __future__ import annotations
