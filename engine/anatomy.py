@@ -85,7 +85,7 @@ def dissect(model_config: ModelConfig, config: Any) -> Anatomy:
         _refuse_masks(model_config, _tried(model, torch.ones(1, _TRIED_TOKENS, dtype=torch.int64))[0])
     except UnsupportedCheckpoint:
         raise
-    except Exception as error:  # whatever code of another house may raise
+    except Exception as error:  # anything may come out of foreign code
         what = str(error).strip().split("\n")[0]
         raise UnsupportedCheckpoint(
             f"{name}: transformers' code cannot be run with our attention ({type(error).__name__}: {what})"

@@ -43,17 +43,17 @@ class SelfAttention:
         q, k, v = qkv.split_with_sizes((heads, kv_heads, kv_heads), dim=1)
         if not self.rotary_dim:
             rotation = None
-        q = self._stored(q, k, v, step.slots, pages, rotation)
+        q = self._norm_rope_store(q, k, v, step.slots, pages, rotation)
         mixed = self.kernels.paged_attention(
             q, pages, step.page_table, step.query_start, step.context_lens, self.how, step.shared
         )
         mixed = mixed.view(num_tokens, heads * dim)
         return self.out(mixed if step.read is None else mixed[step.read])
 
-    def _stored(
+    def _norm_rope_store(
         self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor, pages: PagedKV, rotation: Rotation | None
     ) -> Tensor:
-        """q `[T, hq, d]`, normed and rotated; so is k, which is stored with v. May overwrite all three."""
+        """Norm and rotate q `[T, hq, d]` and k `[T, hk, d]`, store k and v, and return q. May overwrite all three."""
         kernels, rotated, norms = self.kernels, self.rotary_dim, None
         if self.q_norm is not None and self.k_norm is not None:
             norms = head_norms(self.q_norm, self.k_norm, self.head_dim)

@@ -35,11 +35,13 @@ class EngineConfig:
     max_num_requests: int | None = None  # that may be in the engine process at once; None: 4 × max_num_seqs
     kv_cache_memory_bytes: int | None = None  # None: from what is free
     kv_cache_dtype: Literal["auto", "int8", "fp8"] = "auto"  # auto: the model's
-    quantization: Literal["int8"] | None = None  # int8: what products multiply is rounded to 8 bits
+    quantization: Literal["int8"] | None = (
+        None  # int8: weights and activations of products are rounded to 8 bits
+    )
     enable_prefix_caching: bool = True
-    # of decoding in one go; None: 16 on cuda, 1 on cpu and where num_speculative_tokens are asked for
+    # of decoding in one plan; None: 16 on cuda, 1 on cpu and where num_speculative_tokens are asked for
     num_scheduler_steps: int | None = None
-    # guessed for each of a few sequences and checked in one step; 0: none; None: 7 on cpu where it is cheap
+    # guessed for each of a few sequences and checked in one step; 0: none; None: 7 on a CPU where that is cheap
     num_speculative_tokens: int | None = None
     scheduling_policy: Literal["planned", "fcfs"] = "planned"  # planned: by shared prefix and expected length
     preemption_mode: Literal["auto", "recompute", "swap"] = "auto"  # auto: what is faster
@@ -91,7 +93,7 @@ class RopeScaling:
     original_max_position: int = 8192
     beta_fast: float = 32.0  # yarn: rotations over the original context from which on a channel is kept
     beta_slow: float = 1.0  # yarn: rotations up to which a channel is stretched by `factor`
-    truncate: bool = True  # yarn: the channels where these happen are taken as whole numbers
+    truncate: bool = True  # yarn: the bounds between those channels are rounded to whole numbers
     attention_factor: float = 1.0  # of cosines and sines
     short_factors: tuple[float, ...] = ()  # longrope: of each pair of channels, within the original context
     long_factors: tuple[float, ...] = ()  # the same for an engine that goes beyond it

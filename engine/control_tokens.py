@@ -1,10 +1,10 @@
 """ControlTokens: a tokenizer that text cannot talk into control tokens.
 
-Owns the seal: letters drawn at random for each tokenizer and put into every control token's spelling, behind its
-first character, in its list of added tokens and in its vocabulary: `<s>` becomes `<…<s>`, so that what stands before
-it sees the same neighbour. Text that a client sends does not know them, so it is text, whatever it spells and
-whatever a normalizer makes of it; text that a template writes is sealed where it means control tokens, and then one
-call encodes the whole. So spaces, prefixes and flags at the borders come out as without a seal. Knows no templates.
+Owns the seal: letters drawn at random for each tokenizer and inserted into every control token's spelling, behind its
+first character, in the added tokens and in the vocabulary: `<s>` becomes `<…<s>`, so that what stands before it has
+the same neighbour. A client's text cannot contain the seal, so it stays text, whatever it spells and whatever a
+normalizer makes of it. Text that a template writes is sealed where it means control tokens, and then one call encodes
+the whole, so spaces, prefixes and flags at the borders come out as without a seal. Knows no templates.
 """
 
 from __future__ import annotations

@@ -42,13 +42,16 @@ def _parts(block: Block | ParallelBlock, rotation: int | None) -> BlockParts | N
     qkv, out, gate_up, down = products
     if qkv is None or out is None or gate_up is None or down is None:
         return None
-    if before.shift != between.shift or (norms is None and not (q_norm is None and k_norm is None)):
+    if before.eps_and_offset != between.eps_and_offset:
         return None
+    if norms is None and not (q_norm is None and k_norm is None):
+        return None
+    eps, offset = before.eps_and_offset
     return BlockParts(
         attention_norm=before.weight,
         mlp_norm=between.weight,
-        eps=before.shift[0],
-        offset=before.shift[1],
+        eps=eps,
+        offset=offset,
         heads=attention.num_heads,
         kv_heads=attention.num_kv_heads,
         dim=attention.head_dim,

@@ -1,8 +1,8 @@
 """The families of GGUF files as data: llama.cpp's metadata in the words of a config.json.
 
 Owns which architecture of llama.cpp is which of ours, what its keys are called and the refusal of keys whose meaning
-the decoder does not compute. Knows no bytes. What a family then is stands in `families`, as for every checkpoint. A
-new family is one entry in `GGUF_FAMILIES`, as long as its tensors are stored as they are.
+the decoder does not compute. Knows no bytes. What a family computes is said in `families`, as for every checkpoint. A
+new family is one entry in `GGUF_FAMILIES`, provided that the converter left its tensors as they were.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 Owns the tokenizer as the library wants it, and a small cache. Safe to use from several threads, so that nothing here
 need run on the thread that steps (`compiling`). Knows no requests. No torch.
 
-A compile is bounded (`grammar_source`): threads do, and no process that could be killed is needed. The first mask is
-made at once, because an automaton is built while masks are made: most of what is too complex shows here and not in a
-step that others share.
+A compile is bounded (`grammar_source`), so threads will do: no process is needed that could be killed. The first mask
+is made at once, because an automaton is built while masks are made: most of what is too complex shows here and not in
+a step that others share.
 """
 
 from __future__ import annotations

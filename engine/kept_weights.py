@@ -56,8 +56,8 @@ WeightFormat = Int4Format | Float8Format
 def kept_formats(
     source: WeightSource, config: ModelConfig, keeps: tuple[type[QuantisedWeight], ...]
 ) -> dict[str, WeightFormat]:
-    """Name of a parameter → how it is kept. `keeps`: of the kernel set. Enters the source, to read in which order
-    inputs lie. Raises `UnsupportedCheckpoint` where that is none."""
+    """Name of a parameter → how it is kept. `keeps`: the kernel set's. Enters the source, to read in which order
+    inputs lie. Raises `UnsupportedCheckpoint` where that is no order."""
     if not keeps or not isinstance(source, QuantisedSource) or config.storage.transposed:
         return {}
     stored = {canonical_name(name, config): name for name in source.tensors}
@@ -80,7 +80,7 @@ def kept_formats(
 
 
 def _int4(parts: Sequence[QuantisedModule | None]) -> Int4Format | None:
-    """Of all parts together."""
+    """The format that all parts of a parameter can have together; None: there is none."""
     modules = [part for part in parts if isinstance(part, PackedModule) and part.how.bits == 4]
     if len(modules) < len(parts):
         return None
@@ -102,8 +102,8 @@ def _int4(parts: Sequence[QuantisedModule | None]) -> Int4Format | None:
 
 
 def _float8(parts: Sequence[QuantisedModule | None]) -> Float8Format | None:
-    """Of all parts together: a scale for each output, which one for a whole part is too, or blocks of 128 by 128, all
-    parts but the last of whole blocks. Rows are of whole vectors of 16 bytes."""
+    """The same: a scale for each output, which one for a whole part is, too, or blocks of 128 by 128, where all parts
+    but the last have whole blocks. Rows are of whole vectors of 16 bytes."""
     modules = [part for part in parts if isinstance(part, Float8Module)]
     if len(modules) < len(parts) or modules[0].shape[1] % 16:
         return None

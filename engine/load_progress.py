@@ -1,4 +1,4 @@
-"""LoadProgress: how far reading the weights is, told to whoever waits.
+"""LoadProgress: how far the reading of the weights has come, shown to whoever waits.
 
 Owns the choice between a bar, for a person at a terminal, and two log lines, for everybody else. Knows bytes and
 seconds, no tensors.

@@ -85,7 +85,7 @@ class Decoder:
         self.quantised: dict[str, QuantisedWeight] = {
             name: how.empty(shapes[name], device) for name, how in kept.items()
         }
-        # what a step takes to make the largest of them plain, if it has many tokens
+        # what a step of many tokens needs to make the largest of them plain
         self.scratch_bytes = dtype.itemsize * max((prod(shapes[name]) for name in kept), default=0)
         self._int8 = int8
         # whether products are the kernels', not the library's

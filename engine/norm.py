@@ -11,8 +11,8 @@ from kernels import HeadNorms, Kernels
 
 
 class RMSNorm:
-    """Root mean square norm over the last dimension (Zhang and Sennrich 2019); weight `[width]`, less
-    `offset`."""
+    """Root mean square norm over the last dimension (Zhang and Sennrich 2019); weight `[width]`, to which `offset` is
+    added."""
 
     __slots__ = ("_eps", "_kernels", "_offset", "_weight", "_width")
 
@@ -29,8 +29,7 @@ class RMSNorm:
         return self._weight
 
     @property
-    def shift(self) -> tuple[float, float]:
-        """eps and offset."""
+    def eps_and_offset(self) -> tuple[float, float]:
         return self._eps, self._offset
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -49,9 +48,9 @@ class RMSNorm:
 def head_norms(q_norm: RMSNorm, k_norm: RMSNorm, head_dim: int) -> HeadNorms | None:
     """Both as one value; None where they norm all heads as one, or differ in more than their weights."""
     q, k = q_norm.weight, k_norm.weight
-    if q_norm.shift != k_norm.shift or not q.shape[0] == k.shape[0] == head_dim:
+    if q_norm.eps_and_offset != k_norm.eps_and_offset or not q.shape[0] == k.shape[0] == head_dim:
         return None
-    return HeadNorms(q, k, *q_norm.shift)
+    return HeadNorms(q, k, *q_norm.eps_and_offset)
 
 
 class LayerNorm:

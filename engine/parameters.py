@@ -49,8 +49,8 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def expert_stacks(config: ModelConfig) -> dict[str, list[str]]:
-    """For kernels that compute all experts of a layer at once, which are gated, and want each kind of their weights
-    and biases side by side: name of the whole → names of its parts, expert by expert."""
+    """What kernels that compute all (gated) experts of a layer at once want side by side: name of a stack of weights
+    or biases → names of the parameters in it, expert by expert."""
     if config.moe is None:
         return {}
     parts = ("weight", "bias") if config.mlp_bias else ("weight",)

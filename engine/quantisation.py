@@ -29,7 +29,7 @@ class PackedIntegers:
     bits: Literal[4, 8]
     group_size: int | None  # inputs that share a zero and a scale; None: all of them
     act_order: bool = False  # inputs are sorted into groups by `g_idx`, not by their places
-    zeros_less_one: bool = False  # zeros are stored less 1
+    zeros_less_one: bool = False  # zeros are stored minus 1
     plain: tuple[str, ...] = ()  # modules that are not quantised, see `is_plain`
 
 
@@ -57,7 +57,7 @@ Quantisation = PackedIntegers | Float8 | Float4Blocks
 def read_quantisation(config: Fields) -> Quantisation | None:
     """`quantization_config` of a `config.json`; None: the weights are stored plainly.
 
-    Raises `UnsupportedCheckpoint` naming the field that cannot be had and what is allowed.
+    Raises `UnsupportedCheckpoint` naming the field that is not supported and what is allowed.
     """
     given = config.get("quantization_config")
     if not given:

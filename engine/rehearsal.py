@@ -1,6 +1,6 @@
 """Rehearsal: a fallback's first tokens, against the same model with transformers' own attention.
 
-Owns the comparison that catches what no look from outside shows: positions counted in a way of the model's own, or
+Owns the comparison that catches what cannot be seen from outside: positions counted in a way of the model's own, or
 neighbours of a step that leak into each other past attention. Knows no architectures. It costs a few small forward
 passes at load.
 """

@@ -1,7 +1,7 @@
 """SpecialTokens: which tokens the files beside tokenizer.json call special, and by which names.
 
-Owns the reading of tokenizer_config.json and special_tokens_map.json as transformers reads them: what they name is a
-control token, whatever tokenizer.json says of it, and templates know some by name. Knows no tokenizer.
+Owns the reading of tokenizer_config.json and special_tokens_map.json as transformers reads them: a token that they
+name is a control token, whatever tokenizer.json says of it, and templates know some by name. Knows no tokenizer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _SEVERAL = ("extra_special_tokens", "additional_special_tokens", "model_specific
 
 @dataclass(frozen=True, slots=True)
 class SpecialTokens:
-    """`names`: of template variables, such as `bos_token` → spelling. `spellings`: of all of them."""
+    """`names`: template variable, such as `bos_token` → spelling. `spellings`: those of all special tokens."""
 
     names: Mapping[str, str] = field(default_factory=dict)
     spellings: frozenset[str] = frozenset()

@@ -1,4 +1,4 @@
-"""TemplateSandbox: Jinja's immutable sandbox, in which a template cannot go on for ever either.
+"""TemplateSandbox: Jinja's immutable sandbox, made to stop templates that would run for ever or fill the memory.
 
 Owns the limits of one rendering: steps (turns of a loop, calls) and the size of what is put together from texts and
 lists. Jinja's own sandbox keeps a template from reaching Python; it bounds no more than `range`. Knows no chats.

@@ -214,11 +214,11 @@ class Kernels:
       [R] int32, how: Attention, shared: SharedPrefixes or None) -> [T, hq, d]`: causal attention of a row's queries
       `query_start[r]:query_start[r+1]` over its first `context_lens[r]` tokens, of which those queries are
       the last ones and are already stored. Query head h reads kv head `h // (hq / hk)`. Rows of one token
-      and of many mix freely. Tokens from `query_start[R]` on are padding: their result is zero. None: every row
-      has one query, T = R, and rows with a context of 0 are padding. `shared` (may be left out) changes no result
-      but by rounding, which may then depend on the group, and where `sharing` is exact not a bit. It is used, if at
-      all, for rows of which no window hides a token. Where `query_start` is given only a set whose `sharing` is
-      exact uses it, for the rows that have one query; others may be members, and gain nothing.
+      and of many mix freely. Tokens from `query_start[R]` on are padding: their result is zero. `query_start` None:
+      every row has one query, T = R, and rows with a context of 0 are padding. `shared` (may be left out) is a hint.
+      It changes results by rounding at most, which may then depend on the group; where `sharing` is exact it changes
+      no bit. A set may use it for rows of which no window hides a token. Where `query_start` is given, only a set
+      whose `sharing` is exact uses it, for the rows that have one query; other rows may be members, and gain nothing.
     - `sample(logits [S, vocab], temperatures [S] fp32 or fp64, seeds [S] int64, positions [S] int64, filters or
       None) -> [S] int64`:
       one token of each row, whose bits depend on that row alone. Temperature 0: the largest logit's, the lowest id

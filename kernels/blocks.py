@@ -2,15 +2,15 @@
 
 Owns the part of the contract that names a whole block. Knows no set, no model and no checkpoint.
 
-Such a block is, with residual and x `[T, hidden]`, x being what the block before has made and residual does not
-contain (nothing in front of the first):
+Such a block computes, of residual and x `[T, hidden]`, where x is what the block before it has made and residual does
+not contain yet (for the first block there is no x):
 
     residual = residual + x;  x = out(attention(qkv(norm(residual))))
     residual = residual + x;  x = down(act_mul(gate_up(norm(residual))))
 
 where attention norms the heads of q and k if there are `head_norms`, rotates the first `rotary_dim` channels, stores
-K and V, and mixes. Each operation is the one that `Kernels` names so, rounded as it says: fused or not, not a bit of
-the result differs.
+K and V, and attends. Each operation is the one of that name in `Kernels`, rounded as it says there: fused or not, no
+bit of the result differs.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class BlockParts:
 
 
 class FusedBlocks(Protocol):
-    """All blocks of a decoder: `(x, residual)` behind the last one, each `[T, hidden]`; with `read` `[W]` int64, at
-    most T tokens in any order, `[W, hidden]` of those, and of others the last block makes nothing but K and V. May
+    """All blocks of a decoder: `(x, residual)` behind the last one, each `[T, hidden]`. With `read` `[W]` int64, at
+    most T tokens in any order, `[W, hidden]` of those alone: of the others the last block makes only K and V. May
     overwrite `residual`, which is contiguous.
 
     `rotations`: (cos, sin), each `[T, rotary_dim / 2]` fp32, as many as blocks ask for. `caches`: one per block, of

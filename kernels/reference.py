@@ -210,11 +210,11 @@ def sample(
     tokens = torch.where(sound, likeliest, FAILED)
     drawn = (sound & (temperatures > 0)).nonzero()[:, 0]
     if len(drawn):
-        heat, top = temperatures[drawn].double(), largest[drawn].double()
-        weights = ((logits[drawn].double() - top[:, None]) / heat[:, None]).exp_()  # [n, vocab]
+        temperature, top = temperatures[drawn].double(), largest[drawn].double()
+        weights = ((logits[drawn].double() - top[:, None]) / temperature[:, None]).exp_()  # [n, vocab]
         if filters is not None:
             of_drawn = Filters(filters.top_k[drawn], filters.top_p[drawn], filters.min_p[drawn])
-            weights.masked_fill_(~kept(logits[drawn], heat, of_drawn), 0.0)
+            weights.masked_fill_(~kept(logits[drawn], temperature, of_drawn), 0.0)
         sums = running_sums(weights)
         u = torch.from_numpy(uniforms(seeds[drawn].cpu().numpy(), positions[drawn].cpu().numpy()))
         found = torch.searchsorted(sums, u.to(logits.device)[:, None] * sums[:, -1:], right=True)
@@ -225,14 +225,14 @@ def sample(
     return tokens
 
 
-def kept(logits: Tensor, heat: Tensor, filters: Filters) -> Tensor:
-    """Of rows that are finite, which tokens they may draw: logits `[n, vocab]`, heat `[n]` fp64 above 0, to
+def kept(logits: Tensor, temperature: Tensor, filters: Filters) -> Tensor:
+    """Of rows that are finite, which tokens they may draw: logits `[n, vocab]`, temperature `[n]` fp64 above 0, to
     `[n, vocab]` bool."""
     wide = logits.double() + 0.0  # no -0.0, which a sort may tell from 0.0
     top = wide.amax(dim=1)
-    wide.masked_fill_(wide < (top + heat * filters.min_p.log())[:, None], float("-inf"))
+    wide.masked_fill_(wide < (top + temperature * filters.min_p.log())[:, None], float("-inf"))
     ranked, order = wide.sort(dim=1, descending=True, stable=True)
-    weights = ((ranked - top[:, None]) / heat[:, None]).exp_()
+    weights = ((ranked - top[:, None]) / temperature[:, None]).exp_()
     first = filters.top_k[:, None] > torch.arange(logits.shape[1], device=logits.device)
     first |= filters.top_k[:, None] == 0
     sums = running_sums(weights.masked_fill_(~first, 0.0))

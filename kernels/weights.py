@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 BLOCK = 128  # inputs of a row of words
-_PIECES = 8  # integers in a word
-_PIECE = BLOCK // _PIECES  # inputs that lie in the same bits of neighbouring words
+PER_WORD = 8  # integers of 4 bits
+PIECE = BLOCK // PER_WORD  # inputs that lie in the same bits of neighbouring words
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,11 +74,11 @@ class Int4Weight:
         device: str | torch.device,
         ordered: bool = False,
     ) -> Int4Weight:
-        """Uninitialised memory. `ordered`: with an `order`. Raises `ValueError` for what does not `fit`."""
+        """Uninitialised memory. `ordered`: with an `order`. Raises `ValueError` where it does not fit (`fits`)."""
         if not cls.fits(inputs, group_size):
             raise ValueError(f"{inputs} inputs in groups of {group_size} do not fit")
         return cls(
-            torch.empty(inputs // BLOCK, _PIECE, outputs, dtype=torch.int32, device=device),
+            torch.empty(inputs // BLOCK, PIECE, outputs, dtype=torch.int32, device=device),
             torch.empty(inputs // group_size, outputs, dtype=torch.int32, device=device),
             scale,
             torch.empty(inputs, dtype=torch.int64, device=device) if ordered else None,
@@ -105,7 +105,7 @@ class Int4Weight:
         """Store integers `[n, out]`, 0 to 15, of inputs `start` to `start + n` in stored order, both multiples of
         128."""
         shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=integers.device)
-        apart = integers.to(torch.int32).view(-1, _PIECES, _PIECE, integers.shape[1]) << shifts[:, None, None]
+        apart = integers.to(torch.int32).view(-1, PER_WORD, PIECE, integers.shape[1]) << shifts[:, None, None]
         first = start // BLOCK
         self.words[first : first + apart.shape[0]].copy_(apart.sum(dim=1, dtype=torch.int32))  # no bit twice
 

@@ -4,7 +4,7 @@ Owns the passing of tensors to C, whose shapes, strides and types are checked be
 with caches of the same dtype or of int8. Sampling is C too (`sampling`), but for fp16 logits; penalties, logprobs,
 look-ups and the way from step to step are the reference set's. Products are the set's own (`matmul`) where the
 library's are slow, and then a decoder's blocks may be one call (`blocks`); those with quantised weights are the
-reference set's, and nobody needs them: weights are made plain when they are loaded.
+reference set's, and are not used: on a CPU such weights are made plain when they are loaded.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
  * and by token for the values. It is fixed by the query token alone, so neither chunking nor other rows nor threads
  * change a bit of it. Masked scores are -inf, whose weight is exactly 0. Tiles of 16 tokens that lie before the windows
  * of all queries are not read, nor are the page numbers of whole pages there.
- * Between two blocks all that is known of a query is its `softmax_state`, so it changes no bit where the walk is continued.
+ * Between two blocks all that is known of a query is its `softmax_state`, so it may walk on anywhere, bit for bit.
  */
 #ifndef BLOCK
 #define BLOCK 256 /* context tokens per round of the online softmax (Milakov and Gimelshein 2018) */

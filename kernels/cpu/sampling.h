@@ -2,9 +2,9 @@
  *
  * Owns the draw, and min-p, top-k and top-p before it. Knows no parameters by name and makes no noise: a row brings a
  * number from [0, 1). A plain row is read for its largest logit, again for the sums of weights of its blocks, and one
- * block of it once more, for the token. Of a filtered row those tokens are collected, in the order of ids, that
- * a filter may leave; the last one that stays is searched among them as quicksort would, in the parts alone that hold
- * it, so nothing is sorted whole. Weights are fp32, their sums fp64.
+ * block of it once more, for the token. Of a filtered row the tokens that a filter may
+ * leave are collected, in the order of ids; the last one that stays is found among them by quickselect (Hoare 1961), so
+ * nothing is sorted whole. Weights are fp32, their sums fp64.
  */
 #ifndef GROUP
 #include <float.h>
@@ -162,13 +162,13 @@ INLINE long FN(collect)(const SCALAR *row, long width, float largest, float by, 
 }
 
 /* As `draw`, of the tokens that the filters leave. top_k: 0, or below the width. room[2 * width] */
-static long FN(draw_filtered)(const SCALAR *row, long width, float largest, float by, double heat, double u,
+static long FN(draw_filtered)(const SCALAR *row, long width, float largest, float by, double temperature, double u,
                               long top_k, double top_p, double min_p, const float *maxima, candidate *room) {
     const long groups = (width + GROUP - 1) / GROUP;
     candidate *left = room, *sorted = room + width;
     long stay;
     double mass = 0; /* of all that top-p is a share of */
-    float least = min_p > 0 ? at_least(largest + heat * log(min_p)) : -FLT_MAX; /* what can stay */
+    float least = min_p > 0 ? at_least(largest + temperature * log(min_p)) : -FLT_MAX; /* what can stay */
     if (least < -FLT_MAX) least = -FLT_MAX;
     if (top_k > 0 && top_k <= groups) { /* each of the largest k of the groups has one token like it */
         for (long g = 0; g < groups; g++) sorted[g] = (candidate){key_of(maxima[g], g), 0};
@@ -177,7 +177,7 @@ static long FN(draw_filtered)(const SCALAR *row, long width, float largest, floa
     } else if (top_k == 0 && top_p < 1) { /* all of less weight weigh less together than what does not stay */
         for (long from = 0; from < width; from += WEIGHED)
             mass += FN(weight_sum)(row + from, width - from < WEIGHED ? width - from : WEIGHED, largest, by, least);
-        const float bound = at_least(largest + heat * log(0.99 * (1 - top_p) * mass / width));
+        const float bound = at_least(largest + temperature * log(0.99 * (1 - top_p) * mass / width));
         if (bound > least) least = bound;
     }
     long count = FN(collect)(row, width, largest, by, least, maxima, left);
@@ -204,33 +204,33 @@ static long FN(draw_filtered)(const SCALAR *row, long width, float largest, floa
 }
 
 /* -1 where the largest logit is NaN or infinite. At temperature 0 the first of the largest. */
-static long FN(sample_row)(const SCALAR *row, long width, double heat, double u, long top_k, double top_p,
+static long FN(sample_row)(const SCALAR *row, long width, double temperature, double u, long top_k, double top_p,
                            double min_p, candidate *room) {
     float maxima[(width + GROUP - 1) / GROUP];
     const float largest = FN(group_maxima)(row, width, maxima);
     if (!isfinite(largest)) return -1;
-    if (heat == 0) {
+    if (temperature == 0) {
         long at = 0;
         while (maxima[at / GROUP] != largest) at += GROUP;
         while (FN(load_some)(row + at, 1)[0] != largest) at++;
         return at;
     }
     /* finite and not 0, so that no difference of logits times it is NaN */
-    const float by = (float)fmin(fmax(LOG2E / heat, FLT_MIN), FLT_MAX);
+    const float by = (float)fmin(fmax(LOG2E / temperature, FLT_MIN), FLT_MAX);
     if (top_k >= width) top_k = 0;
     if (top_k == 0 && top_p == 1 && min_p == 0) return FN(draw)(row, width, largest, by, u);
-    return FN(draw_filtered)(row, width, largest, by, heat, u, top_k, top_p, min_p, maxima, room);
+    return FN(draw_filtered)(row, width, largest, by, temperature, u, top_k, top_p, min_p, maxima, room);
 }
 
-/* out[t] of logits x[t], by heat[t], a temperature, and u[t]. Without filters top_k is NULL, with them there is
+/* out[t] of logits x[t], by temperature[t], a temperature, and u[t]. Without filters top_k is NULL, with them there is
  * room[threads][2 * width]. */
-void FN(sample)(long tokens, long width, const SCALAR *x, long stride, const double *heat, const double *u,
+void FN(sample)(long tokens, long width, const SCALAR *x, long stride, const double *temperature, const double *u,
                 const int64_t *top_k, const double *top_p, const double *min_p, candidate *room, int64_t *out,
                 int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static, 1) if (tokens > 1 && tokens * width > PARALLEL_WORK)
     for (long part = 0; part < threads; part++)
         for (long t = part; t < tokens; t += threads)
-            out[t] = FN(sample_row)(x + t * stride, width, heat[t], u[t], top_k ? top_k[t] : 0,
+            out[t] = FN(sample_row)(x + t * stride, width, temperature[t], u[t], top_k ? top_k[t] : 0,
                                     top_k ? top_p[t] : 1, top_k ? min_p[t] : 0,
                                     top_k ? room + part * 2 * width : NULL);
 }

@@ -1,6 +1,6 @@
 """Sampling on a CPU: one pass of C over each row of logits, greedy, plain or filtered (`sampling.h`).
 
-Owns the passing of tensors to C, and the noise. Logits that the C has no code for go the reference set's way.
+Owns the passing of tensors to C, and the noise. Logits of other dtypes are left to the reference set.
 """
 
 from __future__ import annotations
@@ -44,10 +44,11 @@ class Sampling:
         if filters is not None:
             room = torch.empty(threads, 2 * vocab, CANDIDATE, dtype=torch.int64)
             asked = [filters.top_k.contiguous(), filters.top_p.contiguous(), filters.min_p.contiguous(), room]
-        heat, noise = temperatures.double().contiguous(), uniforms(seeds.numpy(), positions.numpy())
+        wide = temperatures.double().contiguous()
+        noise = uniforms(seeds.numpy(), positions.numpy())
         tokens = torch.empty(rows, dtype=torch.int64)
         self._sample[logits.dtype](
-            rows, vocab, logits.data_ptr(), logits.stride(0), heat.data_ptr(), noise.ctypes.data,
+            rows, vocab, logits.data_ptr(), logits.stride(0), wide.data_ptr(), noise.ctypes.data,
             *(None if one is None else one.data_ptr() for one in asked), tokens.data_ptr(), threads,
         )  # fmt: skip
         return tokens

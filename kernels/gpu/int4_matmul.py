@@ -17,12 +17,14 @@ from torch import Tensor
 
 from kernels.gpu.quantised_tiles import Tile, segments_for
 from kernels.gpu.segments import add_segments
-from kernels.weights import BLOCK, Int4Weight
+from kernels.weights import BLOCK, PER_WORD, PIECE, Int4Weight
 
 MOST_TOKENS = 128  # of the kernel; with more the weight is dequantised
 APART_TOKENS = 256  # with more, programs are many enough to take all segments each
-PIECE = 16  # inputs in the same bits of neighbouring words
 
+# the layout of `Int4Weight`, for kernels
+BLOCK_INPUTS, PIECE_INPUTS = tl.constexpr(BLOCK), tl.constexpr(PIECE)
+NUM_PIECES = tl.constexpr(PER_WORD)  # of a block
 # with more rows wgmma would take the integers from shared memory, where unpacking costs three times as much
 FEW, MANY = Tile(16, 128, 4, 4), Tile(32, 128, 4, 4)
 FP32 = Tile(16, 64, 4, 1)  # without tensor cores: for checks
@@ -53,19 +55,20 @@ def _segment(
     PIECES: tl.constexpr, BLOCKS: tl.constexpr, FP16: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """[ROWS, COLUMNS] fp32: the products over blocks `first` to `last`. A group is PIECES pieces of a block, or
-    BLOCKS whole blocks. x: pointers [ROWS, 16], words: [16, COLUMNS], groups: [1, COLUMNS], all of input 0."""
+    BLOCKS whole blocks. x: pointers [ROWS, PIECE_INPUTS], words: [PIECE_INPUTS, COLUMNS], groups: [1, COLUMNS], all
+    of input 0."""
     # words of 32 bits everywhere: then they are unpacked in the registers that the tensor cores read
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for block in range(first, last):
-        packed = tl.load(words + block * (16 * outputs), mask=held_columns, other=0)
-        for group in tl.static_range(8 // PIECES):
-            place = (block // BLOCKS * (8 // PIECES) + group) * outputs
+        packed = tl.load(words + block * (PIECE_INPUTS * outputs), mask=held_columns, other=0)
+        for group in tl.static_range(NUM_PIECES // PIECES):
+            place = (block // BLOCKS * (NUM_PIECES // PIECES) + group) * outputs
             shared = tl.load(groups + place, mask=held_columns, other=0)
             zero = _numbers(shared & 31, x.dtype.scalar.element_ty)
             part = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
             for piece in tl.static_range(PIECES):
                 number = group * PIECES + piece
-                a = tl.load(x + block * 128 + number * 16, mask=held_rows, other=0.0)
+                a = tl.load(x + block * BLOCK_INPUTS + number * PIECE_INPUTS, mask=held_rows, other=0.0)
                 b = _numbers((packed >> (4 * number)) & 15, x.dtype.scalar.element_ty) - zero
                 part = tl.dot(a, b, part, input_precision="ieee")
             total += part * _scales(shared, FP16)
@@ -83,7 +86,7 @@ def int4_kernel(
     row_tiles = tl.cdiv(tokens, ROWS)
     number = tl.program_id(0)
     first_row, first_column = (number % row_tiles).to(tl.int64) * ROWS, (number // row_tiles) * COLUMNS
-    row, column, lane = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, 16)
+    row, column, lane = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, PIECE_INPUTS)
     held_rows = (row < tokens - first_row)[:, None]
     held_columns = (column < outputs - first_column)[None, :]
     x += first_row * x_stride + row[:, None] * x_stride + lane[None, :]
@@ -118,17 +121,20 @@ def int4_plain_kernel(
 ):  # fmt: skip
     """out [inputs, outputs] = (integers - zeros) · scales, rounded once. A program makes a block of inputs."""
     block, first_column = tl.program_id(1), tl.program_id(0) * COLUMNS
-    column, lane = first_column + tl.arange(0, COLUMNS)[None, :], tl.arange(0, 16)[:, None]
+    column, lane = first_column + tl.arange(0, COLUMNS)[None, :], tl.arange(0, PIECE_INPUTS)[:, None]
     held = column < outputs
-    packed = tl.load(words + (block.to(tl.int64) * 16 + lane) * outputs + column, mask=held, other=0)
-    for group in tl.static_range(8 // PIECES):
-        place = (block // BLOCKS * (8 // PIECES) + group) * outputs + column
+    packed = tl.load(
+        words + (block.to(tl.int64) * PIECE_INPUTS + lane) * outputs + column, mask=held, other=0
+    )
+    for group in tl.static_range(NUM_PIECES // PIECES):
+        place = (block // BLOCKS * (NUM_PIECES // PIECES) + group) * outputs + column
         shared = tl.load(groups + place, mask=held, other=0)
         zero, scale = shared & 31, _scales(shared, FP16)
         for piece in tl.static_range(PIECES):
             number = group * PIECES + piece
             weight = (((packed >> (4 * number)) & 15) - zero).to(tl.float32) * scale
-            target = out + (block.to(tl.int64) * 128 + number * 16 + lane) * outputs + column
+            row = block.to(tl.int64) * BLOCK_INPUTS + number * PIECE_INPUTS + lane
+            target = out + row * outputs + column
             tl.store(target, weight.to(out.dtype.element_ty), mask=held)
 
 

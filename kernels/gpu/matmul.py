@@ -1,4 +1,4 @@
-"""Matrix products of which each row depends on that row alone, bit for bit: as a vendor's library does not promise.
+"""Matrix products of which each row depends on that row alone, bit for bit. A vendor's library does not promise that.
 
 A program makes one tile of the result, from one segment of the inputs or from all of them; `add_segments` adds
 those that were made apart, in the order in which a program adds its own. So the same sums are made, in the same

@@ -1,6 +1,6 @@
 """Normalisers: of each row of logits its largest and the log of its sum of exponentials, in two launches.
 
-Owns the second one; the first is that of `sampling`, which tells of each block of the vocabulary its largest logit
+Owns the second one; the first is that of `sampling`, which notes of each block of the vocabulary its largest logit
 and a sum of whole numbers, at a temperature of 1. Knows nothing of draws.
 """
 

@@ -1,5 +1,5 @@
-"""Penalties: of each row's list of tokens their logits changed, and a token that was drawn noted in the list, in one
-launch each; nothing is read back to the host.
+"""Penalties: one launch changes the logits of the tokens that each row lists, another notes in the lists the tokens
+that were drawn; nothing is read back to the host.
 
 Owns both kernels. A row's entries are distinct tokens, so no two threads write to one logit. Knows nothing of draws.
 """

@@ -1,7 +1,7 @@
 """Sampling: of each row of logits one token, in two launches that read nothing back to the host, and a third one
 where rows may be filtered (`filters`).
 
-The vocabulary is cut into blocks of a fixed size. The first kernel reads all logits once and tells of each block its
+The vocabulary is cut into blocks of a fixed size. The first kernel reads all logits once and notes of each block its
 largest, where that is, and how much its tokens weigh; the second finds the block of the draw, and the token in it.
 
 Weights of a block are whole numbers of 2⁻⁴⁰ of its largest one's, and are summed as integers: no order of the sum
@@ -58,7 +58,7 @@ def draw_kernel(
     logits, temperatures, seeds, positions, maxima, firsts, sums, tokens, stride, vocab, blocks,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """tokens [S] int64, from what `block_kernel` has told; BLOCKS: `blocks`, rounded up to a power of two."""
+    """tokens [S] int64, from what `block_kernel` has noted; BLOCKS: `blocks`, rounded up to a power of two."""
     row = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, BLOCKS)
     place, inside = row * blocks + block, block < blocks

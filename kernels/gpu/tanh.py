@@ -1,7 +1,7 @@
 """The hyperbolic tangent, inside kernels.
 
-Triton's own comes from a library of the device, which the interpreter has not; the usual formula of exponentials
-loses all digits near 0.
+Triton's own comes from a library of the device, which the interpreter does not have; the usual formula of
+exponentials loses all digits near 0.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ from engine.parameters import expert_stacks
 from engine.weights import load_weights
 from kernels import KernelSet, kernels_for
 from kernels.reference import KERNELS
-from tests.support.families import MODELS, write_tiny
+from tests.support.families import write_tiny
+from tests.support.family_models import MODELS
 
 HIDDEN, INNER, COUNT = 32, 48, 5
 

@@ -17,7 +17,8 @@ from engine.engine import Engine
 from engine.families import FAMILIES
 from engine.request import Request, RequestId
 from engine.sampling_params import SamplingParams
-from tests.support.families import MODELS, Case, assert_equal, generated, reference_cases, write_tiny
+from tests.support.families import Case, assert_equal, generated, reference_cases, write_tiny
+from tests.support.family_models import MODELS
 from tests.support.tiny import VOCAB_SIZE
 
 

@@ -27,7 +27,8 @@ from engine.memory import bytes_per_page
 from engine.request import Completion, Request, RequestId
 from engine.sampling_params import SamplingParams
 from tests.engine.test_alone_equals_crowd import Answers, comparable, make_requests
-from tests.support.families import MODELS, assert_near, generated, reference_cases, write_tiny
+from tests.support.families import assert_near, generated, reference_cases, write_tiny
+from tests.support.family_models import MODELS
 from tests.support.pressure import expect_short_answers, run
 from tests.support.tiny import VOCAB_SIZE, write_tiny_llama
 

@@ -20,7 +20,8 @@ from engine.request import Completion, Request, RequestId
 from engine.runner import ModelRunner, resolve_kv_cache_dtype
 from engine.sampling_params import SamplingParams
 from kernels import KernelSet, kernels_for
-from tests.support.families import MODELS, write_tiny
+from tests.support.families import write_tiny
+from tests.support.family_models import MODELS
 from tests.support.pressure import poison_free_pages
 from tests.support.tiny import write_tiny_llama
 

@@ -6,20 +6,20 @@ Here that is the cpu set, on blocks of 256 tokens. What any set must do with a h
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from kernels import Attention, Kernels, SharedPrefixes, kernels_for
-from tests.support.paged import Paged, paged, sharing
+from tests.support.paged import Layout, Paged, hinted, paged, sharing
 
 CPU = kernels_for("cpu", "cpu")
 DTYPES = [torch.bfloat16, torch.float32]
 NOWHERE = 2**30  # a page that is none
 
-# contexts of rows with one query each, and who shares how many tokens
-LAYOUTS: dict[str, tuple[list[int], list[tuple[list[int], int]]]] = {
+LAYOUTS: dict[str, Layout] = {
     "a block, to its end": ([257, 300, 256, 700], [([0, 1, 2, 3], 256)]),
     "not a multiple of a block": ([800, 701, 760, 90, 1030], [([4, 1, 2, 0], 697)]),
     "less than a block": ([300, 301, 400], [([0, 1, 2], 250)]),
@@ -33,29 +33,8 @@ LAYOUTS: dict[str, tuple[list[int], list[tuple[list[int], int]]]] = {
 }
 
 
-def laid_out(
-    layout: str,
-    *,
-    heads: int = 3,
-    kv_heads: int = 1,
-    dim: int = 16,
-    page_size: int = 16,
-    dtype: torch.dtype = torch.bfloat16,
-    storage: torch.dtype | None = None,
-    how: Attention | None = None,
-) -> tuple[Paged, SharedPrefixes]:
-    contexts, groups = LAYOUTS[layout]
-    case = paged(
-        [(1, context) for context in contexts],
-        heads=heads,
-        kv_heads=kv_heads,
-        dim=dim,
-        page_size=page_size,
-        dtype=dtype,
-        storage=storage,
-        how=how,
-    )
-    return sharing(case, groups, len(contexts))
+def shared(layout: str, *, heads: int = 3, **shape: Any) -> tuple[Paged, SharedPrefixes]:
+    return hinted(LAYOUTS[layout], heads=heads, **shape)
 
 
 def attend(case: Paged, hint: SharedPrefixes | None, kernels: Kernels = CPU) -> Tensor:
@@ -74,7 +53,7 @@ def test_the_set_says_so() -> None:
 def test_the_bits_of_rows_that_walk_alone(
     layout: str, dtype: torch.dtype, cpu_storage: torch.dtype | None
 ) -> None:
-    case, hint = laid_out(layout, kv_heads=2, heads=6, dim=24, dtype=dtype, storage=cpu_storage)
+    case, hint = shared(layout, kv_heads=2, heads=6, dim=24, dtype=dtype, storage=cpu_storage)
     alone = attend(case, None)
     assert alone.isfinite().all()
     assert torch.equal(attend(case, hint), alone)
@@ -98,7 +77,7 @@ def test_shapes_of_heads_and_pages(
     heads: int, kv_heads: int, dim: int, page_size: int, cpu_storage: torch.dtype | None
 ) -> None:
     for layout in ("not a multiple of a block", "two groups and none"):
-        case, hint = laid_out(
+        case, hint = shared(
             layout, heads=heads, kv_heads=kv_heads, dim=dim, page_size=page_size, storage=cpu_storage
         )
         assert torch.equal(attend(case, hint), attend(case, None)), layout
@@ -124,13 +103,13 @@ def test_shapes_of_heads_and_pages(
 )
 def test_options(how: Attention) -> None:
     for layout in ("not a multiple of a block", "two groups and none"):
-        case, hint = laid_out(layout, how=how)
+        case, hint = shared(layout, how=how)
         assert torch.equal(attend(case, hint), attend(case, None)), layout
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_threads_change_no_bit(threads: int) -> None:
-    case, hint = laid_out("more than an item", heads=4, kv_heads=2)
+    case, hint = shared("more than an item", heads=4, kv_heads=2)
     alone, before = attend(case, None), torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
@@ -154,7 +133,7 @@ def test_rows_of_many_queries_stay_alone() -> None:
 
 def test_the_shared_blocks_are_read_through_one_page_table() -> None:
     """So the path was taken, and only for whole blocks: where the other tables say nothing no bit changes."""
-    case, hint = laid_out("not a multiple of a block")
+    case, hint = shared("not a multiple of a block")
     table = case.page_table.clone()
     table[[0, 1, 2], : 512 // 16] = NOWHERE
     assert torch.equal(attend(replace(case, page_table=table), hint), attend(case, None))
@@ -162,7 +141,7 @@ def test_the_shared_blocks_are_read_through_one_page_table() -> None:
 
 def test_a_window_keeps_its_rows_alone() -> None:
     """Of five rows two see everything, and read through one table."""
-    case, hint = laid_out("two groups and none", how=Attention(0.2, window=570))
+    case, hint = shared("two groups and none", how=Attention(0.2, window=570))
     assert torch.equal(attend(case, hint), attend(case, None))
     table = case.page_table.clone()
     table[2, :32] = NOWHERE  # context 560; the other one that shares and sees it all is row 5
@@ -172,7 +151,7 @@ def test_a_window_keeps_its_rows_alone() -> None:
 @pytest.mark.parametrize(("keys", "values"), [(True, False), (False, True)])
 def test_nan_meets_the_rows_that_see_it_and_no_others(keys: bool, values: bool) -> None:
     """In a block that is shared, in one of which a part is, and behind a row's end."""
-    case, hint = laid_out("more than a context holds")
+    case, hint = shared("more than a context holds")
     clean = attend(case, hint)
     for token, seeing in ((100, [0, 1, 3, 4]), (290, [0, 1, 3, 4]), (500, [0, 3, 4]), (790, [0, 3])):
         spoiled = case.spoil(CPU, 0, [token], keys=keys, values=values)
@@ -184,7 +163,7 @@ def test_nan_meets_the_rows_that_see_it_and_no_others(keys: bool, values: bool) 
 
 
 def test_a_broken_hint_is_refused() -> None:
-    case, hint = laid_out("one row")
+    case, hint = shared("one row")
     for broken in (
         replace(hint, tokens=hint.tokens[:1]),
         replace(hint, members=hint.members.long()),

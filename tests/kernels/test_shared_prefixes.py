@@ -14,13 +14,12 @@ from kernels import Attention, Kernels, SharedPrefixes
 from kernels.gpu import launch
 from tests.support.close import assert_close
 from tests.support.hopping import triton_kernels
-from tests.support.paged import Paged, laid_out, naive_attention, paged, sharing
+from tests.support.paged import Layout, Paged, hinted, laid_out, naive_attention, paged, sharing
 
 TRITON = triton_kernels()
 PADDING = 2  # rows without a context, behind the others
 
-# contexts of the rows, and who shares how many tokens; a split is 512 tokens
-LAYOUTS: dict[str, tuple[list[int], list[tuple[list[int], int]]]] = {
+LAYOUTS: dict[str, Layout] = {  # a split is 512 tokens
     "a whole split": ([20, 513, 530, 600, 512, 300], [([2, 1, 4, 5], 512)]),
     "part of a split": ([700, 640, 616, 90, 1030], [([4, 1, 2, 0], 600)]),
     "three splits": ([1540, 1700, 40, 1537, 1610, 1000], [([0, 3, 4, 1, 5], 1536)]),
@@ -32,32 +31,9 @@ LAYOUTS: dict[str, tuple[list[int], list[tuple[list[int], int]]]] = {
 }
 
 
-def hinted(
-    layout: str,
-    *,
-    heads: int = 2,
-    kv_heads: int = 1,
-    dim: int = 16,
-    dtype: torch.dtype = torch.bfloat16,
-    storage: torch.dtype | None = None,
-    how: Attention | None = None,
-    page_size: int = 16,
-) -> tuple[Paged, SharedPrefixes]:
+def padded(layout: str, *, heads: int = 2, **shape: Any) -> tuple[Paged, SharedPrefixes]:
     """A step of one query a row, with padding, and its hint."""
-    contexts, groups = LAYOUTS[layout]
-    case = paged(
-        [(1, context) for context in contexts],
-        heads=heads,
-        kv_heads=kv_heads,
-        dim=dim,
-        page_size=page_size,
-        dtype=dtype,
-        storage=storage,
-        how=how,
-        padding=PADDING,
-    )
-    rows = len(contexts) + PADDING
-    case, hint = sharing(case, groups, rows)
+    case, hint = hinted(LAYOUTS[layout], heads=heads, padding=PADDING, **shape)
     nowhere = torch.full((PADDING, case.page_table.shape[1]), 2**30, dtype=torch.int32)
     nothing = torch.zeros(PADDING, dtype=torch.int32)
     return (
@@ -80,7 +56,7 @@ def test_rows_that_share_equal_a_plain_loop(
     kernels: Kernels, dtype: torch.dtype, storage: torch.dtype | None, layout: str, group: int
 ) -> None:
     page_size = 64 if storage is None else 16
-    case, hint = hinted(
+    case, hint = padded(
         layout, heads=2 * group, kv_heads=2, dim=24, dtype=dtype, storage=storage, page_size=page_size
     )
     wanted = naive_attention(case)
@@ -99,7 +75,7 @@ HOWS = {
 
 @pytest.mark.parametrize("how", HOWS)
 def test_options(kernels: Kernels, how: str) -> None:
-    case, hint = hinted("part of a split", dtype=torch.float32, how=HOWS[how], page_size=64)
+    case, hint = padded("part of a split", dtype=torch.float32, how=HOWS[how], page_size=64)
     assert_close(attend(kernels, case, hint), naive_attention(case), torch.float32)
 
 
@@ -116,7 +92,7 @@ def test_the_hint_changes_no_bit_where_rows_have_starts(kernels: Kernels, dtype:
 @pytest.mark.parametrize(("keys", "values"), [(True, False), (False, True)])
 def test_nan_meets_the_rows_that_see_it_and_no_others(kernels: Kernels, keys: bool, values: bool) -> None:
     """In a split that is shared, in one that is shared in part, and behind all that is shared."""
-    case, hint = hinted("part of a split")
+    case, hint = padded("part of a split")
     clean = attend(kernels, case, hint)
     for token, seeing in ((100, [0, 1, 2, 4]), (599, [0, 1, 2, 4]), (618, [4])):
         blind = [row for row in range(5) if row not in seeing]
@@ -127,7 +103,7 @@ def test_nan_meets_the_rows_that_see_it_and_no_others(kernels: Kernels, keys: bo
 
 def test_a_context_that_ends_in_the_shared_split(kernels: Kernels) -> None:
     """Its row is a member, and meets nothing of what the others see behind its end."""
-    case, hint = hinted("a whole split")
+    case, hint = padded("a whole split")
     clean = attend(kernels, case, hint)
     found = attend(kernels, case.spoil(kernels, 2, [300, 400], keys=True, values=True), hint)
     assert torch.equal(found[[0, 3, 5]], clean[[0, 3, 5]])
@@ -137,7 +113,7 @@ def test_a_context_that_ends_in_the_shared_split(kernels: Kernels) -> None:
 @pytest.mark.parametrize("kernels", ["cpu", "triton"], indirect=True)
 def test_shared_pages_are_read_through_one_row(kernels: Kernels) -> None:
     """Where the tables of the others say nothing, no bit changes: so K and V are not read for each row."""
-    case, hint = hinted("two groups and none")
+    case, hint = padded("two groups and none")
     table = case.page_table.clone()
     table[[0, 2, 5], :32] = 2**30
     table[[3, 4, 6], :64] = 2**30
@@ -148,13 +124,13 @@ def test_shared_pages_are_read_through_one_row(kernels: Kernels) -> None:
     "kernels", ["reference", "cpu", pytest.param("triton", marks=pytest.mark.interpreted)], indirect=True
 )
 def test_more_heads_of_one_kv_head_than_a_block_holds(kernels: Kernels) -> None:
-    case, hint = hinted("part of a split", heads=71, dtype=torch.float32)
+    case, hint = padded("part of a split", heads=71, dtype=torch.float32)
     assert_close(attend(kernels, case, hint), naive_attention(case), torch.float32)
 
 
 def test_every_element_is_written(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh memory is NaN: results, and what the kernels leave for each other."""
-    case, hint = hinted("two groups and none")
+    case, hint = padded("two groups and none")
     clean, empty = attend(kernels, case, hint), torch.empty
 
     def poisoned(*size: Any, **kind: Any) -> Tensor:
@@ -176,7 +152,7 @@ def test_the_launch_is_the_same_for_all_groups(monkeypatch: pytest.MonkeyPatch) 
 
     for name in ("prefix", "single", "reduce"):
         monkeypatch.setattr(launch, name, Recorded())
-    case, hint = hinted("two groups and none")
+    case, hint = padded("two groups and none")
     attend(TRITON, case, hint)
     first = list(grids)
     grids.clear()

@@ -15,6 +15,8 @@ from torch import Tensor
 from kernels import Attention, Kernels, PagedKV, SharedPrefixes
 
 NAN = float("nan")
+# contexts of rows with one query each, and groups of those rows that share so many tokens
+Layout = tuple[list[int], list[tuple[list[int], int]]]
 
 
 @dataclass
@@ -130,6 +132,34 @@ def paged(
         keys=keys,
         values=values,
     )
+
+
+def hinted(
+    layout: Layout,
+    *,
+    heads: int,
+    kv_heads: int = 1,
+    dim: int = 16,
+    page_size: int = 16,
+    dtype: torch.dtype = torch.bfloat16,
+    storage: torch.dtype | None = None,
+    how: Attention | None = None,
+    padding: int = 0,
+) -> tuple[Paged, SharedPrefixes]:
+    """Rows of one query each that share prefixes, and the hint that says so."""
+    contexts, groups = layout
+    case = paged(
+        [(1, context) for context in contexts],
+        heads=heads,
+        kv_heads=kv_heads,
+        dim=dim,
+        page_size=page_size,
+        dtype=dtype,
+        storage=storage,
+        how=how,
+        padding=padding,
+    )
+    return sharing(case, groups, len(contexts) + padding)
 
 
 def sharing(
