@@ -7,6 +7,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from engine.invalid_parameter import InvalidParameter
 from engine.matcher import fill
 from engine.reasoning import MAX_BLANKS, Part, ReasoningFormat, format_of, told
 from engine.request import Begins, FinishReason, Generated, Output, Request, RequestId
+from engine.run import identity
 from engine.special_tokens import SpecialTokens
 from engine.stop import StopChecker
 from engine.tokenizer import Tokenizer
@@ -305,6 +307,13 @@ def test_a_resumed_sample_is_the_same(llm: LLM) -> None:
         assert CLOSE_ID in whole.token_ids
         for cut in range(1, len(whole.token_ids)):
             assert finished(engine, prompt, sampling, whole.token_ids[:cut]) == whole
+
+
+def test_only_what_begins_alike_is_run_as_one() -> None:
+    """A prompt and a chat of the same tokens: stop strings may end them elsewhere."""
+    chat = Request(id=RequestId("a", 1), prompt_token_ids=(5,), sampling=closing(), begins="reasoning")
+    assert identity(chat) != identity(replace(chat, begins="answer"))
+    assert identity(chat) == identity(replace(chat, id=RequestId("b", 1)))
 
 
 def finished(
