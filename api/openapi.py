@@ -19,7 +19,7 @@ from jobs.batch_file import ENDPOINTS
 from jobs.body import JobBody
 from jobs.files import LONGEST_LIFE, SHORTEST_LIFE, Purpose
 from jobs.idempotency import MAX_KEY_CHARS
-from jobs.openai_body import CHAT, COMPLETIONS, MAX_COMPLETION_LOGPROBS, MESSAGE_EXTRAS
+from jobs.openai_body import CHAT, COMPLETIONS, MAX_COMPLETION_LOGPROBS, MESSAGE_EXTRAS, THOUGHTS
 from jobs.retries import RETRIABLE
 from jobs.schedule_body import REQUIRED, Missed, ScheduleFields
 from jobs.template_kwargs import EFFORT, EFFORTS, NO_EFFORT
@@ -37,7 +37,12 @@ _IDEMPOTENCY_KEY: Final[Schema] = {
     "required": False,
     "description": "The same key with the same request is accepted once, and answered each time.",
     # Printable ASCII; blanks at the ends would not survive the header.
-    "schema": {"type": "string", "minLength": 1, "maxLength": MAX_KEY_CHARS, "pattern": "^[!-~]+$"},
+    "schema": {
+        "type": "string",
+        "minLength": 1,
+        "maxLength": MAX_KEY_CHARS,
+        "pattern": "^[!-~]([ -~]*[!-~])?$",
+    },
 }
 _MEDIA: Final[dict[tuple[str, str], tuple[str, ...]]] = {
     ("post", CHAT): ("application/json", "text/event-stream"),
@@ -165,7 +170,12 @@ def _chat(job: Schema) -> Schema:
     text = {"anyOf": [_TEXT, {"type": "array", "minItems": 1, "items": _part("text")}]}
     roles = {"enum": ["system", "developer", "user", "assistant"]}
     message = _object(
-        {"role": roles, "content": text, **dict.fromkeys(sorted(MESSAGE_EXTRAS), _ANYTHING)},
+        {
+            "role": roles,
+            "content": text,
+            **dict.fromkeys(sorted(MESSAGE_EXTRAS), _ANYTHING),
+            **dict.fromkeys(THOUGHTS, _nullable(_TEXT)),
+        },
         "role",
         "content",
     )
@@ -197,8 +207,9 @@ def _response(job: Schema) -> Schema:
         "required": ["role", "content"],
         "properties": {"role": _TEXT, "content": _ANYTHING},
     }
+    thought = {"type": "object", "required": ["type"], "properties": {"type": {"enum": ["reasoning"]}}}
     fields |= {
-        "input": {"anyOf": [_TEXT, {"type": "array", "minItems": 1, "items": item}]},
+        "input": {"anyOf": [_TEXT, {"type": "array", "minItems": 1, "items": {"anyOf": [item, thought]}}]},
         "instructions": {"type": ["string", "null"]},
         "text": _nullable(_object({"format": {"type": ["object", "null"]}, "verbosity": {"type": "null"}})),
         "reasoning": _nullable(_object({"effort": _EFFORT})),

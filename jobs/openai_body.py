@@ -36,8 +36,8 @@ OFF: Final[dict[str, tuple[Any, ...]]] = {
 MESSAGE_EXTRAS: Final = frozenset({
     "annotations", "audio", "function_call", "name", "refusal", "tool_calls",
 })
-# What earlier answers thought, which templates leave out of a conversation.
-THOUGHTS: Final = "reasoning_content"
+# What earlier answers thought, which templates leave out of a conversation; our name of it, and vLLM's.
+THOUGHTS: Final = ("reasoning_content", "reasoning")
 # fmt: on
 _SPECIAL: Final = IGNORED | OFF.keys() | NOT_SUPPORTED_YET
 
@@ -117,8 +117,9 @@ def plain_messages(messages: object) -> object:
 def _plain(message: dict[str, Any]) -> dict[str, Any]:
     extras = MESSAGE_EXTRAS.intersection(message)
     plain = {name: value for name, value in message.items() if name not in extras or value}
-    if isinstance(plain.get(THOUGHTS), str | None):
-        plain.pop(THOUGHTS, None)
+    for name in THOUGHTS:
+        if isinstance(plain.get(name), str | None):
+            plain.pop(name, None)
     if plain.get("role") == "developer":  # OpenAI's newer word
         plain["role"] = "system"
     return plain

@@ -7,18 +7,21 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from engine import LLM, SamplingParams, StructuredOutputsParams
 from engine.engine import Engine
 from engine.grammars import Grammars
 from engine.invalid_parameter import InvalidParameter
-from engine.matcher import fill
+from engine.matcher import Matcher, fill
 from engine.reasoning import MAX_BLANKS, Part, ReasoningFormat, format_of, told
 from engine.request import Begins, FinishReason, Generated, Output, Request, RequestId
+from engine.run import identity
 from engine.special_tokens import SpecialTokens
 from engine.stop import StopChecker
 from engine.tokenizer import Tokenizer
@@ -307,6 +310,13 @@ def test_a_resumed_sample_is_the_same(llm: LLM) -> None:
             assert finished(engine, prompt, sampling, whole.token_ids[:cut]) == whole
 
 
+def test_only_what_begins_alike_is_run_as_one() -> None:
+    """A prompt and a chat of the same tokens: stop strings may end them elsewhere."""
+    chat = Request(id=RequestId("a", 1), prompt_token_ids=(5,), sampling=closing(), begins="reasoning")
+    assert identity(chat) != identity(replace(chat, begins="answer"))
+    assert identity(chat) == identity(replace(chat, id=RequestId("b", 1)))
+
+
 def finished(
     engine: Engine, prompt: tuple[int, ...], sampling: SamplingParams, made: tuple[int, ...]
 ) -> Output:
@@ -333,26 +343,44 @@ def test_a_parser_whose_marks_are_missing_is_refused_before_weights_are_read(fol
     assert whole[0].outputs[0].reasoning is None
 
 
-def test_masks_of_a_sample_that_may_reason(llm: LLM) -> None:
-    """Undecided: the form's tokens and the mark; in a reasoning: all; behind it: the form's."""
-    import numpy as np
+def allowed(matcher: Matcher, token_ids: list[int]) -> set[int]:
+    """The tokens that its next mask lets through."""
+    masks = np.zeros((1, matcher.num_words), dtype=np.int32)
+    fill([(matcher, token_ids, 0)], masks)
+    return set(np.flatnonzero(np.unpackbits(masks.view(np.uint8), bitorder="little")).tolist())
 
-    grammars = Grammars(llm.tokenizer, 322, (EOS_TOKEN_ID,), llm.engine.reasoning)
+
+@pytest.mark.parametrize(
+    ("marks", "reasoning", "behind"),
+    [
+        (THINK, "<think>xyz", "</think>"),
+        (THINK, "<think>", "</think>\n"),
+        (
+            HARMONY,
+            "<|channel|>analysis<|message|>xyz<|end|>",
+            "<|start|>assistant<|channel|>final<|message|>",
+        ),
+        (HARMONY, "<|channel|>", "final<|message|>"),
+        (HARMONY, "", "<|message|>"),
+    ],
+)
+def test_masks_of_a_sample_that_may_reason(marks: tuple[str, ...], reasoning: str, behind: str) -> None:
+    """Undecided: the form's tokens and the marks; in a reasoning: all but the end; behind it: the form's."""
+    tokenizer = tokenizer_of(marks, special=marks is HARMONY)
+    form = format_of(tokenizer, "auto")
+    assert form is not None
+    end = tokenizer.id_of("</s>") or 0
+    grammars = Grammars(tokenizer, tokenizer.vocab_size, (end,), form)
     params = StructuredOutputsParams(regex="[a-c]{3,9}")
-    (plain,), (free,) = (grammars.matchers(params, [()], begins) for begins in ("answer", "undecided"))  # type: ignore[arg-type]
-
-    def allowed(matcher: Any, token_ids: list[int]) -> set[int]:
-        masks = np.zeros((1, matcher.num_words), dtype=np.int32)
-        fill([(matcher, token_ids, 0)], masks)
-        bits = np.unpackbits(masks.view(np.uint8), bitorder="little")
-        return set(np.flatnonzero(bits)[: 32 * matcher.num_words].tolist())
-
+    (plain,), (free,) = grammars.matchers(params, [()]), grammars.matchers(params, [()], "undecided")
     first = allowed(plain, [])
-    assert OPEN_ID not in first
-    assert allowed(free, []) == first | {OPEN_ID}
-    made = [OPEN_ID, *llm.tokenizer.encode_part("xyz")]
-    assert set(range(322)) - allowed(free, made) == {EOS_TOKEN_ID}
-    (blank,) = llm.tokenizer.encode_part("\n")
-    assert allowed(free, [*made, CLOSE_ID]) == allowed(free, [*made, CLOSE_ID, blank]) == first
-    ids = llm.tokenizer.encode_part("ab")
-    assert allowed(free, [*made, CLOSE_ID, blank, *ids]) == allowed(plain, ids)
+    assert first.isdisjoint({end, *form.openers})
+    assert allowed(free, []) == first | set(form.openers)
+    made = ids_of(tokenizer, reasoning)
+    if made:
+        assert set(range(tokenizer.vocab_size)) - allowed(free, made) == {end}
+    made += ids_of(tokenizer, behind)
+    assert allowed(free, made) == first
+    ids = tokenizer.encode_part("abc")
+    assert allowed(free, made + ids) == allowed(plain, ids)
+    assert end in allowed(plain, ids)

@@ -151,7 +151,7 @@ def test_text_completions_have_openais_defaults() -> None:
 
 def test_an_answer_can_be_put_back_into_the_conversation() -> None:
     answer = {"role": "assistant", "content": "so", "refusal": None, "tool_calls": None, "annotations": []}
-    for thoughts in ({}, {"reasoning_content": None}, {"reasoning_content": "hm"}):
+    for thoughts in ({}, {"reasoning_content": None}, {"reasoning_content": "hm"}, {"reasoning": "hm"}):
         asked = chat(messages=[{"role": "developer", "content": "Be brief."}, USER, answer | thoughts, USER])
         assert asked.body.messages is not None
         assert [one.role for one in asked.body.messages] == ["system", "user", "assistant", "user"]
