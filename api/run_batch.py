@@ -307,13 +307,11 @@ class BatchRun:
         entries = [self._in_flight.pop(request_id) for request_id in end.ids]
         alone = len(entries) == 1 and entries[0].suspicion >= SUSPECT
         for entry in entries:
-            before = entry.suspicion
-            entry.suspicion = suspicion_after(
-                before, end.returncode, stalled=False, progressed=len(entry.growths) > entry.num_resumed
-            )
+            before, progressed = entry.suspicion, len(entry.growths) > entry.num_resumed
+            entry.suspicion = suspicion_after(before, end.returncode, stalled=False, progressed=progressed)
             entry.request = replace(entry.request, generated=join(entry.growths))
             entry.num_resumed = len(entry.growths)
-            if alone and is_guilty(before, entry.suspicion):
+            if alone and is_guilty(before, entry.suspicion, progressed=progressed):
                 reason = f"the engine process died ({end.returncode}) while running this request alone"
                 self._output.write(
                     error_line(entry.line, status_of("engine_crash"), reason, code="engine_crash"),

@@ -80,7 +80,7 @@ def outcome_of_death(holding: Holding, returncode: int, *, stalled: bool, alone:
     killed for making no steps."""
     before = holding.claim.crashes
     after = suspicion_after(before, returncode, stalled=stalled, progressed=holding.progressed)
-    guilty = alone and is_guilty(before, after)
+    guilty = alone and is_guilty(before, after, progressed=holding.progressed)
     error = {
         "code": "engine_crash",
         "message": f"the engine process died (exit status {returncode}) while running this job alone",

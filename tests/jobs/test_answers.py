@@ -10,7 +10,11 @@ from openai.types.chat.chat_completion import ChoiceLogprobs
 from engine.checkpoint import Checkpoint
 from engine.request import Completion, Output, RequestError, RequestId, TokenLogprobs
 from engine.tokenizer import Tokenizer
-from jobs.answers import outcome_of
+from jobs.answers import outcome_of, outcome_of_death
+from jobs.claims import Claim
+from jobs.holdings import Holding
+from jobs.quarantine import SUSPECT
+from jobs.terms import Tier
 from tests.support.tiny import EOS_TOKEN_ID, write_tiny_llama
 
 ID = RequestId("job", 3)
@@ -61,3 +65,16 @@ def test_failures_and_aborts_tell_what_was_worked_for(tokenizer: Tokenizer) -> N
     assert error_told["param"] == "structured_outputs.regex"
     gone = outcome_of(Completion(id=ID, aborted=True, num_prompt=5), tokenizer)
     assert (gone.kind, gone.prompt_tokens, gone.completion_tokens) == ("released", 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("num_saved", "alone", "kind"), [(0, True, "failed"), (9, True, "released"), (0, False, "released")]
+)
+def test_who_is_alone_when_an_engine_dies_fails_unless_it_got_further(
+    num_saved: int, alone: bool, kind: str
+) -> None:
+    claim = Claim(ID.job_id, ID.fence, {}, 0, SUSPECT, "http", "t", Tier.NORMAL, 0.0, None)
+    holding = Holding(claim, sent=True, num_generated=12, num_saved=num_saved)
+    outcome = outcome_of_death(holding, 7, stalled=False, alone=alone)
+    assert (outcome.kind, outcome.crashes, outcome.kept_tokens) == (kind, 2 * SUSPECT, num_saved)
+    assert (outcome.error is not None) == (kind == "failed")
