@@ -139,6 +139,8 @@ class EngineSupervisor(threading.Thread):
             try:
                 process.start()
                 log.info("engine.start pid=%s start=%d", process.pid, self.num_starts)
+                if self._stopping.is_set():  # `stop` came too early to see it
+                    process.kill()
                 self._ended.wait()
             except OSError as error:  # no memory or no descriptors for another process
                 log.error("engine.start_failed error=%s", error)

@@ -143,6 +143,23 @@ def test_a_stop_does_not_wait_for_an_engine_that_cannot_be_killed(
     assert process.wait_exit(30) == -signal.SIGKILL
 
 
+def test_a_stop_leaves_no_engine_that_was_just_being_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, started, outer = Watched(tmp_path), list[EngineProcess](), EngineProcess.start
+
+    def start(process: EngineProcess) -> None:
+        made._stopping.set()  # as `stop` does, which sees no process that lives
+        outer(process)
+        started.append(process)
+
+    monkeypatch.setattr(EngineProcess, "start", start)
+    made.start()
+    made.join(60)
+    assert not made.is_alive()
+    assert [process.alive for process in started] == [False]
+
+
 @pytest.fixture
 def broken_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tap:
     tap = Tap(tmp_path / "tap")
