@@ -146,7 +146,8 @@ def test_a_stop_does_not_wait_for_an_engine_that_cannot_be_killed(
 def test_a_stop_leaves_no_engine_that_was_just_being_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, started, outer = Watched(tmp_path), list[EngineProcess](), EngineProcess.start
+    made, started = Watched(write_tiny_llama(tmp_path / "tiny")), list[EngineProcess]()
+    outer = EngineProcess.start
 
     def start(process: EngineProcess) -> None:
         made._stopping.set()  # as `stop` does, which sees no process that lives
