@@ -6,8 +6,10 @@ neither SQL nor pipes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import logging
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec
 
 from engine.request import Completion, TokenLogprobs
 from engine.tokenizer import Tokenizer
@@ -15,9 +17,43 @@ from jobs.holdings import Holding
 from jobs.outcomes import Outcome
 from jobs.quarantine import is_guilty, suspicion_after
 
+log = logging.getLogger(__name__)
+
 LEAST_LOGPROB = -9999.0  # OpenAI's word for all but impossible: JSON knows no infinity
 
 
+P = ParamSpec("P")
+Telling = Callable[Concatenate[Completion, P], Outcome]
+
+
+def _failing_alone(in_words: Telling[P]) -> Telling[P]:
+    """What cannot be put into words fails its own job: raised to whoever reads the engine's pipe, the error would end
+    the engine with all that is in it."""
+
+    @wraps(in_words)
+    def guarded(completion: Completion, /, *args: P.args, **kwargs: P.kwargs) -> Outcome:
+        try:
+            return in_words(completion, *args, **kwargs)
+        except Exception as error:
+            job_id, fence = completion.id
+            log.error("answers.unreadable job=%.80a error=%s", job_id, type(error).__name__)
+            return Outcome(
+                job_id=job_id,
+                fence=fence,
+                kind="failed",
+                error={
+                    "code": "decode_failed",
+                    "message": "this job's output could not be put into words",
+                    "param": None,
+                },
+                prompt_tokens=completion.num_prompt,
+                completion_tokens=completion.num_generated,
+            )
+
+    return guarded
+
+
+@_failing_alone
 def outcome_of(completion: Completion, tokenizer: Tokenizer) -> Outcome:
     """`completed` with text, `failed` with the engine's reason, or `released` for an aborted request.
 

@@ -12,6 +12,7 @@ from engine.request import Completion, Output, RequestError, RequestId, TokenLog
 from engine.tokenizer import Tokenizer
 from jobs.answers import outcome_of, outcome_of_death
 from jobs.claims import Claim
+from jobs.failures import status_of
 from jobs.holdings import Holding
 from jobs.quarantine import SUSPECT
 from jobs.terms import Tier
@@ -78,3 +79,15 @@ def test_who_is_alone_when_an_engine_dies_fails_unless_it_got_further(
     outcome = outcome_of_death(holding, 7, stalled=False, alone=alone)
     assert (outcome.kind, outcome.crashes, outcome.kept_tokens) == (kind, 2 * SUSPECT, num_saved)
     assert (outcome.error is not None) == (kind == "failed")
+
+
+def test_an_output_without_words_fails_its_own_job(tokenizer: Tokenizer) -> None:
+    """Raised on the way, it would end the engine with everybody else's."""
+    output = Output(token_ids=(5, -1), finish_reason="length")  # an id that no tokenizer takes
+    completion = Completion(id=ID, outputs=(output,), num_prompt=4, num_generated=2)
+    outcome = outcome_of(completion, tokenizer)
+    assert (outcome.job_id, outcome.fence, outcome.kind) == ("job", 3, "failed")
+    assert (outcome.prompt_tokens, outcome.completion_tokens, outcome.outputs) == (4, 2, [])
+    assert outcome.error is not None
+    assert outcome.error["code"] == "decode_failed"
+    assert status_of("decode_failed") == 500
