@@ -184,7 +184,7 @@ def test_a_first_step_that_hangs_is_not_given_the_time_of_a_start(
     broken_device: Tap, supervisor: Watched
 ) -> None:
     broken_device.break_device("hangs")
-    wait_until(lambda: supervisor._process and supervisor._process.loaded_at, "it is loaded", 60)
+    wait_until(lambda: supervisor._process and supervisor._process.proved_at, "it is loaded", 60)
     supervisor.kill_if_stalled(60.0, 0.0)
     assert not supervisor.deaths, "it is not late yet"
     supervisor.kill_if_stalled(0.0, 3600.0)
