@@ -279,25 +279,26 @@ class BatchRun:
     def _answer(self, completion: Completion) -> None:
         entry = self._in_flight.pop(completion.id, None)
         if entry is None:
-            return
+            return None
         if completion.aborted:
             self._again.append(entry)
-            return
+            return None
         self._quarantine.ended([entry.name])
         chat = entry.line.url == CHAT
-        if completion.error is not None:
-            error = completion.error
-            status = status_of(error.code)
-            param = param_of(error, chat=chat)
-            told = error_line(entry.line, status, error.message, code=error.code, param=param)
-            self._output.write(told, failed=True)
-            return
+        if (error := completion.error) is not None:
+            return self._fail(entry, error.code, error.message, param_of(error, chat=chat))
         outcome = outcome_of(completion, self._tokenizer, self._reasoning, chat=chat)
+        if outcome.error is not None:
+            return self._fail(entry, outcome.error["code"], outcome.error["message"])
         self._output.count(prompt_tokens=outcome.prompt_tokens, generated_tokens=outcome.completion_tokens)
         usage = usage_object(
             outcome.prompt_tokens, outcome.completion_tokens, outcome.cached_tokens, outcome.outputs
         )
         self._output.write(answer_line(entry.line, self._settings.served_model, outcome.outputs, usage))
+
+    def _fail(self, entry: Entry, code: str, message: str, param: str | None = None) -> None:
+        told = error_line(entry.line, status_of(code), message, code=code, param=param)
+        self._output.write(told, failed=True)
 
     def _died(self, end: Exit) -> None:
         process, self._process = self._process, None
@@ -315,18 +316,13 @@ class BatchRun:
         entries = [self._in_flight.pop(request_id) for request_id in end.ids]
         alone = len(entries) == 1 and entries[0].suspicion >= SUSPECT
         for entry in entries:
-            before = entry.suspicion
-            entry.suspicion = suspicion_after(
-                before, end.returncode, stalled=False, progressed=len(entry.growths) > entry.num_resumed
-            )
+            before, progressed = entry.suspicion, len(entry.growths) > entry.num_resumed
+            entry.suspicion = suspicion_after(before, end.returncode, stalled=False, progressed=progressed)
             entry.request = replace(entry.request, generated=join(entry.growths))
             entry.num_resumed = len(entry.growths)
-            if alone and is_guilty(before, entry.suspicion):
+            if alone and is_guilty(before, entry.suspicion, progressed=progressed):
                 reason = f"the engine process died ({end.returncode}) while running this request alone"
-                self._output.write(
-                    error_line(entry.line, status_of("engine_crash"), reason, code="engine_crash"),
-                    failed=True,
-                )
+                self._fail(entry, "engine_crash", reason)
             elif entry.suspicion >= SUSPECT:
                 self._suspects[entry.name] = entry
             else:

@@ -18,6 +18,7 @@ from torch import Tensor
 from engine.config import ModelConfig
 from engine.plan import Move
 from engine.sampling_params import InvalidParameter
+from engine.shortage import is_shortage
 from engine.staging import staged_ints
 from kernels import PagedKV
 
@@ -109,7 +110,7 @@ class KVCache:
 
     def move(self, moves: list[Move]) -> None:
         """A plan's moves, one after another as far as anybody can see, in as few calls as that allows. Those that are
-        made leave the list; a device that has no memory for a page (`torch.OutOfMemoryError`) leaves the rest."""
+        made leave the list; a device that has no memory for a page (`shortage`) leaves the rest."""
         for kind, pairs in grouped(tuple(moves)):
             self._move(kind, pairs)
             del moves[: len(pairs)]
@@ -119,8 +120,8 @@ class KVCache:
         move = {"copy": self.copy, "out": self.swap_out, "in": self.swap_in}[kind]
         try:
             return move(pairs)
-        except torch.OutOfMemoryError:
-            if len(pairs) == 1:
+        except RuntimeError as error:
+            if len(pairs) == 1 or not is_shortage(error):
                 raise
         middle = len(pairs) // 2
         self._move(kind, pairs[:middle])

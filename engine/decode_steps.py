@@ -28,6 +28,7 @@ from engine.penalties import KeptPenalties
 from engine.plan import Row
 from engine.sequence import Sequence
 from engine.shared_prefixes import Group, shared_prefixes
+from engine.shortage import Pauses, is_shortage
 from engine.staging import put
 from engine.step_input import StepInput
 from kernels import DecodingRows, Filters, SharedPrefixes, Sharing
@@ -40,9 +41,6 @@ logger = logging.getLogger(__name__)
 LEAST_PAGES = 32  # in a page table: fewer kinds of graphs
 MOST_GROUPS = 8  # that attention is told of
 STARTS = 16  # entries of `_shared` before those of rows: MOST_GROUPS + 1, rounded up to an aligned place
-
-PATIENCE = 256  # launches after which a shape that found no memory for its graphs is captured again
-MOST_PATIENCE = 16 * PATIENCE  # where there still was none
 
 Shape: TypeAlias = tuple[int, int, bool]  # rows, pages, whether some rows share a prefix
 
@@ -131,9 +129,7 @@ class DecodeSteps:
         self._captures = self._device.type == "cuda" and decoder.capturable
         self._sharing = sharing
         self._graphs: dict[Shape, Graphs] = {}
-        self._num_launches = 0
-        # of shapes that found no memory: until which launch, and how many launches that is
-        self._pauses: dict[Shape, tuple[int, int]] = {}
+        self._pauses = Pauses[Shape]()  # counted in launches, of captures that found no memory
         self._memory = torch.cuda.graph_pool_handle() if self._captures else None
         # one for all captures: products keep some memory for every stream that they have met
         self._aside = torch.cuda.Stream(self._device) if self._captures else None  # type: ignore[no-untyped-call]
@@ -205,7 +201,7 @@ class DecodeSteps:
         """Put the rows' state where a step finds it. `on`: they are there and go on, with other limits and pages."""
         sequences = [row.sequence for row in rows]
         limits, groups, shape = self._limits(sequences, num_steps)
-        self._num_launches += 1
+        self._pauses.pass_one()
         self._prepare(shape)
         numbers = np.zeros((5, shape[0]), dtype=np.int64)
         numbers[2, : len(rows)] = limits
@@ -317,8 +313,7 @@ class DecodeSteps:
     def _prepare(self, shape: Shape) -> None:
         """Capture a step of this shape, unless that was done. One without memory for its graphs does without for
         a while: who took it, another process perhaps, may give it back."""
-        until, pause = self._pauses.get(shape, (0, PATIENCE // 2))
-        if not self._captures or shape in self._graphs or self._num_launches < until:
+        if not self._captures or shape in self._graphs or self._pauses.last(shape):
             return
         numbers = self._numbers.clone()  # of a launch that may still run
         self._numbers.zero_()  # limits of 0: nothing is seen and nothing is stored
@@ -327,9 +322,10 @@ class DecodeSteps:
         torch.cuda.empty_cache()  # a capture gets nothing of what is merely kept for others
         try:
             self._graphs[shape] = self._captured(shape)
-        except torch.OutOfMemoryError as error:
-            pause = min(2 * pause, MOST_PATIENCE)
-            self._pauses[shape] = self._num_launches + pause, pause
+        except RuntimeError as error:
+            if not is_shortage(error):
+                raise
+            self._pauses.begin(shape)
             reason = str(error).split("\n")[0]
             logger.warning("steps of %d rows and %d pages run without a graph: %s", *shape[:2], reason)
         finally:

@@ -209,9 +209,7 @@ class PrefixCache:
             self.store_tail(sequence, sequence.num_computed)
             self.pool.free(reversed(sequence.pages))
         elif not self.enabled:
-            for page in sequence.pages:
-                if page in self._by_page:
-                    self._forget(self._by_page[page])
+            self.discard(sequence)
             self.pool.free(sequence.pages)
         else:
             kept = self.pool.pages_for(sequence.num_prompt)
@@ -222,6 +220,12 @@ class PrefixCache:
             self.pool.free(sequence.pages[kept:], cold=True)
         sequence.pages = []
         sequence.num_computed = 0
+
+    def discard(self, sequence: Sequence) -> None:
+        """Nobody is to find what the pages of `sequence` hold; they stay its own."""
+        for page in sequence.pages:
+            if page in self._by_page:
+                self._forget(self._by_page[page])
 
     def _add(self, entry: Entry, page: int) -> None:
         if entry.key is not None:

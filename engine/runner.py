@@ -33,6 +33,7 @@ from engine.placement import weight_targets
 from engine.plan import Draws, Launched, Move, OutOfDeviceMemory, Plan, PromptScores
 from engine.sampler import Sampler
 from engine.sampling_params import InvalidParameter
+from engine.shortage import is_shortage
 from engine.speculation import STEP_TOKENS, num_speculative_tokens
 from engine.step_input import StepInput
 from engine.step_times import StepTimes
@@ -183,7 +184,9 @@ class ModelRunner:
             try:
                 self.cache.move(self._moves)
                 return self._launched(plan)
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not is_shortage(error):
+                    raise
                 reason = str(error).split("\n")[0]
             torch.cuda.empty_cache()  # here, where the tensors of the plan are gone
             raise OutOfDeviceMemory(reason)

@@ -172,6 +172,8 @@ class Scheduler:
             gone = set(finished)
             self.running = [sequence for sequence in self.running if sequence not in gone]
             for sequence in finished:
+                if sequence.output is None:  # what was not finite may lie in its pages: it harms no one else
+                    self.cache.discard(sequence)
                 self._leave(sequence)
         return finished
 

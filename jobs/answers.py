@@ -6,15 +6,18 @@ neither SQL nor pipes.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
 from engine.reasoning import ReasoningFormat, told
-from engine.request import Completion, RequestError, TokenLogprobs
+from engine.request import Completion, Output, RequestError, TokenLogprobs
 from engine.tokenizer import Tokenizer
 from jobs.holdings import Holding
 from jobs.outcomes import Outcome
 from jobs.quarantine import is_guilty, suspicion_after
+
+log = logging.getLogger(__name__)
 
 LEAST_LOGPROB = -9999.0  # OpenAI's word for all but impossible: JSON knows no infinity
 
@@ -50,33 +53,15 @@ def outcome_of(
         )
     if completion.error is not None and completion.error.code == "invalid_checkpoint":
         return Outcome(job_id=job_id, fence=fence, kind="released", generated=())
-    if completion.error is not None:
-        return Outcome(
-            job_id=job_id,
-            fence=fence,
-            kind="failed",
-            error={
-                "code": completion.error.code,
-                "message": completion.error.message,
-                "param": param_of(completion.error, chat=chat),
-            },
-            prompt_tokens=completion.num_prompt if completion.num_generated else 0,
-            completion_tokens=completion.num_generated,
-        )
-    outputs = []
-    for index, output in enumerate(completion.outputs):
-        said = told(output, tokenizer, reasoning)
-        shown: dict[str, Any] = {
-            "index": index,
-            "text": said.text,
-            "finish_reason": output.finish_reason,
-            "stop_reason": output.stop_reason,
-        }
-        if said.reasoning is not None:
-            shown |= {"reasoning": said.reasoning, "reasoning_tokens": said.num_reasoning}
-        if output.logprobs is not None:
-            shown["logprobs"] = _logprobs(output.logprobs, tokenizer)
-        outputs.append(shown)
+    if (error := completion.error) is not None:
+        return _failure(completion, error.code, error.message, param_of(error, chat=chat))
+    try:
+        outputs = [_shown(index, one, tokenizer, reasoning) for index, one in enumerate(completion.outputs)]
+    except (
+        Exception
+    ) as error:  # raised to whoever reads the engine's pipe, it would end the engine with all in it
+        log.error("answers.unreadable job=%.80a error=%s", job_id, type(error).__name__)
+        return _failure(completion, "decode_failed", "this job's output could not be put into words")
     return Outcome(
         job_id=job_id,
         fence=fence,
@@ -88,13 +73,41 @@ def outcome_of(
     )
 
 
+def _failure(completion: Completion, code: str, message: str, param: str | None = None) -> Outcome:
+    return Outcome(
+        job_id=completion.id.job_id,
+        fence=completion.id.fence,
+        kind="failed",
+        error={"code": code, "message": message, "param": param},
+        prompt_tokens=completion.num_prompt if completion.num_generated else 0,
+        completion_tokens=completion.num_generated,
+    )
+
+
+def _shown(
+    index: int, output: Output, tokenizer: Tokenizer, reasoning: ReasoningFormat | None
+) -> dict[str, Any]:
+    said = told(output, tokenizer, reasoning)
+    shown: dict[str, Any] = {
+        "index": index,
+        "text": said.text,
+        "finish_reason": output.finish_reason,
+        "stop_reason": output.stop_reason,
+    }
+    if said.reasoning is not None:
+        shown |= {"reasoning": said.reasoning, "reasoning_tokens": said.num_reasoning}
+    if output.logprobs is not None:
+        shown["logprobs"] = _logprobs(output.logprobs, tokenizer)
+    return shown
+
+
 def outcome_of_death(holding: Holding, returncode: int, *, stalled: bool, alone: bool) -> Outcome:
     """Of a job that was in an engine which ended with `returncode`: `released`, under suspicion, or `failed` when it
     is convicted, which only happens to one that was there `alone` (`jobs.quarantine`). `stalled`: the engine was
     killed for making no steps."""
     before = holding.claim.crashes
     after = suspicion_after(before, returncode, stalled=stalled, progressed=holding.progressed)
-    guilty = alone and is_guilty(before, after)
+    guilty = alone and is_guilty(before, after, progressed=holding.progressed)
     error = {
         "code": "engine_crash",
         "message": f"the engine process died (exit status {returncode}) while running this job alone",

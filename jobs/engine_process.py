@@ -29,14 +29,13 @@ from engine.wire import (
     FrameReader,
     FrameWriter,
     FromEngine,
-    Grown,
     Hello,
-    Progress,
+    Stats,
     Stop,
     ToEngine,
     WireError,
 )
-from jobs.canary import canary
+from jobs.canary import canary, without
 from jobs.python_process import command_of, environment_of
 
 log = logging.getLogger(__name__)
@@ -60,9 +59,9 @@ class EngineProcess:
     """One engine process.
 
     `on_message(message)` is called for every message, in order, but `Hello` only when the engine has answered a
-    canary, and until then nothing else than `Stats` and `Fatal`. `on_exit(returncode, ids)` is called once, after the
-    last message: `returncode` as `subprocess` has it (negative: the signal), `ids` the requests that were
-    added and not answered. Both run on this object's reader thread and must not call `stop` or `wait_exit`.
+    canary, of which nothing else is told. `on_exit(returncode, ids)` is called once, after the last message:
+    `returncode` as `subprocess` has it (negative: the signal), `ids` the requests that were added and not answered.
+    Both run on this object's reader thread and must not call `stop` or `wait_exit`.
     If `on_message` raises, nobody knows what was taken: the process is killed and its ids are reported.
     `bar`: while it loads, the process shows a bar on our stderr, if that is a terminal; else it logs two lines.
     """
@@ -80,13 +79,15 @@ class EngineProcess:
         self.checkpoint_seconds = checkpoint_seconds
         self._bar = bar
         self.hello: Hello | None = None  # of one that is ready
-        self.loaded_at: float | None = None  # on the monotonic clock; then it has a canary to answer
+        self.proved_at: float | None = None  # monotonic: it was loaded, or then made a step of its canary
         self.fatal: Fatal | None = None
         self._on_message = on_message
         self._on_exit = on_exit
         self._lock = threading.Lock()
         self._turned = threading.Condition(self._lock)  # ready, or at its end
         self._greeting: Hello | None = None  # until it is ready
+        self._canary_answered = False
+        self._canary_stats: dict[str, int | float] = {}  # what it cost
         self._in_flight: dict[RequestId, None] = {}  # ordered
         self._gone = False
         self._outbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
@@ -253,15 +254,12 @@ class EngineProcess:
 
     def _take(self, message: object) -> None:
         answered: list[RequestId] = []
-        if isinstance(message, Hello):
-            self._greeting, self.loaded_at = message, time.monotonic()
-            self._outbox.put(Add((canary(message),)))
-            return
-        if self.hello is None and isinstance(message, Completions | Progress | Grown):
-            answers = message.completions if isinstance(message, Completions) else ()
-            if self._greeting is None or all(one.aborted for one in answers):
-                return  # of a canary that is on its way, or stopped
-            message = self._greeting
+        if self.hello is None and isinstance(message, FromEngine) and not isinstance(message, Fatal):
+            if (ready := self._prove(message)) is None:
+                return
+            message = ready
+        elif isinstance(message, Stats):
+            message = Stats(without(self._canary_stats, message.values))
         with self._turned:
             if isinstance(message, Completions):
                 # Freed before the callback, so that whoever it wakes sees the credits.
@@ -281,6 +279,20 @@ class EngineProcess:
             with self._lock:
                 self._in_flight |= dict.fromkeys(answered)
             raise
+
+    def _prove(self, message: FromEngine) -> Hello | None:
+        """Take a message of an engine that is not ready; Hello when it is."""
+        if isinstance(message, Hello):
+            self._greeting, self.proved_at = message, time.monotonic()
+            self._outbox.put(Add((canary(message),)))
+        elif isinstance(message, Completions):
+            self._canary_answered = not any(one.aborted for one in message.completions)
+        elif isinstance(message, Stats):
+            if message.values.get("num_steps") != self._canary_stats.get("num_steps"):
+                self.proved_at = time.monotonic()
+            self._canary_stats = message.values
+            return self._greeting if self._canary_answered else None
+        return None
 
     def _end(self) -> None:
         assert self._process is not None

@@ -17,6 +17,7 @@ STATUS: Final = {
     "engine_crash": 500,
     "numerics": 500,
     "encode_failed": 500,
+    "decode_failed": 500,
     "unstorable_output": 500,
 }
 UNKNOWN: Final = {"code": "failed", "message": "the job failed"}  # of a row without a reason

@@ -2,8 +2,9 @@
 
 Owns suspicion, a number that is stored with the job, and the halving of suspects: a group of them has the engine to
 itself, and when it dies its halves are tried one after the other. So the guilty one of N is alone after log2 N
-further deaths, and only a death while alone convicts: engines that die of anything they compute are never given a job
-(`canary`). Knows no engine, no SQL and no threads.
+further deaths, and only a death while alone convicts, of one that had not got further: engines that die of anything
+they compute are never given a job (`canary`), but a device may also fail now and then. Knows no engine, no SQL and no
+threads.
 
 A SIGKILL may come from outside, from an operator or from a kernel that is short of memory: one of them makes nobody
 a suspect, and a job that had got further since it was claimed starts again at one.
@@ -15,6 +16,7 @@ import signal
 from collections.abc import Collection
 
 SUSPECT = 2  # suspicion from which on a request runs in quarantine
+SPARED = 8 * SUSPECT  # up to which one is not convicted that gets further in each life of an engine
 
 
 def suspicion_after(before: int, returncode: int, *, stalled: bool, progressed: bool) -> int:
@@ -28,9 +30,12 @@ def suspicion_after(before: int, returncode: int, *, stalled: bool, progressed: 
     return before + SUSPECT
 
 
-def is_guilty(before: int, after: int) -> bool:
+def is_guilty(before: int, after: int, *, progressed: bool) -> bool:
     """Whether a request that was alone in the engine killed it: a death of the engine's own does, a SIGKILL only if
-    another one has met it in quarantine before."""
+    another one has met it in quarantine before. Where it had got further, the device may be what fails now and then:
+    who kills engines comes soon to where it does."""
+    if progressed and after <= SPARED:
+        return False
     return after > before >= SUSPECT and (after - before >= SUSPECT or before > SUSPECT)
 
 

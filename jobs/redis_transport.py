@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 NAME = "nightpress"  # what kombu calls this transport, as the scheme of a URL
 PAUSE_SECONDS = 1.0  # after a refusal, before the server is asked for messages again
+PUT_BACK_SECONDS = 5.0  # for a server to take back, at a stop, what is known here alone
+PUT_BACK_PAUSE = 0.2
 
 
 def kombu_url(broker: str) -> str:
@@ -78,6 +80,27 @@ class QoS(redis.QoS):
                 message._raw, to.get("exchange"), to.get("routing_key"), pipe, leftmost
             )
             pipe.execute()
+
+    def restore_unacked(self, client: Any = None) -> None:
+        # kombu's would put nothing back of what comes behind one that is refused.
+        until = time.monotonic() + PUT_BACK_SECONDS
+        with self.channel.conn_or_acquire(client) as client:
+            for tag, message in list(self._delivered.items()):
+                self._put_back(tag, message, client, until)
+        self._delivered.clear()
+
+    def _put_back(self, tag: Any, message: Any, client: Any, until: float) -> None:
+        while True:
+            try:
+                return self.restore_by_tag(tag, client=client)
+            except ResponseError as error:
+                if tag not in self._only_here:
+                    return None  # Redis has it in its books, from which it comes again
+                if time.monotonic() > until:
+                    lost = (message.headers or {}).get("id")
+                    log.error("redis.lost task=%.80a error=%s", lost, _said_by(error))
+                    return None
+            time.sleep(PUT_BACK_PAUSE)
 
     def restore_unacked_once(self, stderr: Any = None) -> None:
         # kombu would raise from here into whoever closes the channel, and so end the worker.
@@ -192,4 +215,5 @@ def _refusals(what: str) -> Iterator[None]:
 
 
 def _said_by(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    """Without the command, which redis-py quotes of a pipeline: a message is in it."""
+    return f"{type(error).__name__}: {str(error).rpartition(' of pipeline caused error: ')[2]}"

@@ -109,14 +109,14 @@ class EngineSupervisor(threading.Thread):
         process = self._process
         if process is None or not process.alive:
             return
-        still = time.monotonic() - max(self.moved_at, process.loaded_at or 0.0)
+        still = time.monotonic() - max(self.moved_at, process.proved_at or 0.0)
         if self._killed is not None and self._killed[0] is process:
             if time.monotonic() - self._killed[1] > KILL_SECONDS:
                 log.error("engine.unkillable pid=%s: it may keep the device's memory", process.pid)
                 process.abandon()
             return
         busy = self.hello is None or process.in_flight
-        if busy and still > (start_seconds if process.loaded_at is None else step_seconds):
+        if busy and still > (start_seconds if process.proved_at is None else step_seconds):
             log.error("engine.stalled pid=%s seconds=%.0f", process.pid, still)
             self._killed = process, time.monotonic()
             process.kill()
@@ -139,6 +139,8 @@ class EngineSupervisor(threading.Thread):
             try:
                 process.start()
                 log.info("engine.start pid=%s start=%d", process.pid, self.num_starts)
+                if self._stopping.is_set():  # `stop` came too early to see it
+                    process.kill()
                 self._ended.wait()
             except OSError as error:  # no memory or no descriptors for another process
                 log.error("engine.start_failed error=%s", error)

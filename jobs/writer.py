@@ -69,21 +69,22 @@ class Writer(threading.Thread):
         while True:
             try:
                 return self._commit(group)
-            except DBAPIError as error:
-                log.error("writer.database outcomes=%d error=%s", len(group), type(error.orig).__name__)
-                if not isinstance(error, DataError | IntegrityError):
-                    time.sleep(RETRY_SECONDS)  # a full disk or a failover is no fault of these jobs
-                elif len(group) > 1:
+            except Exception as error:
+                if isinstance(error, DBAPIError):
+                    log.error("writer.database outcomes=%d error=%s", len(group), type(error.orig).__name__)
+                    if not isinstance(error, DataError | IntegrityError):
+                        time.sleep(RETRY_SECONDS)  # a full disk or a failover is no fault of these jobs
+                        continue
+                else:
+                    log.exception("writer.failed outcomes=%d", len(group))
+                if len(group) > 1:
                     for outcome in group:
                         self._settle([outcome])
                     return None
-                elif group[0].kind == "completed":
-                    group = [_refused(group[0])]
-                else:
+                is_theirs = isinstance(error, DataError | IntegrityError | TypeError | ValueError)
+                if group[0].kind != "completed" or not is_theirs:
                     return self._let_go(group)
-            except Exception:
-                log.exception("writer.failed outcomes=%d", len(group))
-                return self._let_go(group)
+                group = [_refused(group[0])]
 
     def _let_go(self, group: list[Outcome]) -> None:
         # Nothing is said in SQL: the lease keeper finds these jobs orphaned and releases them.

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.request import Completion, Request, RequestId
+from engine.runner import ModelRunner
 from engine.sampling_params import SamplingParams
 from tests.support.checked import CheckedRunner, checked_engine, expected
 from tests.support.pressure import run
@@ -268,3 +270,33 @@ def test_who_brings_a_checkpoint_is_nobodys_twin() -> None:
     assert engine.scheduler.num_waiting == 1
     done = finish(engine, [])
     assert {done[name].outputs[0].token_ids for name in ("first", "second")} == {expected(first, 0, 6)}
+
+
+def test_what_one_that_failed_has_computed_is_found_by_nobody(tmp_path: Path) -> None:
+    """A page that went bad, as of a faulty device, fails who has it, and not all that begin like it from then on."""
+    config = EngineConfig(
+        model=str(write_tiny_llama(tmp_path)), device="cpu", dtype="float32", page_size=16, threads=1
+    )
+    first, second, third = (
+        Request(
+            id=RequestId(name, 1),
+            prompt_token_ids=tuple(range(3, 60)),
+            sampling=SamplingParams(temperature=1.0, seed=number, max_tokens=20, ignore_eos=True),
+        )
+        for number, name in enumerate(("first", "second", "third"))
+    )
+    sound = Engine.load(config)
+    wanted = run(sound, [second], poison=False)[second.id].outputs
+    engine = Engine.load(config)
+    engine.add(first)
+    for _ in range(3):
+        assert engine.step() == []
+    assert isinstance(engine.runner, ModelRunner)
+    engine.runner.cache.poison(engine.scheduler.running[0].pages[1:2])
+    done = run(engine, [], poison=False)[first.id]
+    assert done.error is not None
+    assert done.error.code == "numerics"
+    assert run(engine, [second], poison=False)[second.id].outputs == wanted
+    done = run(engine, [third], poison=False)[third.id]
+    assert done.error is None
+    assert done.num_cached_tokens > 0, "what is sound is shared"

@@ -13,7 +13,10 @@ from torch import Tensor
 
 from engine.cache import KVCache
 from engine.decode_steps import DRAWS, DecodeSteps, Graphs, Shape
+from engine.plan import Launched, Plan
+from engine.runner import ModelRunner
 from tests.engine.test_alone_equals_crowd import comparable, load, make_requests
+from tests.engine.test_flight import requests
 from tests.engine.test_shared_steps import CONTEXTS, OTHERS, PAGE, plan, prepared
 from tests.support.pressure import run
 from tests.support.tiny import write_tiny_llama
@@ -64,7 +67,7 @@ class Capturing(DecodeSteps):
     def _captured(self, shape: Shape) -> Graphs:
         self.num_tries += 1
         if not self.has_memory:
-            raise torch.OutOfMemoryError("none is left\nmore words")
+            raise RuntimeError("CUDA error: out of memory\nmore words")
         made: list[Tensor] = []
 
         def forward() -> None:
@@ -76,7 +79,7 @@ class Capturing(DecodeSteps):
 
 
 def test_a_shape_that_found_no_memory_is_captured_later(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.decode_steps.PATIENCE", PATIENCE)
+    monkeypatch.setattr("engine.shortage.PATIENCE", PATIENCE)
     decoder, cache = prepared(model, "reference")
     steps = Capturing(
         decoder, cache, page_size=PAGE, most_rows=8, most_pages=64, most_steps=4, row_multiple=1
@@ -100,3 +103,36 @@ def test_a_shape_that_found_no_memory_is_captured_later(model: Path, monkeypatch
         assert launch() == without
     assert steps.num_tries == 5
     assert 0 < steps.num_replays < 3 * 16 * PATIENCE
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"), True),
+        (RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("CUDA error: unspecified launch failure"), False),
+    ],
+)
+def test_what_is_no_shortage_still_ends_the_engine(
+    model: Path, monkeypatch: pytest.MonkeyPatch, error: RuntimeError, is_one: bool
+) -> None:
+    (one,) = requests(1, 40)
+    engine = load(model, 24, threads=1)
+    wanted = run(engine, [one], poison=False)[one.id].outputs
+    outer, calls = ModelRunner._launched, count()
+
+    def short(runner: ModelRunner, plan: Plan) -> Launched:
+        if next(calls) == 0:
+            raise error
+        return outer(runner, plan)
+
+    monkeypatch.setattr(ModelRunner, "_launched", short)
+    engine = load(model, 24, threads=1)
+    if is_one:
+        assert run(engine, [one], poison=False)[one.id].outputs == wanted
+    else:
+        engine.add(one)
+        with pytest.raises(RuntimeError, match="CUDA error"):
+            engine.step()

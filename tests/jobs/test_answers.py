@@ -14,10 +14,15 @@ from engine.checkpoint import Checkpoint
 from engine.reasoning import format_of
 from engine.request import Completion, Output, RequestError, RequestId, TokenLogprobs
 from engine.tokenizer import Tokenizer
-from jobs.answers import outcome_of
+from jobs.answers import outcome_of, outcome_of_death
 from jobs.celery_results import answer
+from jobs.claims import Claim
+from jobs.failures import status_of
+from jobs.holdings import Holding
 from jobs.openai_answers import completion_object
 from jobs.openai_body import CHAT
+from jobs.quarantine import SUSPECT
+from jobs.terms import Tier
 from tests.support.thinking import CLOSE_ID, write_thinking_llama
 from tests.support.tiny import EOS_TOKEN_ID, write_tiny_llama
 
@@ -104,3 +109,28 @@ def test_what_was_thought_stands_beside_what_was_said(tmp_path: Path) -> None:
     messages = [choice.message.to_dict() for choice in ChatCompletion.model_validate(body).choices]
     assert [one.get("reasoning_content") for one in messages] == ["the fox", "the fox", None]
     assert "reasoning_content" not in messages[2]
+
+
+@pytest.mark.parametrize(
+    ("num_saved", "alone", "kind"), [(0, True, "failed"), (9, True, "released"), (0, False, "released")]
+)
+def test_who_is_alone_when_an_engine_dies_fails_unless_it_got_further(
+    num_saved: int, alone: bool, kind: str
+) -> None:
+    claim = Claim(ID.job_id, ID.fence, {}, 0, SUSPECT, "http", "t", Tier.NORMAL, 0.0, None)
+    holding = Holding(claim, sent=True, num_generated=12, num_saved=num_saved)
+    outcome = outcome_of_death(holding, 7, stalled=False, alone=alone)
+    assert (outcome.kind, outcome.crashes, outcome.kept_tokens) == (kind, 2 * SUSPECT, num_saved)
+    assert (outcome.error is not None) == (kind == "failed")
+
+
+def test_an_output_without_words_fails_its_own_job(tokenizer: Tokenizer) -> None:
+    """Raised on the way, it would end the engine with everybody else's."""
+    output = Output(token_ids=(5, -1), finish_reason="length")  # an id that no tokenizer takes
+    completion = Completion(id=ID, outputs=(output,), num_prompt=4, num_generated=2)
+    outcome = outcome_of(completion, tokenizer, chat=False)
+    assert (outcome.job_id, outcome.fence, outcome.kind) == ("job", 3, "failed")
+    assert (outcome.prompt_tokens, outcome.completion_tokens, outcome.outputs) == (4, 2, [])
+    assert outcome.error is not None
+    assert outcome.error["code"] == "decode_failed"
+    assert status_of("decode_failed") == 500

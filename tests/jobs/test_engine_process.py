@@ -16,7 +16,7 @@ import pytest
 from engine.config import EngineConfig
 from engine.request import Completion, Request, RequestId
 from engine.sampling_params import SamplingParams
-from engine.wire import Completions, FromEngine, Progress
+from engine.wire import Completions, FromEngine, Hello, Progress, Stats
 from jobs.engine_process import EngineGoneError, EngineProcess, NoCreditError
 from tests.support.tiny import write_tiny_llama
 from tests.support.waiting import wait_until
@@ -48,6 +48,10 @@ class Watched(EngineProcess):
     def completions(self) -> dict[str, Completion]:
         batches = [message.completions for message in self.heard if isinstance(message, Completions)]
         return {one.id.job_id: one for batch in batches for one in batch}
+
+    @property
+    def stats(self) -> dict[str, int | float]:
+        return next((one.values for one in reversed(self.heard) if isinstance(one, Stats)), {})
 
     @property
     def ends(self) -> list[Any]:
@@ -90,6 +94,17 @@ def test_every_request_takes_a_credit_until_it_is_answered(engine: Watched) -> N
     wait_until(lambda: "a" in engine.completions, "a is answered")
     assert engine.completions["a"].aborted
     assert (engine.available_credits, engine.in_flight) == (8, ())
+
+
+def test_nothing_is_told_of_the_canary(engine: Watched) -> None:
+    """It is slow, for it comes first: forecasts would go by it."""
+    assert isinstance(engine.heard[0], Hello)
+    engine.add([request("a")])
+    wait_until(lambda: engine.stats.get("num_finished"), "it is counted")
+    expected = {"num_prompt_tokens": 2, "num_generated_tokens": 5, "num_computed_tokens": 6, "num_steps": 5}
+    assert expected.items() <= engine.stats.items()
+    assert list(engine.completions) == ["a"]
+    assert engine.stats["num_pages"] == engine.stats["num_free_pages"] + engine.stats["num_cached_pages"]
 
 
 def test_credits_are_free_when_their_completion_is_told(folder: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import random
 import signal
+from collections.abc import Callable
+from itertools import count
 
 import pytest
 from hypothesis import given
@@ -40,7 +42,7 @@ class Night:
                 before = self.suspicion[name]
                 after = suspicion_after(before, self.returncode, stalled=False, progressed=False)
                 self.suspicion[name] = after
-                if suspects and len(group) == 1 and is_guilty(before, after):
+                if suspects and len(group) == 1 and is_guilty(before, after, progressed=False):
                     self.convicted.append(name)
                     del self.suspicion[name]
             self.quarantine.died([name for name in group if self.suspicion.get(name, 0) >= SUSPECT])
@@ -89,10 +91,29 @@ def test_suspicion(before: int, returncode: int, stalled: bool, progressed: bool
 
 
 def test_a_sigkill_convicts_only_who_met_one_in_quarantine_before() -> None:
-    assert not is_guilty(2, 3)
-    assert is_guilty(3, 4)
-    assert not is_guilty(3, 1)  # it had got further
-    assert is_guilty(2, 4)
+    assert not is_guilty(2, 3, progressed=False)
+    assert is_guilty(3, 4, progressed=False)
+    assert not is_guilty(3, 1, progressed=True)
+    assert is_guilty(2, 4, progressed=False)
+
+
+def lives_of(progress: Callable[[int], bool]) -> int:
+    """How many lone deaths it takes to convict one that is suspected. `progress(n)`: whether it got further in its
+    n-th life alone."""
+    before = SUSPECT
+    for life in count(1):
+        progressed = progress(life)
+        after = suspicion_after(before, 7, stalled=False, progressed=progressed)
+        if is_guilty(before, after, progressed=progressed):
+            return life
+        before = after
+    raise AssertionError
+
+
+def test_a_device_that_fails_now_and_then_convicts_nobody_soon() -> None:
+    assert lives_of(lambda life: False) == 1
+    assert lives_of(lambda life: life == 1) == 2  # it has come to where it kills
+    assert lives_of(lambda life: True) == 8  # seven are spared
 
 
 def test_a_group_keeps_apart_from_suspects_that_come_later() -> None:

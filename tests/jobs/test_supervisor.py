@@ -143,6 +143,24 @@ def test_a_stop_does_not_wait_for_an_engine_that_cannot_be_killed(
     assert process.wait_exit(30) == -signal.SIGKILL
 
 
+def test_a_stop_leaves_no_engine_that_was_just_being_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, started = Watched(write_tiny_llama(tmp_path / "tiny")), list[EngineProcess]()
+    outer = EngineProcess.start
+
+    def start(process: EngineProcess) -> None:
+        made._stopping.set()  # as `stop` does, which sees no process that lives
+        outer(process)
+        started.append(process)
+
+    monkeypatch.setattr(EngineProcess, "start", start)
+    made.start()
+    made.join(60)
+    assert not made.is_alive()
+    assert [process.alive for process in started] == [False]
+
+
 @pytest.fixture
 def broken_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tap:
     tap = Tap(tmp_path / "tap")
@@ -166,7 +184,7 @@ def test_a_first_step_that_hangs_is_not_given_the_time_of_a_start(
     broken_device: Tap, supervisor: Watched
 ) -> None:
     broken_device.break_device("hangs")
-    wait_until(lambda: supervisor._process and supervisor._process.loaded_at, "it is loaded", 60)
+    wait_until(lambda: supervisor._process and supervisor._process.proved_at, "it is loaded", 60)
     supervisor.kill_if_stalled(60.0, 0.0)
     assert not supervisor.deaths, "it is not late yet"
     supervisor.kill_if_stalled(0.0, 3600.0)

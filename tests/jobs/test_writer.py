@@ -60,6 +60,21 @@ def test_a_refused_outcome_fails_its_own_job_only(database: Database, submit) ->
     assert rows.job(database, second).state == JobState.COMPLETED
 
 
+def test_an_outcome_that_cannot_even_be_written_out_fails_its_own_job_only(
+    database: Database, submit
+) -> None:
+    first, second = submit(2)
+    holdings = Holdings()
+    holdings.add(database.transact(partial(claim, worker_id="w", model="tiny", limit=2)))
+    writer = Writer(database, holdings, lambda: "w", lambda recorded: None)
+    for job_id, text in ((first, b"no text"), (second, "b")):
+        writer.put(Outcome(job_id=job_id, fence=1, kind="completed", outputs=[{"text": text}]))
+    writer.start()
+    writer.stop(30.0)
+    assert rows.job(database, first).error["code"] == "unstorable_output"
+    assert rows.job(database, second).state == JobState.COMPLETED
+
+
 def test_stale_outcomes_are_counted_and_dropped(database: Database, submit) -> None:
     (job_id,) = submit(1)
     holdings = Holdings()
