@@ -245,6 +245,11 @@ def test_openai_fields_that_are_not_supported_say_so(settings: Settings, name: s
     assert (caught.value.param, caught.value.code) == (name, "unknown_parameter")
 
 
+def test_too_few_samples_are_told_the_most_of_this_deployment(settings: Settings) -> None:
+    with pytest.raises(BadField, match=r"from 1 to 16$"):
+        parse_job({"prompt": "a", "n": 0}, settings)
+
+
 def test_names_that_a_response_cannot_carry_are_made_printable(settings: Settings) -> None:
     for name in ("\ud800", "\x00", "x" * 100_000):
         with pytest.raises(BadField) as caught:
