@@ -177,9 +177,7 @@ def _number(param: str, value: object, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InvalidParameter(param, "must be a number")
     if not low <= value <= high:  # also refuses NaN
-        raise InvalidParameter(
-            param, f"must be at least {low:g} and at most {high:g}"
-        )
+        raise InvalidParameter(param, f"must be at least {low:g} and at most {high:g}")
 
 
 def _items(param: str, given: Any) -> tuple[Any, ...]:

@@ -70,9 +70,7 @@ class Cancels:
         self._database.transact(lambda connection: _stop_file_batch(connection, batch_id, tenant))
         return self._database.transact(lambda connection: _cancel_batch(connection, batch_id, tenant))
 
-    def cancel_model(
-        self, model: str, told: Callable[[int], object] = lambda num_jobs: None
-    ) -> ModelCancel:
+    def cancel_model(self, model: str, told: Callable[[int], object] = lambda num_jobs: None) -> ModelCancel:
         """Cancel every open job of a model, whoever's, some at a time. For whoever runs the service and has no worker
         for them any more. `told` hears of each portion."""
         # Lines that are still to come first: what is made of them meanwhile either shows below or knows of this.
@@ -134,9 +132,7 @@ def _stop_model(connection: Connection, *, batch_id: str, model: str) -> bool:
         return False
     known = batch.cancelled_models or []
     if model not in known:
-        connection.execute(
-            update(Batch).where(Batch.id == batch_id).values(cancelled_models=[*known, model])
-        )
+        connection.execute(update(Batch).where(Batch.id == batch_id).values(cancelled_models=[*known, model]))
     return True
 
 

@@ -59,7 +59,9 @@ def test_failures_and_aborts_tell_what_was_worked_for(tokenizer: Tokenizer) -> N
     error_told = outcome_of(Completion(id=ID, error=named, num_prompt=5), tokenizer, chat=True).error
     assert error_told is not None
     assert error_told["param"] == "structured_outputs.regex"
-    too_long = Completion(id=ID, error=RequestError(code="context_length_exceeded", message="long"), num_prompt=5)
+    too_long = Completion(
+        id=ID, error=RequestError(code="context_length_exceeded", message="long"), num_prompt=5
+    )
     for chat, param in ((True, "messages"), (False, "prompt")):
         error_told = outcome_of(too_long, tokenizer, chat=chat).error
         assert error_told is not None

@@ -90,7 +90,7 @@ HOSTILE: list[tuple[Any, str | None, str]] = [
     ({"prompt": "a", "temperature": False}, "temperature", "invalid_type"),
     ({"prompt": "a", "temperature": float("nan")}, "temperature", "invalid_value"),
     ({"prompt": "a", "temperature": float("inf")}, "temperature", "invalid_value"),
-    ({"prompt": "a", "top_p": 0}, "top_p", "invalid_value"),
+    ({"prompt": "a", "top_p": -0.01}, "top_p", "invalid_value"),
     ({"prompt": "a", "top_p": 1.01}, "top_p", "invalid_value"),
     ({"prompt": "a", "top_k": -2}, "top_k", "invalid_value"),
     ({"prompt": "a", "repetition_detection": True}, "repetition_detection", "invalid_type"),

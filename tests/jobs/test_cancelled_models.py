@@ -73,7 +73,9 @@ def test_a_file_that_nobody_has_checked_yet_is_heeded(bench: Bench) -> None:
     bench.work()
     assert states(bench, batch_id) == {("tiny", "cancelled"): 2, ("other", "cancelled"): 2}
     assert bench.batch(batch_id).state == BatchState.COMPLETED
-    assert states(bench, later) == {("tiny", "queued"): 1}, "who hands in afterwards is told that nobody serves it"
+    assert states(bench, later) == {("tiny", "queued"): 1}, (
+        "who hands in afterwards is told that nobody serves it"
+    )
 
 
 def test_files_of_other_models_are_left_alone(bench: Bench) -> None:
