@@ -250,6 +250,12 @@ def test_too_few_samples_are_told_the_most_of_this_deployment(settings: Settings
         parse_job({"prompt": "a", "n": 0}, settings)
 
 
+def test_what_is_empty_is_refused_in_plain_words(settings: Settings) -> None:
+    for body in ({"prompt": ""}, {"messages": []}):
+        with pytest.raises(BadField, match=r": must have at least 1 (character|item, not 0)$"):
+            parse_job(body, settings)
+
+
 def test_names_that_a_response_cannot_carry_are_made_printable(settings: Settings) -> None:
     for name in ("\ud800", "\x00", "x" * 100_000):
         with pytest.raises(BadField) as caught:
