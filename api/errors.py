@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jobs.bad_field import BadField
+from jobs.bad_field import BadField, in_plain_words
 from jobs.database import cause
 from jobs.files import FileInUse
 from jobs.forecasts import WindowTooTight
@@ -149,7 +149,7 @@ def _bad_query(request: Request, error: Any) -> JSONResponse:
     first = error.errors()[0]
     unknown = first["type"] == "extra_forbidden"
     param = BadField(".".join(str(part) for part in first["loc"][1:]), "").param
-    message = "unknown query parameter" if unknown else first["msg"]
+    message = "unknown query parameter" if unknown else in_plain_words(first["msg"])
     code = "unknown_parameter" if unknown else "invalid_value"
     return envelope(400, f"{param}: {message}", code=code, param=param)
 

@@ -23,7 +23,7 @@ LEAST_LOGPROB = -9999.0  # OpenAI's word for all but impossible: JSON knows no i
 
 
 def param_of(error: RequestError, *, chat: bool) -> str | None:
-    """The field at fault, under its name in the job's body: what the prompt is called there, the engine cannot say."""
+    """The field at fault, as the job's body calls it: which name the prompt has there, the engine cannot say."""
     if error.param is None and error.code == "context_length_exceeded":
         return "messages" if chat else "prompt"
     return error.param

@@ -82,6 +82,13 @@ def _complaint(error: Any) -> BadField:
         return BadField(path, "is required", "missing_required_parameter")
     if kind == "string_unicode":
         return BadField(path or None, "must be valid Unicode, without lone surrogates")
-    message = error["msg"][0].lower() + error["msg"][1:]
-    message = message.replace("input should be a valid", "must be a valid").replace("input should", "must")
-    return BadField(path or None, message, "invalid_type" if kind.endswith("_type") else "invalid_value")
+    code = "invalid_type" if kind.endswith("_type") else "invalid_value"
+    return BadField(path or None, in_plain_words(error["msg"]), code)
+
+
+def in_plain_words(message: str) -> str:
+    """What pydantic says of a value, to be read behind the field's name."""
+    message = message[0].lower() + message[1:]
+    for theirs in ("input", "string", "list", "dictionary", "value"):
+        message = message.replace(f"{theirs} should", "must")
+    return message.replace(" after validation", "")

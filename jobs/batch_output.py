@@ -34,7 +34,7 @@ from jobs.tenants import Owner
 _NOT_RUN: Final = {
     "batch_expired": "This request could not be executed before the completion window expired.",
     "batch_cancelled": "This request was not completed before the batch was cancelled.",
-    "request_cancelled": "This request was cancelled by itself.",
+    "request_cancelled": "This request was cancelled on its own, not with its batch.",
     FILE_LOST["code"]: FILE_LOST["message"],
 }
 

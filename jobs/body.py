@@ -178,7 +178,7 @@ class JobBody(Strict):
         given: dict[str, Any] = {
             name: value for name in PLAIN_FIELDS if (value := getattr(self, name)) is not None
         }
-        if self.n is not None and self.n > max_n:
+        if self.n is not None and not 1 <= self.n <= max_n:
             raise InvalidParameter("n", f"must be an integer from 1 to {max_n}")
         length = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
         max_tokens = self.length_limit(default_max_tokens)

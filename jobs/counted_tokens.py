@@ -3,7 +3,8 @@
 Owns the rule: its estimate, but no more for each of its samples than the longest context that its model was ever
 served with, since the engine cuts `max_tokens` to it (`engine.engine`). Otherwise one client that asks for a million
 tokens, to say "as many as you like", would move everybody's forecast by hours. What models make of estimates
-(`jobs.pace`) is learned under the same rule. Quotas and fair turns go by the estimate as it is. Refuses to know speeds.
+(`jobs.pace`) is learned under the same rule. Quotas and fair turns go by the estimate as it is. Refuses to know
+speeds.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
 Owns the arithmetic. The work ahead of a job is what workers hold (half of what already runs is taken as done) and
 what is queued up to its fair tag, in estimated tokens; what models make of estimates lately (`jobs.pace`) turns
-these into tokens that will be computed, and the live workers' speeds into seconds. No job is done sooner than what
-one of its samples makes takes, one token per step. Not heeded: later jobs that will be put ahead, a mix of jobs that differs from the
-recent one, and, of a batch for several models, those that only jobs before the last `LAST_JOBS` need. What nobody
-has measured is None, and nobody is refused for it.
+these into tokens that will be computed, and the live workers' speeds into seconds. No job is done sooner than one of
+its samples, which gets a token per step. Not heeded: later jobs that will be put ahead, a mix of jobs that differs
+from the recent one, and, of a batch for several models, those that only jobs before the last `LAST_JOBS` need. What
+nobody has measured is None, and nobody is refused for it.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def _messages(given: object, instructions: object) -> Any:
     if isinstance(given, str):
         return [*head, {"role": "user", "content": given}]
     if not isinstance(given, list) or not given:
-        raise BadField("input", "must be a string or a list of messages", "invalid_type")
+        raise BadField("input", "must be a string or a list of at least one message", "invalid_type")
     messages = [_message(item, f"input[{i}]") for i, item in enumerate(given) if not _is_thought(item)]
     return [*head, *plain_messages(messages)]  # type: ignore[misc]
 

@@ -90,7 +90,7 @@ HOSTILE: list[tuple[Any, str | None, str]] = [
     ({"prompt": "a", "temperature": False}, "temperature", "invalid_type"),
     ({"prompt": "a", "temperature": float("nan")}, "temperature", "invalid_value"),
     ({"prompt": "a", "temperature": float("inf")}, "temperature", "invalid_value"),
-    ({"prompt": "a", "top_p": 0}, "top_p", "invalid_value"),
+    ({"prompt": "a", "top_p": -0.01}, "top_p", "invalid_value"),
     ({"prompt": "a", "top_p": 1.01}, "top_p", "invalid_value"),
     ({"prompt": "a", "top_k": -2}, "top_k", "invalid_value"),
     ({"prompt": "a", "repetition_detection": True}, "repetition_detection", "invalid_type"),
@@ -243,6 +243,17 @@ def test_openai_fields_that_are_not_supported_say_so(settings: Settings, name: s
     with pytest.raises(BadField, match="not supported yet") as caught:
         parse_job({"prompt": "a", name: 1}, settings)
     assert (caught.value.param, caught.value.code) == (name, "unknown_parameter")
+
+
+def test_too_few_samples_are_told_the_most_of_this_deployment(settings: Settings) -> None:
+    with pytest.raises(BadField, match=r"from 1 to 16$"):
+        parse_job({"prompt": "a", "n": 0}, settings)
+
+
+def test_what_is_empty_is_refused_in_plain_words(settings: Settings) -> None:
+    for body in ({"prompt": ""}, {"messages": []}):
+        with pytest.raises(BadField, match=r": must have at least 1 (character|item, not 0)$"):
+            parse_job(body, settings)
 
 
 def test_names_that_a_response_cannot_carry_are_made_printable(settings: Settings) -> None:
