@@ -2,7 +2,7 @@
 
 Owns that choice, from page numbers alone: rows whose first pages are the same are a group, and share as many as all
 of them have in common. A group within a group is not looked for. From how many rows and tokens on it pays is the
-kernels' word (`Sharing`). Knows no tensors (`decode_steps` and `step_input` make them) and not why pages are shared
+kernels' word (`Sharing`). Knows no tensors (`decode_inputs` and `step_input` make them) and not why pages are shared
 (`prefix_cache`).
 
 It is asked at every step and believes nothing of the step before, since preemption and sharing change pages. So it

@@ -77,15 +77,15 @@ def test_what_attention_is_told(model: Path) -> None:
     decoder, cache = prepared(model, "reference")
     steps = steps_of(decoder, cache, shares=True)
     with torch.inference_mode():
-        hint = steps._step(steps._write(plan({**CONTEXTS, **OTHERS}), 1)).shared
+        hint = steps._inputs.step(steps._write(plan({**CONTEXTS, **OTHERS}), 1)).shared
         assert hint is not None
         assert hint.starts.tolist() == [0, *[4] * 8]
         assert hint.members[:4].tolist() == [0, 2, 3, 5]
         assert hint.tokens.tolist() == [544, 0, 544, 544, 0, 544]
         for fewer in (OTHERS, {row: CONTEXTS[row] for row in (0, 2, 3)}):
-            assert steps._step(steps._write(plan(fewer), 1)).shared is None
+            assert steps._inputs.step(steps._write(plan(fewer), 1)).shared is None
         steps = steps_of(decoder, cache, shares=False)
-        assert steps._step(steps._write(plan(CONTEXTS), 1)).shared is None
+        assert steps._inputs.step(steps._write(plan(CONTEXTS), 1)).shared is None
 
 
 @pytest.mark.parametrize("kernels", ["reference", "triton"])

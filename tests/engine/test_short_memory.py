@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from engine.cache import KVCache
-from engine.decode_steps import DRAWS, DecodeSteps, Graphs, Shape
+from engine.decode_inputs import Shape
+from engine.decode_steps import DRAWS, DecodeSteps, Graphs
 from engine.plan import Launched, Plan
 from engine.runner import ModelRunner
 from tests.engine.test_alone_equals_crowd import comparable, load, make_requests
