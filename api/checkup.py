@@ -30,7 +30,7 @@ from jobs.database import Database, clock, reason_of
 from jobs.keys import Keys
 from jobs.python_process import command_of, environment_of
 from jobs.reads import Reads
-from jobs.settings import Settings
+from jobs.settings import Settings, unread_variables
 from jobs.valkey import valkey_binary
 from migrations.schema import misfit
 
@@ -49,7 +49,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    part: str  # of the deployment: database, workers, keys, broker, files, model, engine
+    part: str  # of the deployment: settings, database, workers, keys, broker, files, model, engine
     verdict: Verdict
     says: str  # and, unless it is ok, what to do
 
@@ -57,6 +57,7 @@ class Finding:
 def checkup(settings: Settings) -> Iterator[Finding]:
     """One finding or more of each part, the slowest last. Whatever a part raises is a finding, too."""
     for part, look in (
+        ("settings", _settings),
         ("database", _database),
         ("broker", _broker),
         ("files", _files),
@@ -67,6 +68,13 @@ def checkup(settings: Settings) -> Iterator[Finding]:
             yield from look(settings)
         except Exception as error:  # a path that nobody can look at, an address that no driver can read
             yield Finding(part, Verdict.FAILED, f"cannot be looked at: {type(error).__name__}: {error}")
+
+
+def _settings(settings: Settings) -> Iterator[Finding]:
+    """Only what is wrong: they have been read."""
+    for name, meant in unread_variables().items():
+        said = f"{name} is no setting" + (f": is {meant} meant?" if meant else "")
+        yield Finding("settings", Verdict.WARNING, said)
 
 
 def _database(settings: Settings) -> Iterator[Finding]:

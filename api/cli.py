@@ -22,6 +22,7 @@ from api.cli_usage import usage
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="nightpress", message="%(prog)s %(version)s")
 def main() -> None:
     """Bulk text generation you run yourself.
 

@@ -15,6 +15,7 @@ def load_settings(**given: Any) -> Settings:
     from pydantic import ValidationError
     from pydantic_settings import SettingsError
 
+    from jobs.bad_field import in_plain_words
     from jobs.settings import Settings
 
     try:
@@ -23,7 +24,7 @@ def load_settings(**given: Any) -> Settings:
         lines = []
         for one in error.errors(include_url=False, include_input=False):
             name = "NIGHTPRESS_" + "__".join(str(part).upper() for part in one["loc"])
-            lines.append(f"{name.rstrip('_')}: {one['msg'].removeprefix('Value error, ')}")
+            lines.append(f"{name.rstrip('_')}: {in_plain_words(one['msg'].removeprefix('Value error, '))}")
         raise click.UsageError("\n".join(lines)) from None
     except SettingsError as error:
         raise click.UsageError(str(error)) from None

@@ -123,7 +123,7 @@ class Keys:
         if not ordered:
             raise BadField("scopes", "at least one scope is required")
         if life is not None and not 0 < life <= MAX_LIFE_SECONDS:
-            raise BadField("life", "must be more than 0 seconds and at most 100 years")
+            raise BadField("expires_in", "must be more than 0 seconds and at most 100 years")
         key = new_key()
 
         def work(connection: Connection) -> KeyView | None:

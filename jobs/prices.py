@@ -138,12 +138,12 @@ def _check(connection: Connection, model: str, currency: str, start: float, time
     if other is not None:
         raise BadField("currency", f"must be {other}: all prices are in one currency")
     if start < 0 or start != start or start > 1e11:
-        raise BadField("valid_from", "must be a time in unix seconds")
+        raise BadField("from", "must be a time in unix seconds")
     if start < time_now:
         priced = connection.scalars(select(Price.model).where(Price.model == model).limit(1)).first()
         if priced is not None:
             raise BadField(
-                "valid_from", "must not lie in the past: this model has a price, and history stays as it is"
+                "from", "must not lie in the past: this model has a price, and history stays as it is"
             )
 
 

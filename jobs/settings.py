@@ -7,6 +7,8 @@ result is embedded mode: SQLite and a private Valkey server under `./.nightpress
 
 from __future__ import annotations
 
+import os
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Final, Literal
 from urllib.parse import quote, unquote, urlsplit
@@ -17,6 +19,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from engine.config import EngineConfig
 from jobs.addresses import ADVICE, is_broker, is_database
 
+_PREFIX: Final = "NIGHTPRESS_"
+_DELIMITER: Final = "__"
 REQUEST_GRACE_SECONDS: Final = 10  # for requests that an api is answering when it is told to stop
 
 
@@ -70,8 +74,8 @@ class Settings(BaseSettings):
     """All of a deployment. Times in seconds, sizes in bytes."""
 
     model_config = SettingsConfigDict(
-        env_prefix="NIGHTPRESS_",
-        env_nested_delimiter="__",
+        env_prefix=_PREFIX,
+        env_nested_delimiter=_DELIMITER,
         extra="ignore",
         frozen=True,
         env_ignore_empty=True,
@@ -232,3 +236,16 @@ class Settings(BaseSettings):
 
     def engine_config(self) -> EngineConfig:
         return self.engine.for_model(self.model)
+
+
+def unread_variables() -> dict[str, str | None]:
+    """Variables that are named like ours and that no setting reads, each with the name that may be meant. Those of
+    the engine are refused as they are read."""
+    unread: dict[str, str | None] = {}
+    for name in sorted(os.environ):
+        ours = name.lower().removeprefix(_PREFIX.lower())
+        field = ours.partition(_DELIMITER)[0]
+        if name.upper().startswith(_PREFIX) and field not in Settings.model_fields:
+            meant = get_close_matches(ours, Settings.model_fields, 1)
+            unread[name] = _PREFIX + meant[0].upper() if meant else None
+    return unread

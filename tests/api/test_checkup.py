@@ -25,8 +25,15 @@ from jobs.keys import Keys, Scope
 from jobs.leases import register
 from jobs.settings import Settings
 from migrations.schema import TooNew, upgrade
+from tests.support import leaks
 from tests.support.databases import Databases
 from tests.support.tiny import write_tiny_llama
+
+
+@pytest.fixture(autouse=True)
+def _no_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By which this suite knows its processes: no setting."""
+    monkeypatch.delenv(leaks.MARK, raising=False)
 
 
 def found(part: str, **given: Any) -> list[Finding]:
@@ -64,6 +71,18 @@ def test_a_new_folder_lacks_nothing_but_a_model_and_stays_as_it_is(
     assert "NIGHTPRESS_MODEL" in lines[3][2]
     assert "cpu kernels" in lines[4][2]
     assert not folder.exists()
+
+
+def test_a_variable_that_nothing_reads_is_a_slip_of_the_pen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NIGHTPRESS_DATABSE_URL", "postgresql://u@h/d")
+    monkeypatch.setenv("NIGHTPRESS_XYZ", "1")
+    monkeypatch.setenv("nightpress_log_level", "info")
+    monkeypatch.setenv("NIGHTPRESS_ENGINE__THREADS", "1")
+    says = [finding.says for finding in found("settings")]
+    assert says == [
+        "NIGHTPRESS_DATABSE_URL is no setting: is NIGHTPRESS_DATABASE_URL meant?",
+        "NIGHTPRESS_XYZ is no setting",
+    ]
 
 
 def test_a_deployment_that_works(database_url: str, redis_url: str, tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_mistakes_have_an_exit_status_and_a_reason(run: Run) -> None:
         (["keys", "create"], 2, "NAME"),
         (["keys", "create", "x", "--scope", "root"], 2, "root"),
         (["keys", "create", "x", "--expires-in", "soon"], 2, "like 90s"),
-        (["keys", "create", "x", "--expires-in", "0s"], 1, "life"),
+        (["keys", "create", "x", "--expires-in", "0s"], 1, "expires_in: must be more"),
         (["tenants", "set", "nobody", "--weight", "1"], 1, "there is no such tenant"),
         (["tenants", "create", "default"], 1, "exists already"),
         (["tenants", "create", "No Name"], 1, "tenant: must be"),

@@ -36,6 +36,14 @@ def test_a_wrong_setting_is_told_in_our_words(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("NIGHTPRESS_DATABASE_URL", "mysql://x")
     done = CliRunner().invoke(main, ["migrate"])
     assert "NIGHTPRESS_DATABASE_URL: must start with sqlite:/// or postgresql://" in done.output
+    monkeypatch.setenv("NIGHTPRESS_DATABASE_URL", "")
+    monkeypatch.setenv("NIGHTPRESS_PORT", "abc")
+    assert "NIGHTPRESS_PORT: must be a valid integer" in CliRunner().invoke(main, ["migrate"]).output
+
+
+def test_the_version_is_told() -> None:
+    done = CliRunner().invoke(main, ["--version"], prog_name="nightpress")
+    assert (done.exit_code, done.output.split()[0]) == (0, "nightpress")
 
 
 @pytest.mark.parametrize(

@@ -84,8 +84,8 @@ def test_values_that_no_key_can_have(keys: Keys) -> None:
         ({"name": ""}, "name"),
         ({"name": "x" * 101}, "name"),
         ({"name": "a\nb"}, "name"),
-        ({"life": 0.0}, "life"),
-        ({"life": 1e12}, "life"),
+        ({"life": 0.0}, "expires_in"),
+        ({"life": 1e12}, "expires_in"),
     ]
     for values, param in bad:
         with pytest.raises(BadField) as caught:
