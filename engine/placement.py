@@ -57,11 +57,15 @@ class Place(NamedTuple):
     kept: QuantisedWeight | None = None  # of these rows; then the parameter has no memory
 
     @property
+    def by_expert(self) -> bool:
+        return self.layout.startswith("experts")
+
+    @property
     def stored_shape(self) -> tuple[int, ...]:
         shape = tuple(self.parameters[0].shape)
         if self.layout in ("transposed", "experts_transposed", "experts_alternating"):
             shape = shape[::-1]
-        return (len(self.parameters), *shape) if self.layout.startswith("experts") else shape
+        return (len(self.parameters), *shape) if self.by_expert else shape
 
 
 def weight_targets(config: ModelConfig) -> dict[str, Target]:
