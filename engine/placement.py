@@ -92,7 +92,8 @@ def placed(
 ) -> dict[str, Place]:
     """Stored name → where it goes, in the file's order, but for those that carry nothing of their own.
 
-    Raises `UnsupportedCheckpoint` naming the tensor that is unknown, double, missing or of a wrong shape or dtype.
+    Raises `UnsupportedCheckpoint` naming the tensor that is unknown, stored twice, missing, or of a wrong shape or
+    dtype.
     """
     config = decoder.config
     waiting = set(targets)
