@@ -13,7 +13,9 @@ from typing import Literal
 from engine.sampling_params import InvalidParameter
 
 Device = Literal["auto", "cpu", "cuda"]
-DType = Literal["auto", "bfloat16", "float16", "float32"]
+StoredDType = Literal["bfloat16", "float16", "float32"]
+DType = Literal["auto", StoredDType]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 ModelImpl = Literal["auto", "nightpress", "transformers"]
 
 
@@ -164,7 +166,7 @@ class ModelConfig:
         False  # attention and MLP see the same residual; else the MLP sees what attention has added
     )
     # swiglu_oai: of gated MLPs alone
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "swiglu_oai"] = "silu"
+    activation: Literal[Activation, "swiglu_oai"] = "silu"
     gated_mlp: bool = True
     moe: MixtureOfExperts | None = None
     embedding_multiplier: float = 1.0
@@ -179,7 +181,7 @@ class ModelConfig:
     windows: tuple[int | None, ...] = ()
     windowed_rope_theta: float | None = None  # of layers with a window, unscaled; None: rotated as the others
     no_rope_layers: tuple[int, ...] = ()  # indices of the layers that rotate nothing
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # what the checkpoint stores
+    dtype: StoredDType = "bfloat16"  # what the checkpoint stores
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from engine import family_fields, family_storage
-from engine.config import ModelConfig, Storage, UnsupportedCheckpoint
+from engine.config import Activation, ModelConfig, Storage, StoredDType, UnsupportedCheckpoint
 from engine.config_sizes import checked
 from engine.field_kinds import check_kinds
 from engine.rope_settings import rope_settings
@@ -27,9 +27,6 @@ from engine.windows import (
 )
 
 __all__ = ["FAMILIES", "Family", "UnsupportedCheckpoint", "model_config"]
-
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
-DTypeName = Literal["bfloat16", "float16", "float32"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -371,9 +368,9 @@ def end_tokens(config: Mapping[str, Any], generation: Mapping[str, Any]) -> tupl
     return tuple(int(token_id) for token_id in ids)
 
 
-def checkpoint_dtype(config: Mapping[str, Any]) -> DTypeName:
+def checkpoint_dtype(config: Mapping[str, Any]) -> StoredDType:
     """What the weights are stored in."""
     name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     if name not in ("bfloat16", "float16", "float32"):
         raise UnsupportedCheckpoint(f"dtype {name} is not supported; allowed: bfloat16, float16, float32")
-    return cast(DTypeName, name)
+    return cast(StoredDType, name)

@@ -57,11 +57,15 @@ class Place(NamedTuple):
     kept: QuantisedWeight | None = None  # of these rows; then the parameter has no memory
 
     @property
+    def by_expert(self) -> bool:
+        return self.layout.startswith("experts")
+
+    @property
     def stored_shape(self) -> tuple[int, ...]:
         shape = tuple(self.parameters[0].shape)
         if self.layout in ("transposed", "experts_transposed", "experts_alternating"):
             shape = shape[::-1]
-        return (len(self.parameters), *shape) if self.layout.startswith("experts") else shape
+        return (len(self.parameters), *shape) if self.by_expert else shape
 
 
 def weight_targets(config: ModelConfig) -> dict[str, Target]:
@@ -88,7 +92,8 @@ def placed(
 ) -> dict[str, Place]:
     """Stored name → where it goes, in the file's order, but for those that carry nothing of their own.
 
-    Raises `UnsupportedCheckpoint` naming the tensor that is unknown, double, missing or of a wrong shape or dtype.
+    Raises `UnsupportedCheckpoint` naming the tensor that is unknown, stored twice, missing, or of a wrong shape or
+    dtype.
     """
     config = decoder.config
     waiting = set(targets)

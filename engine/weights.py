@@ -45,9 +45,9 @@ def load_weights(
     """Copy every tensor, converted to the decoder's dtype. `source`: the checkpoint's, if somebody has made it.
     `bar`: show one where a terminal is.
 
-    Raises `UnsupportedCheckpoint` naming the tensor that is unknown, double, of a wrong shape or dtype by its own
-    name, one that is missing by Llama's name for it; then nothing has been read yet. A tied head that differs from
-    the embedding is named when all else has been read.
+    Raises `UnsupportedCheckpoint`, before anything is read, naming a tensor that is unknown, stored twice or of a
+    wrong shape or dtype, or, by Llama's name for it, one that is missing. A tied head that differs from the embedding
+    is named when all else has been read.
     """
     targets = weight_targets(decoder.config)
     source = source or open_source(checkpoint, targets)
@@ -70,7 +70,7 @@ def load_weights(
         source,
         ThreadPoolExecutor(READERS, thread_name_prefix="load") as pool,
     ):
-        for repeated in (False, True):
+        for repeated in (False, True):  # a tied head is compared once the embedding is there
             some = [piece for piece in pieces if (places[piece.name].layout == "repeated") is repeated]
             for num_bytes in pool.map(copy, some):  # the first failure cancels the rest
                 progress.advance(num_bytes)
@@ -80,7 +80,7 @@ def _pieces(source: WeightSource, name: str, place: Place) -> Iterator[Piece]:
     """The tensor in pieces of about `piece_bytes`, in the order of the file; whole where its layout changes."""
     shape, num_bytes = source.tensors[name]
     rows = shape[0]
-    if place.layout.startswith("experts"):
+    if place.by_expert:
         rows = 1
     elif place.layout in ("rows", "repeated"):
         unit = source.unit(name)
@@ -92,7 +92,7 @@ def _pieces(source: WeightSource, name: str, place: Place) -> Iterator[Piece]:
 
 def _copy(source: WeightSource, piece: Piece, place: Place, config: ModelConfig) -> None:
     name, start, end, _ = piece
-    if place.layout.startswith("experts"):
+    if place.by_expert:
         return _copy_expert(source, name, start, place)
     (rows,) = place.parameters
     if place.kept is not None:

@@ -1,12 +1,13 @@
-"""Products with weights of 8 bits, which stay so: x is rounded to fp8 as it comes, row by row, then multiplied.
+"""Products with weights of 8 bits, which stay in 8 bits in memory: x is rounded to fp8 row by row, then multiplied.
 
 `quantise_rows` finds the scales of x: one for each row, or, for weights with a scale for each block, one for each row
 and 128 inputs. Weights with a scale for each output go to the library's scaled product where the device has one
-(`library`) and there are many tokens; `fp8_kernel` does all others: few tokens, for which the library is no faster
-than with bf16 (16 rows of an 8B shape on an H200: 5.4 ms a step, this kernel with blocks 4.2, bf16 5.3), blocks,
-fp16, and `invariant` products, for which it has one tile. It adds 128 inputs at a time in the tensor cores, which
-keep some 13 bits of a sum, then in fp32, and where tiles are few, segments of the inputs by programs of their own.
-Tiles are as measured with the shapes of an 8B model on an H200, of 64, 256 and 8,192 tokens.
+(`library`) and there are many tokens. `fp8_kernel` does all others: few tokens, for which the library is no faster
+than with bf16 (16 rows of an 8B shape on an H200: 5.4 ms a step, this kernel with blocks 4.2, bf16 5.3); weights with
+a scale for each block; fp16; and `invariant` products, for which it has one tile. The tensor cores sum 128 inputs at
+a time and keep some 13 bits of that; these sums are added in fp32. Where tiles are few, segments of the inputs are
+made by programs of their own. Tiles are those measured with 64, 256 and 8,192 tokens and the shapes of an 8B model on
+an H200.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Products with weights of 4 bits, which stay in 4 bits in memory: x · ((integers - zeros) · scales)ᵀ + bias.
 
-A program makes one tile of the result from one segment of the inputs; `add_segments` adds them in their
-order. Integers less zeros are exact in x's dtype, are multiplied by the tensor cores, and each group's sum is scaled
-in fp32. With many tokens the weight is dequantised, rounded
-to x's dtype, for one product of the library. Where that begins, `MOST_TOKENS`, and the tiles are estimates: an
-8B shape on an H200 is 1.3 times as fast as in bf16 with 16 rows, and three quarters as fast with 256. `invariant`
-products have one tile for all numbers of tokens, and never the library.
+A program makes one tile of the result from one segment of the inputs; `add_segments` adds them in their order.
+Integers minus zeros are exact in x's dtype and are multiplied by the tensor cores; each group's sum is scaled in
+fp32. With many tokens the weight is dequantised, rounded to x's dtype, for one product of the library. Where that
+begins, `MOST_TOKENS`, and the tiles are estimates: an 8B shape on an H200 is 1.3 times as fast as in bf16 with 16
+rows, and three quarters as fast with 256. `invariant` products have one tile for all numbers of tokens, and never the
+library.
 """
 
 from __future__ import annotations
