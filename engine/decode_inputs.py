@@ -63,7 +63,7 @@ class DecodeInputs:
         self.num_rows = rows = self._bucket(most_rows)  # of the largest shape
         with torch.inference_mode():
             self._numbers = self._zeros(5, rows)  # token ids, lengths, limits, seeds, top_k
-            self._heats = self._zeros(3, rows, dtype=torch.float64)  # temperatures, top_p, min_p
+            self._floats = self._zeros(3, rows, dtype=torch.float64)  # temperatures, top_p, min_p
             self._tables = self._zeros(rows * _power_of_two(most_pages), dtype=torch.int32)
             self._shared = self._zeros(STARTS + 2 * rows, dtype=torch.int32)  # starts, tokens, members
             self._made = self._zeros(most_steps, rows)
@@ -113,10 +113,10 @@ class DecodeInputs:
             numbers[3, :count] = seeds.view(np.int64)
             params = [one.request.sampling for one in sequences]
             numbers[4, :count] = [one.top_k for one in params]
-            heats = np.zeros((3, shape[0]), dtype=np.float64)
-            heats[:, :count] = np.transpose([(one.temperature, one.top_p, one.min_p) for one in params])
+            floats = np.zeros((3, shape[0]), dtype=np.float64)
+            floats[:, :count] = np.transpose([(one.temperature, one.top_p, one.min_p) for one in params])
             put(numbers, self._numbers[:, : shape[0]])
-            put(heats, self._heats[:, : shape[0]])
+            put(floats, self._floats[:, : shape[0]])
         self._put_groups(groups, shape)
         self._put_table(sequences, limits, shape)
 
@@ -189,16 +189,16 @@ class DecodeInputs:
             shared=SharedPrefixes(tokens, members, starts[: MOST_GROUPS + 1]) if shape[2] else None,
         )
 
-    def heats(self, shape: Shape) -> Tensor:
-        """Temperatures `[rows]` fp64."""
-        return self._heats[0, : shape[0]]
+    def temperatures(self, shape: Shape) -> Tensor:
+        """`[rows]` fp64."""
+        return self._floats[0, : shape[0]]
 
     def seeds(self, shape: Shape) -> Tensor:
         """`[rows]` int64."""
         return self._numbers[3, : shape[0]]
 
     def filters(self, shape: Shape) -> Filters:
-        _, top_p, min_p = self._heats[:, : shape[0]]
+        _, top_p, min_p = self._floats[:, : shape[0]]
         return Filters(self._numbers[4, : shape[0]], top_p, min_p)
 
     def _table(self, shape: Shape) -> Tensor:

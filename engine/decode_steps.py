@@ -203,7 +203,9 @@ class DecodeSteps:
             adjusted = logits.to(torch.float32, copy=True)
             kernels.penalise(adjusted, penalties)
         filters = inputs.filters(shape) if draw.filtered else None
-        drawn = kernels.sample(adjusted, inputs.heats(shape), inputs.seeds(shape), rows.lengths, filters)
+        drawn = kernels.sample(
+            adjusted, inputs.temperatures(shape), inputs.seeds(shape), rows.lengths, filters
+        )
         if penalties is not None:
             kernels.count_tokens(penalties, drawn)
         if draw.scored:
