@@ -27,6 +27,8 @@ def files_on_the_map(package: str) -> list[str]:
     found: list[str] = []
     folders: list[str] = []
     for line in match[1].splitlines():
+        if not line.strip() or line.lstrip().startswith("#"):  # the name of a room
+            continue
         name, _, meaning = line.strip().partition(" ")
         assert meaning.strip(), f"{name} has no word of explanation"
         depth = (len(line) - len(line.lstrip())) // 2
