@@ -1,15 +1,17 @@
 """LeaseKeeper: the thread that renews the lease, hears of cancels and compares memory with SQL.
 
 Owns the rule for disagreement. What SQL has in our name and memory does not (a claim whose commit was unknown)
-is handed back; what memory has and SQL does not (taken back by a sweeper) is aborted. Both only when two
-renewals in a row see it, because claims and outcomes are always on their way between the two.
+is handed back; what memory has and SQL does not (taken back by a sweeper) is aborted. Both only when renewals see it
+for a while, because claims and outcomes are always on their way between the two, and a poke makes the next one follow
+at once.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -23,6 +25,7 @@ from jobs.outcomes import Outcome
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 0.5
+SETTLE_SECONDS = 0.5  # for a claim or an outcome to be known on both sides
 STOP_SECONDS = 10.0
 
 
@@ -56,8 +59,8 @@ class LeaseKeeper(threading.Thread):
         self.on_renewed = on_renewed
         self._poke = threading.Event()
         self._stopping = False
-        self._only_in_sql: set[RequestId] = set()
-        self._only_in_memory: set[RequestId] = set()
+        self._only_in_sql = _Doubts()
+        self._only_in_memory = _Doubts()
 
     def poke(self) -> None:
         """Renew now, for a cancel that should not wait."""
@@ -96,7 +99,7 @@ class LeaseKeeper(threading.Thread):
         )
         if renewal is None:
             log.error("lease.lost worker=%s held=%d", worker_id, len(self.holdings))
-            self._only_in_sql, self._only_in_memory = set(), set()
+            self._only_in_sql, self._only_in_memory = _Doubts(), _Doubts()
             self.on_lost()
             return
         self._reconcile(renewal)
@@ -108,12 +111,22 @@ class LeaseKeeper(threading.Thread):
         for request_id, cancelling in sql.items():
             if cancelling and (holding := memory.get(request_id)):
                 self.end(holding)
-        only_in_sql = sql.keys() - memory.keys()
-        only_in_memory = memory.keys() - sql.keys()
-        for request_id in only_in_sql & self._only_in_sql:
+        for request_id in self._only_in_sql.look(sql.keys() - memory.keys()):
             log.warning("lease.orphan job=%s fence=%d", *request_id)
             self.finish(Outcome(job_id=request_id.job_id, fence=request_id.fence, kind="released"))
-        for request_id in only_in_memory & self._only_in_memory:
+        for request_id in self._only_in_memory.look(memory.keys() - sql.keys()):
             log.warning("lease.taken_back job=%s fence=%d", *request_id)
             self.end(memory[request_id])
-        self._only_in_sql, self._only_in_memory = only_in_sql, only_in_memory
+
+
+class _Doubts:
+    """What one side lacks, and since when that is seen."""
+
+    def __init__(self) -> None:
+        self._since: dict[RequestId, float] = {}
+
+    def look(self, lacking: Iterable[RequestId]) -> list[RequestId]:
+        """Those that are still lacking, and have been for a while."""
+        before, now = self._since, time.monotonic()
+        self._since = {request_id: before.get(request_id, now) for request_id in lacking}
+        return [name for name in self._since if name in before and now - before[name] >= SETTLE_SECONDS]

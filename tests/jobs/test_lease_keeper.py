@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
+from jobs import lease_keeper
 from jobs.cancels import Cancels
 from jobs.claims import claim
 from jobs.database import Database
@@ -60,7 +61,8 @@ class Desk:
 
 
 @pytest.fixture
-def desk(database: Database) -> Desk:
+def desk(database: Database, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    monkeypatch.setattr(lease_keeper, "SETTLE_SECONDS", 0.0)
     return Desk(database)
 
 
@@ -85,6 +87,18 @@ def test_what_only_sql_knows_is_handed_back_at_the_second_look(desk: Desk, submi
     desk.take(remember=False)
     assert desk.look() == ([], [])
     assert desk.look() == ([], [Outcome(job_id=job_id, fence=1, kind="released")])
+
+
+def test_looks_that_follow_at_once_prove_nothing(
+    desk: Desk, submit: Submit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when many jobs are cancelled, each with a poke, while a claim is on its way into memory."""
+    monkeypatch.setattr(lease_keeper, "SETTLE_SECONDS", 600.0)
+    submit(2)
+    desk.take(remember=False)
+    assert [desk.look() for _ in range(5)] == [([], [])] * 5
+    monkeypatch.setattr(lease_keeper, "SETTLE_SECONDS", 0.0)
+    assert len(desk.look()[1]) == 2
 
 
 def test_what_only_memory_knows_is_ended_at_the_second_look(desk: Desk, submit: Submit) -> None:
