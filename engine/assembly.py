@@ -14,10 +14,10 @@ from torch import Tensor
 from engine.alibi import alibi_slopes
 from engine.attention import SelfAttention
 from engine.block import Block, ParallelBlock
-from engine.config import MixtureOfExperts, ModelConfig
 from engine.experts import AllExperts, Experts, MixedExperts
 from engine.linear import Linear
 from engine.mlp import MLP, GatedMLP, PlainMLP
+from engine.model_config import MixtureOfExperts, ModelConfig
 from engine.norm import LayerNorm, Norm, RMSNorm
 from engine.parameters import NORM_NAMES
 from engine.quantised_linear import Int8Linear, QuantisedLinear

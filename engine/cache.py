@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.config import ModelConfig
+from engine.model_config import ModelConfig
 from engine.plan import Move
 from engine.sampling_params import InvalidParameter
 from engine.shortage import is_shortage

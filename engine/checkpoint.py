@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine import families, foreign, gguf_file
-from engine.config import ModelConfig, ModelImpl
+from engine.config import ModelImpl
 from engine.families import UnsupportedCheckpoint
+from engine.model_config import ModelConfig
 from engine.quantisation import Float4Blocks, Quantisation, read_quantisation
 from engine.safetensors_file import SafetensorsFile
 

@@ -6,7 +6,7 @@ histories (`families` does): it names sizes by the words that config.json has fo
 
 from __future__ import annotations
 
-from engine.config import ModelConfig, UnsupportedCheckpoint
+from engine.model_config import ModelConfig, UnsupportedCheckpoint
 
 
 def checked(config: ModelConfig) -> ModelConfig:

@@ -13,12 +13,13 @@ from typing import Protocol
 
 from engine.checkpoint import Checkpoint
 from engine.compiling import Compiling
-from engine.config import EngineConfig, ModelConfig
+from engine.config import EngineConfig
 from engine.endings import failure
 from engine.figures import Figures
 from engine.flight import Flight
 from engine.grammars import Grammars
 from engine.growth import Growth
+from engine.model_config import ModelConfig
 from engine.pages import PagePool, require
 from engine.plan import Launched, Plan
 from engine.reasoning import format_of

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from engine.anatomy import Anatomy, dissect, is_activation, is_product
 from engine.cache import KVCache
 from engine.checkpoint import Checkpoint
-from engine.config import ModelConfig
 from engine.foreign_module import configuration, loaded_module, quiet
+from engine.model_config import ModelConfig
 from engine.plug import Call, plain_name, plugged
 from engine.rehearsal import rehearse
 from engine.step_input import StepInput

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from engine import family_fields, family_storage
-from engine.config import Activation, ModelConfig, Storage, StoredDType, UnsupportedCheckpoint
 from engine.config_sizes import checked
 from engine.field_kinds import check_kinds
+from engine.model_config import Activation, ModelConfig, Storage, StoredDType, UnsupportedCheckpoint
 from engine.rope_settings import rope_settings
 from engine.windows import (
     Windowed,

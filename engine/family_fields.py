@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from engine.config import MixtureOfExperts, UnsupportedCheckpoint
+from engine.model_config import MixtureOfExperts, UnsupportedCheckpoint
 from engine.rope_settings import rope_parameters, windowed_rope_theta
 
 Fields = Mapping[str, Any]

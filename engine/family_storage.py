@@ -6,7 +6,7 @@ Owns these tables. Knows no config.json (`family_fields`) and no files: an entry
 
 from __future__ import annotations
 
-from engine.config import Storage
+from engine.model_config import Storage
 
 GPT2_STORAGE = Storage(
     names=(

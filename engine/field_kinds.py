@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from engine.config import UnsupportedCheckpoint
+from engine.model_config import UnsupportedCheckpoint
 
 _NUMBERS = (
     "vocab_size",

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from engine.config import UnsupportedCheckpoint
 from engine.dequantise import scaled_blocks
+from engine.model_config import UnsupportedCheckpoint
 from engine.stored_tensors import StoredTensors, expect, refusal, rows_at_once
 
 _BLOCKS, _SCALES = "_blocks", "_scales"

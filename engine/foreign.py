@@ -13,8 +13,8 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-from engine.config import ModelConfig
 from engine.families import FAMILIES, UnsupportedCheckpoint, checkpoint_dtype, end_tokens, only_architecture
+from engine.model_config import ModelConfig
 from engine.rope_settings import rope_parameters
 
 _ENDINGS = ("ForCausalLM", "LMHeadModel")

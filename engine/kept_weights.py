@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.config import ModelConfig
 from engine.float8_module import Float8Module
+from engine.model_config import ModelConfig
 from engine.packed_module import PackedModule
 from engine.placement import canonical_name, weight_targets
 from engine.quantised_source import QuantisedModule, QuantisedSource

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from engine.config import ModelConfig
+from engine.model_config import ModelConfig
 from engine.sampling_params import InvalidParameter
 
 FREE_MEMORY_FRACTION = {"cpu": 0.5, "cuda": 0.9}  # a CPU's memory is shared with everyone else on it

@@ -19,10 +19,10 @@ from engine.assembly import Assembly
 from engine.attention import Rotation
 from engine.block import Block, ParallelBlock
 from engine.cache import KVCache
-from engine.config import ModelConfig
 from engine.experts import Experts
 from engine.fused_blocks import fused_blocks
 from engine.linear import Linear
+from engine.model_config import ModelConfig
 from engine.parameters import expert_stacks, parameter_shapes
 from engine.rope import rope_tables
 from engine.step_input import StepInput

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from engine.config import ModelConfig
+from engine.model_config import ModelConfig
 
 # Of a block's four norms over the hidden channels, by `norm_position`: its name in checkpoints
 NORM_NAMES: Mapping[str, Mapping[str, str]] = {

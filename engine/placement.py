@@ -13,8 +13,8 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from engine.checkpoint import Checkpoint, UnsupportedCheckpoint
-from engine.config import ModelConfig
 from engine.model import Decoder
+from engine.model_config import ModelConfig
 from engine.parameters import parameter_shapes
 from engine.weight_source import WeightSource
 from kernels.weights import QuantisedWeight

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from engine.config import UnsupportedCheckpoint
+from engine.model_config import UnsupportedCheckpoint
 
 Fields = Mapping[str, Any]
 

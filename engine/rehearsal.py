@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from engine.cache import KVCache
-from engine.config import ModelConfig
 from engine.families import UnsupportedCheckpoint
+from engine.model_config import ModelConfig
 from engine.plan import Plan, Row
 from engine.request import Request, RequestId
 from engine.sampling_params import SamplingParams

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from engine.config import ModelConfig, RopeScaling
+from engine.model_config import ModelConfig, RopeScaling
 
 
 def inverse_frequencies(config: ModelConfig, max_len: int) -> Tensor:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from engine.config import RopeScaling, UnsupportedCheckpoint
+from engine.model_config import RopeScaling, UnsupportedCheckpoint
 
 
 def rope_parameters(config: Mapping[str, Any]) -> Mapping[str, Any]:

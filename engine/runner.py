@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.cache import EIGHT_BITS, KVCache
 from engine.checkpoint import Checkpoint
-from engine.config import EngineConfig, ModelConfig
+from engine.config import EngineConfig
 from engine.decode_steps import DecodeSteps
 from engine.determinism import resolve_deterministic
 from engine.kept_weights import kept_formats
@@ -28,6 +28,7 @@ from engine.memory import (
     usable_pages,
 )
 from engine.model import Decoder
+from engine.model_config import ModelConfig
 from engine.multi_step import decodes_freely
 from engine.placement import weight_targets
 from engine.plan import Draws, Launched, Move, OutOfDeviceMemory, Plan, PromptScores

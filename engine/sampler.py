@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from engine.adjust import adjust, pairs_on
-from engine.config import ModelConfig
 from engine.logprobs import token_logprobs
+from engine.model_config import ModelConfig
 from engine.plan import FAILED, Draws, Row
 from engine.request import TokenLogprobs
 from engine.speculation import accept

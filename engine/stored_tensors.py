@@ -13,7 +13,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from engine.config import UnsupportedCheckpoint
+from engine.model_config import UnsupportedCheckpoint
 from engine.safetensors_file import StoredTensor
 
 WEIGHTS_AT_ONCE = 2**21  # that are made plain together

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint import Checkpoint, UnsupportedCheckpoint
-from engine.config import ModelConfig
 from engine.load_progress import LoadProgress
 from engine.model import Decoder
+from engine.model_config import ModelConfig
 from engine.placement import Place, placed, weight_targets
 from engine.quantised_source import QuantisedSource
 from engine.weight_source import WeightSource, open_source

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from engine.config import UnsupportedCheckpoint
+from engine.model_config import UnsupportedCheckpoint
 
 Config = Mapping[str, Any]
 Windowed = Callable[[Config], Sequence[bool]]  # whether each layer attends within the window

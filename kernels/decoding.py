@@ -26,9 +26,7 @@ class DecodingRows:
     page_table: Tensor  # [S, P] int32, read where a row goes on
     page_size: int
     counts: Tensor  # [S] int64, draws since the beginning, below N
-    positions: (
-        Tensor  # [S] int64, of the last token; of a row that does not go on some position that it has, or 0
-    )
+    positions: Tensor  # [S] int64, of the last token; 0, or one that it has, of a row that does not go on
     slots: Tensor  # [S] int64, of the last token; -1 where a row does not go on
     context_lens: Tensor  # [S] int32, as lengths; 0 where a row does not go on
     made: Tensor  # [N, S] int64, what was drawn, one line per draw

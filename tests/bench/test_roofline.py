@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from engine.config import MixtureOfExperts, ModelConfig
+from engine.model_config import MixtureOfExperts, ModelConfig
 from tests.bench.gpu.roofline import Roofline, Row, ideal_steps
 from tests.support.shapes import shape
 

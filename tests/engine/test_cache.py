@@ -12,8 +12,9 @@ from torch import Tensor
 
 from engine.cache import KVCache
 from engine.checkpoint import Checkpoint
-from engine.config import EngineConfig, ModelConfig
+from engine.config import EngineConfig
 from engine.memory import bytes_per_page, fitting_host_pages, fitting_pages
+from engine.model_config import ModelConfig
 from engine.plan import Move
 from engine.sampling_params import InvalidParameter
 from tests.support.tiny import write_tiny_llama

@@ -15,8 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from engine import families, foreign
-from engine.config import EngineConfig, UnsupportedCheckpoint
+from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.model_config import UnsupportedCheckpoint
 from engine.request import Request, RequestId
 from engine.sampling_params import SamplingParams
 from tests.support.families import write_tiny

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from engine.config import RopeScaling
 from engine.families import UnsupportedCheckpoint, model_config
+from engine.model_config import RopeScaling
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

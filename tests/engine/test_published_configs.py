@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from engine.config import MixtureOfExperts, ModelConfig, RopeScaling
 from engine.families import UnsupportedCheckpoint, model_config
+from engine.model_config import MixtureOfExperts, ModelConfig, RopeScaling
 from engine.quantisation import read_quantisation
 
 GPT2: dict[str, Any] = {

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from engine.config import ModelConfig
 from engine.families import UnsupportedCheckpoint, model_config
+from engine.model_config import ModelConfig
 
 SIZES: dict[str, Any] = {
     "vocab_size": 1000,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.config import ModelConfig
+from engine.model_config import ModelConfig
 
 
 def shape(*, vocab_size: int, eos_token_ids: tuple[int, ...], **fields: Any) -> ModelConfig:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
-from engine.config import ModelConfig
+from engine.model_config import ModelConfig
 from engine.parameters import parameter_shapes
 
 

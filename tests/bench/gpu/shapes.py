@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from engine.config import EngineConfig, ModelConfig
+from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.families import model_config
 from engine.kept_weights import WeightFormat
 from engine.model import Decoder
+from engine.model_config import ModelConfig
 from engine.runner import ModelRunner
 from kernels import kernels_for
 from kernels.weights import Int4Weight, QuantisedWeight
