@@ -156,7 +156,7 @@ def test_up_works_survives_its_worker_and_stops_cleanly(up: Process, tmp_path: P
     assert "Traceback" not in up.text()
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stream", [pytest.param(False, marks=pytest.mark.long), True])
 def test_who_waits_is_told_when_up_is_stopped(up: Process, tmp_path: Path, stream: bool) -> None:
     """In the error envelope, and what nobody will fetch does not run at the next start."""
     body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 16_000, "ignore_eos": True}
