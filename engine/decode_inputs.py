@@ -189,6 +189,10 @@ class DecodeInputs:
             shared=SharedPrefixes(tokens, members, starts[: MOST_GROUPS + 1]) if shape[2] else None,
         )
 
+    def drawn(self, num_steps: int, num_rows: int) -> tuple[Tensor, Tensor]:
+        """What steps have left: tokens `[steps, rows]` int64, logprobs `[steps, rows]` fp32 where some row asks."""
+        return self._made[:num_steps, :num_rows], self._logprobs[:num_steps, :num_rows]
+
     def temperatures(self, shape: Shape) -> Tensor:
         """`[rows]` fp64."""
         return self._floats[0, : shape[0]]

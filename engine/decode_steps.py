@@ -165,8 +165,7 @@ class DecodeSteps:
             else:
                 graphs.forward.replay()
                 graphs.draws[draw].replay()
-        kept = self._inputs.rows(shape)
-        made, logprobs = (one[:num_steps, : len(rows)] for one in (kept.made, kept.logprobs))
+        made, logprobs = self._inputs.drawn(num_steps, len(rows))
         return Drawn(made, logprobs if draw.scored else None)
 
     def logits(self, rows: tuple[Row, ...]) -> Tensor:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.grammar_source import shortened
-from engine.reasoning import Splitter, Stage, answer_of
+from engine.reasoning import Part, Splitter, Stage, parts_of
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher
@@ -90,7 +90,7 @@ class Matcher:
         if self.error or not new:
             return
         self._num_read += len(new)
-        answer = answer_of(new, self._splitter)
+        answer = parts_of(new, self._splitter)[Part.ANSWER]
         if answer and not self._state.consume_tokens(answer):
             self._retry(token_ids[num_prompt:])
 
@@ -118,7 +118,7 @@ class Matcher:
         if not self._alone:
             self._alone = True
             self._state = self._source.alone()
-            self._state.consume_tokens(answer_of(generated, self._split()))
+            self._state.consume_tokens(parts_of(generated, self._split())[Part.ANSWER])
         self._note()
 
     def _note(self) -> None:

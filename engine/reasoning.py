@@ -81,11 +81,15 @@ def format_of(tokenizer: Tokenizer, parser: ReasoningParser) -> ReasoningFormat 
     return None
 
 
-def answer_of(token_ids: Sequence[int], splitter: Splitter | None) -> list[int]:
-    """Those of the next tokens of a sample that are its answer."""
+def parts_of(token_ids: Sequence[int], splitter: Splitter | None) -> dict[Part, list[int]]:
+    """The next tokens of a sample, by what they are."""
+    parts: dict[Part, list[int]] = {part: [] for part in Part}
     if splitter is None:
-        return list(token_ids)
-    return [token_id for token_id in token_ids if splitter.push(token_id) is Part.ANSWER]
+        parts[Part.ANSWER] = list(token_ids)
+    else:
+        for token_id in token_ids:
+            parts[splitter.push(token_id)].append(token_id)
+    return parts
 
 
 class Told(NamedTuple):
@@ -102,9 +106,7 @@ def told(output: Output, tokenizer: Tokenizer, form: ReasoningFormat | None) -> 
     splitter = form.splitter(output.begins) if form else None
     if splitter is None:
         return Told(output.text(tokenizer.decode))
-    parts: dict[Part, list[int]] = {part: [] for part in Part}
-    for token_id in output.shown_ids:
-        parts[splitter.push(token_id)].append(token_id)
+    parts = parts_of(output.shown_ids, splitter)
     reasoning = tokenizer.decode(parts[Part.REASONING]).strip()
     text = tokenizer.decode(parts[Part.ANSWER])[: output.text_cut]
     return Told(text, reasoning or None, len(parts[Part.REASONING]))

@@ -57,9 +57,8 @@ def outcome_of(
         return _failure(completion, error.code, error.message, param_of(error, chat=chat))
     try:
         outputs = [_shown(index, one, tokenizer, reasoning) for index, one in enumerate(completion.outputs)]
-    except (
-        Exception
-    ) as error:  # raised to whoever reads the engine's pipe, it would end the engine with all in it
+    except Exception as error:
+        # Raised to whoever reads the engine's pipe, it would end the engine with all that is in it.
         log.error("answers.unreadable job=%.80a error=%s", job_id, type(error).__name__)
         return _failure(completion, "decode_failed", "this job's output could not be put into words")
     return Outcome(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engine.detokenizer import Detokenizer
-from engine.reasoning import Part, Splitter
+from engine.reasoning import Part, Splitter, parts_of
 from engine.tokenizer import Tokenizer
 
 
@@ -31,12 +31,7 @@ class GrowingSample:
             return
         new = token_ids[self._num_tokens - start :]
         self._num_tokens += len(new)
-        if self._splitter is None:
-            self.answer.push(new)
-            return
-        parts: dict[Part, list[int]] = {part: [] for part in Part}
-        for token_id in new:
-            parts[self._splitter.push(token_id)].append(token_id)
+        parts = parts_of(new, self._splitter)
         self.reasoning.push(parts[Part.REASONING])
         self.answer.push(parts[Part.ANSWER])
 
