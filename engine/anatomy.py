@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.families import UnsupportedCheckpoint
-from engine.model_config import ModelConfig
+from engine.model_config import ModelConfig, UnsupportedCheckpoint
 from engine.plug import Call, plain_name, plugged, witness_name, witness_rows
 
 _TRIED_TOKENS = 5

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from engine import families, foreign, gguf_file
+from engine import config_json, foreign, gguf_file
 from engine.config import ModelImpl
-from engine.families import UnsupportedCheckpoint
-from engine.model_config import ModelConfig
+from engine.families import FAMILIES
+from engine.model_config import ModelConfig, UnsupportedCheckpoint
 from engine.quantisation import Float4Blocks, Quantisation, read_quantisation
 from engine.safetensors_file import SafetensorsFile
 
@@ -99,9 +99,9 @@ class Checkpoint:
             raise UnsupportedCheckpoint(f"{folder}: config.json is missing")
         generation = _read_json(folder / "generation_config.json")
         try:
-            known = families.only_architecture(config) in families.FAMILIES
+            known = config_json.only_architecture(config) in FAMILIES
             ours = model_impl == "nightpress" or (model_impl == "auto" and known)
-            model = (families if ours else foreign).model_config(config, generation)
+            model = (config_json if ours else foreign).model_config(config, generation)
             quantisation = read_quantisation(config)
             if quantisation is not None and model.storage.transposed:
                 raise UnsupportedCheckpoint(

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.model_config import MixtureOfExperts, UnsupportedCheckpoint
-from engine.rope_settings import rope_parameters, windowed_rope_theta
+from engine.rope_settings import rope_parameters, rope_settings, windowed_rope_theta
+from engine.windows import all_but_every, by_layer_types
 
 Fields = Mapping[str, Any]
 
@@ -29,6 +30,14 @@ NEOX_WORDS = {
     "rotary_emb_base": "rope_theta",
     "rotary_pct": "partial_rotary_factor",
 }
+GLM_DEFAULTS = {
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1.5625e-7,
+    "partial_rotary_factor": 0.5,
+    "attention_bias": True,
+}
 GEMMA_WORDS = {"hidden_activation": "hidden_act"}
 GEMMA_DEFAULTS = {
     "num_key_value_heads": 4,
@@ -37,6 +46,13 @@ GEMMA_DEFAULTS = {
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
     "tie_word_embeddings": True,
+}
+GEMMA3_SIZES = {  # of the text model inside: published files say what differs from these
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
 }
 FALCON_WORDS = {
     "n_embed": "hidden_size",
@@ -135,6 +151,31 @@ def gemma_flags(config: Fields) -> Fields:
 
 def gemma3_flags(config: Fields) -> Fields:
     return {**gemma_flags(config), "windowed_rope_theta": windowed_rope_theta(config)}
+
+
+def scaled_without_window(config: Fields) -> Fields:
+    """Rope is scaled in the layers that see everything; those with a window have its theta alone (OLMo 3)."""
+    return {"windowed_rope_theta": windowed_rope_theta(config) or rope_settings(config)[0]}
+
+
+exaone4_windows = by_layer_types(
+    lambda config, layer: config["sliding_window"] is not None and all_but_every(4)(config, layer)
+)
+
+
+cohere2_windows = by_layer_types(all_but_every(4))
+
+
+def rotated_within_windows(config: Fields) -> Fields:
+    """Where layers have windows, those that see everything rotate nothing."""
+    inside = exaone4_windows(config)
+    return {"no_rope_layers": tuple(i for i, within in enumerate(inside) if any(inside) and not within)}
+
+
+def cohere2_flags(config: Fields) -> Fields:
+    """Only layers with a window rotate; logits are multiplied by a number, not divided."""
+    no_rope = tuple(i for i, within in enumerate(cohere2_windows(config)) if not within)
+    return {"no_rope_layers": no_rope, "logits_scaling": 1.0 / float(config["logit_scale"])}
 
 
 def _softcap(config: Fields, name: str) -> float | None:

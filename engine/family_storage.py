@@ -63,3 +63,13 @@ MIXTRAL_STORAGE = Storage(
     ),
 )
 GPT_OSS_STORAGE = Storage(names=((r"\.mlp\.router\.", ".mlp.gate."),), experts="alternating")
+GLM_STORAGE = Storage(rotary="pairs", gate_up="stacked")
+GLM4_STORAGE = Storage(
+    names=(
+        (r"\.post_attention_layernorm\.", ".pre_feedforward_layernorm."),
+        (r"\.post_self_attn_layernorm\.", ".post_attention_layernorm."),
+        (r"\.post_mlp_layernorm\.", ".post_feedforward_layernorm."),
+    ),
+    rotary="pairs",
+    gate_up="stacked",
+)

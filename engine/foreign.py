@@ -13,8 +13,9 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-from engine.families import FAMILIES, UnsupportedCheckpoint, checkpoint_dtype, end_tokens, only_architecture
-from engine.model_config import ModelConfig
+from engine.config_json import checkpoint_dtype, end_tokens, only_architecture
+from engine.families import FAMILIES
+from engine.model_config import ModelConfig, UnsupportedCheckpoint
 from engine.rope_settings import rope_parameters
 
 _ENDINGS = ("ForCausalLM", "LMHeadModel")

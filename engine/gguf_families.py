@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.families import UnsupportedCheckpoint, model_config
-from engine.model_config import ModelConfig
+from engine.config_json import model_config
+from engine.model_config import ModelConfig, UnsupportedCheckpoint
 
 ROPE_FACTORS = "rope_freqs.weight"
 CONTROL, USER_DEFINED = 3, 4  # llama.cpp's types of tokens that are matched before any split

@@ -19,9 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.families import UnsupportedCheckpoint
 from engine.gguf_families import ROPE_FACTORS, gguf_config, gguf_family
-from engine.model_config import ModelConfig
+from engine.model_config import ModelConfig, UnsupportedCheckpoint
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9

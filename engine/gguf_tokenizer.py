@@ -13,8 +13,8 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.pre_tokenizers import PreTokenizer
 
-from engine.families import UnsupportedCheckpoint
 from engine.gguf_families import CONTROL, USER_DEFINED
+from engine.model_config import UnsupportedCheckpoint
 
 _UNKNOWN = 2  # llama.cpp's type
 

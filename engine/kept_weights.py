@@ -64,7 +64,7 @@ def kept_formats(
     parts: dict[str, list[str | None]] = defaultdict(list)
     for name, target in weight_targets(config).items():
         if target.name.endswith(".weight") and not target.name.startswith("model.embed_"):
-            parts[target.name].append(None if target.grouped else stored.get(name))
+            parts[target.name].append(stored.get(name) if target.layout == "rows" else None)
     formats: dict[str, WeightFormat] = {}
     with source:
         for name, names in parts.items():

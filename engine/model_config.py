@@ -40,13 +40,15 @@ class Storage:
     """How a checkpoint names and lays out its tensors, where that is not Llama's way.
 
     `names`: regular expressions and what replaces them, applied in this order, which turn its names into Llama's.
-    `derived`: a regular expression that finds the tensors that carry nothing of their own, such as masks.
+    `derived`: a regular expression that finds the tensors of which nothing is needed: masks, or what sees images.
     """
 
     names: tuple[tuple[str, str], ...] = ()
     derived: str | None = None
     # q, k, v: three tensors; one, q above k above v; or one, for each kv head its q heads, its k and its v
     qkv: Literal["apart", "stacked", "grouped"] = "apart"
+    # which of a head's rotated channels turn together: i and i + half of them, or 2·i and 2·i + 1
+    rotary: Literal["halves", "pairs"] = "halves"
     gate_up: Literal["apart", "stacked"] = "apart"
     # one tensor of all experts of a layer: [E, out, in], gate above up; or [E, in, out], a gate before each up
     experts: Literal["stacked", "alternating"] = "stacked"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.checkpoint import Checkpoint, UnsupportedCheckpoint
 from engine.model import Decoder
-from engine.model_config import ModelConfig
+from engine.model_config import ModelConfig, Storage
 from engine.parameters import parameter_shapes
 from engine.weight_source import WeightSource
 from kernels.weights import QuantisedWeight
@@ -29,24 +29,25 @@ _OF_EXPERTS = (
 )
 
 
+Layout = Literal[
+    "rows",  # as the parameter's
+    "transposed",  # [in, out]
+    "grouped",  # q, k and v kv head by kv head
+    "pairs",  # in each head, channels that turn together side by side
+    "experts",  # [E, out, in], the gates of an expert above its ups
+    "experts_transposed",  # [E, in, out]
+    "experts_alternating",  # [E, in, out], a gate before each up
+    "repeated",  # as the parameter's, which another tensor fills: a tied head
+]
+
+
 class Target(NamedTuple):
     """Rows `start` to `end` of the parameter `name` take one tensor of the checkpoint."""
 
     name: str
     start: int
     end: int
-    grouped: bool = False  # they are stored kv head by kv head
-
-
-Layout = Literal[
-    "rows",  # as the parameter's
-    "transposed",  # [in, out]
-    "grouped",  # q, k and v kv head by kv head
-    "experts",  # [E, out, in], the gates of an expert above its ups
-    "experts_transposed",  # [E, in, out]
-    "experts_alternating",  # [E, in, out], a gate before each up
-    "repeated",  # as the parameter's, which another tensor fills: a tied head
-]
+    layout: Layout = "rows"  # of what is no tensor of all experts
 
 
 class Place(NamedTuple):
@@ -80,11 +81,21 @@ def weight_targets(config: ModelConfig) -> dict[str, Target]:
             parts = (("q_proj", heads), ("k_proj", kv_heads), ("v_proj", kv_heads))
         elif module == "gate_up_proj" and storage.gate_up == "apart":
             parts = (("gate_proj", rows // 2), ("up_proj", rows // 2))
-        start, grouped = 0, module == "qkv_proj" and storage.qkv == "grouped"
+        start = 0
         for part, size in parts:
-            targets[name.replace(module, part)] = Target(name, start, start + size, grouped)
+            layout = _layout(part, storage)
+            targets[name.replace(module, part)] = Target(name, start, start + size, layout)
             start += size
     return targets
+
+
+def _layout(module: str, storage: Storage) -> Layout:
+    """Of a module's tensors."""
+    if module == "qkv_proj" and storage.qkv == "grouped":
+        return "grouped"
+    if module in ("q_proj", "k_proj") and storage.rotary == "pairs":
+        return "pairs"
+    return "rows"
 
 
 def placed(
@@ -169,4 +180,4 @@ def _place(name: str, names: tuple[str, ...], targets: dict[str, Target], decode
         return Place((rows,), "rows", kept.rows(target.start, target.end))
     if decoder.config.storage.transposed and name.startswith("model.layers.") and rows.dim() == 2:
         return Place((rows,), "transposed")
-    return Place((rows,), "grouped" if target.grouped else "rows")
+    return Place((rows,), target.layout)

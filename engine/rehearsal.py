@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.cache import KVCache
-from engine.families import UnsupportedCheckpoint
-from engine.model_config import ModelConfig
+from engine.model_config import ModelConfig, UnsupportedCheckpoint
 from engine.plan import Plan, Row
 from engine.request import Request, RequestId
 from engine.sampling_params import SamplingParams

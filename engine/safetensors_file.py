@@ -15,7 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine.families import UnsupportedCheckpoint
+from engine.model_config import UnsupportedCheckpoint
 
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _BITS = {"BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F64": 64, "F32": 32, "F16": 16, "BF16": 16}

@@ -250,14 +250,15 @@ def _definition(folder: Path) -> str:
 
 
 def _template_source(folder: Path, settings: dict[str, Any]) -> str | None:
-    """chat_template.jinja, else tokenizer_config.json's: one template, or several of which `default` is taken."""
+    """chat_template.jinja, else tokenizer_config.json's: one template, or several of which `default` is taken; else
+    that of chat_template.json, where transformers 4 put the templates of models that see as well."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         try:
             return path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise UnsupportedTokenizer(f"{path} cannot be read: {error}") from None
-    source = settings.get("chat_template")
+    source = settings.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template")
     if isinstance(source, list):
         named = {one.get("name"): one.get("template") for one in source if isinstance(one, dict)}
         source = named.get("default")

@@ -102,7 +102,10 @@ def _copy(source: WeightSource, piece: Piece, place: Place, config: ModelConfig)
         return source.copy(name, start, end, rows[start:end])
     stored = rows.new_empty(place.stored_shape)
     source.copy(name, start, end, stored)
-    rows.copy_(stored.t() if place.layout == "transposed" else _ungrouped(stored, config))
+    if place.layout == "transposed":
+        rows.copy_(stored.t())
+    else:
+        rows.copy_(_ungrouped(stored, config) if place.layout == "grouped" else _in_halves(stored, config))
 
 
 def _copy_expert(source: WeightSource, name: str, expert: int, place: Place) -> None:
@@ -135,6 +138,13 @@ def _ungrouped(tensor: Tensor, config: ModelConfig) -> Tensor:
     group = rows.shape[1] - 2
     parts = rows[:, :group], rows[:, group : group + 1], rows[:, group + 1 :]
     return torch.cat([part.flatten(0, 2) for part in parts])
+
+
+def _in_halves(tensor: Tensor, config: ModelConfig) -> Tensor:
+    """Rows `[heads, d]` whose rotated channels lie in pairs → the first of each pair, the second, then the others."""
+    heads = tensor.view(-1, config.head_dim, *tensor.shape[1:])
+    turned, others = heads[:, : config.rotary_dim], heads[:, config.rotary_dim :]
+    return torch.cat((turned[:, 0::2], turned[:, 1::2], others), dim=1).flatten(0, 1)
 
 
 def _advise_huge_pages(parameter: Tensor) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from engine import families, foreign
+from engine import config_json, foreign
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.model_config import UnsupportedCheckpoint
@@ -151,7 +151,7 @@ LOST = [
 
 
 @pytest.mark.parametrize(("parameters", "scaling", "says"), LOST)
-@pytest.mark.parametrize("read", [families.model_config, foreign.model_config])
+@pytest.mark.parametrize("read", [config_json.model_config, foreign.model_config])
 def test_what_rope_scaling_would_lose_is_named(
     read: Callable[[dict[str, Any]], Any], parameters: dict[str, Any], scaling: dict[str, Any], says: str
 ) -> None:

@@ -20,7 +20,7 @@ from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.fallback import Elementwise, Fallback
-from engine.families import UnsupportedCheckpoint
+from engine.model_config import UnsupportedCheckpoint
 from engine.plan import Plan, Row
 from engine.request import Request, RequestId
 from engine.runner import ModelRunner

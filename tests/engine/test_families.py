@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from engine.families import UnsupportedCheckpoint, model_config
-from engine.model_config import RopeScaling
+from engine.config_json import model_config
+from engine.model_config import RopeScaling, UnsupportedCheckpoint
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -1,13 +1,14 @@
 """Every family's tokens and logprobs, of prompts too, are those of transformers: tiny models, written by transformers
 itself, with little memory, in odd chunks, arriving in any order, preempted.
 
-A new family is one row in `MODELS` of `tests/support/families.py`.
+A new family is one row in `MODELS` of `tests/support/family_models.py`.
 """
 
 from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,9 +23,16 @@ from tests.support.family_models import MODELS
 from tests.support.tiny import VOCAB_SIZE
 
 
-@pytest.fixture(
-    scope="module", params=[(name, i) for name, models in MODELS.items() for i in range(len(models))], ids=str
-)
+def params() -> list[Any]:
+    """In `make test` the first model of each family."""
+    return [
+        pytest.param((name, i), marks=pytest.mark.long if i else ())
+        for name, models in MODELS.items()
+        for i in range(len(models))
+    ]
+
+
+@pytest.fixture(scope="module", params=params(), ids=str)
 def reference(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[Case]]:

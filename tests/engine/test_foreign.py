@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from engine.checkpoint import Checkpoint
-from engine.families import UnsupportedCheckpoint
 from engine.foreign import model_config
+from engine.model_config import UnsupportedCheckpoint
 from tests.support.tiny import write_tiny_llama
 from tests.support.tree import ROOT
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from engine.families import UnsupportedCheckpoint, model_config
-from engine.model_config import MixtureOfExperts, ModelConfig, RopeScaling
+from engine.config_json import model_config
+from engine.model_config import MixtureOfExperts, ModelConfig, RopeScaling, UnsupportedCheckpoint
 from engine.quantisation import read_quantisation
 
 GPT2: dict[str, Any] = {

@@ -79,6 +79,17 @@ def test_grouped_heads_are_sorted_into_queries_keys_and_values(tmp_path: Path) -
     assert torch.equal(parameters(folder)["model.layers.1.self_attn.qkv_proj.weight"], wanted)
 
 
+def test_channels_that_turn_together_are_parted_into_halves(tmp_path: Path) -> None:
+    """Of heads of 16 channels GLM rotates the first 8; v is not rotated."""
+    folder = tiny(tmp_path, "GlmForCausalLM", head_dim=16)
+    stored, found = load_file(folder / "model.safetensors"), parameters(folder)
+    order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7, *range(8, 16)])
+    for kind in ("weight", "bias"):
+        q, k, v = (stored[f"model.layers.1.self_attn.{name}_proj.{kind}"] for name in "qkv")
+        turned = [part.view(-1, 16, *part.shape[1:])[:, order].reshape(part.shape) for part in (q, k)]
+        assert torch.equal(found[f"model.layers.1.self_attn.qkv_proj.{kind}"], torch.cat([*turned, v]))
+
+
 def test_experts_may_be_stored_as_one_tensor(tmp_path: Path) -> None:
     folder = tiny(tmp_path, "Qwen3MoeForCausalLM", **MOE)
     before = parameters(folder)

@@ -130,6 +130,16 @@ def test_malformed_messages_are_refused_by_name(tokenizer: Tokenizer, messages: 
         tokenizer.encode_chat(messages)
 
 
+def test_a_template_may_lie_in_a_file_for_models_that_see(folder: Path, tmp_path: Path) -> None:
+    copied(folder, tmp_path, chat_template=None)
+    path = tmp_path / "chat_template.json"
+    path.write_text(json.dumps({"chat_template": "{{ messages[0]['content'] }}"}))
+    assert Tokenizer.open(Checkpoint.open(str(tmp_path))).render_chat(CHAT) == CHAT[0]["content"]
+    assert (
+        Tokenizer.open(Checkpoint.open(str(copied(folder, tmp_path)))).render_chat(CHAT) != CHAT[0]["content"]
+    )
+
+
 def test_a_checkpoint_without_a_template_says_so(folder: Path, tmp_path: Path) -> None:
     tokenizer = Tokenizer.open(Checkpoint.open(str(copied(folder, tmp_path, chat_template=None))))
     assert not tokenizer.has_chat_template

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from engine.families import UnsupportedCheckpoint, model_config
-from engine.model_config import ModelConfig
+from engine.config_json import model_config
+from engine.model_config import ModelConfig, UnsupportedCheckpoint
 
 SIZES: dict[str, Any] = {
     "vocab_size": 1000,
@@ -95,11 +95,6 @@ def test_what_contradicts_itself_or_is_not_supported_is_named(
 ) -> None:
     with pytest.raises(UnsupportedCheckpoint, match=named):
         read(family, **fields)
-
-
-def test_gemma_3_with_eyes_is_refused_with_the_reason() -> None:
-    with pytest.raises(UnsupportedCheckpoint, match="vision tower"):
-        model_config({"architectures": ["Gemma3ForConditionalGeneration"], "text_config": SIZES})
 
 
 def published(architecture: str, sizes: tuple[int, int, int, int, int, int], **fields: Any) -> ModelConfig:

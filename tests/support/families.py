@@ -42,7 +42,11 @@ def write_tiny(folder: Path, architecture: str, changes: dict[str, Any]) -> Any:
     """A random model in transformers' own files, and the model itself."""
     model_class = getattr(transformers, architecture)
     torch.manual_seed(1)
-    model = model_class(model_class.config_class(**{**SIZES, **changes})).float().eval()
+    if "text_config" in changes:  # of a model that sees as well
+        whole = {**changes, "text_config": {**SIZES, **changes["text_config"]}}
+    else:
+        whole = {**SIZES, **changes}
+    model = model_class(model_class.config_class(**whole)).float().eval()
     # an MLP without gates pushes all tokens to one side: there the products weigh more and the biases less
     gated = any("gate" in name for name, _ in model.named_parameters())
     spread, bias = (1.5, 0.3) if gated else (3.0, 0.1)
@@ -83,7 +87,7 @@ def reference_cases(folder: Path, architecture: str, number: int) -> list[Case]:
     rng = random.Random(7)
     original = changes.get("original_max_position_embeddings", 0)
     # transformers takes other frequencies once a sequence has grown beyond the original context; ours stay
-    least = original + 1 if original < model.config.max_position_embeddings else 1
+    least = original + 1 if original < model.config.get_text_config().max_position_embeddings else 1
     cases = [reference_case(model, max(length, least), rng) for length in LENGTHS]
     assert len({token for case in cases for token in case.token_ids}) > 20  # else anything would match
     return cases

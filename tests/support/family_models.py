@@ -13,6 +13,16 @@ LONGROPE = {
     "short_factor": [1.0, 1.1, 1.2, 1.5, 1.5, 1.7, 2.0, 2.5],
     "long_factor": [1.0, 1.5, 2.5, 4.0, 5.0, 8.0, 16.0, 20.0],
 }
+SIGLIP = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+PIXTRAL = {**SIGLIP, "model_type": "pixtral", "head_dim": 8}
+QWEN_EYES = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 64}
 MODELS: dict[str, tuple[dict[str, Any], ...]] = {
     "LlamaForCausalLM": (
         {
@@ -36,6 +46,13 @@ MODELS: dict[str, tuple[dict[str, Any], ...]] = {
         },
         {"num_key_value_heads": 1, "head_dim": 40, "vocab_size": 333},
     ),
+    "Mistral3ForConditionalGeneration": (
+        {
+            "vision_config": PIXTRAL,
+            "text_config": {"model_type": "mistral", "head_dim": 24, "sliding_window": 9},
+            "tie_word_embeddings": False,
+        },
+    ),
     "Qwen2ForCausalLM": (
         {},
         {
@@ -56,6 +73,23 @@ MODELS: dict[str, tuple[dict[str, Any], ...]] = {
         {"sliding_window": 8, "head_dim": 24},
         {"sliding_window": None, "num_key_value_heads": 1, "tie_word_embeddings": True, "rms_norm_eps": 1e-3},
     ),
+    "Qwen2VLForConditionalGeneration": (
+        {
+            "vision_config": {"depth": 1, "embed_dim": 16, "hidden_size": 64, "num_heads": 2},
+            "text_config": {
+                "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "mrope_section": [2, 3, 3]}
+            },
+        },
+    ),
+    "Qwen2_5_VLForConditionalGeneration": (
+        {
+            "vision_config": QWEN_EYES,
+            "text_config": {
+                "rope_parameters": {"rope_type": "default", "rope_theta": 900.0, "mrope_section": [2, 3, 3]}
+            },
+            "tie_word_embeddings": True,
+        },
+    ),
     "Qwen3ForCausalLM": (
         {"head_dim": 16, "attention_bias": True},
         {
@@ -68,9 +102,55 @@ MODELS: dict[str, tuple[dict[str, Any], ...]] = {
             "layer_types": ["sliding_attention", "full_attention"],
         },
     ),
+    "Qwen3VLForConditionalGeneration": (
+        {
+            "vision_config": {**QWEN_EYES, "deepstack_visual_indexes": [0]},
+            "text_config": {
+                "head_dim": 16,
+                "attention_bias": True,
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 900.0,
+                    "mrope_section": [4, 2, 2],
+                    "mrope_interleaved": True,
+                },
+            },
+        },
+    ),
     "Olmo2ForCausalLM": (
         {"num_attention_heads": 6, "hidden_size": 96, "tie_word_embeddings": True},
         {"attention_bias": True, "num_key_value_heads": 4, "head_dim": 24},
+    ),
+    "Olmo3ForCausalLM": (
+        {
+            "num_hidden_layers": 4,
+            "sliding_window": 12,
+            "num_key_value_heads": 4,
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 5000.0,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 32,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+            },
+        },
+        {
+            "sliding_window": 30,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "attention_bias": True,
+            "head_dim": 24,
+        },
+    ),
+    "Exaone4ForCausalLM": (
+        {"num_hidden_layers": 4, "sliding_window": 14, "sliding_window_pattern": 2, "head_dim": 24},
+        {
+            "sliding_window": None,
+            "layer_types": ["full_attention"] * 2,
+            "hidden_size": 96,
+            "num_attention_heads": 6,
+        },
     ),
     "SmolLM3ForCausalLM": (
         {"no_rope_layers": [0, 1], "attention_bias": True, "mlp_bias": True},
@@ -144,6 +224,44 @@ MODELS: dict[str, tuple[dict[str, Any], ...]] = {
             "tie_word_embeddings": False,
             "final_logit_softcapping": 6.0,
             "attention_bias": True,
+        },
+    ),
+    "Gemma3ForConditionalGeneration": (
+        {
+            "vision_config": SIGLIP,
+            "text_config": {
+                "head_dim": 16,
+                "num_hidden_layers": 3,
+                "sliding_window": 12,
+                "sliding_window_pattern": 3,
+                "query_pre_attn_scalar": 24,
+            },
+        },
+    ),
+    "GlmForCausalLM": (
+        {"head_dim": 24},
+        {"head_dim": 16, "attention_bias": False, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    ),
+    "Glm4ForCausalLM": (
+        {"head_dim": 16},
+        {
+            "head_dim": 24,
+            "attention_bias": False,
+            "num_key_value_heads": 4,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 900.0, "partial_rotary_factor": 1.0},
+        },
+    ),
+    "Ernie4_5ForCausalLM": (
+        {"head_dim": 24, "use_bias": True},
+        {"head_dim": 16, "tie_word_embeddings": False, "num_key_value_heads": 1},
+    ),
+    "Cohere2ForCausalLM": (
+        {"num_hidden_layers": 4, "sliding_window": 12, "logit_scale": 0.5},
+        {
+            "sliding_window": 30,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "attention_bias": True,
+            "tie_word_embeddings": False,
         },
     ),
     "GPT2LMHeadModel": (

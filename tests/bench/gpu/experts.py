@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from engine.families import model_config
+from engine.config_json import model_config
 from engine.parameters import parameter_shapes
 from tests.bench.gpu.engines import engine_for, free
 from tests.bench.gpu.measurement import run_through

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from engine.families import model_config
+from engine.config_json import model_config
 from engine.kept_weights import Float8Format, Int4Format, WeightFormat
 from engine.parameters import parameter_shapes
 from kernels.weights import Int4Weight

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from engine.config import EngineConfig
+from engine.config_json import model_config
 from engine.engine import Engine
-from engine.families import model_config
 from engine.kept_weights import WeightFormat
 from engine.model import Decoder
 from engine.model_config import ModelConfig
