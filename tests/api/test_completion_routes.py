@@ -243,7 +243,7 @@ def test_nobody_answers_in_time(
 ) -> None:
     monkeypatch.setattr(completion_routes, "BEGIN_SECONDS", 0.0)
     before = set(rows.jobs_by_state(database).get("cancelled", []))
-    app = app_of(database, tmp_path, interactive_seconds=0.05)
+    app = app_of(database, tmp_path, interactive_seconds=0.5)
     with local_client(app, headers=bearer(key_of(database, "default"))) as client:
         answer = client.post(url, json=ROUTES[url])
         error = error_of(answer, 504)
