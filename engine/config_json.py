@@ -83,7 +83,12 @@ def _decoder(architecture: str, family: Family, given: Mapping[str, Any]) -> Mod
     theta, scaling = rope_settings(config)
     if scaling is not None and scaling.kind == "yarn":  # published configs state the one or the other
         max_position = max(max_position, int(scaling.original_max_position * scaling.factor))
-    flags = {"activation": _ACTIVATIONS[activation], **family.flags, **family.read_flags(config)}
+    flags = {
+        "activation": _ACTIVATIONS[activation],
+        "max_position": max_position,
+        **family.flags,
+        **family.read_flags(config),
+    }
     if "windowed_rope_theta" not in flags and "sliding_attention" in (config.get("rope_parameters") or {}):
         raise UnsupportedCheckpoint(f"rope_parameters by kind of layer are not supported for {architecture}")
     if (
@@ -102,7 +107,6 @@ def _decoder(architecture: str, family: Family, given: Mapping[str, Any]) -> Mod
             num_heads=num_heads,
             num_kv_heads=int(config.get("num_key_value_heads") or num_heads),
             head_dim=int(config.get("head_dim") or config["hidden_size"] // num_heads),
-            max_position=max_position,
             norm_eps=float(config.get("rms_norm_eps", 1e-6)),
             rope_theta=theta,
             rope_scaling=scaling,

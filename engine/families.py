@@ -30,6 +30,18 @@ _MISTRAL = Family(
     always={**_NO_BIAS, "use_sliding_window": True},
     windowed=by_layer_types(all_layers),  # Ministral's has layer_types
 )
+_MINISTRAL3 = Family(
+    defaults={
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 262144,
+        "rms_norm_eps": 1e-5,
+    },
+    fields=family_fields.ministral3_fields,
+    always={**_NO_BIAS, "use_sliding_window": True},
+    read_flags=family_fields.original_positions,
+    windowed=every_layer,
+)
 _QWEN2 = Family(
     defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768, **_QWEN_WINDOW},
     always={**_NO_BIAS, "attention_bias": True},
@@ -82,8 +94,12 @@ FAMILIES: Mapping[str, Family] = {
     # Llama 1 to 3 and its many relatives under the same name, SmolLM2 among them
     "LlamaForCausalLM": Family(),
     "MistralForCausalLM": _MISTRAL,
+    "Ministral3ForCausalLM": _MINISTRAL3,
     "Mistral3ForConditionalGeneration": replace(
-        _MISTRAL, flags={"storage": TEXT_STORAGE}, text_kinds=("mistral",)
+        _MINISTRAL3,
+        fields=family_fields.mistral3_fields,
+        flags={"storage": TEXT_STORAGE},
+        text_kinds=("mistral", "ministral3"),
     ),
     "Qwen2ForCausalLM": _QWEN2,
     "Qwen2VLForConditionalGeneration": replace(_QWEN2_VL, text_kinds=("qwen2_vl_text",)),

@@ -138,6 +138,39 @@ def multipliers(config: Fields) -> Fields:
     return {name: float(config.get(name, 1.0)) for name in names}
 
 
+def ministral3_fields(config: Fields) -> Fields:
+    """Where config.json describes no rope, the one that transformers fills in."""
+    if config.get("rope_parameters") is not None or config.get("rope_scaling"):
+        return {}
+    return {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1000000.0,
+            "factor": 16.0,
+            "original_max_position_embeddings": 16384,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        }
+    }
+
+
+def mistral3_fields(config: Fields) -> Fields:
+    """Mistral Small's text model is a Mistral, whose window has a default, Ministral 3's has none."""
+    if config.get("model_type") == "ministral3":
+        return ministral3_fields(config)
+    return {"sliding_window": config.get("sliding_window", 4096)}
+
+
+def original_positions(config: Fields) -> Fields:
+    """Ministral 3 scales queries by their position beyond the original context. That is not computed here, so a
+    sequence ends with it."""
+    rope = rope_parameters(config)
+    if not rope.get("llama_4_scaling_beta"):
+        return {}
+    return {"max_position": int(rope["original_max_position_embeddings"])}
+
+
 def gemma_flags(config: Fields) -> Fields:
     if config.get("use_bidirectional_attention"):
         raise UnsupportedCheckpoint("use_bidirectional_attention is not supported")

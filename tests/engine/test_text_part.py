@@ -128,6 +128,20 @@ def test_mistral_small() -> None:
     assert (config.tied_embeddings, config.windows, config.rope_theta) == (False, (), 1e9)
 
 
+def test_ministral_3_ends_where_its_queries_would_be_scaled() -> None:
+    """A short config.json is filled in as transformers does."""
+    text = {**MISTRAL_SMALL["text_config"], "model_type": "ministral3", "max_position_embeddings": 262144}
+    for name in ("sliding_window", "rope_theta"):
+        del text[name]
+    config = model_config({**MISTRAL_SMALL, "text_config": text})
+    assert (config.max_position, config.rope_theta, config.windows) == (16384, 1e6, ())
+    assert config.rope_scaling == RopeScaling(kind="yarn", factor=16.0, original_max_position=16384)
+    alone = {**text, "architectures": ["Ministral3ForCausalLM"], "dtype": "bfloat16"}
+    assert model_config(alone).max_position == 16384
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    assert model_config({**alone, "rope_parameters": rope}).max_position == 262144
+
+
 def test_qwen_turns_text_by_one_position() -> None:
     config = model_config(QWEN2_5_VL_7B)
     assert sizes(config) == (152064, 3584, 28, 28, 4, 128)
@@ -160,7 +174,11 @@ def test_which_of_both_says_that_the_head_is_tied(
 @pytest.mark.parametrize(
     ("published", "fields", "named"),
     [
-        (MISTRAL_SMALL, {"text_config": {"model_type": "ministral3"}}, "'ministral3'.*allowed: mistral"),
+        (
+            MISTRAL_SMALL,
+            {"text_config": {"model_type": "mistral4"}},
+            "'mistral4'.*allowed: mistral, ministral3",
+        ),
         (MISTRAL_SMALL, {"text_config": None}, "lacks text_config"),
         (MISTRAL_SMALL, {"text_config": "mistral"}, "text_config must be an object"),
         (MISTRAL_SMALL, {"text_config": {"model_type": "mistral"}}, "lacks num_attention_heads"),

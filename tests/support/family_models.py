@@ -22,6 +22,15 @@ SIGLIP = {
     "patch_size": 8,
 }
 PIXTRAL = {**SIGLIP, "model_type": "pixtral", "head_dim": 8}
+MINISTRAL_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 900.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 512,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
 QWEN_EYES = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 64}
 MODELS: dict[str, tuple[dict[str, Any], ...]] = {
     "LlamaForCausalLM": (
@@ -46,10 +55,28 @@ MODELS: dict[str, tuple[dict[str, Any], ...]] = {
         },
         {"num_key_value_heads": 1, "head_dim": 40, "vocab_size": 333},
     ),
+    "Ministral3ForCausalLM": (
+        {
+            "head_dim": 24,
+            "sliding_window": 9,
+            "max_position_embeddings": 2048,
+            "rope_parameters": MINISTRAL_ROPE,
+        },
+    ),
     "Mistral3ForConditionalGeneration": (
         {
             "vision_config": PIXTRAL,
             "text_config": {"model_type": "mistral", "head_dim": 24, "sliding_window": 9},
+            "tie_word_embeddings": False,
+        },
+        {
+            "vision_config": PIXTRAL,
+            "text_config": {
+                "model_type": "ministral3",
+                "head_dim": 16,
+                "max_position_embeddings": 2048,
+                "rope_parameters": MINISTRAL_ROPE,
+            },
             "tie_word_embeddings": False,
         },
     ),
