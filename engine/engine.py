@@ -87,7 +87,7 @@ class Engine:
         self._run_of: dict[Sequence, Run] = {}
         self._by_identity: dict[Hashable, Run] = {}
         self._compiling: Compiling | None = None  # runs that wait for their grammar; None: nobody has asked
-        self._over: list[Run] = []  # ended by what they were resumed with
+        self._over: dict[Run, None] = {}  # ended by what they were resumed with, in their order
         self.reasoning = format_of(tokenizer, config.reasoning_parser) if tokenizer else None
         self._figures = Figures()
 
@@ -142,7 +142,7 @@ class Engine:
             live = [sequence for sequence in sequences if not self._resumed(run, sequence)]
             run.num_unfinished = len(live)
             if not live:
-                self._over.append(run)
+                self._over[run] = None
             elif compiling is not None:
                 compiling.add(run, live)
             else:
@@ -168,14 +168,13 @@ class Engine:
         completion = run.completion(run.requests[request_id], aborted=True)
         del run.requests[request_id]
         self._forget(request_id)
-        self._figures.num_finished += 1
+        self._figures.ended([completion])
         return completion
 
     def step(self) -> list[Completion]:
         """Compute one plan. Returns the requests that ended in it; nothing to do is an empty list. While all wait for
         their grammars it waits with them for a moment, so that a caller's loop does not spin."""
-        completions = [completion for run in self._over for completion in self._leave(run)]
-        self._over = []
+        completions = [completion for run in list(self._over) for completion in self._leave(run)]
         completions += self._compiled()
         landed = self._flight.next()
         if landed is None:
@@ -373,6 +372,7 @@ class Engine:
             self._run_of.pop(sequence, None)
             if sequence.output is None:
                 self.scheduler.remove(sequence)
+        self._over.pop(run, None)
         if self._compiling:
             self._compiling.remove(run)
         if self._by_identity.get(run.identity) is run:

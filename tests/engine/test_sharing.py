@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import zlib
 from dataclasses import replace
@@ -12,9 +13,10 @@ import pytest
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.request import Completion, Request, RequestId
+from engine.request import Completion, Generated, Request, RequestId
 from engine.runner import ModelRunner
 from engine.sampling_params import SamplingParams
+from engine.sequence import Sequence
 from tests.support.checked import CheckedRunner, checked_engine, expected
 from tests.support.pressure import run
 from tests.support.tiny import write_tiny_llama
@@ -101,6 +103,30 @@ def test_a_twin_outlives_the_one_that_came_first() -> None:
     done = finish(engine, [])
     assert set(done) == {"first", "second"}
     assert done["second"].outputs[0].token_ids == expected(second, 0, 6)
+
+
+def test_a_twin_that_is_aborted_counts_as_its_completion_says() -> None:
+    engine = checked_engine(100, PAGE_SIZE)
+    first, second = (request(name, prompt(5, 40), seed=1, max_tokens=6) for name in ("first", "second"))
+    engine.add(first)
+    engine.add(second)
+    gone = engine.abort(second.id)
+    assert gone is not None
+    finish(engine, [])
+    stats = engine.stats()
+    assert (stats["num_finished"], stats["num_cached_tokens"]) == (2, gone.num_cached_tokens) == (2, 40)
+
+
+def test_one_that_was_at_its_end_and_is_aborted_leaves_nothing_behind() -> None:
+    """No step need follow: as far as anybody can see there is no work."""
+    engine = checked_engine(100, PAGE_SIZE)
+    whole = request("whole", prompt(5, 40), seed=1, max_tokens=2)
+    whole = replace(whole, generated=(Generated(token_ids=expected(whole, 0, 2)),))
+    engine.add(whole)
+    engine.abort(whole.id)
+    assert not engine.has_work
+    gc.collect()
+    assert not [one for one in gc.get_referrers(whole) if isinstance(one, Sequence)]
 
 
 def test_a_twin_in_a_hurry_does_not_wait() -> None:
