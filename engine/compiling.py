@@ -1,8 +1,8 @@
 """Compiling: runs whose grammar is being compiled, outside the scheduler and off the thread that steps.
 
 Owns the threads, who waits for what, and the budget of time. Everybody else goes on at full speed meanwhile: the
-library lets go of the interpreter's lock. A step costs the same however many wait. Knows neither grammars (`grammars`)
-nor pages.
+library lets go of the interpreter's lock. A step costs the same however many wait. Knows neither grammars
+(`grammars`) nor pages.
 """
 
 from __future__ import annotations
