@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from engine import prefix_cache
+from engine import page_names
 from engine.pages import PagePool
 from engine.plan import Move
 from engine.prefix_cache import MIN_COPIED, SWAP_GROUP, PrefixCache
@@ -284,10 +284,10 @@ def test_what_a_plan_will_read_is_not_overwritten_by_what_makes_way_for_it() -> 
 def one_digest(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """All contents get the same name."""
     digest = SimpleNamespace(digest=lambda: bytes(32))
-    prefix_cache._root.cache_clear()
-    monkeypatch.setattr(prefix_cache, "hashlib", SimpleNamespace(sha256=lambda data: digest))
+    page_names._root.cache_clear()
+    monkeypatch.setattr(page_names, "hashlib", SimpleNamespace(sha256=lambda data: digest))
     yield
-    prefix_cache._root.cache_clear()
+    page_names._root.cache_clear()
 
 
 @pytest.mark.usefixtures("one_digest")

@@ -190,19 +190,21 @@ def test_a_template_teaches_lengths_by_its_prefix() -> None:
     for k in range(6):
         engine.add(request(f"s{k}", short + prompt(k, 9), max_tokens=5, ignore_eos=True, stop_token_ids=(1,)))
     finish(engine, [])
-    lengths, cache = engine.scheduler.lengths, engine.scheduler.cache
+    lengths, cache = engine.scheduler.expectations.lengths, engine.scheduler.cache
     engine.add(request("probe", short + prompt(77, 9), max_tokens=300, stop_token_ids=(1,)))
     probe = next(iter(engine.scheduler.waiting))
-    assert lengths.expected(cache.chain(probe, 64), 300) == 300  # they were cut: who knows how long they are
+    assert (
+        lengths.expected(cache.names.chain(probe, 64), 300) == 300
+    )  # they were cut: who knows how long they are
     for k in range(6):
-        lengths.observe(cache.chain(probe, 64), 40 + k, cut=False)
+        lengths.observe(cache.names.chain(probe, 64), 40 + k, cut=False)
     for _ in range(70):
         lengths.observe([], 200, cut=False)
-    assert 40 <= lengths.expected(cache.chain(probe, 64), 300) < 200
+    assert 40 <= lengths.expected(cache.names.chain(probe, 64), 300) < 200
     engine.abort(probe.request.id)
     engine.add(request("other", long, max_tokens=300, stop_token_ids=(1,)))
     other = next(iter(engine.scheduler.waiting))
-    assert lengths.expected(cache.chain(other, 64), 300) == 200
+    assert lengths.expected(cache.names.chain(other, 64), 300) == 200
     engine.abort(other.request.id)
 
 
