@@ -112,7 +112,7 @@ class PrefixCache:
             return False
         self.pool.share(resident)
         found = [*match.whole, match.tail] if match.tail else match.whole
-        self._pinned = {entry.slot for entry in found if entry.slot is not None}
+        self._pin([entry.slot for entry in found if entry.slot is not None])
         copied = match.tail.page if match.tail else None  # read before anything can overwrite it
         fresh = self.pool.allocate(count) or []
         rest = iter(fresh)
@@ -254,13 +254,18 @@ class PrefixCache:
         if entry.slot is None:
             self._forget(entry)
 
+    def _pin(self, slots: list[int]) -> None:
+        """They are used now, and nothing may take them until all their moves are asked for."""
+        self._pinned.update(slots)
+        for slot in slots:
+            self._slots.move_to_end(slot)
+
     def _swap_out(self, entry: Entry, page: int) -> None:
         if not self._free_slots:
-            oldest = next((known for slot, known in self._slots.items() if slot not in self._pinned), None)
-            if oldest is None:
+            slot, oldest = next(iter(self._slots.items()))
+            if slot in self._pinned:  # then all are that were not filled for this very plan
                 return
-            slot, oldest.slot = oldest.slot, None
-            assert slot is not None
+            oldest.slot = None
             del self._slots[slot]
             self._free_slots.append(slot)
             if oldest.page is None:
@@ -272,7 +277,6 @@ class PrefixCache:
 
     def _load(self, entry: Entry, page: int) -> None:
         assert entry.slot is not None
-        self._slots.move_to_end(entry.slot)
         self.moves.append(Move("in", entry.slot, page))
         self.num_swapped_in += 1
 
