@@ -137,15 +137,11 @@ class ModelRunner:
             decoder.prepare(max_model_len)
             cache = allocate_cache(
                 config,
-                decoder.config,
-                dtype=decoder.dtype,
+                decoder,
                 storage=storage,
-                device=decoder.device,
                 page_size=page_size,
                 max_model_len=max_model_len,
                 max_num_batched_tokens=max_num_batched_tokens,
-                scratch_bytes=decoder.scratch_bytes,
-                keys_by_token=decoder.kernels.keys_by_token,
             )
             row_multiple, deterministic = resolve_deterministic(config.deterministic, decoder)
             decoder.pad_groups(row_multiple)
@@ -293,43 +289,39 @@ def load_decoder(
 
 def allocate_cache(
     config: EngineConfig,
-    model: ModelConfig,
+    decoder: Decoder | Fallback,
     *,
-    dtype: torch.dtype,
     storage: torch.dtype,
-    device: str,
     page_size: int,
     max_model_len: int,
     max_num_batched_tokens: int,
-    scratch_bytes: int = 0,
-    keys_by_token: bool = False,
 ) -> KVCache:
     """Pages on the device and on the host, as many as the settings and the memory allow."""
     num_pages = fitting_pages(
-        model,
+        decoder.config,
         page_size=page_size,
         storage=storage,
-        device=device,
+        device=decoder.device,
         max_num_seqs=config.max_num_seqs,
         max_model_len=max_model_len,
         max_num_batched_tokens=max_num_batched_tokens,
-        scratch_bytes=scratch_bytes,
+        scratch_bytes=decoder.scratch_bytes,
         memory_bytes=config.kv_cache_memory_bytes,
     )
     num_host_pages = fitting_host_pages(
-        bytes_per_page(model, page_size, storage),
+        bytes_per_page(decoder.config, page_size, storage),
         usable=usable_pages(page_size, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len),
         mode=config.preemption_mode,
-        device=device,
+        device=decoder.device,
         swap_space_bytes=config.swap_space_bytes,
     )
     return KVCache.allocate(
-        model,
+        decoder.config,
         num_pages,
         page_size,
-        dtype=dtype,
-        device=device,
+        dtype=decoder.dtype,
+        device=decoder.device,
         storage=storage,
         num_host_pages=num_host_pages,
-        keys_by_token=keys_by_token,
+        keys_by_token=decoder.kernels.keys_by_token,
     )
