@@ -1,7 +1,8 @@
 """Compiling: runs whose grammar is being compiled, outside the scheduler and off the thread that steps.
 
 Owns the threads, who waits for what, and the budget of time. Everybody else goes on at full speed meanwhile: the
-library lets go of the interpreter's lock. Knows neither grammars (`grammars`) nor pages.
+library lets go of the interpreter's lock. A step costs the same however many wait. Knows neither grammars
+(`grammars`) nor pages.
 """
 
 from __future__ import annotations
@@ -9,7 +10,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from itertools import islice
+from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
 from engine.grammars import GrammarError, Grammars
@@ -52,7 +56,9 @@ class Compiling:
         self._grammars = grammars
         self._budget_seconds = budget_seconds
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="grammar")
-        self._tasks: dict[Run, _Task] = {}
+        self._tasks: dict[Run, _Task] = {}  # begun in this order
+        self._ended: SimpleQueue[Run] = SimpleQueue()  # filled by the threads
+        self._seen: list[Run] = []  # taken out of it, not yet asked for
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -67,6 +73,12 @@ class Compiling:
         assert params is not None
         task = self._tasks[run] = _Task(sequences)
         task.future = self._threads.submit(task.work, self._grammars, params)
+        task.future.add_done_callback(lambda _: self._note(run))
+
+    def _note(self, run: Run) -> None:
+        """Its compile has ended. On the thread that did it."""
+        if run in self._tasks:
+            self._ended.put(run)
 
     def remove(self, run: Run) -> None:
         """It is wanted no more, if it was here at all."""
@@ -75,12 +87,18 @@ class Compiling:
 
     def wait(self, seconds: float) -> None:
         """Until one is done, but not for longer."""
-        wait([task.future for task in self._tasks.values()], seconds, FIRST_COMPLETED)
+        with suppress(Empty):
+            self._seen.append(self._ended.get(timeout=seconds))
 
     def take(self) -> Iterable[Compiled]:
-        """Those that are done, in the order they came, taken out."""
-        done = [run for run, task in self._tasks.items() if task.future.done() or self._is_late(task)]
-        return [self._finish(run, self._tasks.pop(run)) for run in done]
+        """Those that are done, in the order they were, and those that take too long, taken out."""
+        over, self._seen = self._seen, []
+        while not self._ended.empty():
+            over.append(self._ended.get())
+        oldest = islice(self._tasks.items(), NUM_THREADS + len(over))  # nobody else can have begun
+        over += [run for run, task in oldest if self._is_late(task)]
+        wanted = [run for run in dict.fromkeys(over) if run in self._tasks]
+        return [self._finish(run, self._tasks.pop(run)) for run in wanted]
 
     def _is_late(self, task: _Task) -> bool:
         return task.started_at is not None and time.monotonic() - task.started_at > self._budget_seconds

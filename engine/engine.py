@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable
 from typing import Protocol
 
+from engine.admission import Limits
 from engine.checkpoint import Checkpoint
 from engine.compiling import Compiling
 from engine.config import EngineConfig
@@ -24,15 +25,14 @@ from engine.pages import PagePool, require
 from engine.plan import Launched, Plan
 from engine.reasoning import format_of
 from engine.request import Completion, Generated, Rejected, Request, RequestError, RequestId
-from engine.run import Run, check_generated, identity
+from engine.run import Run, identity
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.step_times import StepTimes
 from engine.stop import StopChecker
 from engine.telling import Telling
 from engine.tokenizer import Tokenizer
-from engine.vocabulary import bad_word_ids, check_vocabulary
-from engine.wire import check_answer_fits
+from engine.vocabulary import bad_word_ids
 
 COMPILE_WAIT_SECONDS = 0.05  # a step with nothing to compute waits so long for a grammar
 
@@ -68,6 +68,8 @@ class Engine:
         self.tokenizer = tokenizer
         self.max_model_len = runner.max_model_len
         self.pool = PagePool(runner.num_pages, runner.page_size)
+        num_slots = runner.num_pages * runner.page_size
+        self._limits = Limits(runner.model_config, runner.max_model_len, num_slots)
         self.scheduler = Scheduler(
             self.pool,
             max_num_seqs=config.max_num_seqs,
@@ -87,7 +89,7 @@ class Engine:
         self._run_of: dict[Sequence, Run] = {}
         self._by_identity: dict[Hashable, Run] = {}
         self._compiling: Compiling | None = None  # runs that wait for their grammar; None: nobody has asked
-        self._over: list[Run] = []  # ended by what they were resumed with
+        self._over: dict[Run, None] = {}  # ended by what they were resumed with, in their order
         self.reasoning = format_of(tokenizer, config.reasoning_parser) if tokenizer else None
         self._figures = Figures()
 
@@ -124,30 +126,14 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises `Rejected`, and then nothing has changed."""
-        max_tokens = self._max_tokens(request)
+        if request.id in self._runs:
+            raise Rejected("invalid_request", f"the id {tuple(request.id)} is in the engine already")
+        max_tokens = self._limits.admit(request)
         run = self._by_identity.get(identity(request))
         if run is not None and run.serves(request):
             run.requests[request.id] = request
         else:
-            structured = request.sampling.structured_outputs is not None
-            compiling = self._grammar_threads() if structured else None
-            bad_words = bad_word_ids(self.tokenizer, request.sampling.bad_words)
-            sequences = [
-                Sequence(request, index, max_tokens, bad_words) for index in range(request.sampling.n)
-            ]
-            checkers = [self._checker(request) for _ in sequences] if request.sampling.stop else []
-            run = Run(request, sequences, checkers)
-            self._by_identity[run.identity] = run
-            self._run_of.update(dict.fromkeys(sequences, run))
-            live = [sequence for sequence in sequences if not self._resumed(run, sequence)]
-            run.num_unfinished = len(live)
-            if not live:
-                self._over.append(run)
-            elif compiling is not None:
-                compiling.add(run, live)
-            else:
-                for sequence in live:
-                    self.scheduler.add(sequence)
+            run = self._begin(request, max_tokens)
         self._runs[request.id] = run
         nothing = (0,) * len(run.sequences)
         self._checkpoints.begin(
@@ -168,14 +154,13 @@ class Engine:
         completion = run.completion(run.requests[request_id], aborted=True)
         del run.requests[request_id]
         self._forget(request_id)
-        self._figures.num_finished += 1
+        self._figures.ended([completion])
         return completion
 
     def step(self) -> list[Completion]:
         """Compute one plan. Returns the requests that ended in it; nothing to do is an empty list. While all wait for
         their grammars it waits with them for a moment, so that a caller's loop does not spin."""
-        completions = [completion for run in self._over for completion in self._leave(run)]
-        self._over = []
+        completions = [completion for run in list(self._over) for completion in self._leave(run)]
         completions += self._compiled()
         landed = self._flight.next()
         if landed is None:
@@ -250,45 +235,28 @@ class Engine:
             "num_swapped_in_pages": cache.num_swapped_in,
         }
 
-    # --- admission ------------------------------------------------------------------------------------------
+    # --- beginnings -----------------------------------------------------------------------------------------
 
-    def _max_tokens(self, request: Request) -> int:
-        """How long each sample may get. Raises `Rejected` for what cannot run here."""
-        prompt, sampling = request.prompt_token_ids, request.sampling
-        model = self.runner.model_config
-        if request.id in self._runs:
-            raise Rejected("invalid_request", f"the id {tuple(request.id)} is in the engine already")
-        if not prompt:
-            raise Rejected("invalid_request", "the prompt is empty: at least one token is needed")
-        if sampling.seed is None:
-            raise Rejected("invalid_request", "the request carries no seed")
-        check_vocabulary(request, model.vocab_size, model.eos_token_ids)
-        check_generated(request)
-        room = self.max_model_len - len(prompt)
-        if room < 1:
-            raise Rejected(
-                "context_length_exceeded",
-                f"the prompt has {len(prompt)} tokens; this model takes at most {self.max_model_len - 1}"
-                " and needs room for one more",
-            )
-        if sampling.min_tokens > room:
-            raise Rejected(
-                "context_length_exceeded",
-                f"min_tokens: the context leaves room for {room} tokens after the prompt",
-            )
-        # The last token drawn is never computed: it needs no slot.
-        slots = self.pool.num_pages * self.pool.page_size
-        wanted = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
-        if sampling.max_tokens is None:
-            wanted = min(wanted, max(slots + 1 - len(prompt), sampling.min_tokens, 1))
-        if not self.scheduler.fits(len(prompt) + wanted - 1):
-            raise Rejected(
-                "kv_capacity_exceeded",
-                f"a prompt of {len(prompt)} and an output of {wanted} tokens need more KV memory than the"
-                f" {slots} tokens this engine has",
-            )
-        check_answer_fits(request, wanted)
-        return wanted
+    def _begin(self, request: Request, max_tokens: int) -> Run:
+        """Make the request's own run and let it wait, for its grammar or for its turn. Raises `Rejected`."""
+        sampling = request.sampling
+        compiling = self._grammar_threads() if sampling.structured_outputs is not None else None
+        bad_words = bad_word_ids(self.tokenizer, sampling.bad_words)
+        sequences = [Sequence(request, index, max_tokens, bad_words) for index in range(sampling.n)]
+        checkers = [self._checker(request) for _ in sequences] if sampling.stop else []
+        run = Run(request, sequences, checkers)
+        self._by_identity[run.identity] = run
+        self._run_of.update(dict.fromkeys(sequences, run))
+        live = [sequence for sequence in sequences if not self._resumed(run, sequence)]
+        run.num_unfinished = len(live)
+        if not live:
+            self._over[run] = None
+        elif compiling is not None:
+            compiling.add(run, live)
+        else:
+            for sequence in live:
+                self.scheduler.add(sequence)
+        return run
 
     def _grammar_threads(self) -> Compiling:
         """Raises `Rejected` where no grammar can be honoured."""
@@ -373,6 +341,7 @@ class Engine:
             self._run_of.pop(sequence, None)
             if sequence.output is None:
                 self.scheduler.remove(sequence)
+        self._over.pop(run, None)
         if self._compiling:
             self._compiling.remove(run)
         if self._by_identity.get(run.identity) is run:

@@ -43,7 +43,7 @@ class _Samples:
 
 
 class OutputLengths:
-    """`keys` are a prompt's page keys (`prefix_cache`), one per full page."""
+    """`keys` are a prompt's page keys (`page_names`), one per full page."""
 
     def __init__(self) -> None:
         self._by_prefix: OrderedDict[bytes, _Samples] = OrderedDict()  # least recently used first

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 
 from engine.memory import free_memory_bytes
-from engine.runner import resolve_device
+from engine.resolved_settings import resolve_device
 from kernels import KernelSet, kernels_for
 
 

@@ -1,9 +1,9 @@
 """PrefixCache: what the pages hold, so that nothing is computed twice while it is still somewhere in memory.
 
-Owns the names of contents and where they are: on a page of the device, in a slot of host memory, or both. A full
-page is named by a SHA-256 chain over all tokens up to its end, beginning with the request's salt, and a hit
-compares its tokens too, so no collision can mix two requests. The start of a page (the end of a prompt, the
-rest of a preempted sequence) can be found as well: it is copied, never shared, so a page has one writer.
+Owns where contents are: on a page of the device, in a slot of host memory, or both. A full page is found by its name
+(`page_names`), and a hit compares its tokens too, so no collision can mix two requests. The start of a page (the end
+of a prompt, the rest of a preempted sequence) can be found as well: it is copied, never shared, so a page has one
+writer.
 
 Evicted contents go to host memory when `keeps` says that bringing them back costs less than computing them again;
 there they are a second level of the same cache. Swapping a preempted sequence out is no case of its own: its
@@ -15,14 +15,12 @@ vLLM and SGLang (Zheng et al. 2024).
 
 from __future__ import annotations
 
-import hashlib
-from array import array
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
+from engine.page_names import PageNames
 from engine.pages import PagePool, require
 from engine.plan import Move
 from engine.sequence import Sequence
@@ -51,12 +49,6 @@ class Match(NamedTuple):
     tail_tokens: int
 
 
-@lru_cache(maxsize=1024)
-def _root(salt: str) -> bytes:
-    """What the chain of a first page begins with."""
-    return hashlib.sha256(b"nightpress\0" + salt.encode()).digest()
-
-
 class PrefixCache:
     """`num_host_pages` slots of host memory as second level; `keeps()` decides at each eviction."""
 
@@ -70,6 +62,7 @@ class PrefixCache:
     ) -> None:
         self.pool = pool
         self.enabled = enabled  # False: a sequence finds its own pages after a preemption, and nobody else's
+        self.names = PageNames(pool.page_size, shared=enabled)
         self.num_host_pages = num_host_pages
         self.moves: list[Move] = []  # for the next step; whoever makes the plan takes them
         self.num_swapped_out = self.num_swapped_in = 0  # pages
@@ -88,37 +81,13 @@ class PrefixCache:
         self.moves.clear()
         return moves
 
-    # --- names ----------------------------------------------------------------------------------------------
-
-    def chain(self, sequence: Sequence, num_tokens: int) -> list[bytes]:
-        """The keys of `sequence`'s pages, at least of all that lie whole within its first `num_tokens` tokens."""
-        size, keys = self.pool.page_size, sequence.keys
-        begin, end = len(keys), num_tokens // size
-        if begin >= end:
-            return keys
-        key = self._parent(sequence, begin)
-        tokens = array("I", sequence.token_ids[begin * size : end * size]).tobytes()
-        step = len(tokens) // (end - begin)
-        for at in range(0, len(tokens), step):
-            key = hashlib.sha256(key + tokens[at : at + step]).digest()
-            keys.append(key)
-        return keys
-
-    def _parent(self, sequence: Sequence, index: int) -> bytes:
-        if index:
-            return self.chain(sequence, index * self.pool.page_size)[index - 1]
-        salt = sequence.request.cache_salt
-        if self.enabled:
-            return _root(salt)
-        return _root(f"{salt}\0{sequence.request.id.job_id}\0{sequence.request.id.fence}\0{sequence.index}")
-
     # --- finding --------------------------------------------------------------------------------------------
 
     def match(self, sequence: Sequence) -> Match:
         """What is in the cache of the tokens that need not be computed (`Sequence.num_reusable`)."""
         size, tokens = self.pool.page_size, sequence.token_ids
         limit = sequence.num_reusable
-        keys = self.chain(sequence, limit)
+        keys = self.names.chain(sequence, limit)
         whole: list[Entry] = []
         for i in range(limit // size):
             entry = self._by_key.get(keys[i])
@@ -126,7 +95,8 @@ class PrefixCache:
                 break
             whole.append(entry)
         at = len(whole) * size
-        tail = self._by_start.get((self._parent(sequence, len(whole)), tokens[at])) if at < limit else None
+        parent = self.names.parent(sequence, len(whole))
+        tail = self._by_start.get((parent, tokens[at])) if at < limit else None
         if tail is None:
             return Match(whole, None, 0)
         end = min(len(tail.tokens), limit - at)
@@ -142,7 +112,7 @@ class PrefixCache:
             return False
         self.pool.share(resident)
         found = [*match.whole, match.tail] if match.tail else match.whole
-        self._pinned = {entry.slot for entry in found if entry.slot is not None}
+        self._pin([entry.slot for entry in found if entry.slot is not None])
         copied = match.tail.page if match.tail else None  # read before anything can overwrite it
         fresh = self.pool.allocate(count) or []
         rest = iter(fresh)
@@ -166,7 +136,7 @@ class PrefixCache:
 
     def _holds(self, entry: Entry, sequence: Sequence, index: int) -> bool:
         size = self.pool.page_size
-        return entry.parent == self._parent(sequence, index) and entry.tokens == tuple(
+        return entry.parent == self.names.parent(sequence, index) and entry.tokens == tuple(
             sequence.token_ids[index * size : (index + 1) * size]
         )
 
@@ -176,12 +146,12 @@ class PrefixCache:
         """Pages `start` to `end` of `sequence` are computed and full. Where the same contents are on another
         page already, the sequence takes that one."""
         size = self.pool.page_size
-        keys = self.chain(sequence, end * size)
+        keys = self.names.chain(sequence, end * size)
         for i in range(start, end):
             page, entry = sequence.pages[i], self._by_key.get(keys[i])
             if entry is None or not self._holds(entry, sequence, i):
                 tokens = tuple(sequence.token_ids[i * size : (i + 1) * size])
-                self._add(Entry(self._parent(sequence, i), keys[i], tokens, None), page)
+                self._add(Entry(self.names.parent(sequence, i), keys[i], tokens, None), page)
             elif entry.page is None:
                 self._place(entry, page)
             elif entry.page != page:
@@ -197,7 +167,7 @@ class PrefixCache:
             return
         start = index * self.pool.page_size
         tokens = tuple(sequence.token_ids[start : start + rest])
-        parent, page = self._parent(sequence, index), sequence.pages[index]
+        parent, page = self.names.parent(sequence, index), sequence.pages[index]
         known = self._by_start.get((parent, tokens[0]))
         if known is None or known.tokens[:rest] != tokens:
             self._add(Entry(parent, None, tokens, None), page)
@@ -284,13 +254,18 @@ class PrefixCache:
         if entry.slot is None:
             self._forget(entry)
 
+    def _pin(self, slots: list[int]) -> None:
+        """They are used now, and nothing may take them until all their moves are asked for."""
+        self._pinned.update(slots)
+        for slot in slots:
+            self._slots.move_to_end(slot)
+
     def _swap_out(self, entry: Entry, page: int) -> None:
         if not self._free_slots:
-            oldest = next((known for slot, known in self._slots.items() if slot not in self._pinned), None)
-            if oldest is None:
+            slot, oldest = next(iter(self._slots.items()))
+            if slot in self._pinned:  # then all are that were not filled for this very plan
                 return
-            slot, oldest.slot = oldest.slot, None
-            assert slot is not None
+            oldest.slot = None
             del self._slots[slot]
             self._free_slots.append(slot)
             if oldest.page is None:
@@ -302,7 +277,6 @@ class PrefixCache:
 
     def _load(self, entry: Entry, page: int) -> None:
         assert entry.slot is not None
-        self._slots.move_to_end(entry.slot)
         self.moves.append(Move("in", entry.slot, page))
         self.num_swapped_in += 1
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import replace
 
-from engine.request import Completion, Generated, Output, Rejected, Request, RequestError, RequestId
+from engine.request import Completion, Generated, Output, Request, RequestError, RequestId
 from engine.sequence import Sequence
 from engine.stop import StopChecker
 from engine.waiting import rank_of
@@ -20,26 +20,6 @@ def identity(request: Request) -> Hashable:
     """Equal for requests whose outputs are equal: a greedy one has no use for its seed."""
     sampling = replace(request.sampling, seed=0) if request.sampling.greedy else request.sampling
     return request.prompt_token_ids, sampling, request.cache_salt, request.generated, request.begins
-
-
-def check_generated(request: Request) -> None:
-    """Raises `Rejected` for a checkpoint that this request could not have left behind."""
-    sampling, num_scored = request.sampling, len(request.prompt_token_ids) - 1
-    if request.generated and len(request.generated) != sampling.n:
-        raise Rejected(
-            "invalid_checkpoint", f"generated: must have one entry for each of {sampling.n} samples"
-        )
-    for index, sample in enumerate(request.generated):
-        wanted = 0 if sampling.logprobs is None else len(sample.token_ids)
-        if len(sample.logprobs) != wanted:
-            raise Rejected("invalid_checkpoint", f"generated: {wanted} logprobs are needed for these tokens")
-        most = num_scored if index == 0 and sampling.prompt_logprobs is not None else 0
-        least = most if sample.token_ids else 0
-        if not least <= len(sample.prompt_logprobs) <= most:
-            raise Rejected(
-                "invalid_checkpoint",
-                f"generated: {least} to {most} prompt_logprobs are needed in the entry of sample {index}",
-            )
 
 
 class Run:

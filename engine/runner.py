@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from engine.cache import EIGHT_BITS, KVCache
+from engine.cache import KVCache
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
 from engine.decode_steps import DecodeSteps
@@ -32,6 +32,13 @@ from engine.model_config import ModelConfig
 from engine.multi_step import decodes_freely
 from engine.placement import weight_targets
 from engine.plan import Draws, Launched, Move, OutOfDeviceMemory, Plan, PromptScores
+from engine.resolved_settings import (
+    refuse_quantization,
+    resolve_device,
+    resolve_dtype,
+    resolve_kv_cache_dtype,
+    resolve_max_model_len,
+)
 from engine.sampler import Sampler
 from engine.sampling_params import InvalidParameter
 from engine.shortage import is_shortage
@@ -130,15 +137,11 @@ class ModelRunner:
             decoder.prepare(max_model_len)
             cache = allocate_cache(
                 config,
-                decoder.config,
-                dtype=decoder.dtype,
+                decoder,
                 storage=storage,
-                device=decoder.device,
                 page_size=page_size,
                 max_model_len=max_model_len,
                 max_num_batched_tokens=max_num_batched_tokens,
-                scratch_bytes=decoder.scratch_bytes,
-                keys_by_token=decoder.kernels.keys_by_token,
             )
             row_multiple, deterministic = resolve_deterministic(config.deterministic, decoder)
             decoder.pad_groups(row_multiple)
@@ -284,96 +287,41 @@ def load_decoder(
     return decoder
 
 
-def resolve_max_model_len(config: EngineConfig, model: ModelConfig) -> int:
-    """What is wanted, or all that the model allows. Raises `InvalidParameter`."""
-    max_model_len = config.max_model_len or model.max_position
-    if max_model_len > model.max_position:
-        raise InvalidParameter("max_model_len", f"the model allows at most {model.max_position}")
-    return max_model_len
-
-
-def resolve_device(device: str) -> str:
-    """`auto` is the GPU where torch sees one."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InvalidParameter("device", "torch sees no CUDA device here; use cpu or auto")
-    return device
-
-
-def resolve_dtype(dtype: str, model: ModelConfig, device: str) -> torch.dtype:
-    """`auto` is what the checkpoint stores, except that a CPU computes float16 checkpoints in bfloat16."""
-    on_cpu = torch.device(device).type == "cpu"
-    if dtype == "auto":
-        dtype = "bfloat16" if model.dtype == "float16" and on_cpu else model.dtype
-    if dtype == "float16" and on_cpu:
-        raise InvalidParameter("dtype", "float16 needs a GPU; on cpu use bfloat16 or float32")
-    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[dtype]
-
-
-def resolve_kv_cache_dtype(name: str, dtype: torch.dtype, kernels: Kernels) -> torch.dtype:
-    """What the pages store: `auto` is the dtype of the activations. Raises `InvalidParameter`."""
-    storage = dtype if name == "auto" else EIGHT_BITS[name]
-    if storage != dtype and storage not in kernels.quantised:
-        allowed = ["auto", *(known for known, kind in EIGHT_BITS.items() if kind in kernels.quantised)]
-        raise InvalidParameter(
-            "kv_cache_dtype",
-            f"the {kernels.name} kernels have no {name} cache; allowed here: {', '.join(allowed)}",
-        )
-    return storage
-
-
-def refuse_quantization(name: str | None, model: ModelConfig, kernels: Kernels) -> None:
-    """Raises `InvalidParameter` where products cannot be rounded so."""
-    if name is None:
-        return
-    if kernels.int8_matmul is None:
-        raise InvalidParameter(
-            "quantization", f"the {kernels.name} kernels have no int8 products; leave it out"
-        )
-    if model.definition == "transformers":
-        raise InvalidParameter("quantization", "transformers' own code computes this model; leave it out")
-
-
 def allocate_cache(
     config: EngineConfig,
-    model: ModelConfig,
+    decoder: Decoder | Fallback,
     *,
-    dtype: torch.dtype,
     storage: torch.dtype,
-    device: str,
     page_size: int,
     max_model_len: int,
     max_num_batched_tokens: int,
-    scratch_bytes: int = 0,
-    keys_by_token: bool = False,
 ) -> KVCache:
     """Pages on the device and on the host, as many as the settings and the memory allow."""
     num_pages = fitting_pages(
-        model,
+        decoder.config,
         page_size=page_size,
         storage=storage,
-        device=device,
+        device=decoder.device,
         max_num_seqs=config.max_num_seqs,
         max_model_len=max_model_len,
         max_num_batched_tokens=max_num_batched_tokens,
-        scratch_bytes=scratch_bytes,
+        scratch_bytes=decoder.scratch_bytes,
         memory_bytes=config.kv_cache_memory_bytes,
     )
     num_host_pages = fitting_host_pages(
-        bytes_per_page(model, page_size, storage),
+        bytes_per_page(decoder.config, page_size, storage),
         usable=usable_pages(page_size, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len),
         mode=config.preemption_mode,
-        device=device,
+        device=decoder.device,
         swap_space_bytes=config.swap_space_bytes,
     )
     return KVCache.allocate(
-        model,
+        decoder.config,
         num_pages,
         page_size,
-        dtype=dtype,
-        device=device,
+        dtype=decoder.dtype,
+        device=decoder.device,
         storage=storage,
         num_host_pages=num_host_pages,
-        keys_by_token=keys_by_token,
+        keys_by_token=decoder.kernels.keys_by_token,
     )

@@ -14,8 +14,8 @@ and from standing still: nobody comes in at a step that had to throw somebody ou
 the one with the most computed tokens is never a victim while there is another, so something always ends.
 
 Owns the running sequences and the pages' comings and goings. The order of the queue is `waiting`'s, contents of
-pages are `prefix_cache`'s. Knows no text (stop strings are the engine's), no tensors, no clock. Chunked prefill
-after Sarathi (Agrawal et al. 2023).
+pages are `prefix_cache`'s, what sequences will need is `expectations`'. Knows no text (stop strings are the
+engine's), no tensors, no clock. Chunked prefill after Sarathi (Agrawal et al. 2023).
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from itertools import groupby
 from types import MappingProxyType
 
 from engine.endings import ending, goes_on
-from engine.forecast import Forecast
-from engine.lengths import OutputLengths
+from engine.expectations import Expectations
 from engine.making_way import makes_way, victim
 from engine.multi_step import MultiStep
 from engine.pages import PagePool, require
@@ -67,7 +66,8 @@ class Scheduler:
             raise ValueError("max_num_seqs and max_num_batched_tokens must be at least 1")
         self.pool = pool
         self.cache = PrefixCache(pool, enabled=prefix_caching, num_host_pages=num_host_pages, keeps=keeps)
-        self.lengths = OutputLengths()
+        self.names = self.cache.names
+        self.expectations = Expectations(pool, self.names)
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.eos_token_ids = frozenset(eos_token_ids)
@@ -89,16 +89,12 @@ class Scheduler:
     def num_waiting(self) -> int:
         return len(self.waiting) + len(self.warming)
 
-    def fits(self, num_tokens: int) -> bool:
-        """Whether the pool could hold so many tokens of one sequence that has it all to itself."""
-        return self.pool.pages_for(num_tokens) <= self.pool.num_pages
-
     def add(self, sequence: Sequence) -> None:
         """To the queue. Raises ValueError when it could not run even alone: all rests on that."""
         # The last token drawn is never computed, so it needs no slot.
-        if not self.fits(sequence.num_prompt + sequence.max_tokens - 1):
+        if self.pool.pages_for(sequence.num_prompt + sequence.max_tokens - 1) > self.pool.num_pages:
             raise ValueError("a sequence that cannot fit into the pool must be rejected before")
-        self.waiting.push(sequence, self._prompt_keys(sequence), self._expected(sequence))
+        self.waiting.push(sequence, self.names.of_prompt(sequence), self.expectations.length(sequence))
         self._retry_at = 0
 
     def plan(self) -> Plan:
@@ -167,7 +163,7 @@ class Scheduler:
             if not sound or sequence.output is not None:
                 finished.append(sequence)
             elif sequence.num_generated >= sequence.expected_tokens:
-                sequence.expected_tokens = self._expected(sequence)
+                self.expectations.renew(sequence)
         if finished:
             gone = set(finished)
             self.running = [sequence for sequence in self.running if sequence not in gone]
@@ -253,8 +249,8 @@ class Scheduler:
             place = self._has_place()
             if place and self._park(sequence, match):
                 continue
-            forecast = forecast or self._forecast()
-            needs = self._needs(sequence, match)
+            forecast = forecast or self.expectations.forecast(self.running)
+            needs = self.expectations.needs(sequence, match)
             limit = self.pool.num_pages * (1 - MARGIN)
             safe = not self.running or forecast.fits(*needs, limit)
             if place and safe and self.cache.acquire(sequence, match, len(sequence.token_ids)):
@@ -273,12 +269,12 @@ class Scheduler:
         self.running.append(sequence)
         if sequence.high_water == 0:
             sequence.num_cached = min(sequence.num_computed, sequence.num_prompt)
-        keys = self._prompt_keys(sequence)
+        keys = self.names.of_prompt(sequence)
         self.warming.begin(sequence, keys[sequence.num_computed // self.pool.page_size :])
         draft.give(sequence)
 
     def _park(self, sequence: Sequence, match: Match) -> bool:
-        keys = self.cache.chain(sequence, sequence.num_reusable)
+        keys = self.names.chain(sequence, sequence.num_reusable)
         whole = sequence.num_reusable // self.pool.page_size
         if not self.warming.park(sequence, keys[len(match.whole) : whole]):
             return False
@@ -294,33 +290,6 @@ class Scheduler:
         if first is None:
             return False
         return self._has_place() or makes_way(self.running, first, place=False) is not None
-
-    def _needs(self, sequence: Sequence, match: Match) -> tuple[int, int]:
-        """(tokens whose pages nobody else owns already, tokens it will probably still make)."""
-        shared = sum(entry.page is not None and not self.pool.is_cached(entry.page) for entry in match.whole)
-        sequence.num_shared_pages = shared
-        sequence.expected_tokens = self._expected(sequence)
-        remaining = sequence.expected_tokens - sequence.num_generated
-        return len(sequence.token_ids) - shared * self.pool.page_size, max(1, remaining)
-
-    def _forecast(self) -> Forecast:
-        size = self.pool.page_size
-        tokens = [len(one.token_ids) - one.num_shared_pages * size for one in self.running]
-        remaining = [max(1, one.expected_tokens - one.num_generated) for one in self.running]
-        private = sum(len(one.pages) - one.num_shared_pages for one in self.running)
-        return Forecast(tokens, remaining, max(0, self.pool.num_owned - private), size)
-
-    def _expected(self, sequence: Sequence) -> int:
-        """How many tokens it will probably generate in all."""
-        if sequence.runs_to_the_end:
-            return sequence.max_tokens
-        keys = self._prompt_keys(sequence)
-        expected = self.lengths.expected(keys, sequence.max_tokens, sequence.num_generated)
-        return max(expected, sequence.request.sampling.min_tokens)
-
-    def _prompt_keys(self, sequence: Sequence) -> list[bytes]:
-        keys = self.cache.chain(sequence, sequence.num_prompt)
-        return keys[: sequence.num_prompt // self.pool.page_size]
 
     # --- going on -------------------------------------------------------------------------------------------
 
@@ -360,9 +329,7 @@ class Scheduler:
 
     def _leave(self, sequence: Sequence) -> None:
         """It does not run any more and will not come back."""
-        if sequence.output is not None and not sequence.runs_to_the_end:
-            cut = sequence.output.finish_reason == "length"
-            self.lengths.observe(self._prompt_keys(sequence), len(sequence.output.token_ids), cut=cut)
+        self.expectations.learn(sequence)
         self._abandon(sequence)
         self.cache.release(sequence)
         self._retry_at = 0
@@ -372,7 +339,7 @@ class Scheduler:
         self.preempt(sequence)
 
     def _abandon(self, sequence: Sequence) -> None:
-        keys = self._prompt_keys(sequence)[sequence.num_computed // self.pool.page_size :]
+        keys = self.names.of_prompt(sequence)[sequence.num_computed // self.pool.page_size :]
         self._put_back(self.warming.abandon(sequence, keys))
 
     def _put_back(self, sequences: list[Sequence]) -> None:

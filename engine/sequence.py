@@ -59,7 +59,7 @@ class Sequence:
         self.num_cached = 0  # tokens of the prompt that were found computed when it first ran
         self.pages: list[int] = []
         self.num_shared_pages = 0  # of `pages`: found in the cache
-        self.keys: list[bytes] = []  # names of its full pages, as far as somebody asked (`prefix_cache`)
+        self.keys: list[bytes] = []  # names of its full pages, as far as somebody asked (`page_names`)
         self.expected_tokens = max_tokens  # how many it will probably generate
         self.num_preemptions = 0
         self.logprobs: list[TokenLogprobs] = []  # one per generated token, if the request asks for them

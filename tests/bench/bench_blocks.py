@@ -22,7 +22,8 @@ from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.request import Request, RequestId
-from engine.runner import ModelRunner, load_decoder, resolve_dtype
+from engine.resolved_settings import resolve_dtype
+from engine.runner import ModelRunner, load_decoder
 from engine.sampling_params import SamplingParams
 from kernels import Kernels, kernels_for
 from tests.bench.bench_engine import bundled_model

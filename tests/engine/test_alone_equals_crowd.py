@@ -21,7 +21,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.memory import bytes_per_page
 from engine.request import Completion, Request, RequestId
-from engine.runner import resolve_dtype, resolve_kv_cache_dtype
+from engine.resolved_settings import resolve_dtype, resolve_kv_cache_dtype
 from engine.sampling_params import SamplingParams, StructuredOutputsParams
 from kernels import kernels_for
 from tests.support.pressure import poison_free_pages, run

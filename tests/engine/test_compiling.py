@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import cProfile
 import json
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,8 @@ from engine.grammar_source import complaint
 from engine.grammars import Grammars
 from engine.matcher import Matcher, fill
 from engine.request import Completion, RequestId
+from engine.run import Run
+from engine.sequence import Sequence
 from tests.support.grammars import HOSTILE, left_whole, params, request, run, text_of, tiny_llm
 from tests.support.tiny import EOS_TOKEN_ID, VOCAB_SIZE
 
@@ -163,3 +167,41 @@ def test_a_fault_while_compiling_is_an_answer(llm: LLM) -> None:
     assert done["a"].error is not None
     assert done["a"].error.message == "structured_outputs: cannot be compiled: panicked"
     assert not engine.has_work
+
+
+def test_a_step_looks_at_those_that_are_done_and_not_at_all_that_wait(llm: LLM) -> None:
+    """A hundred thousand may wait for theirs; each was asked at every step."""
+    go_on = threading.Event()
+
+    class Slow(Grammars):
+        def matchers(self, *asked: Any) -> Any:
+            go_on.wait()
+            return super().matchers(*asked)
+
+    assert llm.engine.tokenizer is not None
+    waiting = Compiling(Slow(llm.engine.tokenizer, VOCAB_SIZE, (EOS_TOKEN_ID,)))
+    runs = []
+    for number in range(300):
+        asks = request(str(number), params(regex="a"))
+        runs.append(Run(asks, [Sequence(asks, 0, 1)], []))
+        waiting.add(runs[-1], runs[-1].sequences)
+
+    def calls(work: Callable[[], object]) -> int:
+        profile = cProfile.Profile()
+        profile.runcall(work)
+        return sum(entry.callcount for entry in profile.getstats())
+
+    try:
+        asked = calls(waiting.take) + calls(lambda: waiting.wait(0.001))
+        assert len(waiting) == 300
+        waiting.remove(runs[299])
+    finally:
+        go_on.set()
+    assert asked < 200
+    done: list[Run] = []
+    while len(done) < 299:
+        waiting.wait(10)
+        done += (compiled.run for compiled in waiting.take())
+    assert set(done) == set(runs[:299])
+    assert len(waiting) == 0
+    assert all(run.sequences[0].matcher is not None for run in done)

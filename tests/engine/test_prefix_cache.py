@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
+from typing import Any
 
 import pytest
 
-from engine import prefix_cache
+from engine import page_names
 from engine.pages import PagePool
 from engine.plan import Move
 from engine.prefix_cache import MIN_COPIED, SWAP_GROUP, PrefixCache
@@ -277,6 +279,34 @@ def test_what_a_plan_will_read_is_not_overwritten_by_what_makes_way_for_it() -> 
     assert (num_found(cache, tokens(0, 1)), num_found(cache, tokens(50, 1))) == (1, 0)
 
 
+def test_a_long_sequence_comes_back_in_time_that_grows_with_its_pages_alone() -> None:
+    """Its own slots, mostly the least recently used, were passed over again at each eviction."""
+
+    def lines_run(num_pages: int) -> int:
+        cache, ran = memory(num_pages, 2 * num_pages), 0
+        for start in (0, 1, 2):  # the first two lie in host memory, which is full
+            cache.release(computed(cache, tokens(10_000 * start, num_pages)))
+        again = asking((*tokens(0, num_pages), 1))
+        match = cache.match(again)
+
+        def trace(frame: FrameType, event: str, _: object) -> Any:
+            nonlocal ran
+            ran += event == "line"
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            assert cache.acquire(again, match, num_pages * PAGE)
+        finally:
+            sys.settrace(before)
+        assert sum(move.kind == "in" for move in cache.take_moves()) == num_pages
+        cache.check()
+        return ran
+
+    assert lines_run(256) < 3 * lines_run(128)
+
+
 # --- who finds nothing ----------------------------------------------------------------------------------------
 
 
@@ -284,10 +314,10 @@ def test_what_a_plan_will_read_is_not_overwritten_by_what_makes_way_for_it() -> 
 def one_digest(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """All contents get the same name."""
     digest = SimpleNamespace(digest=lambda: bytes(32))
-    prefix_cache._root.cache_clear()
-    monkeypatch.setattr(prefix_cache, "hashlib", SimpleNamespace(sha256=lambda data: digest))
+    page_names._root.cache_clear()
+    monkeypatch.setattr(page_names, "hashlib", SimpleNamespace(sha256=lambda data: digest))
     yield
-    prefix_cache._root.cache_clear()
+    page_names._root.cache_clear()
 
 
 @pytest.mark.usefixtures("one_digest")

@@ -40,7 +40,7 @@ def scheduler(num_pages: int = 64, *, budget: int = 64, seqs: int = 8, page_size
 def optimistic(s: Scheduler) -> Scheduler:
     """It has seen short answers only, so it admits more than will fit."""
     for _ in range(64):
-        s.lengths.observe([], 1, cut=False)
+        s.expectations.lengths.observe([], 1, cut=False)
     return s
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import zlib
 from dataclasses import replace
@@ -12,9 +13,10 @@ import pytest
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.request import Completion, Request, RequestId
+from engine.request import Completion, Generated, Request, RequestId
 from engine.runner import ModelRunner
 from engine.sampling_params import SamplingParams
+from engine.sequence import Sequence
 from tests.support.checked import CheckedRunner, checked_engine, expected
 from tests.support.pressure import run
 from tests.support.tiny import write_tiny_llama
@@ -103,6 +105,30 @@ def test_a_twin_outlives_the_one_that_came_first() -> None:
     assert done["second"].outputs[0].token_ids == expected(second, 0, 6)
 
 
+def test_a_twin_that_is_aborted_counts_as_its_completion_says() -> None:
+    engine = checked_engine(100, PAGE_SIZE)
+    first, second = (request(name, prompt(5, 40), seed=1, max_tokens=6) for name in ("first", "second"))
+    engine.add(first)
+    engine.add(second)
+    gone = engine.abort(second.id)
+    assert gone is not None
+    finish(engine, [])
+    stats = engine.stats()
+    assert (stats["num_finished"], stats["num_cached_tokens"]) == (2, gone.num_cached_tokens) == (2, 40)
+
+
+def test_one_that_was_at_its_end_and_is_aborted_leaves_nothing_behind() -> None:
+    """No step need follow: as far as anybody can see there is no work."""
+    engine = checked_engine(100, PAGE_SIZE)
+    whole = request("whole", prompt(5, 40), seed=1, max_tokens=2)
+    whole = replace(whole, generated=(Generated(token_ids=expected(whole, 0, 2)),))
+    engine.add(whole)
+    engine.abort(whole.id)
+    assert not engine.has_work
+    gc.collect()
+    assert not [one for one in gc.get_referrers(whole) if isinstance(one, Sequence)]
+
+
 def test_a_twin_in_a_hurry_does_not_wait() -> None:
     engine = checked_engine(100, PAGE_SIZE, max_num_seqs=1)
     engine.add(request("long", prompt(6, 5), max_tokens=50))
@@ -164,19 +190,21 @@ def test_a_template_teaches_lengths_by_its_prefix() -> None:
     for k in range(6):
         engine.add(request(f"s{k}", short + prompt(k, 9), max_tokens=5, ignore_eos=True, stop_token_ids=(1,)))
     finish(engine, [])
-    lengths, cache = engine.scheduler.lengths, engine.scheduler.cache
+    lengths, cache = engine.scheduler.expectations.lengths, engine.scheduler.cache
     engine.add(request("probe", short + prompt(77, 9), max_tokens=300, stop_token_ids=(1,)))
     probe = next(iter(engine.scheduler.waiting))
-    assert lengths.expected(cache.chain(probe, 64), 300) == 300  # they were cut: who knows how long they are
+    assert (
+        lengths.expected(cache.names.chain(probe, 64), 300) == 300
+    )  # they were cut: who knows how long they are
     for k in range(6):
-        lengths.observe(cache.chain(probe, 64), 40 + k, cut=False)
+        lengths.observe(cache.names.chain(probe, 64), 40 + k, cut=False)
     for _ in range(70):
         lengths.observe([], 200, cut=False)
-    assert 40 <= lengths.expected(cache.chain(probe, 64), 300) < 200
+    assert 40 <= lengths.expected(cache.names.chain(probe, 64), 300) < 200
     engine.abort(probe.request.id)
     engine.add(request("other", long, max_tokens=300, stop_token_ids=(1,)))
     other = next(iter(engine.scheduler.waiting))
-    assert lengths.expected(cache.chain(other, 64), 300) == 200
+    assert lengths.expected(cache.names.chain(other, 64), 300) == 200
     engine.abort(other.request.id)
 
 

@@ -17,7 +17,8 @@ from engine.engine import Engine
 from engine.linear import Linear
 from engine.memory import bytes_per_page
 from engine.request import Completion, Request, RequestId
-from engine.runner import ModelRunner, resolve_kv_cache_dtype
+from engine.resolved_settings import resolve_kv_cache_dtype
+from engine.runner import ModelRunner
 from engine.sampling_params import SamplingParams
 from kernels import KernelSet, kernels_for
 from tests.support.families import write_tiny

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 
 import pytest
@@ -247,3 +248,35 @@ def test_who_comes_back_counts_once() -> None:
     queue.push(sequence("long"), keys("c"), 9)
     queue.remove(one)
     assert drain(queue) == ["long", "short"]
+
+
+@pytest.mark.parametrize("others", ["others stay", "nobody stays"])
+def test_what_is_taken_out_before_its_turn_leaves_nothing_behind(others: str) -> None:
+    """Somebody of higher priority is always there, for weeks; whoever waits behind is aborted, and others come."""
+
+    def alive() -> int:
+        gc.collect()
+        return sum(type(found) is Sequence for found in gc.get_objects())
+
+    queue, before = WaitingQueue(), alive()
+    queue.push(sequence("first"), [], 1)
+    if others == "others stay":
+        for name, path in (("a", "ab"), ("b", "b")):
+            queue.push(sequence(name, priority=1), keys(path), 50)
+        back = sequence("back", priority=1)
+        queue.put_back(back)
+    live = len(queue)
+    for number in range(300):
+        gone = [sequence(f"{number} {path}", priority=1) for path in ("", "ab", "ac", "abc")]
+        gone.append(sequence(f"{number}", priority=1, turn=float(number)))
+        for one, path in zip(gone, ("", "ab", "ac", "abc", "a"), strict=True):
+            queue.push(one, keys(path), 10)
+        for one in gone:
+            queue.remove(one)
+            queue.put_back(one)
+        for one in gone:
+            queue.remove(one)
+    assert len(queue) == live
+    del gone, one
+    assert alive() - before < live + 100
+    assert len(queue._levels) == len(queue._order) <= 3

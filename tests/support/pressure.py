@@ -16,7 +16,7 @@ from engine.scheduler import Scheduler
 def expect_short_answers(scheduler: Scheduler) -> None:
     """As if only one-token answers had been seen, so it admits more than will fit."""
     for _ in range(64):
-        scheduler.lengths.observe([], 1, cut=False)
+        scheduler.expectations.lengths.observe([], 1, cut=False)
 
 
 def poison_free_pages(engine: Engine) -> None:

@@ -7,7 +7,7 @@ import os
 from child import Loaded, Order, main
 
 from engine.llm import LLM
-from engine.runner import resolve_dtype
+from engine.resolved_settings import resolve_dtype
 from engine.sampling_params import SamplingParams
 
 
