@@ -28,6 +28,7 @@ from api import (
     usage_routes,
 )
 from api.auth import Gate
+from api.head import HeadAsGet
 from api.metrics import ApiMetrics, CountRequests
 from api.openapi import Application
 from api.services import Services, Wake
@@ -106,6 +107,7 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.waits = waits  # for whoever stops the process
+    app.add_middleware(HeadAsGet)
     app.add_middleware(Gate, keys=Keys(store))
     errors.install(app)  # around the gate, whose refusals have request ids too
     openai = (completion_routes, response_routes, model_routes)

@@ -89,6 +89,9 @@ def test_a_file_goes_in_and_comes_out(client: TestClient, settings: Settings) ->
     assert got.content == content
     assert got.headers["content-length"] == str(len(content))
     assert got.headers["content-type"] == "application/octet-stream"
+    head = client.head(f"/v1/files/{file.id}/content")
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-length"] == str(len(content)), "how long it is, without fetching it"
     assert [path.name for path in settings.files.iterdir()] == [file.id]
     gone = client.delete(f"/v1/files/{file.id}")
     assert FileDeleted.model_validate(gone.json()).deleted
