@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import IO, Any
 
 import click
 
-from api.cli_client import client_options, fails_politely, json_option, plural, progress
+from api.cli_client import (
+    client_options,
+    fails_politely,
+    idempotency_key_option,
+    json_option,
+    plural,
+    progress,
+)
 from api.cli_database import opened
+from api.cli_job_file import bodies_of
 from api.cli_status import no_worker
 from api.client import Client
-
-JOBS_PER_BATCH = 10_000  # what POST /v1/jobs takes at once
-BYTES_PER_BATCH = 32_000_000  # of lines, well below the limit of an array's body
 
 
 @click.command()
@@ -22,9 +26,8 @@ BYTES_PER_BATCH = 32_000_000  # of lines, well below the limit of an array's bod
 @click.option("--prompt", "prompts", multiple=True, help="A prompt instead of a file; may be repeated.")
 @click.option("--model", help="Model of the jobs of --prompt.")
 @click.option("--max-tokens", type=int, help="Limit of the jobs of --prompt.")
-@click.option(
-    "--idempotency-key",
-    help="Your name for this submit: given again with the same jobs, it hands in nothing twice.",
+@idempotency_key_option(
+    "Your name for this submit: given again with the same jobs, it hands in nothing twice."
 )
 @click.option("--tier", type=click.Choice(["normal", "background"]), help="background: only where idle.")
 @click.option("--priority", type=click.IntRange(-4, 4), help="Each step doubles the share of these jobs.")
@@ -137,7 +140,7 @@ def _cancel_model(model: str, as_json: bool) -> None:
     type=click.Choice(["failed", "expired", "cancelled"]),
     help="Jobs in which state; may be repeated. Otherwise failed and expired ones.",
 )
-@click.option("--idempotency-key", help="Your name for this retry: given again, it hands in nothing twice.")
+@idempotency_key_option("Your name for this retry: given again, it hands in nothing twice.")
 @json_option
 @client_options
 @fails_politely
@@ -148,41 +151,3 @@ def retry(
     body = {"states": list(states)} if states else {}
     made = client.post("v1", plural(name), name, "retry", body=body, idempotency_key=idempotency_key)
     click.echo(json.dumps(made) if as_json else made["id"])
-
-
-def bodies_of(file: IO[bytes]) -> Iterator[dict[str, Any]]:
-    """Bodies of POST /v1/jobs: one for JSON, as many as are needed for lines."""
-    text = file.read()
-    name = getattr(file, "name", "<stdin>")
-    if not text.strip():
-        raise click.UsageError(f"{name}: holds no job")
-    try:
-        data = json.loads(text)
-    except UnicodeDecodeError:
-        raise click.UsageError(f"{name}: is not UTF-8") from None
-    except ValueError:
-        yield from _batches(name, text)
-        return
-    if isinstance(data, list):
-        data = {"jobs": data}
-    if not isinstance(data, dict):
-        raise click.UsageError(f"{name}: must hold a job, an array of jobs, or one job per line")
-    yield data
-
-
-def _batches(name: str, text: bytes) -> Iterator[dict[str, Any]]:
-    jobs: list[Any] = []
-    lines = [(number, line) for number, line in enumerate(text.split(b"\n"), 1) if line.strip()]
-    for number, line in lines:  # all of them, before the first is sent
-        try:
-            jobs.append(json.loads(line))
-        except ValueError as error:
-            raise click.UsageError(f"{name} line {number}: not JSON: {error}") from None
-    start = size = 0
-    for index, (_, line) in enumerate(lines):
-        if index > start and (index - start == JOBS_PER_BATCH or size + len(line) > BYTES_PER_BATCH):
-            yield {"jobs": jobs[start:index]}
-            start, size = index, 0
-        size += len(line)
-    if start < len(jobs):
-        yield {"jobs": jobs[start:]}

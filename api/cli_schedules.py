@@ -11,7 +11,7 @@ from typing import IO, Any
 import click
 
 from api.cli_client import client_options, fails_politely, json_option, local_time
-from api.cli_jobs import bodies_of
+from api.cli_job_file import bodies_of
 from api.client import Client, ClientError
 
 PAGE = 100

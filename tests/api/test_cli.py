@@ -6,6 +6,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from click.testing import CliRunner, Result
 from sqlalchemy import delete, select, update
 
 from api.cli import main
-from api.cli_jobs import _batches
+from api.cli_job_file import bodies_of
 from jobs.claims import claim
 from jobs.database import Database
 from jobs.leases import register
@@ -66,7 +67,7 @@ def run(api: Process, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A command that finds the api as it would find that of `nightpress up`."""
     monkeypatch.setenv("NIGHTPRESS_DATA_DIR", str(api.log.parent))
 
-    def run(*arguments: str, text: str | None = None) -> Result:
+    def run(*arguments: str, text: str | bytes | None = None) -> Result:
         return CliRunner().invoke(main, arguments, input=text)
 
     return run
@@ -244,7 +245,13 @@ def test_cancel(run: Run) -> None:
         (["results", "batch_unknown"], None, 1, "there is no batch"),
         (["status", "a/../b?c#d"], None, 1, "there is no"),
         (["submit", "-"], '{"prompt": "a", "temperature": 9}', 1, "temperature"),
-        (["submit", "-"], '{"prompt": "a"}\n{"prompt": ', 2, "line 2"),
+        (["submit", "-"], '{"prompt": "a"}\n{"prompt": ', 2, "line 2, column 12: not JSON"),
+        (["submit", "-"], '{\n  "prompt": "a",\n}', 2, "line 3, column 1: not JSON"),
+        (["submit", "-"], b'{"prompt": "a"}\n{"prompt": "caf\xe9"}\n', 2, "line 2: is not UTF-8"),
+        (["submit", "-"], '{"prompt": "a"}\n'.encode("utf-16"), 2, "line 1: is not UTF-8"),
+        (["submit", "-"], '{"method": "POST", "url": "/", "body": {}}', 2, "run-batch"),
+        (["submit", "-"], '{"method": "POST", "url": "/", "body": {}}\n' * 2, 2, "run-batch"),
+        (["submit", "--prompt", "a", "--idempotency-key", "a\nb"], None, 2, "printable"),
         (["submit", "-"], "3", 2, "must hold a job"),
         (["submit", "-"], " ", 2, "holds no job"),
         (["submit"], None, 2, "--prompt"),
@@ -254,6 +261,9 @@ def test_cancel(run: Run) -> None:
         (["status", "job_1", "--url", "ftp://x"], None, 2, "http://"),
         (["status", "job_1", "--url", "http://127.0.0.1:1"], None, 1, "cannot be reached"),
         (["status", "job_1", "--url", "http://127.0.0.1:1"], None, 1, "NIGHTPRESS_DATA_DIR"),
+        (["status", "job_1", "--url", "http://"], None, 2, "is no address"),
+        (["status", "job_1", "--url", "http://a:b"], None, 2, "is no address"),
+        (["status", "job_1", "--url", "http://[::1"], None, 2, "is no address"),
         (["results", "job_1"], None, 2, "is a job"),
         (["status"], None, 2, "ID"),
         (["api", "--allow-public"], None, 2, "--allow-public"),
@@ -265,12 +275,25 @@ def test_cancel(run: Run) -> None:
     ],
 )
 def test_mistakes_are_named(
-    run: Run, arguments: list[str], text: str | None, status: int, named: str
+    run: Run, arguments: list[str], text: str | bytes | None, status: int, named: str
 ) -> None:
     result = run(*arguments, text=text)
     assert result.exit_code == status, result.output
     assert named in result.output
     assert "Traceback" not in result.output
+
+
+def test_the_address_of_openai_clients_will_do(run: Run, api: Process) -> None:
+    url = (api.log.parent / "url").read_text().strip()
+    for address in (url, f"{url}/", f"{url}/v1", f"{url}/v1/"):
+        assert "there is no job 'job_unknown'" in run("status", "job_unknown", "--url", address).output
+
+
+def test_an_address_of_ipv6_is_found(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NIGHTPRESS_DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("NIGHTPRESS_HOST", "::1")
+    monkeypatch.setenv("NIGHTPRESS_PORT", "1")
+    assert "http://[::1]:1 cannot be reached" in run("status", "job_1").output
 
 
 def test_settings_that_are_wrong_are_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,10 +307,10 @@ def test_settings_that_are_wrong_are_named(run: Run, monkeypatch: pytest.MonkeyP
 
 
 def test_many_lines_become_several_batches() -> None:
-    made = [body["jobs"] for body in _batches("file", b'{"prompt": "a"}\n' * 20_001)]
+    made = [body["jobs"] for body in bodies_of(BytesIO(b'{"prompt": "a"}\n' * 20_001))]
     assert [len(jobs) for jobs in made] == [10_000, 10_000, 1]
     long = json.dumps({"prompt": "x" * 20_000_000}).encode()
-    assert [len(body["jobs"]) for body in _batches("file", b"\n".join([long] * 3))] == [1, 1, 1]
+    assert [len(body["jobs"]) for body in bodies_of(BytesIO(b"\n".join([long] * 3)))] == [1, 1, 1]
 
 
 def test_migrate(empty_database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
