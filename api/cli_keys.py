@@ -95,6 +95,8 @@ def list_keys(tenant: str | None, data_dir: Path | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"object": "list", "data": [_object(view) for view in found]}))
         return
+    if not found:
+        click.echo("there is no key yet" if tenant is None else f"{tenant} has no key", err=True)
     for view in found:
         click.echo(_line(view))
 

@@ -1,7 +1,7 @@
 """HEAD: what GET would say, without its body.
 
 Owns one ASGI layer next to the routes, which declare GET alone. Whoever watches a service asks this way (`/health`,
-how long a file is), and HTTP wants it of every server (RFC 9110, 9.1). Refuses to know routes. A body that is streamed
+how long a file is), and HTTP wants it of every server (RFC 9110, 9.1). Knows no route. A body that is streamed
 is left as soon as it begins.
 """
 
