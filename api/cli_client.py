@@ -46,7 +46,8 @@ def idempotency_key_option(help_text: str) -> Callable[[Callable[..., None]], Ca
 
 
 def client_options(command: Callable[..., None]) -> Callable[..., None]:
-    """`--url` and `--api-key`, which reach the command as one `client`."""
+    """`--url` and `--api-key`, which reach the command as one `client`; and what goes wrong there, said politely."""
+    polite = _fails_politely(command)
 
     @click.option("--url", help="Address of the API; otherwise the one of `nightpress up`, or the port.")
     @click.option(
@@ -55,7 +56,7 @@ def client_options(command: Callable[..., None]) -> Callable[..., None]:
     )
     @wraps(command)
     def run(*args: Any, url: str | None, api_key: str | None, **kwargs: Any) -> None:
-        command(*args, client=_client(url, api_key), **kwargs)
+        polite(*args, client=_client(url, api_key), **kwargs)
 
     return run
 
@@ -87,7 +88,7 @@ def _checked(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1")
 
 
-def fails_politely(command: Callable[..., None]) -> Callable[..., None]:
+def _fails_politely(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:

@@ -9,7 +9,6 @@ import click
 
 from api.cli_client import (
     client_options,
-    fails_politely,
     idempotency_key_option,
     json_option,
     plural,
@@ -40,7 +39,6 @@ from api.client import Client
 @click.option("--backoff-seconds", type=float, help="Pause before the second attempt; doubled for each more.")
 @json_option
 @client_options
-@fails_politely
 def submit(
     file: IO[bytes] | None,
     prompts: tuple[str, ...],
@@ -98,7 +96,6 @@ def submit(
 )
 @json_option
 @client_options
-@fails_politely
 def cancel(name: str | None, model: str | None, client: Client, as_json: bool) -> None:
     """Cancel a job, or all open jobs of a batch.
 
@@ -143,7 +140,6 @@ def _cancel_model(model: str, as_json: bool) -> None:
 @idempotency_key_option("Your name for this retry: given again, it hands in nothing twice.")
 @json_option
 @client_options
-@fails_politely
 def retry(
     name: str, states: tuple[str, ...], idempotency_key: str | None, client: Client, as_json: bool
 ) -> None:

@@ -17,7 +17,7 @@ from typing import IO
 
 import click
 
-from api.cli_client import client_options, exit_status, fails_politely, patiently, progress
+from api.cli_client import client_options, exit_status, patiently, progress
 from api.cli_database import fail
 from api.cli_status import wait
 from api.client import Client
@@ -47,7 +47,6 @@ from api.client import Client
 )
 @click.option("--json", "as_json", is_flag=True, help="Changes nothing: lines are JSON.")
 @client_options
-@fails_politely
 def results(
     batch: str,
     output: Path,
