@@ -45,8 +45,6 @@ def submit(
     model: str | None,
     max_tokens: int | None,
     idempotency_key: str | None,
-    max_attempts: int | None,
-    backoff_seconds: float | None,
     client: Client,
     as_json: bool,
     **terms: Any,
@@ -60,33 +58,38 @@ def submit(
         raise click.UsageError("give a FILE, or - for standard input, or --prompt")
     if file is not None and (model is not None or max_tokens is not None):
         raise click.UsageError("--model and --max-tokens belong to --prompt; jobs of a FILE name their own")
-    if max_attempts is not None:
-        terms["retry"] = {"max_attempts": max_attempts}
-        if backoff_seconds is not None:
-            terms["retry"]["backoff_seconds"] = backoff_seconds
-    elif backoff_seconds is not None:
-        raise click.UsageError("--backoff-seconds needs --max-attempts")
-    bodies: list[dict[str, Any]]
-    if file is None:
-        options = {"model": model, "max_tokens": max_tokens}
-        given = {name: value for name, value in options.items() if value is not None}
-        jobs = [{"prompt": prompt, **given} for prompt in prompts]
-        bodies = [jobs[0] if len(jobs) == 1 else {"jobs": jobs}]
-    else:
-        bodies = list(bodies_of(file))
-    for body in bodies:
-        body |= {name: value for name, value in terms.items() if value is not None}
+    bodies = (
+        list(bodies_of(file)) if file else [_body_of_prompts(prompts, model=model, max_tokens=max_tokens)]
+    )
+    given = _terms(**terms)
     asleep: set[str] = set()
     sizes = [len(body["jobs"]) if isinstance(body.get("jobs"), list) else 1 for body in bodies]
     with progress("submitted", sum(sizes), wanted=len(bodies) > 1) as bar:
         for number, (body, size) in enumerate(zip(bodies, sizes, strict=True)):
             key = f"{idempotency_key}-{number}" if idempotency_key and number else idempotency_key
-            made = client.post("v1", "jobs", body=body, idempotency_key=key)
+            made = client.post("v1", "jobs", body=body | given, idempotency_key=key)
             click.echo(json.dumps(made) if as_json else made["id"])
             asleep.update(made["unserved_models"] or ())
             bar.update(size)
     for model in sorted(asleep):
         click.echo(f"nightpress: {no_worker(model)}", err=True)
+
+
+def _body_of_prompts(prompts: tuple[str, ...], **fields: Any) -> dict[str, Any]:
+    given = {name: value for name, value in fields.items() if value is not None}
+    jobs = [{"prompt": prompt, **given} for prompt in prompts]
+    return jobs[0] if len(jobs) == 1 else {"jobs": jobs}
+
+
+def _terms(*, max_attempts: int | None, backoff_seconds: float | None, **terms: Any) -> dict[str, Any]:
+    """The options that say when a job runs, as fields of a body. Raises `click.UsageError`."""
+    if max_attempts is None and backoff_seconds is not None:
+        raise click.UsageError("--backoff-seconds needs --max-attempts")
+    given = {name: value for name, value in terms.items() if value is not None}
+    if max_attempts is None:
+        return given
+    pause = {} if backoff_seconds is None else {"backoff_seconds": backoff_seconds}
+    return given | {"retry": {"max_attempts": max_attempts, **pause}}
 
 
 @click.command()
