@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from typing import Annotated, BinaryIO, Final
+from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import StreamingResponse
@@ -88,7 +89,11 @@ def routes(services: Services) -> APIRouter:
                 raise no_such_file(file_id) from None
             message = "the bytes of this file are gone from the server's disk"
             raise ApiError(500, message, code="file_lost", headers={"x-should-retry": "false"}) from None
-        headers = {"Content-Length": str(file.bytes), "X-Content-Type-Options": "nosniff"}
+        headers = {
+            "Content-Length": str(file.bytes),
+            "Content-Disposition": f"attachment; filename*=UTF-8''{quote(file.filename, safe='')}",
+            "X-Content-Type-Options": "nosniff",
+        }
         return FileStream(content, headers)
 
     @router.delete("/{file_id}", dependencies=[Depends(refuse_query)])
