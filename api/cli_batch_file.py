@@ -17,7 +17,7 @@ def _regular(_: click.Context, __: click.Parameter, path: Path) -> Path:
     return path
 
 
-@click.command("run-batch")
+@click.command("run-batch", short_help="Run a file of OpenAI batch requests without any service.")
 @click.option(
     "-i",
     "--input",

@@ -131,7 +131,7 @@ def _cancel_model(model: str, as_json: bool) -> None:
         )
 
 
-@click.command()
+@click.command(short_help="Hand in once more what did not work out.")
 @click.argument("name", metavar="ID")
 @click.option(
     "--state",

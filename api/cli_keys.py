@@ -101,7 +101,7 @@ def list_keys(tenant: str | None, data_dir: Path | None, as_json: bool) -> None:
         click.echo(_line(view))
 
 
-@keys.command("rotate")
+@keys.command("rotate", short_help="Make a second key like ID and print it; ID ends later.")
 @click.argument("key_id", metavar="ID")
 @click.option(
     "--overlap", type=Duration(), default="24h", show_default=True, help="How long the old key still works."

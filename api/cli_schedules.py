@@ -17,7 +17,7 @@ from api.client import Client, ClientError
 PAGE = 100
 
 
-@click.group()
+@click.group(short_help="Jobs that are handed in again and again, by a cron line.")
 def schedule() -> None:
     """Jobs that are handed in again and again, at the times of a cron line.
 
@@ -142,7 +142,7 @@ def delete(name: str, client: Client, as_json: bool) -> None:
 
 @schedule.command("runs")
 @click.argument("name", metavar="SCHEDULE")
-@click.option("--limit", type=click.IntRange(1, PAGE), default=20, show_default=True)
+@click.option("--limit", type=click.IntRange(1, PAGE), default=20, show_default=True, help="At most so many.")
 @json_option
 @client_options
 def runs(name: str, limit: int, client: Client, as_json: bool) -> None:

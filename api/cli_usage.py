@@ -16,7 +16,7 @@ _NAMES = {"key": "key_id", "batch": "batch_id"}  # the answer's words, where the
 _PAGE = "1000"
 
 
-@click.command()
+@click.command(short_help="Tokens that were billed, and what they cost.")
 @click.option(
     "--group-by", "groups", multiple=True, type=click.Choice(_GROUPS), help="A sum each; may be repeated."
 )

@@ -6,7 +6,6 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterator
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from click.testing import CliRunner, Result
 from sqlalchemy import delete, select, update
 
 from api.cli import main
-from api.cli_job_file import bodies_of
 from jobs.claims import claim
 from jobs.database import Database
 from jobs.leases import register
@@ -67,7 +65,7 @@ def run(api: Process, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A command that finds the api as it would find that of `nightpress up`."""
     monkeypatch.setenv("NIGHTPRESS_DATA_DIR", str(api.log.parent))
 
-    def run(*arguments: str, text: str | bytes | None = None) -> Result:
+    def run(*arguments: str, text: str | None = None) -> Result:
         return CliRunner().invoke(main, arguments, input=text)
 
     return run
@@ -246,14 +244,7 @@ def test_cancel(run: Run) -> None:
         (["status", "a/../b?c#d"], None, 1, "there is no"),
         (["submit", "-"], '{"prompt": "a", "temperature": 9}', 1, "temperature"),
         (["submit", "-"], '{"prompt": "a"}\n{"prompt": ', 2, "line 2, column 12: not JSON"),
-        (["submit", "-"], '{\n  "prompt": "a",\n}', 2, "line 3, column 1: not JSON"),
-        (["submit", "-"], b'{"prompt": "a"}\n{"prompt": "caf\xe9"}\n', 2, "line 2: is not UTF-8"),
-        (["submit", "-"], '{"prompt": "a"}\n'.encode("utf-16"), 2, "line 1: is not UTF-8"),
-        (["submit", "-"], '{"method": "POST", "url": "/", "body": {}}', 2, "run-batch"),
-        (["submit", "-"], '{"method": "POST", "url": "/", "body": {}}\n' * 2, 2, "run-batch"),
         (["submit", "--prompt", "a", "--idempotency-key", "a\nb"], None, 2, "printable"),
-        (["submit", "-"], "3", 2, "must hold a job"),
-        (["submit", "-"], " ", 2, "holds no job"),
         (["submit"], None, 2, "--prompt"),
         (["submit", "-", "--prompt", "a"], "{}", 2, "--prompt"),
         (["submit", "-", "--model", "m"], "{}", 2, "--model"),
@@ -275,7 +266,7 @@ def test_cancel(run: Run) -> None:
     ],
 )
 def test_mistakes_are_named(
-    run: Run, arguments: list[str], text: str | bytes | None, status: int, named: str
+    run: Run, arguments: list[str], text: str | None, status: int, named: str
 ) -> None:
     result = run(*arguments, text=text)
     assert result.exit_code == status, result.output
@@ -304,13 +295,6 @@ def test_settings_that_are_wrong_are_named(run: Run, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("NIGHTPRESS_MAX_N", "1")
     monkeypatch.setenv("NIGHTPRESS_ENGINE__DEVICE", "tpu")
     assert "NIGHTPRESS_ENGINE__DEVICE" in run("migrate").output
-
-
-def test_many_lines_become_several_batches() -> None:
-    made = [body["jobs"] for body in bodies_of(BytesIO(b'{"prompt": "a"}\n' * 20_001))]
-    assert [len(jobs) for jobs in made] == [10_000, 10_000, 1]
-    long = json.dumps({"prompt": "x" * 20_000_000}).encode()
-    assert [len(body["jobs"]) for body in bodies_of(BytesIO(b"\n".join([long] * 3)))] == [1, 1, 1]
 
 
 def test_migrate(empty_database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,14 @@ def test_the_version_is_told() -> None:
     assert (done.exit_code, done.output.split()[0]) == (0, "nightpress")
 
 
+@pytest.mark.parametrize("group", [[], ["keys"], ["prices"], ["schedule"], ["tenants"]])
+def test_the_help_of_a_group_says_whole_sentences(group: list[str]) -> None:
+    """click cuts what does not fit into 80 columns."""
+    said = CliRunner().invoke(main, [*group, "--help"], terminal_width=80).output.partition("Commands:")[2]
+    assert [line for line in said.splitlines() if line and not line.endswith(".")] == []
+    assert "..." not in said
+
+
 @pytest.mark.parametrize(
     ("name", "url"),
     [
