@@ -28,6 +28,7 @@ from api import (
     usage_routes,
 )
 from api.auth import Gate
+from api.head import HeadAsGet
 from api.metrics import ApiMetrics, CountRequests
 from api.openapi import Application
 from api.services import Services, Wake
@@ -65,35 +66,12 @@ def create_app(
     after each new batch of a file; without it, clerks find it at their next look."""
     owned = database is None
     store = Database(settings.database) if database is None else database
-    files = Files(store, settings)
-    forecasts = Forecasts(store, settings)
-    intake = Intake(store, settings, forecasts)
-    reads, cancels = Reads(store), Cancels(store)
-    waits = Waits(Listeners(settings.redis, reads), reads, cancels, settings.interactive_seconds)
-    services = Services(
-        settings=settings,
-        intake=intake,
-        forecasts=forecasts,
-        reads=reads,
-        cancels=cancels,
-        waits=waits,
-        schedules=Schedules(store, settings),
-        runs=ScheduleRuns(store, intake),
-        wake=wake or _nobody,
-        order=CompletionOrder(store),
-        retries=Retries(store, settings),
-        usages=Usages(store),
-        tenants=Tenants(store),
-        files=files,
-        file_batches=FileBatches(store, settings, files.store),
-        batch_reads=BatchReads(store),
-        notice=notice or _no_clerk,
-    )
+    services = _services(settings, store, wake or _nobody, notice or _no_clerk)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        await waits.close()
+        await services.waits.close()
         if owned:
             store.close()
 
@@ -105,7 +83,8 @@ def create_app(
         redirect_slashes=False,
         lifespan=lifespan,
     )
-    app.state.waits = waits  # for whoever stops the process
+    app.state.waits = services.waits  # for whoever stops the process
+    app.add_middleware(HeadAsGet)
     app.add_middleware(Gate, keys=Keys(store))
     errors.install(app)  # around the gate, whose refusals have request ids too
     openai = (completion_routes, response_routes, model_routes)
@@ -116,6 +95,32 @@ def create_app(
     app.include_router(metrics.routes(counted))
     app.add_middleware(CountRequests, metrics=counted)  # around everything, so the last to be added
     return app
+
+
+def _services(settings: Settings, store: Database, wake: Wake, notice: Callable[[], None]) -> Services:
+    files = Files(store, settings)
+    forecasts = Forecasts(store, settings)
+    intake = Intake(store, settings, forecasts)
+    reads, cancels = Reads(store), Cancels(store)
+    return Services(
+        settings=settings,
+        intake=intake,
+        forecasts=forecasts,
+        reads=reads,
+        cancels=cancels,
+        waits=Waits(Listeners(settings.redis, reads), reads, cancels, settings.interactive_seconds),
+        schedules=Schedules(store, settings),
+        runs=ScheduleRuns(store, intake),
+        wake=wake,
+        order=CompletionOrder(store),
+        retries=Retries(store, settings),
+        usages=Usages(store),
+        tenants=Tenants(store),
+        files=files,
+        file_batches=FileBatches(store, settings, files.store),
+        batch_reads=BatchReads(store),
+        notice=notice,
+    )
 
 
 def _nobody(model: str) -> None:

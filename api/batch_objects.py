@@ -8,14 +8,19 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from api.schemas import UNKNOWN, CachedTokens, Named, Object, PageObject, seen_ahead, whole_seconds
+from api.schemas import (
+    UNKNOWN,
+    CachedTokens,
+    Named,
+    Object,
+    PageObject,
+    ReasoningTokens,
+    seen_ahead,
+    whole_seconds,
+)
 from jobs.batch_reads import BatchView
 from jobs.forecasts import Outlook
 from jobs.states import BatchState, JobState
-
-
-class ReasoningTokens(Object):
-    reasoning_tokens: int
 
 
 class RequestCounts(Object):

@@ -17,10 +17,11 @@ from api.auth import BEARER, By
 from api.batch_objects import BatchList, BatchObject, batch_object
 from api.body_limit import read_json, refuse_body
 from api.errors import conflict, no_such_file, not_found
+from api.found import find_batch, show_batch
 from api.parameters import Seconds, is_id, refuse_query, refuse_repeats, submit_of
 from api.schemas import REFUSALS
 from api.services import Services
-from jobs.batch_reads import BatchFilter, BatchView
+from jobs.batch_reads import BatchFilter
 from jobs.file_batches import NoSuchFile, parse_wish
 from jobs.idempotency import Submit
 from jobs.reads import MAX_LIMIT
@@ -71,8 +72,7 @@ def routes(services: Services) -> APIRouter:
 
     @router.get("/{batch_id}", dependencies=[Depends(refuse_query)])
     def get_batch(batch_id: str, caller: By) -> BatchObject:
-        batch = _batch(services, caller.tenant, batch_id)
-        return batch_object(batch, services.forecasts.of_batch(batch))
+        return show_batch(services, caller.tenant, batch_id)
 
     @router.post("/{batch_id}/cancel", dependencies=[Depends(refuse_query)], response_model=BatchObject)
     async def cancel_batch(batch_id: str, request: Request, caller: By) -> BatchObject | JSONResponse:
@@ -93,7 +93,7 @@ def _create(services: Services, owner: Owner, data: object, submit: Submit | Non
     except NoSuchFile as error:
         raise no_such_file(error.file_id, param="input_file_id") from None
     services.notice()
-    return batch_object(_batch(services, owner.tenant, batch_id))
+    return batch_object(find_batch(services, owner.tenant, batch_id))
 
 
 def _cancel(services: Services, tenant: str, batch_id: str) -> BatchObject | JSONResponse:
@@ -103,11 +103,4 @@ def _cancel(services: Services, tenant: str, batch_id: str) -> BatchObject | JSO
     if state in (BatchState.COMPLETED, BatchState.FAILED, BatchState.EXPIRED):
         return conflict(f"a batch that is {state} cannot be cancelled", code="batch_closed")
     services.notice()
-    return batch_object(_batch(services, tenant, batch_id))
-
-
-def _batch(services: Services, tenant: str, batch_id: str) -> BatchView:
-    batch = services.batch_reads.batch(batch_id, tenant=tenant) if is_id(batch_id) else None
-    if batch is None:
-        raise not_found("batch", batch_id)
-    return batch
+    return batch_object(find_batch(services, tenant, batch_id))

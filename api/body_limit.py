@@ -86,21 +86,21 @@ def _too_large(limit: int) -> NoReturn:
     raise ApiError(413, f"the body is too large: at most {limit} bytes are allowed", code="body_too_large")
 
 
-def _refuse_media(request: Request) -> None:
+def refuse_compressed(request: Request) -> None:
+    """A few bytes of them could be gigabytes. Raises `ApiError` 415."""
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
-        raise ApiError(
-            415, "compressed bodies are not accepted", code="unsupported_encoding", param="content-encoding"
-        )
+        message = "compressed bodies are not accepted"
+        raise ApiError(415, message, code="unsupported_encoding", param="content-encoding")
+
+
+def _refuse_media(request: Request) -> None:
+    refuse_compressed(request)
     # Also what keeps a web page from posting here: browsers ask first before they send this type.
     media = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if media != "application/json":
-        raise ApiError(
-            415,
-            "the content-type must be application/json",
-            code="unsupported_media_type",
-            param="content-type",
-        )
+        message = "the content-type must be application/json"
+        raise ApiError(415, message, code="unsupported_media_type", param="content-type")
 
 
 def parse_json(raw: bytes) -> Any:

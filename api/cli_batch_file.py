@@ -10,13 +10,21 @@ import click
 from api.cli_settings import load_settings
 
 
-@click.command("run-batch")
+def _regular(_: click.Context, __: click.Parameter, path: Path) -> Path:
+    """Both files are read again by a run that goes on, which pipes and devices cannot be."""
+    if str(path) == "-" or (path.exists() and not path.is_file()):
+        raise click.BadParameter(f"{path} is no regular file, which another run could read again")
+    return path
+
+
+@click.command("run-batch", short_help="Run a file of OpenAI batch requests without any service.")
 @click.option(
     "-i",
     "--input",
     "source",
     required=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    callback=_regular,
     help="OpenAI batch lines: custom_id, method, url, body.",
 )
 @click.option(
@@ -25,6 +33,7 @@ from api.cli_settings import load_settings
     "target",
     required=True,
     type=click.Path(dir_okay=False, path_type=Path),
+    callback=_regular,
     help="Where results are appended, one line per request, as they finish.",
 )
 @click.option("--model", help="Folder of safetensors, GGUF file or hub id.")
@@ -32,7 +41,7 @@ from api.cli_settings import load_settings
 def run_batch(source: Path, target: Path, model: str | None, quiet: bool) -> None:
     """Run a file of OpenAI batch requests on this machine, without any service.
 
-    Started again on the same files, it does only what is missing. Exit status 1 when a request failed or the
+    Started again on the same files, it does only what is missing. Exit status 1 when a request failed, 130 when the
     run was interrupted.
     """
     settings = load_settings(model=model)

@@ -13,12 +13,14 @@ from collections.abc import Callable
 from datetime import datetime
 from functools import wraps
 from typing import Any, Final, TypeVar
+from urllib.parse import urlsplit
 
 import click
 from tqdm import tqdm
 
 from api.cli_settings import load_settings
 from api.client import Client, ClientError, Refused, Unreachable
+from api.loopback import address_of
 from jobs.key_text import BadKey, parse_key
 
 T = TypeVar("T")
@@ -32,8 +34,20 @@ _PAUSE_SECONDS: Final = 1.0
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the API's own objects.")
 
 
+def idempotency_key_option(help_text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """`--idempotency-key`, which travels in a header."""
+
+    def checked(_: click.Context, __: click.Parameter, key: str | None) -> str | None:
+        if key is not None and not (key.isascii() and key.isprintable()):
+            raise click.BadParameter("must be printable ASCII characters")
+        return key
+
+    return click.option("--idempotency-key", callback=checked, help=help_text)
+
+
 def client_options(command: Callable[..., None]) -> Callable[..., None]:
-    """`--url` and `--api-key`, which reach the command as one `client`."""
+    """`--url` and `--api-key`, which reach the command as one `client`; and what goes wrong there, said politely."""
+    polite = _fails_politely(command)
 
     @click.option("--url", help="Address of the API; otherwise the one of `nightpress up`, or the port.")
     @click.option(
@@ -42,7 +56,7 @@ def client_options(command: Callable[..., None]) -> Callable[..., None]:
     )
     @wraps(command)
     def run(*args: Any, url: str | None, api_key: str | None, **kwargs: Any) -> None:
-        command(*args, client=_client(url, api_key), **kwargs)
+        polite(*args, client=_client(url, api_key), **kwargs)
 
     return run
 
@@ -56,13 +70,25 @@ def _client(url: str | None, api_key: str | None) -> Client:
             raise click.UsageError(f"--api-key or NIGHTPRESS_API_KEY: {error}") from None
     if url is None:
         beside = settings.data_dir / "url"
-        url = beside.read_text().strip() if beside.is_file() else f"http://{settings.host}:{settings.port}"
+        url = beside.read_text().strip() if beside.is_file() else address_of(settings.host, settings.port)
+    return Client(_checked(url), settings.api_key)
+
+
+def _checked(url: str) -> str:
+    """OpenAI's clients are given the address with `/v1`, which ours add themselves."""
     if not url.startswith(("http://", "https://")):
         raise click.UsageError(f"--url: {url} must start with http:// or https://")
-    return Client(url, settings.api_key)
+    try:
+        parts = urlsplit(url)
+        usable = bool(parts.hostname) and parts.port != 0 and url.isprintable() and " " not in url
+    except ValueError:  # of the port, or half an IPv6 address
+        usable = False
+    if not usable:
+        raise click.UsageError(f"--url: {url} is no address; write it like http://127.0.0.1:8000")
+    return url.rstrip("/").removesuffix("/v1")
 
 
-def fails_politely(command: Callable[..., None]) -> Callable[..., None]:
+def _fails_politely(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:

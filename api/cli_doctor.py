@@ -15,7 +15,7 @@ from api.cli_settings import load_settings
 _COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
 
 
-@click.command()
+@click.command(short_help="Say what is wrong with a deployment.")
 @data_dir_option
 @click.option("--model", help="Look at this model instead of NIGHTPRESS_MODEL.")
 @json_option

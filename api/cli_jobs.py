@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import IO, Any
 
 import click
 
-from api.cli_client import client_options, fails_politely, json_option, plural, progress
+from api.cli_client import (
+    client_options,
+    idempotency_key_option,
+    json_option,
+    plural,
+    progress,
+)
 from api.cli_database import opened
+from api.cli_job_file import bodies_of
 from api.cli_status import no_worker
 from api.client import Client
-
-JOBS_PER_BATCH = 10_000  # what POST /v1/jobs takes at once
-BYTES_PER_BATCH = 32_000_000  # of lines, well below the limit of an array's body
 
 
 @click.command()
@@ -22,9 +25,8 @@ BYTES_PER_BATCH = 32_000_000  # of lines, well below the limit of an array's bod
 @click.option("--prompt", "prompts", multiple=True, help="A prompt instead of a file; may be repeated.")
 @click.option("--model", help="Model of the jobs of --prompt.")
 @click.option("--max-tokens", type=int, help="Limit of the jobs of --prompt.")
-@click.option(
-    "--idempotency-key",
-    help="Your name for this submit: given again with the same jobs, it hands in nothing twice.",
+@idempotency_key_option(
+    "Your name for this submit: given again with the same jobs, it hands in nothing twice."
 )
 @click.option("--tier", type=click.Choice(["normal", "background"]), help="background: only where idle.")
 @click.option("--priority", type=click.IntRange(-4, 4), help="Each step doubles the share of these jobs.")
@@ -37,15 +39,12 @@ BYTES_PER_BATCH = 32_000_000  # of lines, well below the limit of an array's bod
 @click.option("--backoff-seconds", type=float, help="Pause before the second attempt; doubled for each more.")
 @json_option
 @client_options
-@fails_politely
 def submit(
     file: IO[bytes] | None,
     prompts: tuple[str, ...],
     model: str | None,
     max_tokens: int | None,
     idempotency_key: str | None,
-    max_attempts: int | None,
-    backoff_seconds: float | None,
     client: Client,
     as_json: bool,
     **terms: Any,
@@ -59,33 +58,38 @@ def submit(
         raise click.UsageError("give a FILE, or - for standard input, or --prompt")
     if file is not None and (model is not None or max_tokens is not None):
         raise click.UsageError("--model and --max-tokens belong to --prompt; jobs of a FILE name their own")
-    if max_attempts is not None:
-        terms["retry"] = {"max_attempts": max_attempts}
-        if backoff_seconds is not None:
-            terms["retry"]["backoff_seconds"] = backoff_seconds
-    elif backoff_seconds is not None:
-        raise click.UsageError("--backoff-seconds needs --max-attempts")
-    bodies: list[dict[str, Any]]
-    if file is None:
-        options = {"model": model, "max_tokens": max_tokens}
-        given = {name: value for name, value in options.items() if value is not None}
-        jobs = [{"prompt": prompt, **given} for prompt in prompts]
-        bodies = [jobs[0] if len(jobs) == 1 else {"jobs": jobs}]
-    else:
-        bodies = list(bodies_of(file))
-    for body in bodies:
-        body |= {name: value for name, value in terms.items() if value is not None}
+    bodies = (
+        list(bodies_of(file)) if file else [_body_of_prompts(prompts, model=model, max_tokens=max_tokens)]
+    )
+    given = _terms(**terms)
     asleep: set[str] = set()
     sizes = [len(body["jobs"]) if isinstance(body.get("jobs"), list) else 1 for body in bodies]
     with progress("submitted", sum(sizes), wanted=len(bodies) > 1) as bar:
         for number, (body, size) in enumerate(zip(bodies, sizes, strict=True)):
             key = f"{idempotency_key}-{number}" if idempotency_key and number else idempotency_key
-            made = client.post("v1", "jobs", body=body, idempotency_key=key)
+            made = client.post("v1", "jobs", body=body | given, idempotency_key=key)
             click.echo(json.dumps(made) if as_json else made["id"])
             asleep.update(made["unserved_models"] or ())
             bar.update(size)
     for model in sorted(asleep):
         click.echo(f"nightpress: {no_worker(model)}", err=True)
+
+
+def _body_of_prompts(prompts: tuple[str, ...], **fields: Any) -> dict[str, Any]:
+    given = {name: value for name, value in fields.items() if value is not None}
+    jobs = [{"prompt": prompt, **given} for prompt in prompts]
+    return jobs[0] if len(jobs) == 1 else {"jobs": jobs}
+
+
+def _terms(*, max_attempts: int | None, backoff_seconds: float | None, **terms: Any) -> dict[str, Any]:
+    """The options that say when a job runs, as fields of a body. Raises `click.UsageError`."""
+    if max_attempts is None and backoff_seconds is not None:
+        raise click.UsageError("--backoff-seconds needs --max-attempts")
+    given = {name: value for name, value in terms.items() if value is not None}
+    if max_attempts is None:
+        return given
+    pause = {} if backoff_seconds is None else {"backoff_seconds": backoff_seconds}
+    return given | {"retry": {"max_attempts": max_attempts, **pause}}
 
 
 @click.command()
@@ -95,7 +99,6 @@ def submit(
 )
 @json_option
 @client_options
-@fails_politely
 def cancel(name: str | None, model: str | None, client: Client, as_json: bool) -> None:
     """Cancel a job, or all open jobs of a batch.
 
@@ -128,7 +131,7 @@ def _cancel_model(model: str, as_json: bool) -> None:
         )
 
 
-@click.command()
+@click.command(short_help="Hand in once more what did not work out.")
 @click.argument("name", metavar="ID")
 @click.option(
     "--state",
@@ -137,10 +140,9 @@ def _cancel_model(model: str, as_json: bool) -> None:
     type=click.Choice(["failed", "expired", "cancelled"]),
     help="Jobs in which state; may be repeated. Otherwise failed and expired ones.",
 )
-@click.option("--idempotency-key", help="Your name for this retry: given again, it hands in nothing twice.")
+@idempotency_key_option("Your name for this retry: given again, it hands in nothing twice.")
 @json_option
 @client_options
-@fails_politely
 def retry(
     name: str, states: tuple[str, ...], idempotency_key: str | None, client: Client, as_json: bool
 ) -> None:
@@ -148,41 +150,3 @@ def retry(
     body = {"states": list(states)} if states else {}
     made = client.post("v1", plural(name), name, "retry", body=body, idempotency_key=idempotency_key)
     click.echo(json.dumps(made) if as_json else made["id"])
-
-
-def bodies_of(file: IO[bytes]) -> Iterator[dict[str, Any]]:
-    """Bodies of POST /v1/jobs: one for JSON, as many as are needed for lines."""
-    text = file.read()
-    name = getattr(file, "name", "<stdin>")
-    if not text.strip():
-        raise click.UsageError(f"{name}: holds no job")
-    try:
-        data = json.loads(text)
-    except UnicodeDecodeError:
-        raise click.UsageError(f"{name}: is not UTF-8") from None
-    except ValueError:
-        yield from _batches(name, text)
-        return
-    if isinstance(data, list):
-        data = {"jobs": data}
-    if not isinstance(data, dict):
-        raise click.UsageError(f"{name}: must hold a job, an array of jobs, or one job per line")
-    yield data
-
-
-def _batches(name: str, text: bytes) -> Iterator[dict[str, Any]]:
-    jobs: list[Any] = []
-    lines = [(number, line) for number, line in enumerate(text.split(b"\n"), 1) if line.strip()]
-    for number, line in lines:  # all of them, before the first is sent
-        try:
-            jobs.append(json.loads(line))
-        except ValueError as error:
-            raise click.UsageError(f"{name} line {number}: not JSON: {error}") from None
-    start = size = 0
-    for index, (_, line) in enumerate(lines):
-        if index > start and (index - start == JOBS_PER_BATCH or size + len(line) > BYTES_PER_BATCH):
-            yield {"jobs": jobs[start:index]}
-            start, size = index, 0
-        size += len(line)
-    if start < len(jobs):
-        yield {"jobs": jobs[start:]}

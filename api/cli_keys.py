@@ -95,11 +95,13 @@ def list_keys(tenant: str | None, data_dir: Path | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"object": "list", "data": [_object(view) for view in found]}))
         return
+    if not found:
+        click.echo("there is no key yet" if tenant is None else f"{tenant} has no key", err=True)
     for view in found:
         click.echo(_line(view))
 
 
-@keys.command("rotate")
+@keys.command("rotate", short_help="Make a second key like ID and print it; ID ends later.")
 @click.argument("key_id", metavar="ID")
 @click.option(
     "--overlap", type=Duration(), default="24h", show_default=True, help="How long the old key still works."

@@ -91,7 +91,7 @@ def _object(price: PriceView) -> dict[str, Any]:
 def _table(found: list[PriceView]) -> list[str]:
     import datetime
 
-    header = ["model", "from", "prompt", "cached", "completion", "currency"]
+    header = ["model", "from (UTC)", "prompt", "cached", "completion", "currency"]
     rows = [header]
     for price in found:
         shown = _object(price)

@@ -17,7 +17,8 @@ from typing import IO
 
 import click
 
-from api.cli_client import client_options, exit_status, fails_politely, patiently, progress
+from api.cli_client import client_options, exit_status, patiently, progress
+from api.cli_database import fail
 from api.cli_status import wait
 from api.client import Client
 
@@ -46,7 +47,6 @@ from api.client import Client
 )
 @click.option("--json", "as_json", is_flag=True, help="Changes nothing: lines are JSON.")
 @client_options
-@fails_politely
 def results(
     batch: str,
     output: Path,
@@ -77,6 +77,8 @@ def results(
                 incomplete = True
                 break
             file.write(line)
+            if follow:
+                file.flush()  # whoever reads along waits for each
             states[json.loads(line)["status"]] += 1
     if incomplete:
         click.echo("nightpress: the batch is still running, more will follow", err=True)
@@ -119,6 +121,8 @@ def _page(client: Client, batch: str, after: str) -> tuple[list[bytes], str, boo
 def _opened(path: Path) -> Iterator[IO[bytes]]:
     """A file beside `path` that takes its place at the end; standard output and devices as they are."""
     if str(path) == "-":
+        if sys.stdout is None:
+            fail("standard output is closed")
         yield sys.stdout.buffer
         sys.stdout.flush()
         return

@@ -10,14 +10,14 @@ from typing import IO, Any
 
 import click
 
-from api.cli_client import client_options, fails_politely, json_option, local_time
-from api.cli_jobs import bodies_of
+from api.cli_client import client_options, json_option, local_time
+from api.cli_job_file import bodies_of
 from api.client import Client, ClientError
 
 PAGE = 100
 
 
-@click.group()
+@click.group(short_help="Jobs that are handed in again and again, by a cron line.")
 def schedule() -> None:
     """Jobs that are handed in again and again, at the times of a cron line.
 
@@ -41,7 +41,6 @@ def schedule() -> None:
 @click.option("--paused", is_flag=True, help="Make it, and let it wait for `resume`.")
 @json_option
 @client_options
-@fails_politely
 def create(
     name: str,
     file: IO[bytes],
@@ -74,7 +73,6 @@ def create(
 @schedule.command("list")
 @json_option
 @client_options
-@fails_politely
 def list_schedules(client: Client, as_json: bool) -> None:
     """All schedules, newest first."""
     found: list[dict[str, Any]] = []
@@ -96,7 +94,6 @@ def list_schedules(client: Client, as_json: bool) -> None:
 @click.argument("name", metavar="SCHEDULE")
 @json_option
 @client_options
-@fails_politely
 def show(name: str, client: Client, as_json: bool) -> None:
     """One schedule; with --json, its jobs too."""
     if as_json:
@@ -109,7 +106,6 @@ def show(name: str, client: Client, as_json: bool) -> None:
 @click.argument("name", metavar="SCHEDULE")
 @json_option
 @client_options
-@fails_politely
 def pause(name: str, client: Client, as_json: bool) -> None:
     """Let its times pass until `resume`."""
     _print(client.patch("v1", "schedules", _id(client, name), body={"enabled": False}), as_json)
@@ -119,7 +115,6 @@ def pause(name: str, client: Client, as_json: bool) -> None:
 @click.argument("name", metavar="SCHEDULE")
 @json_option
 @client_options
-@fails_politely
 def resume(name: str, client: Client, as_json: bool) -> None:
     """Fire again, from its next time on."""
     _print(client.patch("v1", "schedules", _id(client, name), body={"enabled": True}), as_json)
@@ -129,7 +124,6 @@ def resume(name: str, client: Client, as_json: bool) -> None:
 @click.argument("name", metavar="SCHEDULE")
 @json_option
 @client_options
-@fails_politely
 def run(name: str, client: Client, as_json: bool) -> None:
     """Hand its jobs in now and print the batch's id."""
     started = client.post("v1", "schedules", _id(client, name), "run")
@@ -140,7 +134,6 @@ def run(name: str, client: Client, as_json: bool) -> None:
 @click.argument("name", metavar="SCHEDULE")
 @json_option
 @client_options
-@fails_politely
 def delete(name: str, client: Client, as_json: bool) -> None:
     """Fire no more. Its runs and batches stay."""
     deleted = client.delete("v1", "schedules", _id(client, name))
@@ -149,10 +142,9 @@ def delete(name: str, client: Client, as_json: bool) -> None:
 
 @schedule.command("runs")
 @click.argument("name", metavar="SCHEDULE")
-@click.option("--limit", type=click.IntRange(1, PAGE), default=20, show_default=True)
+@click.option("--limit", type=click.IntRange(1, PAGE), default=20, show_default=True, help="At most so many.")
 @json_option
 @client_options
-@fails_politely
 def runs(name: str, limit: int, client: Client, as_json: bool) -> None:
     """What became of its last times, latest first. After `delete`, by its id."""
     found = client.get("v1", "schedules", _id(client, name), "runs", query=[("limit", str(limit))])

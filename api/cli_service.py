@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from api.cli_database import data_dir_option, fail, opened
 from api.cli_settings import load_settings
+
+if TYPE_CHECKING:
+    from jobs.settings import Settings
 
 model_option = click.option("--model", help="Folder of safetensors, GGUF file or hub id to serve.")
 port_option = click.option(
@@ -29,16 +33,12 @@ def up(data_dir: Path | None, model: str | None, port: int | None) -> None:
     settings = load_settings(data_dir=data_dir, model=model, port=port)
     from engine.checkpoint import is_hub_id
 
-    if not settings.model:
-        raise click.UsageError("name a model to serve: --model or NIGHTPRESS_MODEL")
+    _require_model(settings)
     if not Path(settings.model).expanduser().exists() and not is_hub_id(settings.model):
         raise click.UsageError(f"{settings.model}: there is no such model")
     from api.supervisor import Supervisor
 
-    try:
-        sys.exit(Supervisor(settings).run())
-    except OSError as error:  # of the data directory
-        fail(str(error))
+    sys.exit(Supervisor(settings).run())
 
 
 @click.command()
@@ -59,10 +59,7 @@ def api(
     settings = load_settings(data_dir=data_dir, host=host, port=port, model=model)
     from api import server
 
-    try:
-        sys.exit(server.run(settings, url_file))
-    except OSError as error:  # of the data directory
-        fail(str(error))
+    sys.exit(server.run(settings, url_file))
 
 
 @click.command()
@@ -70,8 +67,10 @@ def api(
 @model_option
 def worker(data_dir: Path | None, model: str | None) -> None:
     """Run one worker with its engine. SIGTERM drains it."""
-    with opened(data_dir) as (settings, _):
-        settings = settings.model_copy(update={} if model is None else {"model": model})
+    settings = load_settings(data_dir=data_dir, model=model)
+    _require_model(settings)
+    with opened(data_dir):  # fails where there is no database of this version
+        pass
     from jobs.worker_main import main
 
     sys.exit(main(settings))
@@ -95,3 +94,8 @@ def migrate(data_dir: Path | None) -> None:
     except SQLAlchemyError as error:
         fail(f"migration failed: {type(error).__name__}: {reason_of(error)}")
     click.echo("database is up to date")
+
+
+def _require_model(settings: Settings) -> None:
+    if not settings.model:
+        raise click.UsageError("name a model to serve: --model or NIGHTPRESS_MODEL")

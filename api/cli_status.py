@@ -13,7 +13,6 @@ import click
 from api.cli_client import (
     client_options,
     exit_status,
-    fails_politely,
     json_option,
     local_time,
     patiently,
@@ -37,7 +36,6 @@ ENDED = ("completed", "failed", "cancelled", "expired")  # of jobs and of batche
 )
 @json_option
 @client_options
-@fails_politely
 def status(name: str, watch: bool, interval: float, client: Client, as_json: bool) -> None:
     """How far a job or a batch is.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from api.cli_client import client_options, fails_politely, json_option
+from api.cli_client import client_options, json_option
 from api.client import Client
 
 _GROUPS = ("day", "tenant", "model", "key", "batch")
@@ -16,7 +16,7 @@ _NAMES = {"key": "key_id", "batch": "batch_id"}  # the answer's words, where the
 _PAGE = "1000"
 
 
-@click.command()
+@click.command(short_help="Tokens that were billed, and what they cost.")
 @click.option(
     "--group-by", "groups", multiple=True, type=click.Choice(_GROUPS), help="A sum each; may be repeated."
 )
@@ -25,7 +25,6 @@ _PAGE = "1000"
 @click.option("--tenant", help="Another tenant, or * for all; needs the scope admin.")
 @json_option
 @client_options
-@fails_politely
 def usage(
     groups: tuple[str, ...],
     start: str | None,

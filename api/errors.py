@@ -21,6 +21,7 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jobs.bad_field import BadField, in_plain_words
@@ -155,11 +156,29 @@ def _bad_query(request: Request, error: Any) -> JSONResponse:
 
 
 def _http_error(request: Request, error: Any) -> JSONResponse:
-    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-    message = f"{request.method} is not allowed here" if error.status_code == 405 else str(error.detail)
-    if error.status_code == 404:
-        message = "there is no such route"
-    return envelope(error.status_code, message, code=code, headers=error.headers)
+    match error.status_code:
+        case 404:
+            message = f"there is no route {shown_name(request.scope['path'])}"
+            return envelope(404, message, code="not_found", headers=error.headers)
+        case 405:
+            allowed = ", ".join(_allowed_methods(request))
+            message = f"{request.method} is not allowed here, only {allowed}"
+            return envelope(405, message, code="method_not_allowed", headers={"Allow": allowed})
+        case status:
+            return envelope(status, str(error.detail), code="invalid_request", headers=error.headers)
+
+
+def _allowed_methods(request: Request) -> list[str]:
+    """Of this path. Of several routes that share it, the framework names only the first one's."""
+    found = [
+        method
+        for method in ("GET", "POST", "PATCH", "DELETE")
+        if any(
+            route.matches({**request.scope, "method": method})[0] is Match.FULL
+            for route in request.app.router.routes
+        )
+    ]
+    return [*found, "HEAD"] if "GET" in found else found
 
 
 def _no_database(request: Request, error: Any) -> JSONResponse:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from typing import Annotated, BinaryIO, Final
+from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
+from starlette.types import Receive, Scope, Send
 
 from api import upload
 from api.auth import BEARER, By
@@ -87,8 +89,12 @@ def routes(services: Services) -> APIRouter:
                 raise no_such_file(file_id) from None
             message = "the bytes of this file are gone from the server's disk"
             raise ApiError(500, message, code="file_lost", headers={"x-should-retry": "false"}) from None
-        headers = {"Content-Length": str(file.bytes), "X-Content-Type-Options": "nosniff"}
-        return StreamingResponse(_pieces(content), headers=headers, media_type="application/octet-stream")
+        headers = {
+            "Content-Length": str(file.bytes),
+            "Content-Disposition": f"attachment; filename*=UTF-8''{quote(file.filename, safe='')}",
+            "X-Content-Type-Options": "nosniff",
+        }
+        return FileStream(content, headers)
 
     @router.delete("/{file_id}", dependencies=[Depends(refuse_query)])
     def delete_file(file_id: str, caller: By) -> FileDeleted:
@@ -98,6 +104,20 @@ def routes(services: Services) -> APIRouter:
         return FileDeleted(id=file_id)
 
     return router
+
+
+class FileStream(StreamingResponse):
+    """Closes the file however the download ends."""
+
+    def __init__(self, content: BinaryIO, headers: dict[str, str]) -> None:
+        super().__init__(_pieces(content), headers=headers, media_type="application/octet-stream")
+        self._content = content
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._content.close()
 
 
 def _keep(services: Services, owner: Owner, received: upload.Upload) -> FileView:
@@ -122,6 +142,5 @@ def _file(services: Services, tenant: str, file_id: str) -> FileView:
 
 
 def _pieces(content: BinaryIO) -> Iterator[bytes]:
-    with content:
-        while piece := content.read(_PIECE_BYTES):
-            yield piece
+    while piece := content.read(_PIECE_BYTES):
+        yield piece

@@ -7,7 +7,17 @@ from __future__ import annotations
 
 from typing import Literal
 
-from api.schemas import UNKNOWN, CachedTokens, JobError, Named, Object, PageObject, seen_ahead, whole_seconds
+from api.schemas import (
+    UNKNOWN,
+    CachedTokens,
+    JobError,
+    Named,
+    Object,
+    PageObject,
+    ReasoningTokens,
+    seen_ahead,
+    whole_seconds,
+)
 from jobs.forecasts import Outlook
 from jobs.openai_answers import reasoning_in
 from jobs.reads import JobView
@@ -38,10 +48,6 @@ class Output(Object):
     stop_reason: str | int | None = None
     reasoning: str | None = None  # what the model thought before `text`, where it marks that
     logprobs: Logprobs | None = None
-
-
-class ReasoningTokens(Object):
-    reasoning_tokens: int
 
 
 class JobUsage(Object):

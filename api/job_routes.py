@@ -14,9 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
 from api.auth import BEARER, By
-from api.batch_objects import BatchObject, batch_object
+from api.batch_objects import BatchObject
 from api.body_limit import read_json, refuse_body
 from api.errors import not_found
+from api.found import show_batch, show_job
 from api.job_objects import JobList, JobObject, job_object
 from api.parameters import Seconds, is_id, refuse_query, refuse_repeats, submit_of
 from api.schemas import REFUSALS
@@ -88,7 +89,7 @@ def routes(services: Services) -> APIRouter:
 
     @router.get("/{job_id}", dependencies=[Depends(refuse_query)])
     def get_job(job_id: str, caller: By) -> JobObject:
-        return _job(services, caller.tenant, job_id)
+        return show_job(services, caller.tenant, job_id)
 
     @router.post("/{job_id}/cancel", dependencies=[Depends(refuse_query)])
     async def cancel_job(job_id: str, request: Request, caller: By) -> JobObject:
@@ -102,7 +103,7 @@ def routes(services: Services) -> APIRouter:
 
 def _submit_job(services: Services, owner: Owner, data: object, submit: Submit | None) -> JSONResponse:
     if (known := services.intake.accepted_before(submit, owner)) is not None:
-        return services.accepted(_job(services, owner.tenant, known), f"/v1/jobs/{known}", ())
+        return services.accepted(show_job(services, owner.tenant, known), f"/v1/jobs/{known}", ())
     terms = ORDINARY
     if isinstance(data, dict):
         terms, data = split_terms(data, clock=services.intake.clock)
@@ -110,7 +111,7 @@ def _submit_job(services: Services, owner: Owner, data: object, submit: Submit |
     if submit is None:
         made = _object(services, services.intake.accept_new(body, owner, terms=terms))
     else:
-        made = _job(services, owner.tenant, services.intake.accept_one(body, owner, submit, terms=terms))
+        made = show_job(services, owner.tenant, services.intake.accept_one(body, owner, submit, terms=terms))
     return services.accepted(made, f"/v1/jobs/{made.id}", [str(body.model)])
 
 
@@ -118,7 +119,7 @@ def _submit_batch(
     services: Services, owner: Owner, data: dict[str, Any], submit: Submit | None
 ) -> JSONResponse:
     if (known := services.intake.accepted_before(submit, owner)) is not None:
-        return services.accepted(_batch(services, owner.tenant, known), f"/v1/batches/{known}", ())
+        return services.accepted(show_batch(services, owner.tenant, known), f"/v1/batches/{known}", ())
     terms, data = split_terms(data, clock=services.intake.clock)
     for name in data:
         if name not in ("jobs", "metadata"):
@@ -131,29 +132,16 @@ def _submit_batch(
     bodies = services.intake.name_models(parse_jobs(data["jobs"], services.settings))
     batch_id = services.intake.accept_many(bodies, owner, metadata, submit, terms)
     return services.accepted(
-        _batch(services, owner.tenant, batch_id),
+        show_batch(services, owner.tenant, batch_id),
         f"/v1/batches/{batch_id}",
         {str(body.model) for body in bodies},
     )
 
 
-def _batch(services: Services, tenant: str, batch_id: str) -> BatchObject:
-    batch = services.batch_reads.batch(batch_id, tenant=tenant)
-    assert batch is not None  # it has been committed, and batches are never deleted
-    return batch_object(batch, services.forecasts.of_batch(batch))
-
-
 def _cancel(services: Services, tenant: str, job_id: str) -> JobObject:
     if not is_id(job_id) or services.cancels.cancel_job(job_id, tenant=tenant) is None:
         raise not_found("job", job_id)
-    return _job(services, tenant, job_id)
-
-
-def _job(services: Services, tenant: str, job_id: str) -> JobObject:
-    job = services.reads.job(job_id, tenant=tenant) if is_id(job_id) else None
-    if job is None:
-        raise not_found("job", job_id)
-    return _object(services, job)
+    return show_job(services, tenant, job_id)
 
 
 def _object(services: Services, job: JobView) -> JobObject:

@@ -1,4 +1,4 @@
-"""Loopback: which addresses and names mean this machine and nobody else. Asks no resolver."""
+"""Loopback: which addresses and names mean this machine and nobody else, and how one is written. Asks no resolver."""
 
 from __future__ import annotations
 
@@ -13,3 +13,9 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def address_of(host: str, port: int) -> str:
+    """As a URL, in which an IPv6 address has brackets."""
+    host = host.strip("[]")
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from api.auth import BEARER, By
 from api.errors import not_found
+from api.found import find_batch
 from api.job_objects import job_object
 from api.parameters import is_id, refuse_repeats
 from api.schemas import REFUSALS
@@ -53,10 +54,7 @@ def routes(services: Services) -> APIRouter:
         the `after` of the following one, and the same as before when nothing new has ended."""
         tenant, order = caller.tenant, query.order
         if order is Order.INPUT and query.after is None and query.limit is None:
-            batch = services.batch_reads.batch(batch_id, tenant=tenant) if is_id(batch_id) else None
-            if batch is None:
-                raise not_found("batch", batch_id)
-            headers = {} if batch.closed else {"X-Incomplete": "true"}
+            headers = {} if find_batch(services, tenant, batch_id).closed else {"X-Incomplete": "true"}
             return _stream(_lines(services, tenant, batch_id), headers)
         page = (
             services.order.page(

@@ -11,10 +11,11 @@ from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
 from api.auth import BEARER, By
-from api.batch_objects import BatchObject, batch_object
+from api.batch_objects import BatchObject
 from api.body_limit import read_fields
 from api.errors import not_found
-from api.job_objects import JobObject, job_object
+from api.found import show_batch, show_job
+from api.job_objects import JobObject
 from api.parameters import is_id, refuse_query, submit_of
 from api.schemas import REFUSALS
 from api.services import Services
@@ -64,23 +65,18 @@ def _retry_job(
     services: Services, owner: Owner, job_id: str, states: States, submit: Submit | None
 ) -> JSONResponse:
     made = services.retries.retry_job(job_id, owner, states=states, submit=submit) if is_id(job_id) else None
-    job = None if made is None else services.reads.job(made[0], tenant=owner.tenant)
-    if made is None or job is None:
+    if made is None:
         raise not_found("job", job_id)
-    return services.accepted(job_object(job, services.forecasts.of_job(job)), f"/v1/jobs/{job.id}", made[1])
+    new_id, models = made
+    return services.accepted(show_job(services, owner.tenant, new_id), f"/v1/jobs/{new_id}", models)
 
 
 def _retry_batch(
     services: Services, owner: Owner, batch_id: str, states: States, submit: Submit | None
 ) -> JSONResponse:
-    made = (
-        services.retries.retry_batch(batch_id, owner, states=states, submit=submit)
-        if is_id(batch_id)
-        else None
-    )
-    batch = None if made is None else services.batch_reads.batch(made[0], tenant=owner.tenant)
-    if made is None or batch is None:
+    retry = services.retries.retry_batch
+    made = retry(batch_id, owner, states=states, submit=submit) if is_id(batch_id) else None
+    if made is None:
         raise not_found("batch", batch_id)
-    return services.accepted(
-        batch_object(batch, services.forecasts.of_batch(batch)), f"/v1/batches/{batch.id}", made[1]
-    )
+    new_id, models = made
+    return services.accepted(show_batch(services, owner.tenant, new_id), f"/v1/batches/{new_id}", models)

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from api.cli_client import INTERRUPTED
 from api.run_output import RunOutput
 from engine.checkpoint import Checkpoint
 from engine.growth import Growth, join
@@ -335,7 +336,7 @@ class BatchRun:
     def _report(self) -> int:
         summary = self._output.summary()
         if self._stopping and not self._finished():
-            return _say(f"interrupted: {summary}. The same command goes on from here.", 1)
+            return _say(f"interrupted: {summary}. The same command goes on from here.", INTERRUPTED)
         if self._output.first_failure:
             summary += f"; the first failure: {self._output.first_failure}"
         return _say(summary, 1 if self._output.num_failed else 0)

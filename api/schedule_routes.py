@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, NoReturn
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
@@ -66,9 +66,11 @@ def routes(services: Services) -> APIRouter:
         )
 
     @router.post("", status_code=201, dependencies=[Depends(refuse_query)])
-    async def create(request: Request, caller: By) -> ScheduleObject:
+    async def create(request: Request, response: Response, caller: By) -> ScheduleObject:
         """`jobs` and `metadata` as in POST /v1/jobs, beside `name`, `cron` and `time_zone`."""
-        return await run_in_threadpool(_create, services, caller.owner, await body_of(request))
+        made = await run_in_threadpool(_create, services, caller.owner, await body_of(request))
+        response.headers["Location"] = f"/v1/schedules/{made.id}"
+        return made
 
     @router.get("", dependencies=[Depends(refuse_repeats)])
     def list_schedules(query: Annotated[ListQuery, Query()], caller: By) -> ScheduleList:

@@ -49,6 +49,10 @@ class CachedTokens(Object):
     cached_tokens: int
 
 
+class ReasoningTokens(Object):
+    reasoning_tokens: int
+
+
 class JobError(Object):
     code: str
     message: str

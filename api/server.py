@@ -19,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from api.app import create_app
 from api.http_protocol import HttpProtocol
-from api.loopback import is_loopback
+from api.loopback import address_of, is_loopback
 from api.waits import Waits
 from jobs.broker import make_app
 from jobs.clerk import Clerks
@@ -112,7 +112,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         host, port = self._listener.getsockname()[:2]
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        url = address_of(host, port)
         if self._url_file is not None:
             write_whole(self._url_file, url + "\n")
         sys.stdout.write(f"listening on {url}\n")

@@ -20,6 +20,7 @@ from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.concurrency import run_in_threadpool
 
+from api.body_limit import refuse_compressed
 from api.errors import ApiError
 from jobs.bad_field import BadField
 from jobs.file_store import FileStore, Part
@@ -101,10 +102,7 @@ def _refuse_web_pages(request: Request) -> None:
 
 
 def _boundary(request: Request) -> bytes:
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
-    if encoding not in ("", "identity"):
-        message = "compressed bodies are not accepted"
-        raise ApiError(415, message, code="unsupported_encoding", param="content-encoding")
+    refuse_compressed(request)
     media, options = parse_options_header(request.headers.get("content-type", ""))
     if media != b"multipart/form-data":
         message = "the content-type must be multipart/form-data"

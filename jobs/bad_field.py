@@ -88,6 +88,11 @@ def _complaint(error: Any) -> BadField:
 
 def in_plain_words(message: str) -> str:
     """What pydantic says of a value, to be read behind the field's name."""
+    message = message.partition(", unable to parse")[0]  # which says the same once more
+    if message.startswith(
+        "Value should have"
+    ):  # behind a check of ours it does not know that it counts characters
+        message = message.partition(" after validation")[0].replace(" item", " character")
     message = message[0].lower() + message[1:]
     for theirs in ("input", "string", "list", "dictionary", "value"):
         message = message.replace(f"{theirs} should", "must")

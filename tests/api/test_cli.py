@@ -15,7 +15,6 @@ from click.testing import CliRunner, Result
 from sqlalchemy import delete, select, update
 
 from api.cli import main
-from api.cli_jobs import _batches
 from jobs.claims import claim
 from jobs.database import Database
 from jobs.leases import register
@@ -244,9 +243,8 @@ def test_cancel(run: Run) -> None:
         (["results", "batch_unknown"], None, 1, "there is no batch"),
         (["status", "a/../b?c#d"], None, 1, "there is no"),
         (["submit", "-"], '{"prompt": "a", "temperature": 9}', 1, "temperature"),
-        (["submit", "-"], '{"prompt": "a"}\n{"prompt": ', 2, "line 2"),
-        (["submit", "-"], "3", 2, "must hold a job"),
-        (["submit", "-"], " ", 2, "holds no job"),
+        (["submit", "-"], '{"prompt": "a"}\n{"prompt": ', 2, "line 2, column 12: not JSON"),
+        (["submit", "--prompt", "a", "--idempotency-key", "a\nb"], None, 2, "printable"),
         (["submit"], None, 2, "--prompt"),
         (["submit", "-", "--prompt", "a"], "{}", 2, "--prompt"),
         (["submit", "-", "--model", "m"], "{}", 2, "--model"),
@@ -254,6 +252,9 @@ def test_cancel(run: Run) -> None:
         (["status", "job_1", "--url", "ftp://x"], None, 2, "http://"),
         (["status", "job_1", "--url", "http://127.0.0.1:1"], None, 1, "cannot be reached"),
         (["status", "job_1", "--url", "http://127.0.0.1:1"], None, 1, "NIGHTPRESS_DATA_DIR"),
+        (["status", "job_1", "--url", "http://"], None, 2, "is no address"),
+        (["status", "job_1", "--url", "http://a:b"], None, 2, "is no address"),
+        (["status", "job_1", "--url", "http://[::1"], None, 2, "is no address"),
         (["results", "job_1"], None, 2, "is a job"),
         (["status"], None, 2, "ID"),
         (["api", "--allow-public"], None, 2, "--allow-public"),
@@ -273,6 +274,19 @@ def test_mistakes_are_named(
     assert "Traceback" not in result.output
 
 
+def test_the_address_of_openai_clients_will_do(run: Run, api: Process) -> None:
+    url = (api.log.parent / "url").read_text().strip()
+    for address in (url, f"{url}/", f"{url}/v1", f"{url}/v1/"):
+        assert "there is no job 'job_unknown'" in run("status", "job_unknown", "--url", address).output
+
+
+def test_an_address_of_ipv6_is_found(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NIGHTPRESS_DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("NIGHTPRESS_HOST", "::1")
+    monkeypatch.setenv("NIGHTPRESS_PORT", "1")
+    assert "http://[::1]:1 cannot be reached" in run("status", "job_1").output
+
+
 def test_settings_that_are_wrong_are_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NIGHTPRESS_MAX_N", "0")
     result = run("migrate")
@@ -281,13 +295,6 @@ def test_settings_that_are_wrong_are_named(run: Run, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("NIGHTPRESS_MAX_N", "1")
     monkeypatch.setenv("NIGHTPRESS_ENGINE__DEVICE", "tpu")
     assert "NIGHTPRESS_ENGINE__DEVICE" in run("migrate").output
-
-
-def test_many_lines_become_several_batches() -> None:
-    made = [body["jobs"] for body in _batches("file", b'{"prompt": "a"}\n' * 20_001)]
-    assert [len(jobs) for jobs in made] == [10_000, 10_000, 1]
-    long = json.dumps({"prompt": "x" * 20_000_000}).encode()
-    assert [len(body["jobs"]) for body in _batches("file", b"\n".join([long] * 3))] == [1, 1, 1]
 
 
 def test_migrate(empty_database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

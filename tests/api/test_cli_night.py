@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -176,6 +177,26 @@ def test_ctrl_c_while_following(run: Run, api: Process, tmp_path: Path) -> None:
     assert run("status", batch_id).exit_code == 0, "the batch goes on"
 
 
+def test_who_reads_along_gets_each_line_as_it_ends(run: Run, api: Process, database: Database) -> None:
+    batch_id = batch_of(run, 2)
+    url = (api.log.parent / "url").read_text().strip()
+    command = [sys.executable, "-m", "api.cli", "results", batch_id, "--follow", "--url", url]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, cwd=api.log.parent) as process:
+        try:
+            assert process.stdout is not None
+            some(database, 1)
+            ready, _, _ = select.select([process.stdout], [], [], 30)
+            assert ready, "nothing came through the pipe"
+            assert json.loads(process.stdout.readline())["status"] == "completed"
+            assert process.poll() is None, "the batch is still open"
+            some(database, 1)
+            assert json.loads(process.stdout.readline())["status"] == "completed"
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+
+
 def test_waiting_outlives_a_restart(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli_client, "_PAUSE_SECONDS", 0.01)
     failures = [cli_client.Unreachable("away"), cli_client.Refused(503, "not now")]
@@ -269,7 +290,7 @@ def test_a_bar_for_several_batches(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """At a terminal. Ids still come alone on standard output."""
-    monkeypatch.setattr("api.cli_jobs.JOBS_PER_BATCH", 2)
+    monkeypatch.setattr("api.cli_job_file.JOBS_PER_BATCH", 2)
     text = "\n".join(json.dumps({"prompt": "a"}) for _ in range(5))
     made = run("submit", "-", text=text)
     assert made.exit_code == 0

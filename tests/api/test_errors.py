@@ -31,19 +31,41 @@ def test_an_unknown_route(front: TestClient, path: str) -> None:
     assert error_of(front.get(path), 404)["code"] == "not_found"
 
 
+def test_an_unknown_route_is_named(front: TestClient) -> None:
+    assert error_of(front.get("/v1/v1/jobs"), 404)["message"] == "there is no route /v1/v1/jobs"
+
+
 @pytest.mark.parametrize(
-    ("method", "path"),
+    ("method", "path", "allowed"),
     [
-        ("PUT", "/v1/jobs"),
-        ("DELETE", "/v1/jobs/job_1"),
-        ("GET", "/v1/jobs/job_1/cancel"),
-        ("POST", "/health"),
+        ("PUT", "/v1/jobs", "GET, POST, HEAD"),
+        ("DELETE", "/v1/jobs/job_1", "GET, HEAD"),
+        ("GET", "/v1/jobs/job_1/cancel", "POST"),
+        ("POST", "/health", "GET, HEAD"),
+        ("OPTIONS", "/v1/files/file-1", "GET, DELETE, HEAD"),
+        ("PUT", "/v1/schedules/schedule_1", "GET, PATCH, DELETE, HEAD"),
+        ("DELETE", "/v1/models/a/b", "GET, HEAD"),
     ],
 )
-def test_a_method_that_is_not_allowed(front: TestClient, method: str, path: str) -> None:
+def test_a_method_that_is_not_allowed(front: TestClient, method: str, path: str, allowed: str) -> None:
     answer = front.request(method, path)
     assert error_of(answer, 405)["code"] == "method_not_allowed"
-    assert answer.headers["allow"]
+    assert answer.headers["allow"] == allowed
+
+
+@pytest.mark.parametrize(
+    "path", ["/health", "/ready", "/v1/jobs", "/v1/jobs/job_1", "/v1/models", "/metrics", "/no"]
+)
+def test_head_is_get_without_a_body(front: TestClient, path: str) -> None:
+    got, asked = front.get(path), front.head(path)
+    assert asked.status_code == got.status_code
+    assert asked.headers["content-type"] == got.headers["content-type"]
+    assert asked.content == b""
+
+
+def test_head_of_what_only_takes_post(front: TestClient) -> None:
+    answer = front.head("/v1/chat/completions")
+    assert (answer.status_code, answer.headers["allow"], answer.content) == (405, "POST", b"")
 
 
 def test_every_answer_has_its_own_request_id(front: TestClient) -> None:

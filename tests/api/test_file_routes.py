@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 from fastapi.testclient import TestClient
@@ -89,6 +90,12 @@ def test_a_file_goes_in_and_comes_out(client: TestClient, settings: Settings) ->
     assert got.content == content
     assert got.headers["content-length"] == str(len(content))
     assert got.headers["content-type"] == "application/octet-stream"
+    disposition = got.headers["content-disposition"]
+    assert unquote(disposition.removeprefix("attachment; filename*=UTF-8''")) == file.filename
+    assert disposition.isascii(), "and it can be told in a header"
+    head = client.head(f"/v1/files/{file.id}/content")
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-length"] == str(len(content)), "how long it is, without fetching it"
     assert [path.name for path in settings.files.iterdir()] == [file.id]
     gone = client.delete(f"/v1/files/{file.id}")
     assert FileDeleted.model_validate(gone.json()).deleted

@@ -19,6 +19,7 @@ def test_requests_by_route(client: TestClient, database: Database, settings: Set
         client.get(f"/v1/jobs/{job_id}")
     client.get("/v1/jobs/job_secret")
     client.get("/v1/nothing/secret")
+    client.head("/v1/jobs/job_secret")
     client.request("SECRET", "/v1/jobs")
     client.post("/v1/jobs", json={"prompt": 3})
     answer = client.get("/metrics")
@@ -27,11 +28,12 @@ def test_requests_by_route(client: TestClient, database: Database, settings: Set
     name = "nightpress_http_requests_total"
     assert value_of(found, name, method="GET", route="/v1/jobs/{job_id}", status="200") == 3
     assert value_of(found, name, method="GET", route="/v1/jobs/{job_id}", status="404") == 1
+    assert value_of(found, name, method="HEAD", route="/v1/jobs/{job_id}", status="404") == 1
     assert value_of(found, name, method="POST", route="/v1/jobs", status="202") == 1
     assert value_of(found, name, method="POST", route="/v1/jobs", status="400") == 1
     assert value_of(found, name, route="unrouted", status="404") == 1
     assert value_of(found, name, method="other") == 1
-    assert value_of(found, "nightpress_http_request_seconds_count", route="/v1/jobs/{job_id}") == 4
+    assert value_of(found, "nightpress_http_request_seconds_count", route="/v1/jobs/{job_id}") == 5
     assert value_of(found, "nightpress_queue_depth", model="tiny", tier="normal") == 1
     assert "secret" not in answer.text.lower()
     assert job_id not in answer.text

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from openai.types.chat import ChatCompletion
 
+from api.cli import main
 from tests.support.processes import Process
 from tests.support.thinking import CLOSE_ID, write_thinking_llama
 from tests.support.tiny import CHAT_TEMPLATE, write_tiny_llama
@@ -146,7 +148,7 @@ def test_killed_engines_interrupts_and_torn_lines_lose_and_repeat_nothing(
     answered = len(read(tmp_path))
     wait_until(lambda: len(read(tmp_path)) >= answered + 5, "answers of the next engine", SECONDS)
     first.signal(signal.SIGINT)
-    assert first.wait(SECONDS) == 1, first.tail()
+    assert first.wait(SECONDS) == 130, first.tail()
     assert "interrupted" in first.text()
     kept = read(tmp_path)
     assert len(kept) < 40
@@ -167,6 +169,26 @@ def test_killed_engines_interrupts_and_torn_lines_lose_and_repeat_nothing(
     write(whole, list(requests(40, 60)))
     assert start(whole, model, "whole").wait(SECONDS) == 0
     assert {one["custom_id"]: one["response"]["body"]["choices"] for one in read(whole)} == text
+
+
+@pytest.mark.parametrize(
+    ("source", "target"), [("in.jsonl", "-"), ("in.jsonl", "/dev/zero"), ("/dev/null", "out")]
+)
+def test_what_cannot_be_read_again_is_refused(tmp_path: Path, source: str, target: str) -> None:
+    """A device for output would be read for answers that are there already: `/dev/zero` has no end."""
+    write(tmp_path, list(requests(1, 5)))
+    arguments = ["run-batch", "-i", str(tmp_path / source), "-o", target, "--model", "none"]
+    done = CliRunner().invoke(main, arguments)
+    assert (done.exit_code, "is no regular file" in done.output) == (2, True), done.output
+
+
+def test_an_interrupted_run_says_so_and_has_a_status_of_its_own(tmp_path: Path, model: Path) -> None:
+    write(tmp_path, list(requests(40, 60)))
+    process = start(tmp_path, model)
+    engine_of(process)
+    process.signal(signal.SIGINT)
+    assert process.wait(SECONDS) == 130, process.tail()
+    assert "The same command goes on from here" in process.text()
 
 
 def test_files_that_cannot_be_used_are_refused(tmp_path: Path, model: Path) -> None:

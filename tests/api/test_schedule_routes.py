@@ -44,6 +44,7 @@ PACE = {
 def create(client: TestClient, **fields: Any) -> dict[str, Any]:
     answer = client.post("/v1/schedules", json=BODY | fields)
     assert answer.status_code == 201, answer.text
+    assert answer.headers["location"] == f"/v1/schedules/{answer.json()['id']}"
     return dict(answer.json())
 
 
@@ -51,6 +52,18 @@ def measured_worker(database: Database) -> None:
     with database.write() as connection:
         register(connection, worker_id="w", model="tiny", lease_seconds=600)
         connection.execute(update(Worker).values(pace=PACE))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("", "must have at least 1 character"), ("a" * 256, "must have at most 255 characters")],
+)
+def test_the_length_of_a_name_is_told_in_characters(client: TestClient, name: str, said: str) -> None:
+    assert (
+        client.post("/v1/schedules", json=BODY | {"name": name}).json()["error"]["message"] == f"name: {said}"
+    )
+    page = client.get("/v1/jobs", params={"after": "a" * 256}).json()
+    assert page["error"]["message"] == "after: must have at most 255 characters"
 
 
 def test_from_first_to_last(
