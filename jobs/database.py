@@ -223,7 +223,8 @@ def was_committed(connection: Connection, key: InstrumentedAttribute[str], made:
 
 def commit_lazily(connection: Connection) -> None:
     """Let this transaction's commit return before it is on disk. PostgreSQL may then lose it with its power, but none
-    before it, and nothing that builds on it and waited for the disk itself. On SQLite this changes nothing."""
+    before it, and nothing that builds on it and waited for the disk itself: what comes next must look whether it is
+    there. On SQLite this changes nothing."""
     if connection.dialect.name == "postgresql":
         connection.exec_driver_sql("SET LOCAL synchronous_commit = off")
 
