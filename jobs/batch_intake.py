@@ -45,7 +45,7 @@ CHUNK_BYTES: Final = 8_000_000  # of lines, whichever comes first
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """`num_before` and `num_inserted`: of the batch, before its jobs are in and then; `end` where the next chunk begins
+    """`num_before`, `num_inserted`: of the batch, before its jobs are in and then; `end` where the next chunk begins
     in the file."""
 
     jobs: ReadyRows
@@ -93,9 +93,9 @@ class BatchIntake:
         self._announce = announce
 
     def insert(self, lease: BatchLease, drafts: DraftFile | None = None) -> None:
-        """Go on until every line has its job, or the batch was cancelled or has expired, or the database has lost what
-        it was told: then whoever has the batch next goes on from what is there. `drafts`: what the check has just made
-        of all lines, if it was in this process. Raises `LeaseLost`."""
+        """Go on until every line has its job, or the batch was cancelled or has expired, or the database has lost
+        what it was told: then whoever has the batch next goes on from what is there. `drafts`: what the check has
+        just made of all lines, if it was in this process. Raises `LeaseLost`."""
         with self._database.read() as connection:
             batch = connection.execute(
                 select(*Batch.__table__.columns).where(Batch.id == lease.batch_id)
