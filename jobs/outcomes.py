@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any, Literal, cast
 
 from sqlalchemy import Connection, Double, Table, bindparam, select, update
@@ -86,8 +87,8 @@ def record(
     }
     if ours:
         time_now = clock(connection)
-        _move(connection, ours, rows, time_now)
-        _delay(connection, ours, rows)
+        _move(connection, [item for item in ours if not _starts_over(item)], rows, time_now)
+        _delay(connection, [item for item in ours if _starts_over(item)], rows)
         _insert_results(connection, ours, stored, time_now)
         _insert_ledger(connection, ours, rows, time_now)
     _keep_checkpoints(connection, ours, weights)
@@ -150,11 +151,10 @@ def _move(connection: Connection, ours: list[Recorded], rows: dict[str, HeldRow]
     """The rows are locked, so those that become the same are changed together."""
     alike: defaultdict[tuple[JobState, int, JsonText | None], list[str]] = defaultdict(list)
     for item in ours:
-        row, crashes = rows[item.outcome.job_id], item.outcome.crashes
+        row = rows[item.outcome.job_id]
         error = _error(item, row)
         assert item.state is not None
-        key = (item.state, row.crashes if crashes is None else crashes, written(error) if error else None)
-        alike[key].append(row.id)
+        alike[item.state, _crashes(item, row), written(error) if error else None].append(row.id)
     for (state, crashes, told), ids in alike.items():
         connection.execute(
             _MOVE,
@@ -169,37 +169,35 @@ def _move(connection: Connection, ours: list[Recorded], rows: dict[str, HeldRow]
         )
 
 
+def _crashes(item: Recorded, row: HeldRow) -> int:
+    return int(row.crashes if item.outcome.crashes is None else item.outcome.crashes)
+
+
 def _error(item: Recorded, row: HeldRow) -> dict[str, Any] | None:
     if item.state is JobState.EXPIRED:
         return dict(row.error)
     return item.outcome.error if item.state is JobState.FAILED else None
 
 
-def _delay(connection: Connection, ours: list[Recorded], rows: dict[str, HeldRow]) -> None:
-    """What failed and may be tried again waits for its time (`jobs.deadlines`)."""
-    again = sorted(item.outcome.job_id for item in ours if _starts_over(item))
-    if not again:
-        return
-    job = Job.__table__
-    failures = {key: rows[key].failures + 1 for key in again}
-    connection.execute(
-        update(Job)
-        .where(job.c.id == bindparam("key"))
-        .values(
-            tier=bindparam("new_tier"),
-            failures=bindparam("new_failures"),
-            not_before=now() + bindparam("delay", type_=Double),
-        ),
-        [
-            {
-                "key": key,
-                "new_tier": tier_of(rows[key].tier) + DELAYED,
-                "new_failures": failures[key],
-                "delay": Retry(**rows[key].retry).delay(failures[key]),
-            }
-            for key in again
-        ],
-    )
+def _delay(connection: Connection, again: list[Recorded], rows: dict[str, HeldRow]) -> None:
+    """What failed and may be tried again waits for its time (`jobs.deadlines`).
+
+    Instead of a `_move`, not behind it: of a row that is changed twice PostgreSQL looks up the batch once more, and
+    locks it, out of the order of batches."""
+    if again:
+        delayed = [_delayed(item, rows[item.outcome.job_id]) for item in again]
+        connection.execute(_DELAY, sorted(delayed, key=itemgetter("key")))
+
+
+def _delayed(item: Recorded, row: HeldRow) -> dict[str, Any]:
+    failures = row.failures + 1
+    return {
+        "key": row.id,
+        "new_crashes": _crashes(item, row),
+        "new_tier": tier_of(row.tier) + DELAYED,
+        "new_failures": failures,
+        "delay": Retry(**row.retry).delay(failures),
+    }
 
 
 def _insert_results(
@@ -334,5 +332,18 @@ _MOVE = (
         error=bindparam("new_error", type_=Job.__table__.c.error.type),
         crashes=bindparam("new_crashes"),
         finished_at=bindparam("ended", type_=Double),
+    )
+)
+_DELAY = (
+    update(Job)
+    .where(Job.__table__.c.id == bindparam("key"))
+    .values(
+        state=JobState.QUEUED,
+        worker_id=None,
+        error=None,
+        crashes=bindparam("new_crashes"),
+        tier=bindparam("new_tier"),
+        failures=bindparam("new_failures"),
+        not_before=now() + bindparam("delay", type_=Double),
     )
 )
