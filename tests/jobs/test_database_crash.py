@@ -25,6 +25,7 @@ def server() -> Iterator[PostgresServer]:
     with psycopg.connect(libpq(server.url()), autocommit=True) as connection:
         connection.execute("ALTER DATABASE postgres SET synchronous_commit = on")
         connection.execute("ALTER SYSTEM SET wal_writer_delay = '10s'")
+        connection.execute("ALTER SYSTEM SET bgwriter_lru_maxpages = 0")
         connection.execute("SELECT pg_reload_conf()")
     yield server
     server.stop()
