@@ -91,9 +91,10 @@ class Arrivals(threading.Thread):
 
     def _settle(self, group: list[Arrival]) -> None:
         """Commit `group`, however long the database is away; a message that it refuses harms only itself."""
+        settle = self._accept
         while True:
             try:
-                return self._accept(group)
+                return settle(group)
             except Exception as error:
                 log.error("arrivals.failed messages=%d error=%s", len(group), cause(error))
                 if isinstance(error, SQLAlchemyError) and not isinstance(error, DataError | IntegrityError):
@@ -104,10 +105,17 @@ class Arrivals(threading.Thread):
                     for arrival in group:
                         self._settle([arrival])
                     return None
+                elif settle == self._turn_away:
+                    return None  # not even that
                 else:
-                    refusal = BadField(None, "the job could not be stored", "unstorable_job")
-                    self._refuse(group[0].task_id, refusal, DEFAULT)
-                    return group[0].committed()
+                    settle = self._turn_away
+
+    def _turn_away(self, group: list[Arrival]) -> None:
+        for arrival in group:
+            self._refuse(
+                arrival.task_id, BadField(None, "the job could not be stored", "unstorable_job"), DEFAULT
+            )
+            arrival.committed()
 
     def _gather(self) -> tuple[list[Arrival], bool]:
         group: list[Arrival] = []

@@ -45,11 +45,13 @@ CHUNK_BYTES: Final = 8_000_000  # of lines, whichever comes first
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """`num_inserted` of the batch once its jobs are in, `end` where the next chunk begins in the file."""
+    """`num_before`, `num_inserted`: of the batch, before its jobs are in and then; `end` where the next chunk begins
+    in the file."""
 
     jobs: ReadyRows
     load: Load
     models: frozenset[str]
+    num_before: int
     num_inserted: int
     end: int
     last: bool
@@ -91,7 +93,8 @@ class BatchIntake:
         self._announce = announce
 
     def insert(self, lease: BatchLease, drafts: DraftFile | None = None) -> None:
-        """Go on until every line has its job, or the batch was cancelled or has expired. `drafts`: what the check has
+        """Go on until every line has its job, or the batch was cancelled or has expired, or the database has lost
+        what it was told: then whoever has the batch next goes on from what is there. `drafts`: what the check has
         just made of all lines, if it was in this process. Raises `LeaseLost`."""
         with self._database.read() as connection:
             batch = connection.execute(
@@ -156,6 +159,7 @@ class BatchIntake:
                 ReadyRows(dialect, columns_of(ids, drafts, positions, shared)),
                 Load(len(ids), sum(drafts.estimated_tokens), sum(map(len, drafts.bodies))),
                 frozenset(drafts.models),
+                positions.start,
                 first,
                 drafts.ends[-1],
                 first == batch.total,
@@ -204,10 +208,12 @@ def _give_up(connection: Connection, lease: BatchLease) -> None:
 
 
 def _insert(connection: Connection, lease: BatchLease, chunk: _Chunk) -> bool:
-    """False when nothing more is to be inserted."""
+    """False when nothing more is to be inserted, or not from here."""
     batch = lease.locked(connection)
     if batch.num_inserted == chunk.num_inserted:
         return True  # committed before the connection was lost
+    if batch.num_inserted != chunk.num_before:
+        return False  # a crash took chunks along that had been committed lazily
     if batch.next_offset is None or batch.state != BatchState.IN_PROGRESS:
         return False
     if batch.expires_at is not None and batch.expires_at <= batch.time_now:

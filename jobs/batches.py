@@ -1,12 +1,13 @@
 """Batches: the one rule by which a batch closes.
 
-A batch that came as a file does not close here: it is marked as ready for its output (`finalizing_at`), and closes
-when that is written (`jobs.batch_output`). While lines of the file wait to become jobs, neither happens.
+Owns nothing else, so that the API's cancel, the worker's writer and the sweeper cannot disagree about it. A batch
+that came as a file does not close here: it is marked as ready for its output (`finalizing_at`), and closes when that
+is written (`jobs.batch_output`). While lines of the file wait to become jobs, neither happens.
 
-Owns nothing else, so that the API's cancel, the worker's writer and the sweeper cannot disagree about it.
-The order of locks is jobs first, then batches, each in id order; whoever follows it cannot deadlock. Because
-the batch row is locked before its jobs are looked at, of two transactions that end the last two jobs the
-later one sees both ended, and exactly one of them closes the batch.
+The order of locks is jobs first, then batches, each in id order; whoever follows it cannot deadlock. No job is
+changed twice in a transaction: PostgreSQL would look up its batch once more, and lock it out of that order. Because
+the batch row is locked before its jobs are looked at, of two transactions that end the last two jobs the later one
+sees both ended, and exactly one of them closes the batch.
 """
 
 from __future__ import annotations

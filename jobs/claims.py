@@ -80,20 +80,20 @@ def claim(
     generated = load(connection, [row.id for row in ordered if row.fence > 1], weights)
     return [
         Claim(
-            row.id,
-            row.fence,
-            row.body,
-            row.seed,
-            row.crashes,
-            row.source,
-            row.tenant,
-            Tier(row.tier),
-            row.fair_tag,
-            row.deadline,
-            row.audience,
-            generated.get(row.id, ()),
-            row.estimated_tokens,
-            row.num_samples,
+            job_id=row.id,
+            fence=row.fence,
+            body=row.body,
+            seed=row.seed,
+            crashes=row.crashes,
+            source=row.source,
+            tenant=row.tenant,
+            tier=Tier(row.tier),
+            fair_tag=row.fair_tag,
+            deadline=row.deadline,
+            audience=row.audience,
+            generated=generated.get(row.id, ()),
+            estimated_tokens=row.estimated_tokens,
+            num_samples=row.num_samples,
         )
         for row in ordered
     ]

@@ -27,6 +27,7 @@ from sqlalchemy import (
     Double,
     Engine,
     ExceptionContext,
+    Integer,
     String,
     TypeDecorator,
     create_engine,
@@ -42,6 +43,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import NullType
 
 from jobs.json_text import written
+from jobs.moments import DAY_SECONDS
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -81,6 +83,23 @@ def _now_sqlite(element: now, compiler: Any, **kw: Any) -> str:
 @compiles(now, "postgresql")
 def _now_postgresql(element: now, compiler: Any, **kw: Any) -> str:
     return "extract(epoch from clock_timestamp())::float8"
+
+
+class unix_day(FunctionElement[int]):  # noqa: N801 - reads as a SQL function
+    """The whole days of unix seconds. A cast cuts off on SQLite, which may lack FLOOR, and rounds on PostgreSQL."""
+
+    type = Integer()
+    inherit_cache = True
+
+
+@compiles(unix_day, "sqlite")
+def _unix_day_sqlite(element: unix_day, compiler: Any, **kw: Any) -> str:
+    return f"CAST({compiler.process(element.clauses, **kw)} / {DAY_SECONDS} AS INTEGER)"
+
+
+@compiles(unix_day, "postgresql")
+def _unix_day_postgresql(element: unix_day, compiler: Any, **kw: Any) -> str:
+    return f"CAST(floor({compiler.process(element.clauses, **kw)} / {DAY_SECONDS}) AS INTEGER)"
 
 
 class Texts(TypeDecorator[Sequence[str]]):
@@ -223,7 +242,8 @@ def was_committed(connection: Connection, key: InstrumentedAttribute[str], made:
 
 def commit_lazily(connection: Connection) -> None:
     """Let this transaction's commit return before it is on disk. PostgreSQL may then lose it with its power, but none
-    before it, and nothing that builds on it and waited for the disk itself. On SQLite this changes nothing."""
+    before it, and nothing that builds on it and waited for the disk itself: what comes next must look whether it is
+    there. On SQLite this changes nothing."""
     if connection.dialect.name == "postgresql":
         connection.exec_driver_sql("SET LOCAL synchronous_commit = off")
 

@@ -197,11 +197,13 @@ class Files:
 
     def delete(self, file_id: str, *, tenant: str) -> bool:
         """False when there is no such file. Raises `FileInUse`."""
+        seen: list[FileView] = []  # by this call's tries
 
         def work(connection: Connection) -> bool:
             file = find_file(connection, file_id, tenant=tenant, lock=True)
             if file is None:
-                return False
+                return bool(seen)  # deleted before the connection was lost
+            seen.append(file)
             user = connection.scalars(
                 select(Batch.id).where(Batch.input_file_id == file_id, Batch.finished_at.is_(None)).limit(1)
             ).first()

@@ -118,16 +118,16 @@ def _seed(job_id: str, wanted: int | None) -> int:
 
 
 def again_row(
-    old: Any, job_id: str, owner: Owner, *, batch_id: str | None = None, position: int = 0, time_now: float
+    old: Any, job_id: str, owner: Owner, *, batch_id: str | None = None, position: int = 0, later: float
 ) -> JobRow:
     """The same job once more, from all columns of its row: body, model and seed as they are stored, so the same
-    tokens come. A window (from creation to deadline) begins anew at `time_now`; a promotion to urgent does not carry
-    over."""
+    tokens come. Its window is as long as it was and begins so many seconds `later`; a promotion to urgent does not
+    carry over."""
     terms = Terms(
         tier=Tier.NORMAL if tier_of(old.tier) is Tier.URGENT else tier_of(old.tier),
         priority=old.priority,
         retry=None if old.retry is None else Retry(**old.retry),
-        deadline=None if old.deadline is None else time_now + (old.deadline - old.created_at),
+        deadline=None if old.deadline is None else old.deadline + later,
     )
     return {
         "id": job_id,

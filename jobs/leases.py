@@ -14,9 +14,9 @@ import socket
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, delete, select, update
 
-from jobs.database import now
+from jobs.database import insert_into, now
 from jobs.models import Job, Worker
 from jobs.states import LIVE_WORKER, JobState, WorkerState
 
@@ -41,7 +41,8 @@ def register(connection: Connection, *, worker_id: str, model: str, lease_second
         delete(Worker).where(Worker.max_model_len.is_(None), Worker.lease_until < now() - FORGET_SECONDS)
     )
     connection.execute(
-        insert(Worker).values(
+        insert_into(connection, Worker)
+        .values(
             id=worker_id,
             model=model,
             host=socket.gethostname(),
@@ -51,6 +52,7 @@ def register(connection: Connection, *, worker_id: str, model: str, lease_second
             started_at=now(),
             stats={},
         )
+        .on_conflict_do_nothing()
     )
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from operator import itemgetter
+from typing import Any, Literal, NamedTuple, cast
 
 from sqlalchemy import Connection, Double, Table, bindparam, select, update
 
@@ -29,7 +30,7 @@ from jobs.terms import DELAYED, Retry, tier_of
 # Reasons that may be gone at the next attempt; all others are the job's own and stay.
 PASSING = frozenset({"engine_crash", "numerics", "encode_failed"})
 
-HeldRow = Any  # a row of the SELECT in `record`
+HeldRow = Any  # of `_LOCKED`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,45 +69,68 @@ class Recorded:
     seconds: float | None = None
 
 
+class _Ending(NamedTuple):
+    """An outcome that counts: `row` of its job, which is locked and ours, the `state` that follows, and `outputs` as
+    a completed job's are stored."""
+
+    outcome: Outcome
+    row: HeldRow
+    state: JobState
+    outputs: JsonText | None
+
+    @property
+    def starts_over(self) -> bool:
+        return self.state is JobState.QUEUED and self.outcome.kind == "failed"
+
+    @property
+    def crashes(self) -> int:
+        return int(self.row.crashes if self.outcome.crashes is None else self.outcome.crashes)
+
+    @property
+    def error(self) -> dict[str, Any] | None:
+        """As the job keeps it."""
+        if self.state is JobState.EXPIRED:
+            return dict(self.row.error)
+        return self.outcome.error if self.state is JobState.FAILED else None
+
+
 def record(
     connection: Connection, *, worker_id: str, outcomes: Sequence[Outcome], weights: str = ""
 ) -> list[Recorded]:
     """Write a group of outcomes; rows are locked in id order. Safe to run again after an unknown commit. `weights`:
     of the model that made them (`Checkpoint.fingerprint`)."""
     by_id = {outcome.job_id: outcome for outcome in outcomes}
-    held = connection.execute(_HELD, {"ids": sorted(by_id)}).all()
-    fenced = {row.id: row for row in held if row.fence == by_id[row.id].fence}
-    rows = {key: row for key, row in fenced.items() if row.worker_id == worker_id and row.state in HELD}
-    recorded = [_judge(outcome, fenced.get(outcome.job_id), rows) for outcome in outcomes]
-    ours = [item for item in recorded if item.outcome.job_id in rows]
-    stored = {
-        item.outcome.job_id: written(item.outcome.outputs)
-        for item in ours
-        if item.state is JobState.COMPLETED
-    }
-    if ours:
+    locked = connection.execute(_LOCKED, {"ids": sorted(by_id)}).all()
+    fenced = {row.id: row for row in locked if row.fence == by_id[row.id].fence}
+    ours = {key: row for key, row in fenced.items() if row.worker_id == worker_id and row.state in HELD}
+    endings = [_ending(outcome, ours[outcome.job_id]) for outcome in outcomes if outcome.job_id in ours]
+    if endings:
         time_now = clock(connection)
-        _move(connection, ours, rows, time_now)
-        _delay(connection, ours, rows)
-        _insert_results(connection, ours, stored, time_now)
-        _insert_ledger(connection, ours, rows, time_now)
-    _keep_checkpoints(connection, ours, weights)
-    close_batches(
-        connection, {rows[item.outcome.job_id].batch_id for item in ours if item.state is not JobState.QUEUED}
-    )
-    tallies.add(
-        connection,
-        [_change(item, rows[item.outcome.job_id], len(stored.get(item.outcome.job_id, ""))) for item in ours],
-    )
-    return recorded
+        _move(connection, [one for one in endings if not one.starts_over], time_now)
+        _delay(connection, [one for one in endings if one.starts_over])
+        _insert_results(connection, [one for one in endings if one.outputs is not None], time_now)
+        _insert_ledger(connection, endings, time_now)
+    _keep_checkpoints(connection, endings, weights)
+    close_batches(connection, {one.row.batch_id for one in endings if one.state is not JobState.QUEUED})
+    tallies.add(connection, map(_change, endings))
+    states = {one.outcome.job_id: one.state for one in endings}
+    return [
+        _recorded(outcome, fenced.get(outcome.job_id), states.get(outcome.job_id)) for outcome in outcomes
+    ]
 
 
-def _judge(outcome: Outcome, row: HeldRow | None, ours: dict[str, HeldRow]) -> Recorded:
-    if row is not None and row.id in ours:
+def _ending(outcome: Outcome, row: HeldRow) -> _Ending:
+    state = _next_state(row, outcome)
+    return _Ending(outcome, row, state, written(outcome.outputs) if state is JobState.COMPLETED else None)
+
+
+def _recorded(outcome: Outcome, row: HeldRow | None, state: JobState | None) -> Recorded:
+    """`row`: of the job, if its fence is the outcome's; `state`: what this transaction made of it."""
+    if row is not None and state is not None:
         began = max(row.created_at, row.not_before or 0.0)
         return Recorded(
             outcome,
-            _next_state(row, outcome),
+            state,
             row.source,
             row.model,
             row.audience,
@@ -142,25 +166,17 @@ def _may_try_again(row: HeldRow, outcome: Outcome) -> bool:
     return bool(row.failures + 1 < row.retry["max_attempts"])
 
 
-def _starts_over(item: Recorded) -> bool:
-    return item.state is JobState.QUEUED and item.outcome.kind == "failed"
-
-
-def _move(connection: Connection, ours: list[Recorded], rows: dict[str, HeldRow], time_now: float) -> None:
+def _move(connection: Connection, endings: Sequence[_Ending], time_now: float) -> None:
     """The rows are locked, so those that become the same are changed together."""
-    alike: defaultdict[tuple[JobState, int, JsonText | None], list[str]] = defaultdict(list)
-    for item in ours:
-        row, crashes = rows[item.outcome.job_id], item.outcome.crashes
-        error = _error(item, row)
-        assert item.state is not None
-        key = (item.state, row.crashes if crashes is None else crashes, written(error) if error else None)
-        alike[key].append(row.id)
-    for (state, crashes, told), ids in alike.items():
+    alike: defaultdict[tuple[JobState, int, JsonText | None], list[HeldRow]] = defaultdict(list)
+    for one in endings:
+        alike[one.state, one.crashes, written(one.error) if one.error else None].append(one.row)
+    for (state, crashes, told), rows in alike.items():
         connection.execute(
             _MOVE,
             {
-                "ids": sorted(ids),
-                "holder": rows[ids[0]].worker_id,
+                "ids": sorted(row.id for row in rows),
+                "holder": rows[0].worker_id,
                 "new_state": state,
                 "new_error": told,
                 "new_crashes": crashes,
@@ -169,136 +185,108 @@ def _move(connection: Connection, ours: list[Recorded], rows: dict[str, HeldRow]
         )
 
 
-def _error(item: Recorded, row: HeldRow) -> dict[str, Any] | None:
-    if item.state is JobState.EXPIRED:
-        return dict(row.error)
-    return item.outcome.error if item.state is JobState.FAILED else None
-
-
-def _delay(connection: Connection, ours: list[Recorded], rows: dict[str, HeldRow]) -> None:
-    """What failed and may be tried again waits for its time (`jobs.deadlines`)."""
-    again = sorted(item.outcome.job_id for item in ours if _starts_over(item))
-    if not again:
-        return
-    job = Job.__table__
-    failures = {key: rows[key].failures + 1 for key in again}
-    connection.execute(
-        update(Job)
-        .where(job.c.id == bindparam("key"))
-        .values(
-            tier=bindparam("new_tier"),
-            failures=bindparam("new_failures"),
-            not_before=now() + bindparam("delay", type_=Double),
-        ),
-        [
+def _delay(connection: Connection, endings: Sequence[_Ending]) -> None:
+    """What failed and may be tried again waits for its time (`jobs.deadlines`). Instead of a `_move`, not behind it:
+    no job is changed twice in a transaction (`jobs.batches`)."""
+    if endings:
+        delays = [
             {
-                "key": key,
-                "new_tier": tier_of(rows[key].tier) + DELAYED,
-                "new_failures": failures[key],
-                "delay": Retry(**rows[key].retry).delay(failures[key]),
+                "key": row.id,
+                "new_crashes": crashes,
+                "new_tier": tier_of(row.tier) + DELAYED,
+                "new_failures": row.failures + 1,
+                "delay": Retry(**row.retry).delay(row.failures + 1),
             }
-            for key in again
-        ],
-    )
+            for row, crashes in ((one.row, one.crashes) for one in endings)
+        ]
+        connection.execute(_DELAY, sorted(delays, key=itemgetter("key")))
 
 
-def _insert_results(
-    connection: Connection, ours: list[Recorded], stored: dict[str, JsonText], time_now: float
-) -> None:
-    completed = [item.outcome for item in ours if item.outcome.job_id in stored]
+def _insert_results(connection: Connection, completed: Sequence[_Ending], time_now: float) -> None:
     if completed:
+        outcomes = [one.outcome for one in completed]
         columns: dict[str, Column] = {
-            "job_id": [outcome.job_id for outcome in completed],
-            "outputs": [stored[outcome.job_id] for outcome in completed],
-            "prompt_tokens": [outcome.prompt_tokens for outcome in completed],
-            "completion_tokens": [outcome.completion_tokens for outcome in completed],
-            "cached_tokens": [outcome.cached_tokens for outcome in completed],
+            "job_id": [outcome.job_id for outcome in outcomes],
+            "outputs": [one.outputs for one in completed],
+            "prompt_tokens": [outcome.prompt_tokens for outcome in outcomes],
+            "completion_tokens": [outcome.completion_tokens for outcome in outcomes],
+            "cached_tokens": [outcome.cached_tokens for outcome in outcomes],
             "created_at": [time_now] * len(completed),
         }
         bulk_insert(connection, _RESULTS, columns)
 
 
-def _insert_ledger(
-    connection: Connection, ours: list[Recorded], rows: dict[str, HeldRow], time_now: float
-) -> None:
-    kinds = {JobState.COMPLETED: LedgerKind.BILLED, JobState.CANCELLED: LedgerKind.CANCELLED}
-    entries = [
-        (item, item.outcome, rows[item.outcome.job_id])
-        for item in ours
-        # An attempt that never reached the engine made nothing and books nothing.
-        if item.state is JobState.COMPLETED or item.outcome.prompt_tokens or item.outcome.completion_tokens
+def _insert_ledger(connection: Connection, endings: Sequence[_Ending], time_now: float) -> None:
+    # An attempt that never reached the engine made nothing and books nothing.
+    booked = [
+        one
+        for one in endings
+        if one.state is JobState.COMPLETED or one.outcome.prompt_tokens or one.outcome.completion_tokens
     ]
-    if not entries:
+    if not booked:
         return
+    outcomes, rows = [one.outcome for one in booked], [one.row for one in booked]
     columns: dict[str, Column] = {
-        "job_id": [outcome.job_id for _, outcome, _ in entries],
-        "fence": [outcome.fence for _, outcome, _ in entries],
-        "kind": [
-            str(kinds.get(item.state, LedgerKind.WASTED) if item.state else "") for item, _, _ in entries
-        ],
-        "prompt_tokens": [outcome.prompt_tokens for _, outcome, _ in entries],
+        "job_id": [outcome.job_id for outcome in outcomes],
+        "fence": [outcome.fence for outcome in outcomes],
+        "kind": [str(_KINDS.get(one.state, LedgerKind.WASTED)) for one in booked],
+        "prompt_tokens": [outcome.prompt_tokens for outcome in outcomes],
         "completion_tokens": [
-            outcome.completion_tokens
-            - (outcome.kept_tokens if item.state is JobState.QUEUED and not _starts_over(item) else 0)
-            for item, outcome, _ in entries
+            one.outcome.completion_tokens
+            - (one.outcome.kept_tokens if one.state is JobState.QUEUED and not one.starts_over else 0)
+            for one in booked
         ],
-        "cached_tokens": [outcome.cached_tokens for _, outcome, _ in entries],
-        "created_at": [time_now] * len(entries),
-        **{
-            name: [getattr(row, name) for _, _, row in entries]
-            for name in ("tenant", "key_id", "model", "batch_id")
-        },
+        "cached_tokens": [outcome.cached_tokens for outcome in outcomes],
+        "created_at": [time_now] * len(booked),
+        **{name: [getattr(row, name) for row in rows] for name in ("tenant", "key_id", "model", "batch_id")},
     }
     bulk_insert(connection, _LEDGER, columns)
 
 
-def _keep_checkpoints(connection: Connection, ours: list[Recorded], weights: str) -> None:
-    released = {
-        item.outcome.job_id: item.outcome
-        for item in ours
-        if item.state is JobState.QUEUED and item.outcome.generated is not None
+def _keep_checkpoints(connection: Connection, endings: Sequence[_Ending], weights: str) -> None:
+    replaced = {
+        one.outcome.job_id: one.outcome.generated
+        for one in endings
+        if one.state is JobState.QUEUED and one.outcome.generated is not None
     }
     forget(
         connection,
-        (
-            item.outcome.job_id
-            for item in ours
-            if item.state in TERMINAL or item.outcome.job_id in released or _starts_over(item)
-        ),
+        (one.row.id for one in endings if one.state in TERMINAL or one.row.id in replaced or one.starts_over),
     )
     append(
         connection,
         weights=weights,
         growths=[
             Growth(
-                id=RequestId(outcome.job_id, outcome.fence),
-                starts=(0,) * len(outcome.generated),
-                generated=outcome.generated,
+                id=RequestId(one.row.id, one.row.fence),
+                starts=(0,) * len(generated),
+                generated=generated,
             )
-            for outcome in released.values()
-            if outcome.generated
+            for one in endings
+            if (generated := replaced.get(one.row.id))
         ],
     )
 
 
-def _change(item: Recorded, row: HeldRow, stored_bytes: int) -> tallies.Change:
-    """What this end means for the tenant's sums. `stored_bytes`: of its outputs."""
-    if item.state is JobState.QUEUED:
+def _change(ending: _Ending) -> tallies.Change:
+    """What this end means for the tenant's sums."""
+    outcome, row = ending.outcome, ending.row
+    if ending.state is JobState.QUEUED:
         return tallies.Change(row.tenant)
-    completed = item.state is JobState.COMPLETED
     return tallies.Change(
         row.tenant,
         jobs=-1,
         tokens=-row.estimated_tokens,
-        stored_bytes=stored_bytes,
-        billed=item.outcome.prompt_tokens + item.outcome.completion_tokens if completed else 0,
+        stored_bytes=len(ending.outputs or ""),
+        billed=outcome.prompt_tokens + outcome.completion_tokens if ending.outputs is not None else 0,
     )
 
 
+_KINDS = {JobState.COMPLETED: LedgerKind.BILLED, JobState.CANCELLED: LedgerKind.CANCELLED}
 # made once: to build a statement takes as long as to run it
 _RESULTS, _LEDGER = cast(Table, Result.__table__), cast(Table, LedgerEntry.__table__)
-_OURS = is_among(Job.__table__.c.id, bindparam("ids", type_=Texts))
-_HELD = (
+_NAMED = is_among(Job.__table__.c.id, bindparam("ids", type_=Texts))
+_LOCKED = (
     select(
         Job.id,
         Job.fence,
@@ -321,18 +309,31 @@ _HELD = (
         Job.retry,
         Job.failures,
     )
-    .where(_OURS)
+    .where(_NAMED)
     .order_by(Job.id)
     .with_for_update()
 )
 _MOVE = (
     update(Job)
-    .where(_OURS, Job.worker_id == bindparam("holder"))
+    .where(_NAMED, Job.worker_id == bindparam("holder"))
     .values(
         state=bindparam("new_state"),
         worker_id=None,
         error=bindparam("new_error", type_=Job.__table__.c.error.type),
         crashes=bindparam("new_crashes"),
         finished_at=bindparam("ended", type_=Double),
+    )
+)
+_DELAY = (
+    update(Job)
+    .where(Job.__table__.c.id == bindparam("key"))
+    .values(
+        state=JobState.QUEUED,
+        worker_id=None,
+        error=None,
+        crashes=bindparam("new_crashes"),
+        tier=bindparam("new_tier"),
+        failures=bindparam("new_failures"),
+        not_before=now() + bindparam("delay", type_=Double),
     )
 )

@@ -104,11 +104,16 @@ class Prices:
             "completion": parse_amount("completion", completion),
         }
         row = {name: amount_text(amount) for name, amount in amounts.items()}
+        times: list[float] = []  # of this call's tries
 
         def work(connection: Connection) -> PriceView:
             if connection.dialect.name == "postgresql":  # the checks below hold until the commit
                 connection.execute(text("LOCK TABLE prices IN SHARE ROW EXCLUSIVE MODE"))
+            tried = select(*Price.__table__.columns).where(Price.model == model, Price.created_at.in_(times))
+            if (made := connection.execute(tried).one_or_none()) is not None:
+                return _view(made)  # committed before the connection was lost
             time_now = clock(connection)
+            times.append(time_now)
             start = time_now if valid_from is None else valid_from
             _check(connection, model, currency, start, time_now)
             connection.execute(delete(Price).where(Price.model == model, Price.valid_from == start))

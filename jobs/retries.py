@@ -79,8 +79,8 @@ class Retries:
                 )
             load = Load(1, old.estimated_tokens, tallies.size_of(old.body))
             open_room(connection, owner.tenant, self._settings).take(load)
-            time_now = clock(connection)
-            insert_all(connection, [again_row(old, new, owner, time_now=time_now)])
+            later = clock(connection) - _submitted_at(connection, old)
+            insert_all(connection, [again_row(old, new, owner, later=later)])
             tallies.add(connection, [load.change(owner.tenant)])
             return new, frozenset([old.model])
 
@@ -121,6 +121,7 @@ class Retries:
             raise NothingToRetry(f"no job of this batch is {' or '.join(sorted(states))}")
         open_room(connection, owner.tenant, self._settings).take(load)
         time_now = clock(connection)
+        later = time_now - old.created_at
         connection.execute(
             insert(Batch).values(
                 id=new,
@@ -136,7 +137,7 @@ class Retries:
                 input_file_id=old.input_file_id,
                 num_inserted=load.jobs,
                 completion_window=old.completion_window,
-                expires_at=None if old.expires_at is None else time_now + (old.expires_at - old.created_at),
+                expires_at=None if old.expires_at is None else old.expires_at + later,
                 output_expires_seconds=old.output_expires_seconds,
                 model=old.model,
                 in_progress_at=time_now,
@@ -153,12 +154,18 @@ class Retries:
             insert_all(
                 connection,
                 [
-                    again_row(row, new_id("job", i), owner, batch_id=new, position=i, time_now=time_now)
+                    again_row(row, new_id("job", i), owner, batch_id=new, position=i, later=later)
                     for i, row in zip(some, rows, strict=True)
                 ],
             )
         tallies.add(connection, [load.change(owner.tenant)])
         return frozenset(models)
+
+
+def _submitted_at(connection: Connection, job: Row[Any]) -> float:
+    """Lines of a file become jobs some time after their batch was handed in."""
+    handed_in = connection.scalars(select(Batch.created_at).where(Batch.id == job.batch_id)).one_or_none()
+    return float(job.created_at if handed_in is None else handed_in)
 
 
 def _wanted(connection: Connection, batch_id: str, states: frozenset[JobState]) -> tuple[array[int], Load]:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from sqlalchemy import Connection, and_, insert, select, update
 from sqlalchemy.exc import SQLAlchemyError
@@ -41,6 +42,24 @@ _STRANDED = select(Job.id).where(
     Job.worker_id.not_in(select(Worker.id).where(_IS_LIVE)),
     Job.state.in_(sorted(HELD)),
 )
+_TAKEN_BACK = (
+    _STRANDED.with_only_columns(
+        Job.id,
+        Job.fence,
+        Job.state,
+        Job.tenant,
+        Job.key_id,
+        Job.model,
+        Job.batch_id,
+        Job.estimated_tokens,
+        Job.error,
+    )
+    .order_by(Job.id)
+    .limit(REPAIRS_PER_SWEEP)
+    .with_for_update(skip_locked=True)
+)
+
+StrandedRow = Any  # of `_TAKEN_BACK`
 
 
 def expire_leases(connection: Connection) -> list[str]:
@@ -54,22 +73,7 @@ def expire_leases(connection: Connection) -> list[str]:
 
 def take_back(connection: Connection) -> tuple[int, int]:
     """Requeue, or end as cancelled, the jobs of workers that are gone. Returns how many of each."""
-    rows = connection.execute(
-        _STRANDED.with_only_columns(
-            Job.id,
-            Job.fence,
-            Job.state,
-            Job.tenant,
-            Job.key_id,
-            Job.model,
-            Job.batch_id,
-            Job.estimated_tokens,
-            Job.error,
-        )
-        .order_by(Job.id)
-        .limit(REPAIRS_PER_SWEEP)
-        .with_for_update(skip_locked=True)
-    ).all()
+    rows = connection.execute(_TAKEN_BACK).all()
     if not rows:
         return 0, 0
     cancelled = [row for row in rows if row.state == JobState.CANCELLING]
@@ -80,15 +84,27 @@ def take_back(connection: Connection) -> tuple[int, int]:
             .where(Job.id.in_([row.id for row in requeued]))
             .values(state=JobState.QUEUED, worker_id=None)
         )
-    for state in (JobState.CANCELLED, JobState.EXPIRED):
-        ended = [row.id for row in cancelled if ending_of(row.error) is state]
-        if ended:
-            connection.execute(
-                update(Job).where(Job.id.in_(ended)).values(state=state, worker_id=None, finished_at=now())
-            )
     if cancelled:
-        forget(connection, [row.id for row in cancelled])
-    # What a dead worker had made is not known here; the attempt itself is still on record.
+        _end(connection, cancelled)
+    _book(connection, rows)
+    close_batches(connection, {row.batch_id for row in cancelled})
+    tallies.add(connection, [tallies.ended(row.tenant, row.estimated_tokens) for row in cancelled])
+    return len(requeued), len(cancelled)
+
+
+def _end(connection: Connection, rows: Sequence[StrandedRow]) -> None:
+    """Of jobs that were told to stop."""
+    for state in (JobState.CANCELLED, JobState.EXPIRED):
+        ids = [row.id for row in rows if ending_of(row.error) is state]
+        if ids:
+            connection.execute(
+                update(Job).where(Job.id.in_(ids)).values(state=state, worker_id=None, finished_at=now())
+            )
+    forget(connection, [row.id for row in rows])
+
+
+def _book(connection: Connection, rows: Sequence[StrandedRow]) -> None:
+    """What a dead worker had made is not known here; the attempt itself is still on record."""
     connection.execute(
         insert(LedgerEntry).values(created_at=now()),
         [
@@ -107,9 +123,6 @@ def take_back(connection: Connection) -> tuple[int, int]:
             for row in rows
         ],
     )
-    close_batches(connection, {row.batch_id for row in cancelled})
-    tallies.add(connection, [tallies.ended(row.tenant, row.estimated_tokens) for row in cancelled])
-    return len(requeued), len(cancelled)
 
 
 class Sweeper(threading.Thread):

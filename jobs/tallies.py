@@ -15,12 +15,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Integer, case, func, select
+from sqlalchemy import Connection, case, func, select
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.sql.functions import FunctionElement
 
-from jobs.database import clock, in_words_of
+from jobs.database import clock, in_words_of, now, unix_day
 from jobs.json_text import written
 from jobs.models import Tally
 from jobs.moments import DAY_SECONDS
@@ -85,26 +83,9 @@ def add(connection: Connection, changes: Iterable[Change]) -> None:
     connection.execute(_add(connection.dialect.name), [row | {"shard": shard} for row in rows])
 
 
-class _today(FunctionElement[int]):  # noqa: N801 - reads as a SQL function
-    """The unix day on the database's clock."""
-
-    type = Integer()
-    inherit_cache = True
-
-
-@compiles(_today, "sqlite")
-def _today_sqlite(element: _today, compiler: Any, **kw: Any) -> str:
-    return "CAST(julianday('now') - 2440587.5 AS INTEGER)"
-
-
-@compiles(_today, "postgresql")
-def _today_postgresql(element: _today, compiler: Any, **kw: Any) -> str:
-    return f"floor(extract(epoch from clock_timestamp()) / {DAY_SECONDS})::integer"
-
-
 @in_words_of
 def _add(insert: type[sqlite.Insert | postgresql.Insert]) -> Any:
-    statement = insert(Tally).values(day=_today())
+    statement = insert(Tally).values(day=unix_day(now()))
     new = statement.excluded
     return statement.on_conflict_do_update(
         index_elements=["tenant", "shard"],

@@ -18,12 +18,10 @@ from decimal import Decimal
 from enum import StrEnum
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Integer, Row, Select, func, literal, literal_column, select, tuple_
-from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy import ColumnElement, Row, Select, func, literal, literal_column, select, tuple_
 
 from jobs.bad_field import BadField
-from jobs.database import Database
+from jobs.database import Database, unix_day
 from jobs.models import LedgerEntry, Price, Tenant
 from jobs.moments import DAY_SECONDS
 from jobs.prices import PriceView, price_list, total
@@ -39,23 +37,6 @@ class GroupBy(StrEnum):
     MODEL = "model"
     KEY = "key"
     BATCH = "batch"
-
-
-class unix_day(FunctionElement[int]):  # noqa: N801 - reads as a SQL function
-    """The whole days of unix seconds. A cast cuts off on SQLite, which may lack FLOOR, and rounds on PostgreSQL."""
-
-    type = Integer()
-    inherit_cache = True
-
-
-@compiles(unix_day, "sqlite")
-def _unix_day_sqlite(element: unix_day, compiler: Any, **kw: Any) -> str:
-    return f"CAST({compiler.process(element.clauses, **kw)} / {DAY_SECONDS} AS INTEGER)"
-
-
-@compiles(unix_day, "postgresql")
-def _unix_day_postgresql(element: unix_day, compiler: Any, **kw: Any) -> str:
-    return f"CAST(floor({compiler.process(element.clauses, **kw)} / {DAY_SECONDS}) AS INTEGER)"
 
 
 _COLUMNS: Final[dict[GroupBy, ColumnElement[Any]]] = {

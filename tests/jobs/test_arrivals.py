@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from celery import Celery
@@ -16,6 +17,7 @@ from jobs.database import Database
 from jobs.settings import Settings
 from jobs.tenants import Tenants
 from tests.support import rows
+from tests.support.databases import let_write
 from tests.support.waiting import wait_until
 
 
@@ -105,6 +107,30 @@ def test_a_message_that_the_database_refuses_harms_only_itself(database: Databas
     assert committed == ["a", "b", "c"]
     assert rows.jobs_by_state(database) == {"queued": ["a", "c"], "failed": ["b"]}
     assert rows.job(database, "b").error["code"] == "unstorable_job"
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_nonsense_that_comes_while_the_database_is_away_is_dealt_with_later(
+    database_url: str, database: Database, app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[Any] = []
+
+    def impatient(work: Any, **_: Any) -> Any:
+        tries.append(work)
+        return Database.transact(database, work, patience=0.0)
+
+    monkeypatch.setattr(database, "transact", impatient)
+    let_write(database_url, False)
+    arrivals = plain_arrivals(database, app)
+    committed: list[str] = []
+    arrivals.put(Arrival("bad", [], "no object", lambda: committed.append("bad")))  # type: ignore[arg-type]
+    arrivals.put(Arrival("good", [], {"prompt": "x"}, lambda: committed.append("good")))
+    arrivals.start()
+    wait_until(lambda: tries, "it has been tried")
+    let_write(database_url, True)
+    wait_until(lambda: len(committed) == 2, "both are dealt with")
+    arrivals.stop(10.0)
+    assert rows.jobs_by_state(database) == {"queued": ["good"], "failed": ["bad"]}
 
 
 def test_a_message_that_comes_again_too_late_changes_nothing(database: Database, app: Celery) -> None:

@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 from sqlalchemy import func, select, update
 
+from jobs.bad_field import BadField
 from jobs.body import JobBody
 from jobs.database import Database, now
+from jobs.files import Files
 from jobs.idempotency import Submit
 from jobs.intake import Intake
-from jobs.models import Batch, File, Job, Schedule
+from jobs.leases import register
+from jobs.models import Batch, File, Job, Schedule, Worker
+from jobs.prices import Prices
 from jobs.reads import Reads
 from jobs.retries import Retries
 from jobs.schedule_body import parse_schedule
@@ -102,3 +106,33 @@ def test_a_retry_is_there_once(
     assert made is not None
     assert made[1] == {"tiny"}
     assert len(rows.jobs_by_state(database)["queued"]) == 1
+
+
+def test_a_worker_is_there_once(database: Database, forgetful: LostOnce) -> None:
+    forgetful.transact(lambda c: register(c, worker_id="w", model="tiny", lease_seconds=60))
+    with database.read() as connection:
+        assert connection.scalars(select(Worker.id)).all() == ["w"]
+
+
+def test_a_tenant_is_there_once_and_is_no_other_ones(database: Database, forgetful: LostOnce) -> None:
+    made = Tenants(forgetful).create("blog", weight=2.0)
+    assert made in Tenants(database).all()
+    with pytest.raises(BadField, match="exists already"):
+        Tenants(database).create("blog", weight=2.0)
+
+
+@pytest.mark.parametrize("valid_from", [None, 1.0])
+def test_a_price_is_there_once(database: Database, forgetful: LostOnce, valid_from: float | None) -> None:
+    made = Prices(forgetful).set("tiny", prompt="1", completion="2", currency="EUR", valid_from=valid_from)
+    assert Prices(database).all() == [made]
+
+
+def test_a_file_that_was_deleted_had_been_there(
+    database: Database, forgetful: LostOnce, settings: Settings
+) -> None:
+    file_id = Bench(database, settings).upload(b"{}")
+    assert Files(forgetful, settings).delete(file_id, tenant=DEFAULT)
+    assert not list(settings.files.iterdir())
+    assert not Files(database, settings).delete(file_id, tenant=DEFAULT)
+    with database.read() as connection:
+        check_tallies(connection)

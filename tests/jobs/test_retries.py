@@ -24,6 +24,7 @@ from jobs.settings import Settings
 from jobs.states import JobState
 from jobs.tenants import OPERATOR, Owner, Tenants
 from tests.support import rows
+from tests.support.batch_lines import Bench, run
 from tests.support.invariants import check_tallies
 
 KEY = Owner("default", "key_a")
@@ -138,6 +139,28 @@ def test_a_window_begins_anew(database: Database, intake: Intake, retries: Retri
     assert (row.tier, row.priority, row.not_before) == (2, 3, None)
     assert (row.batch_id, row.retry_of, row.seed) == (None, failed.id, failed.seed)
     assert tallies_hold(database)
+
+
+def test_lines_that_waited_for_a_clerk_get_their_whole_window_again(
+    database: Database, settings: Settings, retries: Retries
+) -> None:
+    bench = Bench(database, settings)
+    old_id = bench.create(2, window="2h")
+    handed_in = bench.batch(old_id)
+    hour = {name: getattr(handed_in, name) - 3600 for name in ("created_at", "expires_at")}
+    bench.change(old_id, **hour)
+    bench.work()
+    run(database, failing=["line-0", "line-1"])
+    bench.work()
+    batch = retries.retry_batch(old_id, KEY)
+    assert batch is not None
+    again = bench.batch(batch[0])
+    assert again.expires_at == pytest.approx(again.created_at + 7200, abs=5)
+    assert [job.deadline for job in bench.jobs(again.id)] == pytest.approx([again.expires_at] * 2, abs=5)
+    job = retries.retry_job(bench.jobs(old_id)[0].id, KEY)
+    assert job is not None
+    row = rows.job(database, job[0])
+    assert row.deadline == pytest.approx(row.created_at + 7200, abs=5)
 
 
 def test_many_portions_keep_their_order(database: Database, intake: Intake, retries: Retries) -> None:

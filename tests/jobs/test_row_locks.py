@@ -26,6 +26,7 @@ from jobs.settings import Settings
 from jobs.states import BatchState, JobState
 from jobs.sweeper import take_back
 from jobs.tenants import DEFAULT, OPERATOR
+from jobs.terms import Retry, Terms
 from tests.support import rows
 from tests.support.invariants import check_tallies
 from tests.support.waiting import wait_until
@@ -60,9 +61,16 @@ def take(connection: Connection) -> None:
 
 
 def end(
-    connection: Connection, job_id: str, kind: Literal["completed", "failed", "released"]
+    connection: Connection, job_id: str, kind: Literal["completed", "failed", "released"], code: str = ""
 ) -> JobState | None:
-    outcome = Outcome(job_id=job_id, fence=1, kind=kind, outputs=[{"text": "x"}], prompt_tokens=3)
+    outcome = Outcome(
+        job_id=job_id,
+        fence=1,
+        kind=kind,
+        outputs=[{"text": "x"}],
+        error={"code": code, "message": "it failed", "param": None} if code else None,
+        prompt_tokens=3,
+    )
     (recorded,) = record(connection, worker_id="w", outcomes=[outcome])
     return recorded.state
 
@@ -103,6 +111,21 @@ def test_an_end_waits_for_a_part_and_takes_it_along(database: Database, held: st
     )
     assert state is JobState.COMPLETED
     assert num_parts(database) == 0
+
+
+def test_a_failure_that_is_tried_again_touches_no_batch(database: Database, settings: Settings) -> None:
+    """Batches are locked in the order of their ids, and these two locks would come out of it."""
+    retried = Terms(retry=Retry(max_attempts=2))
+    batch_id = Intake(database, settings).accept_many([JobBody(prompt="a")], OPERATOR, terms=retried)
+    (job_id,) = rows.jobs_by_state(database)["queued"]
+    database.transact(take)
+    batch = select(Batch.id).where(Batch.id == batch_id).with_for_update(nowait=True)
+    with database.write() as connection:
+        assert end(connection, job_id, "failed", code="engine_crash") is JobState.QUEUED
+        assert database.transact(lambda other: other.scalar(batch), patience=0) == batch_id
+    row = rows.job(database, job_id)
+    assert (row.failures, row.worker_id, row.error, row.finished_at) == (1, None, None, None)
+    assert row.not_before is not None
 
 
 def test_a_sweep_passes_over_a_job_that_is_just_ending(database: Database, held: str) -> None:

@@ -145,7 +145,15 @@ class PostgresServer(Server):
         if not durable:
             options += ["fsync=off", "synchronous_commit=off", "full_page_writes=off", "shared_buffers=32MB"]
         command = [str(self.binaries / "postgres"), "-D", str(self.data)]
-        self.launch(command + [part for option in options for part in ("-c", option)])
+        self._command = command + [part for option in options for part in ("-c", option)]
+        self.launch(self._command)
+
+    def crash(self) -> None:
+        """End as of a crash ("immediate" shutdown: nothing more is written), and start anew."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGQUIT)
+        self.process.wait()
+        self.launch(self._command)
 
     def _in_memory(self) -> Path:
         leaks.memory_folder().mkdir(parents=True, exist_ok=True)
