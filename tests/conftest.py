@@ -11,6 +11,7 @@ deals the tests out looks once more when its workers are gone, for they may have
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +55,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         from tests.support.workers import longest_first
 
         longest_first(items)
+
+
+def pytest_collection_finish() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1" and "triton" in sys.modules:
+        from tests.support.interpreter import spare_repeats
+
+        spare_repeats()
 
 
 @pytest.hookimpl(trylast=True)

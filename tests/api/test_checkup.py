@@ -18,7 +18,7 @@ import torch
 from click.testing import CliRunner, Result
 from sqlalchemy import make_url, text
 
-from api.checkup import Finding, Verdict, checkup, exposed
+from api.checkup import Finding, Verdict, _model, checkup, exposed
 from api.cli import main
 from jobs.database import Database
 from jobs.keys import Keys, Scope
@@ -37,7 +37,7 @@ def _no_mark(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def found(part: str, **given: Any) -> list[Finding]:
-    """Of one part. Asks no further, since the last one takes a second."""
+    """Of one part. Asks one finding further, which behind the model is the engine, and takes seconds."""
     findings = dropwhile(lambda finding: finding.part != part, checkup(Settings(**given)))
     return list(takewhile(lambda finding: finding.part == part, findings))
 
@@ -85,6 +85,9 @@ def test_a_variable_that_nothing_reads_is_a_slip_of_the_pen(monkeypatch: pytest.
     ]
 
 
+@pytest.mark.parametrize(
+    "database_url", [pytest.param("sqlite", marks=pytest.mark.long), "postgresql"], indirect=True
+)
 def test_a_deployment_that_works(database_url: str, redis_url: str, tmp_path: Path) -> None:
     model = write_tiny_llama(tmp_path / "tiny")
     settings = Settings(
@@ -208,16 +211,22 @@ def test_files_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_models(tmp_path: Path) -> None:
+    """Asked alone: behind the model comes the engine."""
+
+    def looked_at(**given: Any) -> Finding:
+        (finding,) = _model(Settings(data_dir=tmp_path, **given))
+        return finding
+
     broken = write_tiny_llama(tmp_path / "broken")
     (broken / "tokenizer.json").write_text("{}")
     for model in (broken, tmp_path / "missing", "a/b/c"):
-        assert only("model", data_dir=tmp_path, model=str(model)).verdict is Verdict.FAILED, model
-    hub = only("model", data_dir=tmp_path, model="some/model")
+        assert looked_at(model=str(model)).verdict is Verdict.FAILED, model
+    hub = looked_at(model="some/model")
     assert (hub.verdict, "hub id" in hub.says) == (Verdict.WARNING, True)
-    wrong = {"data_dir": tmp_path, "model": str(write_tiny_llama(tmp_path / "tiny"))}
-    finding = only("model", **wrong, engine={"reasoning_parser": "think"})
+    tiny = str(write_tiny_llama(tmp_path / "tiny"))
+    finding = looked_at(model=tiny, engine={"reasoning_parser": "think"})
     assert (finding.verdict, "reasoning_parser" in finding.says) == (Verdict.FAILED, True)
-    finding = only("model", **wrong, engine={"max_num_seqs": 0})
+    finding = looked_at(model=tiny, engine={"max_num_seqs": 0})
     assert (finding.verdict, "max_num_seqs" in finding.says) == (Verdict.FAILED, True)
 
 
@@ -267,7 +276,7 @@ def test_what_it_looks_at_stays_as_it_is(databases: Databases, tmp_path: Path) -
         ("database", {"database_url": f"sqlite:///{'/deep' * 2000}"}),
         ("broker", {"redis_url": "redis://127.0.0.1:1?zzz=1"}),
         ("files", {"files_dir": Path("/deep" * 2000)}),
-        ("model", {"model": "~nosuchuser/model"}),
+        pytest.param("model", {"model": "~nosuchuser/model"}, marks=pytest.mark.long),
     ],
 )
 def test_what_cannot_even_be_looked_at_is_a_finding(part: str, given: dict[str, Any], tmp_path: Path) -> None:

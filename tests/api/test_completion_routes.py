@@ -243,14 +243,16 @@ def test_nobody_answers_in_time(
 ) -> None:
     monkeypatch.setattr(completion_routes, "BEGIN_SECONDS", 0.0)
     before = set(rows.jobs_by_state(database).get("cancelled", []))
-    app = app_of(database, tmp_path, interactive_seconds=0.5)
-    with local_client(app, headers=bearer(key_of(database, "default"))) as client:
+    headers = bearer(key_of(database, "default"))
+    if url != "/v1/responses":
+        app = app_of(database, tmp_path, interactive_seconds=0.5)  # enough to begin a stream
+        with local_client(app, headers=headers) as client:
+            *_, last = events_of(client.post(url, json=ROUTES[url] | {"stream": True}))
+            assert json.loads(last)["error"]["code"] == "timeout"
+    with local_client(app_of(database, tmp_path, interactive_seconds=0.05), headers=headers) as client:
         answer = client.post(url, json=ROUTES[url])
         error = error_of(answer, 504)
         assert (error["code"], answer.headers["x-should-retry"]) == ("timeout", "false")
-        if url != "/v1/responses":
-            *_, last = events_of(client.post(url, json=ROUTES[url] | {"stream": True}))
-            assert json.loads(last)["error"]["code"] == "timeout"
         kept = client.post(url, json=ROUTES[url], headers={"Idempotency-Key": f"late {url}"})
         assert "goes on" in error_of(kept, 504)["message"]
     expected = 1 if url == "/v1/responses" else 2
@@ -258,7 +260,7 @@ def test_nobody_answers_in_time(
     states = rows.jobs_by_state(database)
     assert len(set(states["cancelled"]) - before) == expected
     (waiting,) = states["queued"]
-    with local_client(app_of(database, tmp_path), headers=bearer(key_of(database, "default"))) as client:
+    with local_client(app_of(database, tmp_path), headers=headers) as client:
         with worker(database):
             again = client.post(url, json=ROUTES[url], headers={"Idempotency-Key": f"late {url}"})
         assert again.status_code == 200

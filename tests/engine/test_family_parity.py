@@ -18,7 +18,7 @@ from engine.engine import Engine
 from engine.families import FAMILIES
 from engine.request import Request, RequestId
 from engine.sampling_params import SamplingParams
-from tests.support.families import Case, assert_equal, generated, reference_cases, write_tiny
+from tests.support.families import Peer, assert_equal, generated, peer_of, write_tiny
 from tests.support.family_models import MODELS
 from tests.support.tiny import VOCAB_SIZE
 
@@ -33,17 +33,15 @@ def params() -> list[Any]:
 
 
 @pytest.fixture(scope="module", params=params(), ids=str)
-def reference(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, list[Case]]:
+def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Peer]:
     folder = tmp_path_factory.mktemp("tiny")
-    return folder, reference_cases(folder, *request.param)
+    return folder, peer_of(folder, *request.param)
 
 
 @pytest.mark.parametrize("chunk", [7, pytest.param(64, marks=pytest.mark.long)])
-def test_tokens_and_logprobs_equal_transformers(reference: tuple[Path, list[Case]], chunk: int) -> None:
-    folder, cases = reference
-    assert_equal(cases, generated(folder, [case.prompt for case in cases], chunk))
+def test_tokens_and_logprobs_equal_transformers(reference: tuple[Path, Peer], chunk: int) -> None:
+    folder, peer = reference
+    assert_equal(peer, generated(folder, peer.prompts, chunk))
 
 
 @pytest.mark.parametrize("architecture", ["Gemma2ForCausalLM", "Gemma3ForCausalLM"])

@@ -237,7 +237,7 @@ def test_signals_for_the_worker_are_not_for_the_engine(living: Peer) -> None:
     assert not living.completions(1)["after"].aborted
 
 
-@pytest.mark.parametrize("busy", [False, True])
+@pytest.mark.parametrize("busy", [pytest.param(False, marks=pytest.mark.long), True])
 def test_it_ends_with_its_pipe(ready: Peer, busy: bool) -> None:
     if busy:
         ready.send(wire.Add((request("long", ENDLESS),)))
@@ -305,18 +305,27 @@ main()
     peer.close()
 
 
-@pytest.mark.parametrize("sent", [b"\x00\x00\x00\x03abc", b"\xff\xff\xff\xff", wire.encode(wire.Stop())[:-1]])
-def test_nonsense_on_the_pipe_ends_it(ready: Peer, sent: bytes) -> None:
-    os.write(ready.writer._file.fileno(), sent)
+NONSENSE = {
+    "no message": b"\x00\x00\x00\x03abc",
+    "no length": b"\xff\xff\xff\xff",
+    "no end": wire.encode(wire.Stop())[:-1],
+}
+LONGER = [pytest.param(name, marks=pytest.mark.long) for name in ("no length", "no end")]
+
+
+@pytest.mark.parametrize("sent", ["no message", *LONGER])
+def test_nonsense_on_the_pipe_ends_it(ready: Peer, sent: str) -> None:
+    os.write(ready.writer._file.fileno(), NONSENSE[sent])
     ready.writer.close()
     assert ready.ends() == 2
 
 
-def test_it_sleeps_without_work(ready: Peer) -> None:
+def test_it_sleeps_without_work(living: Peer) -> None:
     """Blocked in the kernel on all threads, rather than turning in a loop."""
-    ready.send(wire.Add((request("a"),)))
-    ready.read(wire.Stats, lambda stats: stats.values["num_finished"] == 1)
-    tasks = Path(f"/proc/{ready.popen.pid}/task")
+    living.send(wire.Add((request("awake"),)))
+    living.completions(1)
+    living.read(wire.Stats, lambda stats: stats.values["num_requests"] == 0)
+    tasks = Path(f"/proc/{living.popen.pid}/task")
 
     def switches() -> int:
         lines = [line for task in tasks.iterdir() for line in (task / "status").read_text().splitlines()]

@@ -14,7 +14,7 @@ IMPORT_ALL = """
 import importlib, sys
 for name in sys.argv[1:]:
     importlib.import_module(name)
-    loaded = {"torch", "triton"} & set(sys.modules)
+    loaded = {"torch", "triton", "transformers"} & set(sys.modules)
     if loaded:
         sys.exit(f"{name} loads {loaded}")
 """

@@ -74,6 +74,18 @@ def engine(folder: Path) -> Iterator[Watched]:
     assert made.heard[-1] == made.ends[0]
 
 
+@pytest.fixture(scope="module")
+def living(folder: Path) -> Iterator[Watched]:
+    """For tests that leave nothing in it."""
+    made = Watched(folder)
+    made.start()
+    made.wait_ready(30)
+    yield made
+    made.kill()
+    assert made.wait_exit(10) is not None
+    assert made.ends == [(-signal.SIGKILL, ())]
+
+
 def request(name: str, max_tokens: int = 5) -> Request:
     sampling = SamplingParams(temperature=0, seed=1, max_tokens=max_tokens, ignore_eos=True)
     return Request(id=RequestId(name, 1), prompt_token_ids=(5, 6), sampling=sampling)
@@ -83,17 +95,17 @@ def ids(*names: str) -> tuple[RequestId, ...]:
     return tuple(RequestId(name, 1) for name in names)
 
 
-def test_every_request_takes_a_credit_until_it_is_answered(engine: Watched) -> None:
-    assert engine.hello is not None
-    assert engine.available_credits == engine.hello.credits == 8
-    engine.add([request("a", ENDLESS), request("b")])
-    assert ids("a")[0] in engine.in_flight
-    wait_until(lambda: "b" in engine.completions, "b is answered")
-    assert (engine.available_credits, engine.in_flight) == (7, ids("a"))
-    engine.abort(ids("a"))
-    wait_until(lambda: "a" in engine.completions, "a is answered")
-    assert engine.completions["a"].aborted
-    assert (engine.available_credits, engine.in_flight) == (8, ())
+def test_every_request_takes_a_credit_until_it_is_answered(living: Watched) -> None:
+    assert living.hello is not None
+    assert living.available_credits == living.hello.credits == 8
+    living.add([request("a", ENDLESS), request("b")])
+    assert ids("a")[0] in living.in_flight
+    wait_until(lambda: "b" in living.completions, "b is answered")
+    assert (living.available_credits, living.in_flight) == (7, ids("a"))
+    living.abort(ids("a"))
+    wait_until(lambda: "a" in living.completions, "a is answered")
+    assert living.completions["a"].aborted
+    assert (living.available_credits, living.in_flight) == (8, ())
 
 
 def test_nothing_is_told_of_the_canary(engine: Watched) -> None:
@@ -122,16 +134,18 @@ def test_credits_are_free_when_their_completion_is_told(folder: Path) -> None:
     assert engine.stop(10) == 0
 
 
-def test_all_or_none_is_added(engine: Watched) -> None:
+def test_all_or_none_is_added(living: Watched) -> None:
     with pytest.raises(NoCreditError, match="9 requests for 8 credits"):
-        engine.add([request(str(number)) for number in range(9)])
+        living.add([request(str(number)) for number in range(9)])
     with pytest.raises(ValueError, match="in flight already"):
-        engine.add([request("twin"), request("twin")])
-    assert engine.in_flight == ()
-    engine.add([request("twin", ENDLESS)])
+        living.add([request("twin"), request("twin")])
+    assert living.in_flight == ()
+    living.add([request("twin", ENDLESS)])
     with pytest.raises(ValueError, match="in flight already"):
-        engine.add([request("twin")])
-    assert engine.in_flight == ids("twin")
+        living.add([request("twin")])
+    assert living.in_flight == ids("twin")
+    living.abort(ids("twin"))
+    wait_until(lambda: not living.in_flight, "it is answered")
 
 
 def test_a_killed_engine_is_reported_once_with_what_was_in_it(engine: Watched) -> None:
@@ -191,9 +205,9 @@ def test_a_start_that_fails_says_why(tmp_path: Path) -> None:
     assert engine.ends == [(1, ())]
 
 
-def test_one_object_is_one_life(engine: Watched, folder: Path) -> None:
+def test_one_object_is_one_life(living: Watched, folder: Path) -> None:
     with pytest.raises(RuntimeError, match="started once"):
-        engine.start()
+        living.start()
     fresh = Watched(folder)
     assert fresh.available_credits == 0
     with pytest.raises(EngineGoneError):

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import redis
+from celery import Celery
 
 from jobs.broker import make_app, work_queue
 from jobs.database import Database
@@ -22,8 +23,7 @@ def serve(database: Database, *models: str) -> None:
         database.transact(partial(register, worker_id=model, model=model, lease_seconds=60.0))
 
 
-def test_a_queue_never_holds_more_than_a_handful(database: Database, redis_url: str, tmp_path: Path) -> None:
-    app = make_app(Settings(data_dir=tmp_path, model="tiny", redis_url=redis_url))
+def test_a_queue_never_holds_more_than_a_handful(app: Celery, database: Database, redis_url: str) -> None:
     serve(database, "tiny")
     wake_ups = WakeUps(app, database)
     with redis.Redis.from_url(redis_url) as client:
@@ -37,13 +37,11 @@ def test_a_queue_never_holds_more_than_a_handful(database: Database, redis_url: 
         wake_ups.close()
         assert client.llen(work_queue("tiny")) == ENOUGH_IN_REDIS
         client.flushdb()
-    app.close()
 
 
 def test_who_says_it_again_and_again_is_heard_at_once_and_then_now_and_then(
-    database: Database, redis_url: str, tmp_path: Path
+    app: Celery, database: Database, redis_url: str
 ) -> None:
-    app = make_app(Settings(data_dir=tmp_path, model="tiny", redis_url=redis_url))
     serve(database, "tiny")
     wake_ups = WakeUps(app, database)
     with redis.Redis.from_url(redis_url) as client:
@@ -65,13 +63,11 @@ def test_who_says_it_again_and_again_is_heard_at_once_and_then_now_and_then(
         wake_ups.close()
         assert client.llen(work_queue("tiny")) in (1, 2)
         client.flushdb()
-    app.close()
 
 
 def test_what_is_said_right_after_another_is_heard_a_moment_later(
-    database: Database, redis_url: str, tmp_path: Path
+    app: Celery, database: Database, redis_url: str
 ) -> None:
-    app = make_app(Settings(data_dir=tmp_path, model="tiny", redis_url=redis_url))
     serve(database, "tiny")
     wake_ups = WakeUps(app, database)
     with redis.Redis.from_url(redis_url) as client:
@@ -96,13 +92,11 @@ def test_what_is_said_right_after_another_is_heard_a_moment_later(
         assert set(wake_ups._quiet_until) == {"tiny"}, "names that clients made up do not stay"
         wake_ups.close()
         client.flushdb()
-    app.close()
 
 
 def test_names_that_nobody_serves_hold_nobody_up_and_leave_nothing(
-    database: Database, redis_url: str, tmp_path: Path
+    app: Celery, database: Database, redis_url: str
 ) -> None:
-    app = make_app(Settings(data_dir=tmp_path, model="tiny", redis_url=redis_url))
     serve(database, "tiny", "gone")
     database.transact(partial(leave, worker_id="gone"))
     wake_ups = WakeUps(app, database)
@@ -121,11 +115,9 @@ def test_names_that_nobody_serves_hold_nobody_up_and_leave_nothing(
         named = {key.rpartition(b"work.")[2] for key in client.scan_iter(count=1000)}
         assert {name for name in named if name.startswith((b"junk", b"gone"))} == {b"junk-7"}
         client.flushdb()
-    app.close()
 
 
-def test_who_was_first_is_told_first(database: Database, redis_url: str, tmp_path: Path) -> None:
-    app = make_app(Settings(data_dir=tmp_path, model="tiny", redis_url=redis_url))
+def test_who_was_first_is_told_first(app: Celery, database: Database, redis_url: str) -> None:
     models = [f"model-{number}" for number in range(30, 0, -1)]
     serve(database, *models)
     wake_ups = WakeUps(app, database)
@@ -140,7 +132,6 @@ def test_who_was_first_is_told_first(database: Database, redis_url: str, tmp_pat
         assert said == [work_queue(model) for model in models]
         wake_ups.close()
         client.flushdb()
-    app.close()
 
 
 def test_a_dead_redis_is_only_a_line_in_the_log(database: Database, tmp_path: Path) -> None:

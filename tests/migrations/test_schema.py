@@ -88,7 +88,7 @@ def test_processes_that_start_together_migrate_once(empty_database_url: str) -> 
     pipe = subprocess.PIPE
     processes = [
         subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe)
-        for _ in range(4)
+        for _ in range(3)
     ]
     for process in processes:
         assert process.stdout is not None

@@ -110,7 +110,8 @@ def test_an_engine_process_is_killed_while_a_step_hangs(press: Press) -> None:
     assert press.finish()[JobState.FAILED] == 0
 
 
-@pytest.mark.parametrize("num_jobs", [1, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.long  # ten engines; tests/jobs/test_supervisor.py tells of three that no job meets them
+@pytest.mark.parametrize("num_jobs", [1, 20])
 def test_a_device_breaks_and_no_job_is_blamed(press: Press, tmp_path: Path, num_jobs: int) -> None:
     """Models still load on it, and every step ends its process. The worker gives up, also when it is started again;
     another one does the work."""

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -34,6 +35,7 @@ class Databases:
         self.admin_url = admin_url
         self._serial = itertools.count()
         self._templates: dict[str, str] = {}
+        self._admin: psycopg.Connection[Any] | None = None  # kept: to connect costs as much as a database
 
     @contextmanager
     def fresh(self, kind: str, *, migrated: bool = True) -> Iterator[str]:
@@ -50,6 +52,8 @@ class Databases:
         for kind, name in self._templates.items():
             self._drop(kind, name)
         self._templates.clear()
+        if self._admin is not None:
+            self._admin.close()
 
     def _template(self, kind: str) -> str:
         if kind not in self._templates:
@@ -79,8 +83,9 @@ class Databases:
         return self.folder / f"{name}.sqlite3"
 
     def _administer(self, command: sql.Composed) -> None:
-        with psycopg.connect(libpq(self.admin_url), autocommit=True) as connection:
-            connection.execute(command)
+        if self._admin is None or self._admin.closed:
+            self._admin = psycopg.connect(libpq(self.admin_url), autocommit=True)
+        self._admin.execute(command)
 
 
 def let_write(url: str, allowed: bool) -> None:

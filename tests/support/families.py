@@ -7,6 +7,7 @@ Owns their weights, the answers that ours must equal, and the comparison; which 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,16 @@ MAX_TOKENS = 64
 TOP = 3
 
 
+class Peer(NamedTuple):
+    """transformers' model, and what both are asked."""
+
+    model: Any
+    prompts: list[tuple[int, ...]]
+
+
 class Case(NamedTuple):
+    """What `generate` of transformers made of a prompt."""
+
     prompt: tuple[int, ...]
     token_ids: tuple[int, ...]
     logprobs: Tensor  # [prompt + MAX_TOKENS - 1, vocab]: of each token but the first
@@ -70,48 +80,69 @@ def write_tiny(folder: Path, architecture: str, changes: dict[str, Any]) -> Any:
     return model
 
 
-def reference_case(model: Any, length: int, rng: random.Random) -> Case:
-    prompt = tuple(rng.randrange(3, VOCAB_SIZE) for _ in range(length))
-    whole = continued(model, prompt, MAX_TOKENS)
-    with torch.inference_mode():
-        logprobs = model(whole).logits[0, :-1].log_softmax(dim=-1)
-    return Case(prompt, tuple(whole[0, length:].tolist()), logprobs)
+def prompts_of(lengths: Sequence[int]) -> list[tuple[int, ...]]:
+    rng = random.Random(7)
+    return [tuple(rng.randrange(3, VOCAB_SIZE) for _ in range(length)) for length in lengths]
 
 
-def reference_cases(folder: Path, architecture: str, number: int) -> list[Case]:
-    """Model `number` of the family, written into the folder, and its answers to prompts of all `LENGTHS`."""
+def peer_of(folder: Path, architecture: str, number: int) -> Peer:
+    """Model `number` of the family, written into the folder, and prompts of all `LENGTHS`."""
     torch.set_num_threads(1)
     changes = MODELS[architecture][number]
     model = write_tiny(folder, architecture, changes)
     model.set_attn_implementation("eager")  # others leave out the softcap of Gemma 2, in transformers 5.17
-    rng = random.Random(7)
     original = changes.get("original_max_position_embeddings", 0)
     # transformers takes other frequencies once a sequence has grown beyond the original context; ours stay
     least = original + 1 if original < model.config.get_text_config().max_position_embeddings else 1
-    cases = [reference_case(model, max(length, least), rng) for length in LENGTHS]
-    assert len({token for case in cases for token in case.token_ids}) > 20  # else anything would match
+    return Peer(model, prompts_of([max(length, least) for length in LENGTHS]))
+
+
+def scored(model: Any, whole: Tensor) -> Tensor:
+    """Logprobs of each token but the first: `[length - 1, vocab]` of `[1, length]`."""
+    with torch.inference_mode():
+        logprobs: Tensor = model(whole).logits[0, :-1].log_softmax(dim=-1)
+    return logprobs
+
+
+def reference_cases(folder: Path, architecture: str, number: int) -> list[Case]:
+    """The answers of `generate` to the prompts of `peer_of`: where ours may come out another way."""
+    model, prompts = peer_of(folder, architecture, number)
+    cases = []
+    for prompt in prompts:
+        whole = continued(model, prompt, MAX_TOKENS)
+        cases.append(Case(prompt, tuple(whole[0, len(prompt) :].tolist()), scored(model, whole)))
+    assert_varied([case.token_ids for case in cases])
     return cases
 
 
-def assert_equal(cases: list[Case], completions: list[Completion], tolerance: float = 1e-4) -> None:
-    for case, completion in zip(cases, completions, strict=True):
+def assert_varied(answers: Sequence[tuple[int, ...]]) -> None:
+    assert len({token for token_ids in answers for token in token_ids}) > 20  # else anything would match
+
+
+def assert_equal(peer: Peer, completions: list[Completion], tolerance: float = 1e-4) -> None:
+    """Every token of ours is the one that transformers finds likeliest behind those before it, so all of them are its
+    own greedy answer, which `generate` would take a step for each to make."""
+    for prompt, completion in zip(peer.prompts, completions, strict=True):
         (output,) = completion.outputs
-        assert output.token_ids == case.token_ids
+        assert len(output.token_ids) == MAX_TOKENS
+        logprobs = scored(peer.model, torch.tensor([prompt + output.token_ids]))
+        assert output.token_ids == tuple(logprobs[len(prompt) - 1 :].argmax(dim=-1).tolist())
         assert output.logprobs is not None
         assert completion.prompt_logprobs is not None
-        first, *scored = completion.prompt_logprobs
+        first, *ours = completion.prompt_logprobs
         assert first is None
-        assert tuple(one.token_id for one in scored if one is not None) == case.prompt[1:]
-        for one, expected in zip((*scored, *output.logprobs), case.logprobs, strict=True):
+        assert tuple(one.token_id for one in ours if one is not None) == prompt[1:]
+        for one, expected in zip((*ours, *output.logprobs), logprobs, strict=True):
             assert one is not None
             assert one.logprob == pytest.approx(expected[one.token_id].item(), abs=tolerance)
             likeliest = expected.topk(TOP).values.tolist()
             assert [value for _, value in one.top] == pytest.approx(likeliest, abs=tolerance)
             assert [expected[token].item() for token, _ in one.top] == pytest.approx(likeliest, abs=tolerance)
+    assert_varied([completion.outputs[0].token_ids for completion in completions])
 
 
 def assert_near(cases: list[Case], completions: list[Completion], tolerance: float) -> None:
-    """As `assert_equal`, of what was generated; but where two tokens are equally likely within the tolerance, either
+    """Near to what `generate` made, and where two tokens are equally likely within the tolerance, either
     may follow, and nothing behind it is compared."""
     for case, completion in zip(cases, completions, strict=True):
         (output,) = completion.outputs
