@@ -26,7 +26,8 @@ from engine.checkpoint import Checkpoint, is_hub_id
 from engine.reasoning import format_of
 from engine.tokenizer import Tokenizer
 from jobs.broker import server_info
-from jobs.database import Database, clock, reason_of
+from jobs.database import Database, reason_of
+from jobs.dialects import clock
 from jobs.keys import Keys
 from jobs.python_process import command_of, environment_of
 from jobs.reads import Reads

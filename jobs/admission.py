@@ -16,7 +16,7 @@ from sqlalchemy import Connection, bindparam, insert, select
 
 from jobs import tallies
 from jobs.bad_field import BadField
-from jobs.database import Texts, is_among
+from jobs.dialects import Texts, is_among
 from jobs.forecasts import Forecasts, WindowTooTight
 from jobs.job_rows import JobRow, insert_all, load_of
 from jobs.models import Batch, Job

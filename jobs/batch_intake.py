@@ -27,8 +27,9 @@ from jobs.batch_check import FILE_LOST
 from jobs.batch_file import BadLine, bounded_lines, is_blank, parse_line
 from jobs.batches import close_batches
 from jobs.completion_window import terms_of_window
-from jobs.database import Database, commit_lazily, now
+from jobs.database import Database, commit_lazily
 from jobs.desk import BatchLease
+from jobs.dialects import now
 from jobs.drafts import Draft, DraftFile, Drafts, by_column, draft_of, joined
 from jobs.file_store import FileStore
 from jobs.job_rows import ReadyRows, columns_of, shared_columns

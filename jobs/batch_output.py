@@ -17,8 +17,9 @@ from jobs import tallies
 from jobs.batch_check import FILE_LOST
 from jobs.batch_file import BadLine, bounded_lines, is_blank, output_line, parse_line, response
 from jobs.batch_intake import job_id_of
-from jobs.database import Database, now
+from jobs.database import Database
 from jobs.desk import BatchLease, LeaseLost
+from jobs.dialects import now
 from jobs.failures import failure_of
 from jobs.file_store import FileStore, Part
 from jobs.files import Purpose, insert_file

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 
 from sqlalchemy import Connection, and_, case, exists, select, update
 
-from jobs.database import now, portions
+from jobs.dialects import now, portions
 from jobs.models import Batch, Job
 from jobs.states import OPEN, BatchState, JobState
 

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import JSON, BigInteger, Connection, Double, Integer, String, Table
 
-from jobs.database import copy_in, portions
+from jobs.database import copy_in
+from jobs.dialects import portions
 from jobs.json_text import written
 
 _ROWS_OF_VALUES = 200  # SQLite allows 32,766 parameters

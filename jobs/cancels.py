@@ -20,7 +20,8 @@ from jobs.batch_intake import stop_inserting
 from jobs.batches import close_batches
 from jobs.checkpoints import forget
 from jobs.conditions import BATCH_UNFINISHED, JOB_QUEUED
-from jobs.database import PORTION, Database, now, portions
+from jobs.database import Database
+from jobs.dialects import PORTION, now, portions
 from jobs.models import Batch, Job
 from jobs.states import OPEN, BatchState, JobState
 

@@ -16,7 +16,7 @@ from sqlalchemy import Connection, bindparam, delete, func, insert, select
 from engine import codec
 from engine.growth import Growth, join, size_of
 from engine.request import Generated, RequestId
-from jobs.database import Texts, is_among, now, portions
+from jobs.dialects import Texts, is_among, now, portions
 from jobs.models import Checkpoint, Job
 from jobs.states import JobState
 

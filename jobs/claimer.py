@@ -22,7 +22,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from engine.request import Request, RequestId
 from jobs.claims import Claim, claim
-from jobs.database import Database, cause, portions
+from jobs.database import Database, cause
+from jobs.dialects import portions
 from jobs.engine_process import EngineGoneError, NoCreditError
 from jobs.holdings import Holding, Holdings
 from jobs.outcomes import Outcome

@@ -25,7 +25,7 @@ from sqlalchemy import (
 from engine.request import Generated
 from jobs.checkpoints import load
 from jobs.conditions import JOB_QUEUED
-from jobs.database import now
+from jobs.dialects import now
 from jobs.models import Job, Worker
 from jobs.states import LIVE_WORKER, JobState
 from jobs.terms import DELAYED, Tier

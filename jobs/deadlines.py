@@ -23,7 +23,7 @@ from jobs.batches import close_batches
 from jobs.checkpoints import forget
 from jobs.conditions import JOB_DELAYED, JOB_HAS_DEADLINE, JOB_QUEUED, JOB_UNFINISHED
 from jobs.counted_tokens import counted_column, longest_contexts
-from jobs.database import clock, now
+from jobs.dialects import clock, now
 from jobs.fair_tags import tags
 from jobs.models import Job, Worker
 from jobs.states import LIVE_WORKER, JobState

@@ -17,7 +17,8 @@ from sqlalchemy import Connection, exists, or_, select, update
 from sqlalchemy.orm import aliased
 
 from jobs.conditions import BATCH_UNFINISHED
-from jobs.database import Database, now
+from jobs.database import Database
+from jobs.dialects import now
 from jobs.models import Batch
 from jobs.states import BatchState
 

@@ -25,7 +25,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import aliased
 
 from jobs.conditions import JOB_QUEUED
-from jobs.database import in_words_of, now
+from jobs.dialects import in_words_of, now
 from jobs.models import ID, FairClock, Job, Tenant
 from jobs.terms import DELAYED
 

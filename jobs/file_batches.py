@@ -18,8 +18,9 @@ from jobs.batch_check import FILE_LOST, Findings, check_file
 from jobs.batch_file import ENDPOINTS
 from jobs.body import parse_metadata
 from jobs.completion_window import window_seconds
-from jobs.database import Database, clock, now, was_committed
+from jobs.database import Database, was_committed
 from jobs.desk import BatchLease
+from jobs.dialects import clock, now
 from jobs.drafts import DraftFile
 from jobs.file_store import FileStore
 from jobs.files import Purpose, check_life, find_file

@@ -18,7 +18,8 @@ from sqlalchemy import ColumnElement, Connection, Select, delete, exists, insert
 
 from jobs import tallies
 from jobs.bad_field import BadField
-from jobs.database import Database, clock, now, portions, was_committed
+from jobs.database import Database, was_committed
+from jobs.dialects import clock, now, portions
 from jobs.file_store import FileStore, Part
 from jobs.keyset import Direction, page
 from jobs.models import Batch, File

@@ -16,7 +16,7 @@ from typing import Final
 from sqlalchemy import Connection, select
 
 from jobs.bad_field import BadField
-from jobs.database import insert_into, now
+from jobs.dialects import insert_into, now
 from jobs.models import IdempotencyKey
 
 MAX_KEY_CHARS: Final = 255

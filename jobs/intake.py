@@ -21,7 +21,8 @@ from jobs.admission import Admission, Refusal, count_in
 from jobs.audience import Audience
 from jobs.bad_field import BadField
 from jobs.body import JobBody
-from jobs.database import Database, clock, now, was_committed
+from jobs.database import Database, was_committed
+from jobs.dialects import clock, now
 from jobs.forecasts import Forecasts
 from jobs.group_commit import GroupCommit
 from jobs.idempotency import Submit, earlier_target, known_target

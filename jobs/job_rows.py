@@ -22,7 +22,7 @@ from jobs import tallies
 from jobs.audience import Audience
 from jobs.body import JobBody
 from jobs.bulk_insert import Column, insert_spelled, spelled
-from jobs.database import clock, in_words_of
+from jobs.dialects import clock, in_words_of
 from jobs.drafts import Drafts, draft_of
 from jobs.fair_tags import FLOW_COLUMNS, flows, tags, take_turns
 from jobs.models import Job

@@ -18,7 +18,8 @@ from sqlalchemy import Connection, Row, Select, case, insert, or_, select, updat
 from sqlalchemy.exc import SQLAlchemyError
 
 from jobs.bad_field import BadField
-from jobs.database import Database, cause, now
+from jobs.database import Database, cause
+from jobs.dialects import now
 from jobs.key_text import KeyText, new_key
 from jobs.models import Key, Tenant
 from jobs.tenants import unknown_tenant

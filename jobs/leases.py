@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, delete, select, update
 
-from jobs.database import insert_into, now
+from jobs.dialects import insert_into, now
 from jobs.models import Job, Worker
 from jobs.states import LIVE_WORKER, JobState, WorkerState
 

@@ -1,7 +1,7 @@
 """The tables, the same on SQLite and PostgreSQL.
 
 Owns columns, keys and indexes; statements live beside the part of the service that needs them. Times are unix
-seconds on the database's clock (`database.now`). Prompts and outputs are JSON text, so that NUL and other
+seconds on the database's clock (`dialects.now`). Prompts and outputs are JSON text, so that NUL and other
 characters that a text column refuses can be stored on both databases.
 """
 

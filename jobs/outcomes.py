@@ -21,7 +21,7 @@ from jobs import tallies
 from jobs.batches import close_batches
 from jobs.bulk_insert import Column, bulk_insert
 from jobs.checkpoints import append, forget
-from jobs.database import Texts, clock, is_among, now
+from jobs.dialects import Texts, clock, is_among, now
 from jobs.json_text import JsonText, written
 from jobs.models import Job, LedgerEntry, Result
 from jobs.states import HELD, TERMINAL, JobState, LedgerKind

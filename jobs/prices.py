@@ -18,7 +18,8 @@ from typing import Any, Final
 from sqlalchemy import Connection, Row, delete, insert, select, text
 
 from jobs.bad_field import BadField
-from jobs.database import Database, clock
+from jobs.database import Database
+from jobs.dialects import clock
 from jobs.models import Price
 from jobs.texts import MAX_MODEL_CHARS
 

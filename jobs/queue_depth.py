@@ -25,7 +25,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from jobs.conditions import JOB_QUEUED
 from jobs.counted_tokens import counted_column, longest_contexts
-from jobs.database import Database, cause, clock
+from jobs.database import Database, cause
+from jobs.dialects import clock
 from jobs.models import Job, Worker
 from jobs.pace import Figures, figures_of
 from jobs.states import HELD, WorkerState

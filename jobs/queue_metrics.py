@@ -16,7 +16,8 @@ from sqlalchemy import Connection, func, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from jobs.conditions import JOB_QUEUED
-from jobs.database import Database, now
+from jobs.database import Database
+from jobs.dialects import now
 from jobs.exposition import Collector, Metric, gauge
 from jobs.models import Job, Worker
 from jobs.states import HELD, LIVE_WORKER, WorkerState

@@ -14,7 +14,7 @@ from typing import Final
 from sqlalchemy import ColumnElement, Connection, case, func, select
 
 from jobs.conditions import JOB_QUEUED
-from jobs.database import now
+from jobs.dialects import now
 from jobs.models import Job, Worker
 from jobs.states import HELD, LIVE_WORKER, WorkerState
 from jobs.terms import DELAYED

@@ -16,7 +16,8 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Row, Select, and_, bindparam, func, select
 
 from jobs.completion_order import Order
-from jobs.database import Database, now, portions
+from jobs.database import Database
+from jobs.dialects import now, portions
 from jobs.keyset import Direction, page
 from jobs.models import Job, Result, Worker
 from jobs.readiness import Readiness, readiness

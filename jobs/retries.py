@@ -14,7 +14,8 @@ from sqlalchemy import Connection, Row, String, cast, func, insert, select
 
 from jobs import tallies
 from jobs.bad_field import BadField
-from jobs.database import Database, clock, portions, was_committed
+from jobs.database import Database, was_committed
+from jobs.dialects import clock, portions
 from jobs.idempotency import Submit, earlier_target
 from jobs.job_rows import again_row, insert_all, new_id
 from jobs.models import Batch, Job

@@ -20,7 +20,8 @@ from sqlalchemy import Connection, Row, func, select, tuple_, update
 from jobs.bad_field import BadField
 from jobs.completion_window import terms_of_window
 from jobs.cron_line import CronLine
-from jobs.database import Database, clock, insert_into, now, was_committed
+from jobs.database import Database, was_committed
+from jobs.dialects import clock, insert_into, now
 from jobs.forecasts import WindowTooTight
 from jobs.idempotency import Submit, earlier_target
 from jobs.intake import Intake, NewBatch

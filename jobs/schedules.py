@@ -20,7 +20,8 @@ from sqlalchemy.exc import IntegrityError
 from jobs import tallies
 from jobs.bad_field import BadField
 from jobs.cron_line import CronLine
-from jobs.database import Database, clock, now
+from jobs.database import Database
+from jobs.dialects import clock, now
 from jobs.job_rows import new_id
 from jobs.keyset import page
 from jobs.models import Schedule

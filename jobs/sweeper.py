@@ -23,8 +23,9 @@ from jobs.batches import close_batches
 from jobs.cancels import Cancels, half_cancelled
 from jobs.checkpoints import forget
 from jobs.claims import models_with_work
-from jobs.database import Database, cause, now
+from jobs.database import Database, cause
 from jobs.deadlines import MOVES_PER_SWEEP, edges_of_risk, expire, has_due, has_late, make_due, make_urgent
+from jobs.dialects import now
 from jobs.models import Job, LedgerEntry, Worker
 from jobs.outcomes import ending_of
 from jobs.states import HELD, LIVE_WORKER, JobState, LedgerKind, WorkerState

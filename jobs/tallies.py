@@ -18,7 +18,7 @@ from typing import Any
 from sqlalchemy import Connection, case, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 
-from jobs.database import clock, in_words_of, now, unix_day
+from jobs.dialects import clock, in_words_of, now, unix_day
 from jobs.json_text import written
 from jobs.models import Tally
 from jobs.moments import DAY_SECONDS

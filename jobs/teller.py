@@ -16,7 +16,8 @@ from sqlalchemy import Connection, Row, select, update
 
 from jobs.celery_results import CeleryResults
 from jobs.conditions import JOB_FROM_REDIS
-from jobs.database import Database, now, portions
+from jobs.database import Database
+from jobs.dialects import now, portions
 from jobs.models import Job, Result
 from jobs.outcomes import Outcome, Recorded
 from jobs.states import JobState

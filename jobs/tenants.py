@@ -15,7 +15,8 @@ from typing import Final
 from sqlalchemy import Connection, Row, insert, select, update
 
 from jobs.bad_field import BadField
-from jobs.database import Database, clock
+from jobs.database import Database
+from jobs.dialects import clock
 from jobs.models import Tenant
 from jobs.settings import Settings
 

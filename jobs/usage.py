@@ -21,7 +21,8 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, Row, Select, func, literal, literal_column, select, tuple_
 
 from jobs.bad_field import BadField
-from jobs.database import Database, unix_day
+from jobs.database import Database
+from jobs.dialects import unix_day
 from jobs.models import LedgerEntry, Price, Tenant
 from jobs.moments import DAY_SECONDS
 from jobs.prices import PriceView, price_list, total

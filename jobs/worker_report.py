@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from jobs.database import now
+from jobs.dialects import now
 from jobs.pace import Pace
 from jobs.states import WorkerState
 from jobs.supervisor import EngineSupervisor

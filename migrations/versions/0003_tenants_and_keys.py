@@ -11,7 +11,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-from jobs.database import now
+from jobs.dialects import now
 
 revision = "0003"
 down_revision = "0002"

@@ -17,7 +17,8 @@ from api import known_keys
 from api.app import create_app
 from api.auth import Gate, caller_of, needed_scope
 from api.known_keys import KnownKeys
-from jobs.database import Database, now
+from jobs.database import Database
+from jobs.dialects import now
 from jobs.key_text import KeyText, _checksum, new_key
 from jobs.keys import Keys, Scope
 from jobs.models import Key

@@ -20,7 +20,8 @@ from api import upload
 from api.app import create_app
 from api.upload import receive
 from jobs.bad_field import BadField
-from jobs.database import Database, now
+from jobs.database import Database
+from jobs.dialects import now
 from jobs.file_store import FileStore, Part
 from jobs.models import File
 from jobs.settings import Settings

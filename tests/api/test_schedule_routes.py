@@ -11,7 +11,8 @@ from sqlalchemy import select, update
 
 from jobs.body import JobBody
 from jobs.claims import claim
-from jobs.database import Database, now
+from jobs.database import Database
+from jobs.dialects import now
 from jobs.intake import Intake
 from jobs.leases import register
 from jobs.models import Schedule, Worker

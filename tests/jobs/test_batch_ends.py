@@ -9,8 +9,9 @@ from jobs import batch_intake, cancels
 from jobs.batches import close_batches
 from jobs.cancels import Cancels
 from jobs.clerk import Clerk
-from jobs.database import Database, now
+from jobs.database import Database
 from jobs.desk import take
+from jobs.dialects import now
 from jobs.models import Job
 from jobs.settings import Settings
 from jobs.states import BatchState, JobState

@@ -14,8 +14,9 @@ from jobs.body import JobBody
 from jobs.cancels import Cancels
 from jobs.checkpoints import forget, load, save
 from jobs.claims import Claim, claim
-from jobs.database import Database, now
+from jobs.database import Database
 from jobs.deadlines import make_due
+from jobs.dialects import now
 from jobs.intake import Intake
 from jobs.models import Checkpoint, Job
 from jobs.outcomes import Outcome, record

@@ -14,7 +14,8 @@ from jobs.body import JobBody
 from jobs.cancels import Cancels
 from jobs.claims import claim
 from jobs.completion_order import CompletionOrder, Order
-from jobs.database import Database, now
+from jobs.database import Database
+from jobs.dialects import now
 from jobs.intake import Intake
 from jobs.leases import register
 from jobs.models import Batch, Job

@@ -10,7 +10,8 @@ import pytest
 from sqlalchemy import Connection, bindparam, event, insert, select, text
 from sqlalchemy.exc import IntegrityError, OperationalError
 
-from jobs.database import IDLE_SECONDS, Database, Texts, cause, commit_lazily, copy_in, is_among, is_transient
+from jobs.database import IDLE_SECONDS, Database, cause, commit_lazily, copy_in, is_transient
+from jobs.dialects import Texts, is_among
 from jobs.models import Tenant
 from tests.support.databases import let_write
 from tests.support.waiting import wait_until

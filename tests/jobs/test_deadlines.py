@@ -14,7 +14,7 @@ from jobs import deadlines
 from jobs.body import JobBody
 from jobs.checkpoints import save
 from jobs.claims import claim, models_with_work
-from jobs.database import Database, now
+from jobs.database import Database
 from jobs.deadlines import (
     EXPIRED_ERROR,
     edges_of_risk,
@@ -25,6 +25,7 @@ from jobs.deadlines import (
     make_urgent,
     risky_until,
 )
+from jobs.dialects import now
 from jobs.intake import Intake
 from jobs.leases import leave, register
 from jobs.models import Batch, Checkpoint, Job, Worker

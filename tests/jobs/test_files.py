@@ -13,7 +13,8 @@ import pytest
 from sqlalchemy import event, insert, select, update
 
 from jobs.bad_field import BadField
-from jobs.database import Database, now
+from jobs.database import Database
+from jobs.dialects import now
 from jobs.file_batches import NoSuchFile, parse_wish
 from jobs.file_store import FileStore, new_file_id
 from jobs.files import PLACE_SECONDS, FileInUse, check_life, check_purpose

@@ -12,7 +12,8 @@ from jobs import queue_depth
 from jobs.batch_reads import BatchReads, BatchView
 from jobs.body import JobBody
 from jobs.claims import claim
-from jobs.database import Database, now
+from jobs.database import Database
+from jobs.dialects import now
 from jobs.forecasts import Forecasts, WindowTooTight
 from jobs.intake import Intake, Single
 from jobs.job_rows import job_row, new_id

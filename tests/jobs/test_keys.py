@@ -9,7 +9,8 @@ import pytest
 from sqlalchemy import select, text, update
 
 from jobs.bad_field import BadField
-from jobs.database import Database, now
+from jobs.database import Database
+from jobs.dialects import now
 from jobs.keys import ALL_SCOPES, Keys, Scope, UnknownKey
 from jobs.models import Base, Key
 from jobs.tenants import DEFAULT, Tenants

@@ -10,7 +10,8 @@ from sqlalchemy import select, update
 from jobs.body import parse_job
 from jobs.cancels import Cancels
 from jobs.claims import claim
-from jobs.database import Database, now
+from jobs.database import Database
+from jobs.dialects import now
 from jobs.intake import Intake
 from jobs.leases import leave, register, renew
 from jobs.models import Batch, Worker

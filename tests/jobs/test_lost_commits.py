@@ -10,7 +10,8 @@ from sqlalchemy import func, select, update
 
 from jobs.bad_field import BadField
 from jobs.body import JobBody
-from jobs.database import Database, now
+from jobs.database import Database
+from jobs.dialects import now
 from jobs.files import Files
 from jobs.idempotency import Submit
 from jobs.intake import Intake

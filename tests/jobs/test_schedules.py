@@ -12,7 +12,8 @@ import pytest
 from sqlalchemy import func, select, update
 
 from jobs.bad_field import BadField
-from jobs.database import Database, now
+from jobs.database import Database
+from jobs.dialects import now
 from jobs.intake import Intake
 from jobs.leases import register
 from jobs.models import Batch, Job, Schedule, Worker

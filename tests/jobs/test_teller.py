@@ -14,7 +14,8 @@ from jobs.broker import make_app
 from jobs.cancels import Cancels
 from jobs.celery_results import CeleryResults
 from jobs.claims import claim
-from jobs.database import Database, now
+from jobs.database import Database
+from jobs.dialects import now
 from jobs.intake import Intake, TaskMessage
 from jobs.leases import register
 from jobs.models import Job

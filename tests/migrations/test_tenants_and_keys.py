@@ -7,7 +7,8 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
-from jobs.database import Database, now
+from jobs.database import Database
+from jobs.dialects import now
 from jobs.tallies import used
 from jobs.tenants import DEFAULT, Tenants
 from migrations import downgrade, upgrade

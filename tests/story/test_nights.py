@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from sqlalchemy import select, update
 
-from jobs.database import now
+from jobs.dialects import now
 from jobs.models import Job, Schedule, Worker
 from jobs.states import JobState
 from tests.support.press import FINISH_SECONDS, START_SECONDS, Press

@@ -15,7 +15,8 @@ from typing import Any
 
 from sqlalchemy import Connection, select
 
-from jobs.database import Database, now
+from jobs.database import Database
+from jobs.dialects import now
 from jobs.models import Batch, Checkpoint, File, Job, LedgerEntry, Result, Schedule, ScheduleRun, Tenant
 from jobs.moments import DAY_SECONDS
 from jobs.states import TERMINAL, BatchState, JobState, LedgerKind
