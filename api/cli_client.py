@@ -22,6 +22,7 @@ from api.cli_settings import load_settings
 from api.client import Client, ClientError, Refused, Unreachable
 from api.loopback import address_of
 from jobs.key_text import BadKey, parse_key
+from jobs.settings import Settings
 
 T = TypeVar("T")
 
@@ -68,10 +69,15 @@ def _client(url: str | None, api_key: str | None) -> Client:
             parse_key(settings.api_key)
         except BadKey as error:
             raise click.UsageError(f"--api-key or NIGHTPRESS_API_KEY: {error}") from None
-    if url is None:
-        beside = settings.data_dir / "url"
-        url = beside.read_text().strip() if beside.is_file() else address_of(settings.host, settings.port)
-    return Client(_checked(url), settings.api_key)
+    return Client(_checked(url or _beside(settings)), settings.api_key)
+
+
+def _beside(settings: Settings) -> str:
+    """The address of the service that keeps its data here; another account's folder is not for us to read."""
+    try:
+        return (settings.data_dir / "url").read_text().strip()
+    except OSError:
+        return address_of(settings.host, settings.port)
 
 
 def _checked(url: str) -> str:

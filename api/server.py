@@ -127,7 +127,7 @@ class _Server(uvicorn.Server):
 
 def write_whole(path: Path, text: str) -> None:
     """Readers see the old file or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     beside = path.with_name(path.name + ".new")
     beside.write_text(text)
     beside.replace(path)

@@ -49,7 +49,8 @@ TRANSIENT_SQLSTATES = {"40001", "40P01", "55P03", "57P01", "57P02", "57P03", "53
 
 class Database:
     """Raises `sqlalchemy.exc.SQLAlchemyError` subclasses; `transact` only after its patience has run out. No thread
-    may begin to write within a transaction that writes. `read_only`: an SQLite file is not made, nor changed."""
+    may begin to write within a transaction that writes. A folder made for an SQLite file is its owner's alone, for
+    prompts are in it. `read_only`: the file is not made, nor changed."""
 
     def __init__(self, url: str, *, pool_size: int = 8, read_only: bool = False) -> None:
         self.url = url
@@ -64,7 +65,7 @@ class Database:
             )
         elif self.is_sqlite:
             if parsed.database:
-                Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+                Path(parsed.database).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             self.engine = create_engine(
                 url,
                 connect_args={"timeout": BUSY_SECONDS},

@@ -37,7 +37,7 @@ class PrivateValkey:
                 f"data_dir is too deep: the socket path {self.socket} exceeds {MAX_SOCKET_PATH} bytes"
             )
         folder = self.socket.parent
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if self._answers():
             raise RuntimeError(
                 f"another server already runs on {self.socket}: is `nightpress up` running in {folder}?"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from jobs.database import Database
 from jobs.settings import Settings
 
 
@@ -154,3 +155,12 @@ def test_a_model_that_is_named_from_inside_its_folder_has_its_name(
     monkeypatch.chdir(tmp_path / "folder")
     assert Settings(model=model).served_model == "folder"
     assert Settings().served_model == ""
+
+
+def test_a_folder_made_for_an_sqlite_file_is_its_owners_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    for _ in range(2):
+        database = Database(f"sqlite:///{folder}/nightpress.sqlite3")
+        with database.read():
+            assert folder.stat().st_mode & 0o777 == 0o700
+        database.close()
