@@ -23,6 +23,7 @@ from kernels.weights import Float4Weight, Float8Weight, Int4Weight
 from tests.engine.test_kept_weights import answers, loaded
 from tests.engine.test_mxfp4 import put, write
 from tests.engine.test_published_configs import GPT_OSS_20B
+from tests.support.launches import recorded
 from tests.support.quantised import WEIGHTS
 
 TRITON = kernels_for("cpu", "triton")
@@ -94,6 +95,19 @@ def test_the_blocks_of_a_decoder_hold_them_and_nothing_else_does(tmp_path: Path)
         assert first.shape == (2 * 96 + 96, 64, False)
         assert isinstance(first._mixture.gate_up, Float4Weight)
         assert first._mixture.down.shape == (1, 64, 96)
+
+
+def test_a_step_makes_nothing_plain(tmp_path: Path) -> None:
+    """The launches of plain experts, and no other work."""
+    found: list[list[str]] = []
+    for folder in write(tmp_path, layers=1):
+        decoder = mixed(folder)
+        decoder.prepare(64)
+        with torch.inference_mode(), recorded() as launches:
+            decoder._blocks[0].mlp(torch.ones(2, 64, dtype=torch.bfloat16))
+        found.append([launch.name for launch in launches])
+    assert found[0] == found[1]
+    assert found[0].count("grouped_kernel") == 2
 
 
 @pytest.mark.parametrize(("layers", "experts", "gigabytes"), [(24, 32, 10.2), (36, 128, 60.9)])

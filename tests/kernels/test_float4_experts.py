@@ -93,18 +93,22 @@ def test_inputs_are_whole_blocks() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, HALF], ids=["bf16", "fp32", "fp16"])
 def test_every_byte_and_the_scales_at_both_ends(dtype: torch.dtype) -> None:
     """Of a product with rows of which one input is 1: the weights themselves, or NaN beside one that is infinite. One
-    expert for each scale; what a weight is rounded to is that of its fp32 value."""
-    blocks = torch.arange(256, dtype=torch.uint8).view(1, 16, 1, 16).repeat(len(EDGES), 1, 1, 1)
-    scales = torch.tensor(EDGES, dtype=torch.uint8)[:, None, None].repeat(1, 16, 1)
+    expert for each scale; what a weight is rounded to is that of its fp32 value. The last row is of ones, the last
+    output too, whose sums are infinite or NaN."""
+    every = torch.cat((torch.arange(256), torch.full((16,), 0x22))).to(torch.uint8)
+    blocks = every.view(1, 17, 1, 16).repeat(len(EDGES), 1, 1, 1)
+    scales = torch.tensor(EDGES, dtype=torch.uint8)[:, None, None].repeat(1, 17, 1)
     weight = weight_of(blocks, scales)
-    x = torch.eye(32, dtype=dtype, device=DEVICE)
-    starts = 32 * torch.arange(len(EDGES) + 1, dtype=torch.int32, device=DEVICE)
-    rows = torch.arange(32, dtype=torch.int32, device=DEVICE).repeat(len(EDGES))
+    x = torch.cat((torch.eye(32), torch.ones(1, 32))).to(DEVICE, dtype)
+    starts = 33 * torch.arange(len(EDGES) + 1, dtype=torch.int32, device=DEVICE)
+    rows = torch.arange(33, dtype=torch.int32, device=DEVICE).repeat(len(EDGES))
     plain = weight.dequantised().to(dtype)
     found = grouped_matmul(x, weight, None, rows, starts)
     assert torch.equal(bits(found), bits(grouped_matmul(x, plain, None, rows, starts)))
+    assert found[-34].isinf().tolist() == [False] * 16 + [True]  # of scale 254
+    assert found[-1].isnan().all()
     for number, scale in enumerate(EDGES):
-        made = found[32 * number :][:32].t()
+        made = found[33 * number :][:32].t()
         if plain[number].isfinite().all():
             assert torch.equal(made, plain[number])
         else:

@@ -213,25 +213,24 @@ def products(dtype: torch.dtype) -> Callable[[], object]:
     return calls
 
 
-def mixtures(dtype: torch.dtype) -> Callable[[], object]:
+PLAIN_MIXTURES = (  # experts, hidden, inner, of which a token takes
+    (8, 4096, 14336, 2),
+    (128, 2048, 768, 8),
+    (60, 100, 36, 4),
+    (32, 2880, 2880, 4),
+    (1, 1024, 256, 1),  # as the check of products at load asks
+)
+FLOAT4_MIXTURES = ((8, 4096, 14336, 2), (60, 96, 160, 4), (32, 2880, 2880, 4), (1, 2880, 2880, 1))
+
+
+def mixtures(dtype: torch.dtype, *, plain: bool) -> Callable[[], object]:
     """Every tile of the products of experts, few of them and many, and what routes to them and back. With biases:
-    those of gpt-oss's shape, since odd widths take all registers already. In 4 bits: that shape, one with many
-    outputs, and one whose inputs no tile divides."""
+    those of gpt-oss's shape, since odd widths take all registers already. `plain`: else they are in 4 bits."""
 
     def calls() -> None:
-        for experts, hidden, inner, num_per_token, floats in (
-            (8, 4096, 14336, 2, False),
-            (128, 2048, 768, 8, False),
-            (60, 100, 36, 4, False),
-            (32, 2880, 2880, 4, False),
-            (1, 1024, 256, 1, False),  # as the check of products at load asks
-            (32, 2880, 2880, 4, True),
-            (8, 4096, 14336, 2, True),
-            (60, 96, 160, 4, True),
-            (1, 2880, 2880, 1, True),
-        ):
+        for experts, hidden, inner, num_per_token in PLAIN_MIXTURES if plain else FLOAT4_MIXTURES:
             some, biased = torch.empty(1, dtype=dtype), hidden == inner
-            kind = None if floats else dtype
+            kind = dtype if plain else None
             mixture = Mixture(
                 gate_up=of_experts(experts, 2 * inner, hidden, kind),
                 down=of_experts(experts, hidden, inner, kind),
@@ -299,7 +298,8 @@ def cases(chosen: argparse.Namespace, fp8: bool) -> Iterator[tuple[dict[str, Any
         if "products" in chosen.parts:
             yield {"dtype": name}, products(DTYPES[name])
         if "mixtures" in chosen.parts:
-            yield {"dtype": name}, mixtures(DTYPES[name])
+            yield {"dtype": name, "experts": "plain"}, mixtures(DTYPES[name], plain=True)
+            yield {"dtype": name, "experts": "4 bits"}, mixtures(DTYPES[name], plain=False)
         if "quantised" in chosen.parts:
             yield {"dtype": name}, quantised(DTYPES[name])
             if fp8:
