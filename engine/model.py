@@ -66,16 +66,19 @@ class Decoder:
         self.dtype = dtype
         self.device = device
         shapes, kept = parameter_shapes(config), kept or {}
-        stacks = {name: (len(parts), *shapes[parts[0]]) for name, parts in expert_stacks(config).items()}
+        parts_of = expert_stacks(config) if config.gated_mlp else {}
+        stacks = {name: (len(parts), *shapes[parts[0]]) for name, parts in parts_of.items()}
         self.quantised: dict[str, KeptWeight] = {
             name: how.empty((shapes | stacks)[name], device) for name, how in kept.items()
         }
         # of experts that the kernels mix: [E, out, in], of biases [E, out]
         self._stacks: dict[str, Tensor | Float4Weight] = {}
         self.parameters: dict[str, Tensor] = {}
-        alone = any(".experts." in name for name in kept if name not in stacks)
-        if _mixes_experts(config, kernels) and not int8 and not alone:
-            for name, parts in expert_stacks(config).items():
+        alone = int8 or any(".experts." in name for name in kept if name not in stacks)
+        if kernels.mix_experts is None or alone:
+            assert not any(name in stacks for name in kept)  # such a set keeps none
+        else:
+            for name, parts in parts_of.items():
                 whole = self.quantised.get(name)
                 stack = torch.empty(stacks[name], dtype=dtype, device=device if whole is None else "meta")
                 assert whole is None or isinstance(whole, Float4Weight)
@@ -202,7 +205,3 @@ class Decoder:
         if config.logits_softcap is not None:
             logits = self.kernels.softcap(logits, config.logits_softcap)
         return logits
-
-
-def _mixes_experts(config: ModelConfig, kernels: Kernels) -> bool:
-    return kernels.mix_experts is not None and config.gated_mlp
