@@ -81,6 +81,14 @@ def test_experts_of_another_size_are_refused_by_name(tmp_path: Path) -> None:
         mixed(folder)
 
 
+def test_a_model_whose_inputs_are_no_blocks_is_refused_by_name(tmp_path: Path) -> None:
+    folder, _ = write(tmp_path)
+    told = json.loads((folder / "config.json").read_text()) | {"intermediate_size": 90}
+    (folder / "config.json").write_text(json.dumps(told))
+    with pytest.raises(UnsupportedCheckpoint, match=r"experts\.\w+ has shape .*, not"):
+        mixed(folder)
+
+
 def test_the_blocks_of_a_decoder_hold_them_and_nothing_else_does(tmp_path: Path) -> None:
     decoder = mixed(write(tmp_path)[0])
     assert decoder.capturable
