@@ -91,7 +91,7 @@ def test_inputs_are_whole_blocks() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, HALF], ids=["bf16", "fp32", "fp16"])
-def test_every_byte_and_the_scales_at_both_ends(dtype: torch.dtype) -> None:
+def test_every_byte_and_the_scales_at_both_ends(kernels: Kernels, dtype: torch.dtype) -> None:
     """Of a product with rows of which one input is 1: the weights themselves, or NaN beside one that is infinite. One
     expert for each scale; what a weight is rounded to is that of its fp32 value. The last row is of ones, the last
     output too, whose sums are infinite or NaN."""
