@@ -23,7 +23,7 @@ from engine.parameters import NORM_NAMES
 from engine.quantised_linear import Int8Linear, QuantisedLinear
 from kernels import Attention, Kernels
 from kernels.mixture import Mixture
-from kernels.weights import QuantisedWeight
+from kernels.weights import Float4Weight, KeptWeight
 
 
 class Assembly:
@@ -37,8 +37,8 @@ class Assembly:
         kernels: Kernels,
         *,
         parameters: MutableMapping[str, Tensor],
-        quantised: MutableMapping[str, QuantisedWeight],
-        stacks: Mapping[str, Tensor],
+        quantised: MutableMapping[str, KeptWeight],
+        stacks: Mapping[str, Tensor | Float4Weight],
         device: str,
         int8: bool,
     ) -> None:
@@ -88,6 +88,7 @@ class Assembly:
         weight, bias = self._parameters.pop(f"{name}.weight"), self._parameters.pop(f"{name}.bias", None)
         kept = self._quantised.pop(f"{name}.weight", None)
         if kept is not None:
+            assert not isinstance(kept, Float4Weight)  # those are of stacks
             return QuantisedLinear(kept, bias, self._kernels)
         return self.linear(weight, bias, plain=name.endswith(".mlp.gate"))
 
@@ -145,17 +146,25 @@ class Assembly:
             for name in ("gate_up_proj", "down_proj"):
                 del self._parameters[f"{part}.{expert}.{name}.weight"]
                 self._parameters.pop(f"{part}.{expert}.{name}.bias", None)
+        for name in ("gate_up_proj", "down_proj"):
+            self._quantised.pop(f"{part}.{name}.weight", None)  # the same as in `stacks`
         mixture = Mixture(
             gate_up=self._stacks[f"{part}.gate_up_proj.weight"],
             down=self._stacks[f"{part}.down_proj.weight"],
-            gate_up_bias=self._stacks.get(f"{part}.gate_up_proj.bias"),
-            down_bias=self._stacks.get(f"{part}.down_proj.bias"),
+            gate_up_bias=self._biases(f"{part}.gate_up_proj"),
+            down_bias=self._biases(f"{part}.down_proj"),
             activation=self._config.activation,
             num_per_token=moe.num_per_token,
             normalised=moe.normalised,
         )
         assert self._kernels.mix_experts is not None
         return MixedExperts(router, mixture, self._kernels.mix_experts)
+
+    def _biases(self, name: str) -> Tensor | None:
+        """Of all experts, `[E, out]`, if they have some."""
+        found = self._stacks.get(f"{name}.bias")
+        assert not isinstance(found, Float4Weight)
+        return found
 
     def _one_mlp(self, part: str) -> MLP:
         name = "gate_up_proj" if self._config.gated_mlp else "up_proj"

@@ -13,13 +13,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kernels.weights import FLOATS_OF_4_BITS, POWERS
+
 # Of eight outputs that share a word, where each one's bits begin: from its lowest bits on, a word holds outputs
 # 0, 2, 4, 6, 1, 3, 5, 7
 _AWQ_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
-# Open Compute Project, Microscaling Formats v1.0: what 4 bits (E2M1) and what a scale of 8 bits (E8M0) mean
-_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_FLOATS_OF_4_BITS = (*_MAGNITUDES, *(-value for value in _MAGNITUDES))
-_POWERS = (*(2.0 ** (byte - 127) for byte in range(255)), float("nan"))
 
 
 def unpacked_awq(words: Tensor) -> Tensor:
@@ -62,8 +60,8 @@ def scaled_floats(floats: Tensor, scales: Tensor, block: tuple[int, int], start:
 def scaled_blocks(blocks: Tensor, scales: Tensor) -> Tensor:
     """blocks `[n, in / 32, 16]` uint8, of two inputs a byte, the first in its low bits; scales `[n, in / 32]` uint8 →
     `[n, in]` fp32. A scale of 255 is NaN."""
-    floats = torch.tensor(_FLOATS_OF_4_BITS)
+    floats = torch.tensor(FLOATS_OF_4_BITS)
     pairs = torch.stack((floats.repeat(16), floats.repeat_interleave(16)), dim=-1)  # [256, 2]: of each byte
-    powers = torch.tensor(_POWERS, dtype=torch.float64).float()
+    powers = torch.tensor(POWERS, dtype=torch.float64).float()
     made: Tensor = pairs[blocks.int()].flatten(2) * powers[scales.int()].unsqueeze(-1)  # [n, in / 32, 32]
     return made.flatten(1)

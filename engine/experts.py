@@ -20,6 +20,7 @@ from engine.linear import Linear
 from engine.mlp import MLP
 from kernels import Kernels
 from kernels.mixture import MixExperts, Mixture
+from kernels.weights import Float4Weight
 
 
 class Experts:
@@ -97,16 +98,20 @@ class FirstExpert(Linear):
     __slots__ = ("_mix", "_mixture")
 
     def __init__(self, mixture: Mixture, mix: MixExperts) -> None:
-        first = {
-            name: part[:1]
-            for name in ("gate_up", "down", "gate_up_bias", "down_bias")
-            if (part := getattr(mixture, name)) is not None
-        }
-        gate_up, down = first["gate_up"], first["down"]
+        gate_up, down = _first(mixture.gate_up), _first(mixture.down)
+        biases = mixture.gate_up_bias, mixture.down_bias
+        gate_up_bias, down_bias = (None if bias is None else bias[:1] for bias in biases)
         # both products' together: what a row costs is inputs · outputs
         self.num_outputs, self.num_inputs = gate_up.shape[1] + down.shape[2], gate_up.shape[2]
         self._bias = None
-        self._mixture = replace(mixture, num_per_token=1, **first)
+        self._mixture = replace(
+            mixture,
+            gate_up=gate_up,
+            down=down,
+            gate_up_bias=gate_up_bias,
+            down_bias=down_bias,
+            num_per_token=1,
+        )
         self._mix = mix
 
     def compute_by(self, kernels: Kernels) -> None:
@@ -114,6 +119,10 @@ class FirstExpert(Linear):
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._mix(x, x.new_zeros(x.shape[0], 1), self._mixture)
+
+
+def _first(weight: Tensor | Float4Weight) -> Tensor | Float4Weight:
+    return weight.experts(0, 1) if isinstance(weight, Float4Weight) else weight[:1]
 
 
 AllExperts: TypeAlias = Experts | MixedExperts

@@ -1,7 +1,7 @@
 """Float4Module: all experts of a layer whose weights are floats of 4 bits in blocks with a scale each (MXFP4).
 
 Owns the names, shapes and dtypes of their tensors and the way from them into plain experts, some million weights at a
-time. Knows no formula (`dequantise`), and nothing of what a model wants.
+time, or into experts that stay in 4 bits. Knows no formula (`dequantise`), and nothing of what a model wants.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 from engine.dequantise import scaled_blocks
 from engine.model_config import UnsupportedCheckpoint
 from engine.stored_tensors import StoredTensors, expect, refusal, rows_at_once
+from kernels.weights import Float4Weight, KeptWeight
 
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _BYTES = 16  # of a block of 32 floats
@@ -59,10 +60,20 @@ class Float4Module:
 
     def copy(self, start: int, end: int, target: Tensor) -> None:
         """Experts `start` to `end` into a `target` `[end - start, in, out]`."""
-        blocks, scales = (self.stored.read(self.parts[part], start, end) for part in ("blocks", "scales"))
+        blocks, scales = self._read(start, end)
         together = rows_at_once(target.shape[1])
         for expert in range(end - start):
             for first in range(0, target.shape[2], together):
                 some = slice(first, first + together)
                 made = scaled_blocks(blocks[expert, some], scales[expert, some])  # [outputs, inputs]
                 target[expert, :, some].copy_(made.t())
+
+    def keep(self, start: int, end: int, target: KeptWeight) -> None:
+        """Experts `start` to `end` as they are stored, into a `Float4Weight` of so many."""
+        assert isinstance(target, Float4Weight)
+        target.put(*self._read(start, end))
+
+    def _read(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Blocks `[n, out, in / 32, 16]` and scales `[n, out, in / 32]`, uint8."""
+        blocks, scales = (self.stored.read(self.parts[part], start, end) for part in ("blocks", "scales"))
+        return blocks, scales

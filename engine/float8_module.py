@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.dequantise import scaled_floats
 from engine.quantisation import Float8
 from engine.stored_tensors import SCALE_DTYPES, StoredTensors, expect, matrix_shape, rows_at_once
-from kernels.weights import Float8Weight, QuantisedWeight
+from kernels.weights import Float8Weight, KeptWeight
 
 # Scales of activations, for kernels that quantise those, too; nothing here reads them
 _OF_ACTIVATIONS = ("input_scale", "activation_scale")
@@ -68,7 +68,7 @@ class Float8Module:
             floats = self._floats(start + first, start + first + piece.shape[0])
             piece.copy_(scaled_floats(floats, scales, self.block, start + first))
 
-    def keep(self, start: int, end: int, target: QuantisedWeight) -> None:
+    def keep(self, start: int, end: int, target: KeptWeight) -> None:
         """Rows `start` to `end` as they are stored, into a `Float8Weight` of the whole module's shape."""
         assert isinstance(target, Float8Weight)
         target.floats[start:end].copy_(self._floats(start, end))

@@ -1,25 +1,27 @@
 """Kept weights: which parameters of a decoder stay quantised as the checkpoint stores them.
 
 Owns the choice, by what the kernel set multiplies with and what the checkpoint's modules are. All parts of a merged
-parameter must be stored alike. What is not chosen is made plain when it is loaded. Knows no bits and no bytes
-(`packed_module`, `float8_module`).
+parameter must be stored alike; experts of 4 bits stay so where all of a layer are one tensor. What is not chosen is
+made plain when it is loaded. Knows no bits and no bytes (`packed_module`, `float8_module`, `float4_module`).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from engine.float4_module import Float4Module
 from engine.float8_module import Float8Module
 from engine.model_config import ModelConfig
 from engine.packed_module import PackedModule
+from engine.parameters import expert_stacks, parameter_shapes
 from engine.placement import canonical_name, weight_targets
 from engine.quantised_source import QuantisedModule, QuantisedSource
 from engine.weight_source import WeightSource
-from kernels.weights import BLOCK, Float8Weight, Int4Weight, QuantisedWeight
+from kernels.weights import BLOCK, Float4Weight, Float8Weight, Int4Weight, KeptWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +52,24 @@ class Float8Format:
         return Float8Weight.empty(outputs, inputs, blocks=self.blocks, device=device)
 
 
-WeightFormat = Int4Format | Float8Format
+@dataclass(frozen=True, slots=True)
+class Float4Format:
+    """How a `Float4Weight` is made, but for its size."""
+
+    def empty(self, shape: tuple[int, ...], device: str) -> Float4Weight:
+        """Uninitialised memory. `shape`: (experts, outputs, inputs)."""
+        experts, outputs, inputs = shape
+        return Float4Weight.empty(experts, outputs, inputs, device=device)
+
+
+WeightFormat = Int4Format | Float8Format | Float4Format
 
 
 def kept_formats(
-    source: WeightSource, config: ModelConfig, keeps: tuple[type[QuantisedWeight], ...]
+    source: WeightSource, config: ModelConfig, keeps: tuple[type[KeptWeight], ...]
 ) -> dict[str, WeightFormat]:
-    """Name of a parameter → how it is kept. `keeps`: the kernel set's. Enters the source, to read in which order
-    inputs lie. Raises `UnsupportedCheckpoint` where that is no order."""
+    """Name of a parameter, or of a stack of experts (`expert_stacks`) → how it is kept. `keeps`: the kernel set's.
+    Enters the source, to read in which order inputs lie. Raises `UnsupportedCheckpoint` where that is no order."""
     if not keeps or not isinstance(source, QuantisedSource) or config.storage.transposed:
         return {}
     stored = {canonical_name(name, config): name for name in source.tensors}
@@ -76,6 +88,22 @@ def kept_formats(
                 found = _float8(modules)
             if found is not None:
                 formats[name] = found
+    return formats | (_float4(source, stored, config) if Float4Weight in keeps else {})
+
+
+def _float4(
+    source: QuantisedSource, stored: Mapping[str | None, str], config: ModelConfig
+) -> dict[str, WeightFormat]:
+    """Name of a stack → its format. `stored`: canonical name → name in the file. One of another shape than the
+    model's is refused later, where all shapes are compared."""
+    if not config.gated_mlp:
+        return {}
+    shapes = parameter_shapes(config)
+    formats: dict[str, WeightFormat] = {}
+    for name, parts in expert_stacks(config).items():
+        module = source.modules.get(stored.get(name.removesuffix(".weight"), ""))
+        if isinstance(module, Float4Module) and module.shape == (len(parts), *reversed(shapes[parts[0]])):
+            formats[name] = Float4Format()
     return formats
 
 

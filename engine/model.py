@@ -28,7 +28,7 @@ from engine.rope import rope_tables
 from engine.step_input import StepInput
 from kernels import Kernels
 from kernels.blocks import FusedBlocks
-from kernels.weights import QuantisedWeight
+from kernels.weights import Float4Weight, KeptWeight
 
 if TYPE_CHECKING:
     from engine.kept_weights import WeightFormat
@@ -45,9 +45,9 @@ class Hidden(NamedTuple):
 
 class Decoder:
     """`parameters` and `quantised` are uninitialised memory until `weights.load_weights` has filled them; then
-    `prepare` once. `kept`: how parameters that stay quantised are kept, by name; of them `parameters` has only the
-    shapes. `int8`: products are of 8-bit integers (W8A8), which the kernels must have; but for those that
-    choose experts."""
+    `prepare` once. `kept`: how parameters and stacks of experts that stay quantised are kept, by name; of them
+    `parameters` has only the shapes. `int8`: products are of 8-bit integers (W8A8), which the kernels must have; but
+    for those that choose experts."""
 
     crowded_by: str | None = None  # what may make a row depend on the others, beside products: nothing
 
@@ -66,13 +66,23 @@ class Decoder:
         self.dtype = dtype
         self.device = device
         shapes, kept = parameter_shapes(config), kept or {}
+        parts_of = expert_stacks(config) if config.gated_mlp else {}
+        stacks = {name: (len(parts), *shapes[parts[0]]) for name, parts in parts_of.items()}
+        self.quantised: dict[str, KeptWeight] = {
+            name: how.empty((shapes | stacks)[name], device) for name, how in kept.items()
+        }
         # of experts that the kernels mix: [E, out, in], of biases [E, out]
-        self._stacks: dict[str, Tensor] = {}
+        self._stacks: dict[str, Tensor | Float4Weight] = {}
         self.parameters: dict[str, Tensor] = {}
-        if _mixes_experts(config, kernels) and not int8 and not any(".experts." in name for name in kept):
-            for name, parts in expert_stacks(config).items():
-                stack = torch.empty((len(parts), *shapes[parts[0]]), dtype=dtype, device=device)
-                self._stacks[name] = stack
+        alone = int8 or any(".experts." in name for name in kept if name not in stacks)
+        if kernels.mix_experts is None or alone:
+            assert not any(name in stacks for name in kept)  # such a set keeps none
+        else:
+            for name, parts in parts_of.items():
+                whole = self.quantised.get(name)
+                stack = torch.empty(stacks[name], dtype=dtype, device=device if whole is None else "meta")
+                assert whole is None or isinstance(whole, Float4Weight)
+                self._stacks[name] = stack if whole is None else whole
                 self.parameters |= zip(parts, stack, strict=True)
         self.parameters |= {
             name: torch.empty(shape, dtype=dtype, device="meta" if name in kept else device)
@@ -82,11 +92,10 @@ class Decoder:
         # whether a CUDA graph can hold a step: experts one by one have their rows counted on the host, and
         # `reference` looks there which slots there are
         self.capturable = kernels.name == "triton" and (config.moe is None or bool(self._stacks))
-        self.quantised: dict[str, QuantisedWeight] = {
-            name: how.empty(shapes[name], device) for name, how in kept.items()
-        }
         # what a step of many tokens needs to make the largest of them plain
-        self.scratch_bytes = dtype.itemsize * max((prod(shapes[name]) for name in kept), default=0)
+        self.scratch_bytes = dtype.itemsize * max(
+            (prod(shapes[name]) for name in kept if name not in stacks), default=0
+        )
         self._int8 = int8
         # whether products are the kernels', not the library's
         self.own_products = int8 or dtype in kernels.multiplies
@@ -196,7 +205,3 @@ class Decoder:
         if config.logits_softcap is not None:
             logits = self.kernels.softcap(logits, config.logits_softcap)
         return logits
-
-
-def _mixes_experts(config: ModelConfig, kernels: Kernels) -> bool:
-    return kernels.mix_experts is not None and config.gated_mlp

@@ -17,7 +17,7 @@ from torch import Tensor
 from engine.dequantise import scaled_integers, unpacked_awq, unpacked_columns, unpacked_rows
 from engine.quantisation import PackedIntegers
 from engine.stored_tensors import SCALE_DTYPES, StoredTensors, expect, matrix_shape, refusal, rows_at_once
-from kernels.weights import Int4Weight, QuantisedWeight
+from kernels.weights import Int4Weight, KeptWeight
 
 _REPACKED_AT_ONCE = 2**23  # weights
 
@@ -90,7 +90,7 @@ class PackedModule:
             )
             target[:, first:last].copy_(scaled_integers(integers, zeros, scales, groups[first:last]).t())
 
-    def keep(self, start: int, end: int, target: QuantisedWeight) -> None:
+    def keep(self, start: int, end: int, target: KeptWeight) -> None:
         """All rows as they are stored, into an `Int4Weight` of their shape."""
         assert isinstance(target, Int4Weight)
         (outputs, inputs), device = self.shape, target.words.device

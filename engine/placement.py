@@ -17,7 +17,7 @@ from engine.model import Decoder
 from engine.model_config import ModelConfig, Storage
 from engine.parameters import parameter_shapes
 from engine.weight_source import WeightSource
-from kernels.weights import QuantisedWeight
+from kernels.weights import Float4Weight, KeptWeight
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # what one tensor of all experts holds: the end of its name, the modules that share it, and which part of them it is
@@ -55,7 +55,7 @@ class Place(NamedTuple):
 
     parameters: tuple[Tensor, ...]
     layout: Layout
-    kept: QuantisedWeight | None = None  # of these rows; then the parameter has no memory
+    kept: KeptWeight | None = None  # of these rows, or experts; then the parameters have no memory
 
     @property
     def by_expert(self) -> bool:
@@ -169,14 +169,16 @@ def _place(name: str, names: tuple[str, ...], targets: dict[str, Target], decode
         # gate and up of an expert are one parameter
         whole = dict.fromkeys(targets[one].name for one in names)
         parameters = tuple(decoder.parameters[one] for one in whole)
+        stack = decoder.quantised.get(f"{name}.weight")
         if decoder.config.storage.experts == "stacked":
-            return Place(parameters, "experts")
+            return Place(parameters, "experts", stack)
         if ".gate_up_proj" in name:
-            return Place(parameters, "experts_alternating")
-        return Place(parameters, "experts_transposed")
+            return Place(parameters, "experts_alternating", stack)
+        return Place(parameters, "experts_transposed", stack)
     target = targets[name]
     rows = decoder.parameters[target.name][target.start : target.end]
     if (kept := decoder.quantised.get(target.name)) is not None:
+        assert not isinstance(kept, Float4Weight)  # those are of all experts
         return Place((rows,), "rows", kept.rows(target.start, target.end))
     if decoder.config.storage.transposed and name.startswith("model.layers.") and rows.dim() == 2:
         return Place((rows,), "transposed")

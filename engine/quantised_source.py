@@ -12,12 +12,12 @@ from typing import Protocol, Self
 
 from torch import Tensor
 
-from engine.float4_module import float4_module
+from engine.float4_module import Float4Module, float4_module
 from engine.float8_module import Float8Module, float8_module
 from engine.packed_module import PackedModule, packed_module
 from engine.quantisation import Float8, PackedIntegers, Quantisation, is_plain
 from engine.stored_tensors import StoredTensors, refusal
-from kernels.weights import QuantisedWeight
+from kernels.weights import KeptWeight
 
 
 class QuantisedModule(Protocol):
@@ -126,11 +126,11 @@ class QuantisedSource:
         else:
             module.copy(start, end, target)
 
-    def keep(self, name: str, start: int, end: int, target: QuantisedWeight) -> None:
+    def keep(self, name: str, start: int, end: int, target: KeptWeight) -> None:
         """Rows `start` to `end` of a module as it is stored, all of them where they are integers, into a quantised
-        weight of its shape."""
+        weight of its shape, or where they are experts, of theirs."""
         module = self.modules[name]
-        assert isinstance(module, PackedModule | Float8Module)
+        assert isinstance(module, PackedModule | Float8Module | Float4Module)
         module.keep(start, end, target)
 
 

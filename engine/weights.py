@@ -25,6 +25,7 @@ from engine.model_config import ModelConfig
 from engine.placement import Place, placed, weight_targets
 from engine.quantised_source import QuantisedSource
 from engine.weight_source import WeightSource, open_source
+from kernels.weights import Float4Weight
 
 READERS = 8  # threads: fewer would do for copying, more keep a fast disk busy
 _HUGE_PAGE_BYTES = 2 * 2**20
@@ -93,6 +94,8 @@ def _pieces(source: WeightSource, name: str, place: Place) -> Iterator[Piece]:
 def _copy(source: WeightSource, piece: Piece, place: Place, config: ModelConfig) -> None:
     name, start, end, _ = piece
     if place.by_expert:
+        if place.kept is not None:
+            return _keep_expert(source, name, start, place)
         return _copy_expert(source, name, start, place)
     (rows,) = place.parameters
     if place.kept is not None:
@@ -116,6 +119,23 @@ def _copy_expert(source: WeightSource, name: str, expert: int, place: Place) -> 
     alternating = torch.empty_like(rows)  # [2·I, H], or of a bias [2·I]
     stored = alternating if rows.dim() == 1 else alternating.t()
     source.copy(name, expert, expert + 1, stored[None])
+    _copy_apart(alternating, rows)
+
+
+def _keep_expert(source: WeightSource, name: str, expert: int, place: Place) -> None:
+    assert isinstance(source, QuantisedSource)
+    assert isinstance(place.kept, Float4Weight)
+    kept = place.kept.experts(expert, expert + 1)
+    if place.layout != "experts_alternating":
+        return source.keep(name, expert, expert + 1, kept)
+    alternating = Float4Weight.empty(*kept.shape, device=kept.words.device)
+    source.keep(name, expert, expert + 1, alternating)
+    for theirs, ours in ((alternating.words, kept.words), (alternating.scales, kept.scales)):
+        _copy_apart(theirs[0].transpose(0, 1), ours[0].transpose(0, 1))  # [2·I, H / 32, ...]
+
+
+def _copy_apart(alternating: Tensor, rows: Tensor) -> None:
+    """`[2·I, ...]` of gates and ups in turn into `rows`, the gates above the ups."""
     pairs = alternating.view(-1, 2, *rows.shape[1:])
     rows.view(2, -1, *rows.shape[1:]).copy_(pairs.transpose(0, 1))
 

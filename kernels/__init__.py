@@ -43,7 +43,7 @@ from kernels.attending import PagedKV as PagedKV
 from kernels.attending import SharedPrefixes as SharedPrefixes
 from kernels.attending import Sharing as Sharing
 from kernels.decoding import DecodingRows as DecodingRows
-from kernels.weights import Float8Weight, Int4Weight, Int8Weight, PackedWeight, QuantisedWeight
+from kernels.weights import Float8Weight, Int4Weight, Int8Weight, KeptWeight, PackedWeight
 
 if TYPE_CHECKING:
     from kernels.blocks import Fuse
@@ -290,7 +290,7 @@ class Kernels:
     advance: Advance
     int4_matmul: Int4Matmul
     fp8_matmul: Fp8Matmul
-    keeps: tuple[type[QuantisedWeight], ...] = ()
+    keeps: tuple[type[KeptWeight], ...] = ()
     norm_rope_store: NormRopeStore | None = None
     matmul: Matmul | None = None
     pack: Callable[[Tensor], PackedWeight] | None = None

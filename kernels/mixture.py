@@ -7,7 +7,8 @@ Owns that part of the contract. Knows no set, no model and no checkpoint. Of tok
     made_e = down_e · act_mul(gate_up_e · x + its bias) + its bias, each of the three rounded to the dtype
     result = Σ share_e · made_e over those experts, in fp32 and in the order of the shares, rounded once
 
-(Shazeer et al. 2017). A token with a logit of NaN, or whose largest is infinite, becomes NaN and harms no other.
+(Shazeer et al. 2017). Weights of 4 bits are what they stand for, rounded to the dtype of x; only a set that `keeps`
+them takes them. A token with a logit of NaN, or whose largest is infinite, becomes NaN and harms no other.
 Nothing is asked of the host: how many tokens an expert gets decides no launch.
 """
 
@@ -19,14 +20,15 @@ from typing import Protocol
 from torch import Tensor
 
 from kernels import GatedActivation
+from kernels.weights import Float4Weight
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Mixture:
     """The experts of one layer, and how they are mixed."""
 
-    gate_up: Tensor  # [E, 2 · I, hidden], contiguous
-    down: Tensor  # [E, hidden, I], contiguous
+    gate_up: Tensor | Float4Weight  # [E, 2 · I, hidden], contiguous
+    down: Tensor | Float4Weight  # [E, hidden, I], contiguous
     gate_up_bias: Tensor | None = None  # [E, 2 · I], contiguous
     down_bias: Tensor | None = None  # [E, hidden], contiguous
     activation: GatedActivation

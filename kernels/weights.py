@@ -1,7 +1,7 @@
 """Weights that are not plain tensors on their device: their layouts, and what they mean.
 
-Owns how 4-bit integers lie in words, the shapes of scales and zeros, and the fp32 weight that each stands for. Knows
-no checkpoint's format and no product (the kernel sets multiply with them).
+Owns how integers and floats of 4 bits lie in words, the shapes of scales and zeros, and the fp32 weight that each
+stands for. Knows no checkpoint's names and no product (the kernel sets multiply with them).
 """
 
 from __future__ import annotations
@@ -14,6 +14,12 @@ from torch import Tensor
 BLOCK = 128  # inputs of a row of words
 PER_WORD = 8  # integers of 4 bits
 PIECE = BLOCK // PER_WORD  # inputs that lie in the same bits of neighbouring words
+FLOAT_BLOCK = 32  # inputs that share a scale of 8 bits
+# Open Compute Project, Microscaling Formats v1.0: what 4 bits (E2M1) and what a scale of 8 bits (E8M0) mean
+_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+FLOATS_OF_4_BITS = (*_MAGNITUDES, *(-value for value in _MAGNITUDES))
+POWERS = (*(2.0 ** (byte - 127) for byte in range(255)), float("nan"))
+_FLOAT_SHIFTS = (12, 28, 8, 24, 4, 20, 0, 16)  # of the eight inputs of a word, as `Float4Weight` has them
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -183,4 +189,65 @@ class Float8Weight:
         return self.floats.float() * scales.repeat_interleave(BLOCK, dim=1)[:, :inputs]
 
 
-QuantisedWeight = Int4Weight | Float8Weight
+@dataclass(frozen=True, slots=True, eq=False)
+class Float4Weight:
+    """`[E, out, in]`, of all experts of a layer: each weight is float · 2^(scale - 127), in fp32. Floats are E2M1; 32
+    inputs share a scale, E8M0, of which 255 is NaN (MXFP4: Open Compute Project, Microscaling Formats v1.0).
+
+    `words[e, b, n]` are inputs 32·b to 32·b + 31 of output n: the 16 bytes that a thread loads at once. Those of the
+    next output follow, so that a tile of a product is read in one piece whatever the shape. Input 8·w + 2·t + h of
+    them is in word w, from bit 16·h + 12 - 4·t on: shifted left by 4·t, the two halves of a word begin with two
+    neighbouring inputs, which become two numbers of 16 bits together, in their order and in the registers where they
+    are. Scales of neighbouring outputs lie side by side as well.
+    """
+
+    words: Tensor  # [E, in / 32, out, 4] int32
+    scales: Tensor  # [E, in / 32, out] uint8
+
+    @classmethod
+    def empty(cls, experts: int, outputs: int, inputs: int, *, device: str | torch.device) -> Float4Weight:
+        """Uninitialised memory. Raises `ValueError` where blocks do not divide the inputs."""
+        if inputs % FLOAT_BLOCK:
+            raise ValueError(f"{inputs} inputs are no whole blocks of {FLOAT_BLOCK}")
+        places = experts, inputs // FLOAT_BLOCK, outputs
+        return cls(
+            torch.empty(*places, FLOAT_BLOCK // PER_WORD, dtype=torch.int32, device=device),
+            torch.empty(places, dtype=torch.uint8, device=device),
+        )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(experts, outputs, inputs)."""
+        experts, blocks, outputs = self.scales.shape
+        return experts, outputs, blocks * FLOAT_BLOCK
+
+    @property
+    def num_bytes(self) -> int:
+        return self.words.nbytes + self.scales.nbytes
+
+    def experts(self, start: int, end: int) -> Float4Weight:
+        """A view of experts `start` to `end`."""
+        return Float4Weight(self.words[start:end], self.scales[start:end])
+
+    def put(self, blocks: Tensor, scales: Tensor) -> None:
+        """Store blocks `[E, out, in / 32, 16]` uint8, contiguous, of two inputs a byte, the first in its low bits,
+        and scales `[E, out, in / 32]` uint8."""
+        # [E, out, in / 32, 4]: of the inputs of a word number i from bit 4·i on
+        stored = blocks.to(self.words.device).view(torch.int32)
+        words = torch.zeros_like(stored)
+        for number, shift in enumerate(_FLOAT_SHIFTS):
+            words |= ((stored >> 4 * number) & 15) << shift
+        self.words.copy_(words.transpose(1, 2))
+        self.scales.copy_(scales.transpose(1, 2))
+
+    def dequantised(self) -> Tensor:
+        """`[E, out, in]` fp32."""
+        device = self.words.device
+        shifts = torch.tensor(_FLOAT_SHIFTS, dtype=torch.int32, device=device)
+        floats = torch.tensor(FLOATS_OF_4_BITS, device=device)[(self.words[..., None] >> shifts) & 15]
+        powers = torch.tensor(POWERS, dtype=torch.float64, device=device).float()[self.scales.int()]
+        return (floats.flatten(3) * powers[..., None]).transpose(1, 2).flatten(2)
+
+
+QuantisedWeight = Int4Weight | Float8Weight  # of one product
+KeptWeight = QuantisedWeight | Float4Weight

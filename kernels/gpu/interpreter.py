@@ -1,8 +1,8 @@
 """Triton's interpreter, with its arithmetic repaired.
 
 The interpreter runs kernels on a CPU, in numpy, which has no bfloat16 and no fp8. It keeps such values as unsigned
-integers: it cuts fp32 to bfloat16 instead of rounding, subtracts and multiplies matrices of bfloat16 as if they
-were integers, and converts small integers to the wrong bits (seen in triton 3.6 and 3.7). Here torch converts,
+integers: it cuts fp32 to bfloat16 instead of rounding, subtracts and multiplies bfloat16 and matrices of it as if
+they were integers, and converts small integers to the wrong bits (seen in triton 3.6 and 3.7). Here torch converts,
 and matrices are multiplied in fp32, every row by the same order of sums, as on a GPU. Overflow and NaN, which
 kernels rely on, warn no more. Nothing else is changed, and nothing at all where kernels are compiled.
 """
@@ -23,7 +23,7 @@ _NARROW = {tl.bfloat16: torch.bfloat16, tl.float8e4nv: torch.float8_e4m3fn}
 def repair() -> None:
     """Once, before any kernel runs."""
     whole_cast, whole_run = InterpreterBuilder.cast_impl, GridExecutor.__call__
-    whole_sub = InterpreterBuilder.create_fsub
+    whole_sub, whole_mul = InterpreterBuilder.create_fsub, InterpreterBuilder.create_fmul
 
     def cast(self: Any, value: Any, target: Any) -> Any:
         source, wanted = value.dtype.scalar, target.scalar
@@ -43,6 +43,12 @@ def repair() -> None:
             return whole_sub(self, a, b)
         return TensorHandle(_rounded(_wide(a) - _wide(b), wanted), wanted)
 
+    def mul(self: Any, a: Any, b: Any) -> Any:
+        wanted = a.dtype.scalar
+        if wanted not in _NARROW:
+            return whole_mul(self, a, b)
+        return TensorHandle(_rounded(_wide(a) * _wide(b), wanted), wanted)
+
     def dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
         # not by BLAS, where a row's bits depend on which row it is
         return TensorHandle(np.einsum("mk,kn->mn", _wide(a), _wide(b)) + d.data, d.dtype.scalar)
@@ -55,6 +61,7 @@ def repair() -> None:
     InterpreterBuilder.cast_impl = cast
     InterpreterBuilder.create_fp_to_fp = cast_of_8_bits
     InterpreterBuilder.create_fsub = sub
+    InterpreterBuilder.create_fmul = mul
     InterpreterBuilder.create_dot = dot
     GridExecutor.__call__ = run
 

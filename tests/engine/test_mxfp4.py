@@ -44,10 +44,10 @@ Tensors = dict[str, Tensor]
 Damage = Callable[[Tensors], Tensors]
 
 
-def write(folder: Path, **config: Any) -> tuple[Path, Path]:
+def write(folder: Path, *, layers: int = 2, **config: Any) -> tuple[Path, Path]:
     """Two folders: random blocks and scales, and what transformers makes of them in bf16, stored plainly."""
     quantised, plain = folder / "quantised", folder / "plain"
-    write_tiny(quantised, "GptOssForCausalLM", SIZES)
+    write_tiny(quantised, "GptOssForCausalLM", SIZES | {"num_hidden_layers": layers})
     shutil.copytree(quantised, plain)
     packed, unpacked = {}, {}
     generator = torch.Generator().manual_seed(2)

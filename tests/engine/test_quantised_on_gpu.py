@@ -20,7 +20,9 @@ from engine.runner import load_decoder
 from engine.sampling_params import SamplingParams
 from kernels import kernels_for
 from kernels.reference import KERNELS
+from tests.engine.test_alone_equals_crowd import Answers, comparable
 from tests.engine.test_kept_weights import CASES, multiple_of_blocks, tiny
+from tests.engine.test_mxfp4 import write as write_experts
 from tests.engine.test_on_gpu import KERNELS as SETS
 from tests.engine.test_on_gpu import device as device
 from tests.engine.test_on_gpu import load
@@ -73,6 +75,28 @@ def test_alone_and_in_a_crowd_the_bits_are_the_same(device: str, tmp_path: Path,
     together = tokens(requests)
     for request in requests[::7]:
         assert tokens([request]) == {request.id: together[request.id]}
+
+
+def test_experts_in_4_bits_answer_as_plain_ones_do_alone_and_in_a_crowd(device: str, tmp_path: Path) -> None:
+    """Bit for bit: so the chosen tokens and their logprobs are the same. Through graphs, where there is a GPU."""
+    sampling = SamplingParams(temperature=1.0, seed=3, max_tokens=30, ignore_eos=True, logprobs=0)
+    requests = [
+        Request(
+            id=RequestId(str(number), 1),
+            prompt_token_ids=tuple(range(5 + number, 15 + 3 * number)),
+            sampling=sampling,
+        )
+        for number in range(40)
+    ]
+    found: list[Answers] = []
+    for folder in write_experts(tmp_path):
+        engine = load(folder, device, 1000, deterministic=True, max_num_seqs=64)
+        assert engine.runner.deterministic
+        found.append(comparable(run(engine, requests, poison=False)))
+        for request in requests[::13]:
+            alone = comparable(run(engine, [request], poison=False))
+            assert alone == {request.id: found[-1][request.id]}
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("name", ["gptq", "fp8 whole"])

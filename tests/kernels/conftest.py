@@ -37,6 +37,8 @@ ONCE = (  # one case is enough of what takes ten seconds
     "test_options",
     "test_long_rows",
     "test_a_token_is_the_weighted_sum_of_its_experts",
+    "test_the_bits_are_those_of_the_plain_weights_in_every_tile",
+    "test_a_mixture_has_the_bits_of_the_plain_weights",
     "test_a_row_does_not_depend_on_its_crowd",
 )
 DTYPES = [torch.float32, torch.bfloat16]

@@ -101,6 +101,8 @@ def test_all_products_of_a_dtype_are_made_by_one_instruction(target: str, instru
         made = {tuple(kernel["products"]) for kernel in found if kernel["kernel"] in ours}
         ((only,),) = made
         assert only.startswith(instruction)
+        grouped = [kernel for kernel in found if kernel["kernel"] == "grouped_kernel"]
+        assert {kernel["experts"] for kernel in grouped} == {"plain", "4 bits"}
         if target == "sm_90":
             assert not [kernel for kernel in found if kernel["spilled"]]
 

@@ -34,7 +34,7 @@ from kernels.gpu.fp8_matmul import fp8_matmul
 from kernels.gpu.int4_matmul import int4_matmul, int4_plain
 from kernels.gpu.mixture import mix_experts
 from kernels.mixture import Mixture
-from kernels.weights import Float8Weight, Int4Weight
+from kernels.weights import Float4Weight, Float8Weight, Int4Weight
 
 # there the package has its functions under these names
 PRODUCTS, FLOATS = (importlib.import_module(f"kernels.gpu.{name}") for name in ("matmul", "fp8_matmul"))
@@ -213,22 +213,27 @@ def products(dtype: torch.dtype) -> Callable[[], object]:
     return calls
 
 
-def mixtures(dtype: torch.dtype) -> Callable[[], object]:
+PLAIN_MIXTURES = (  # experts, hidden, inner, of which a token takes
+    (8, 4096, 14336, 2),
+    (128, 2048, 768, 8),
+    (60, 100, 36, 4),
+    (32, 2880, 2880, 4),
+    (1, 1024, 256, 1),  # as the check of products at load asks
+)
+FLOAT4_MIXTURES = ((8, 4096, 14336, 2), (60, 96, 160, 4), (32, 2880, 2880, 4), (1, 2880, 2880, 1))
+
+
+def mixtures(dtype: torch.dtype, *, plain: bool) -> Callable[[], object]:
     """Every tile of the products of experts, few of them and many, and what routes to them and back. With biases:
-    those of gpt-oss's shape, since odd widths take all registers already."""
+    those of gpt-oss's shape, since odd widths take all registers already. `plain`: else they are in 4 bits."""
 
     def calls() -> None:
-        for experts, hidden, inner, num_per_token in (
-            (8, 4096, 14336, 2),
-            (128, 2048, 768, 8),
-            (60, 100, 36, 4),
-            (32, 2880, 2880, 4),
-            (1, 1024, 256, 1),  # as the check of products at load asks
-        ):
+        for experts, hidden, inner, num_per_token in PLAIN_MIXTURES if plain else FLOAT4_MIXTURES:
             some, biased = torch.empty(1, dtype=dtype), hidden == inner
+            kind = dtype if plain else None
             mixture = Mixture(
-                gate_up=some.expand(experts, 2 * inner, hidden),
-                down=some.expand(experts, hidden, inner),
+                gate_up=of_experts(experts, 2 * inner, hidden, kind),
+                down=of_experts(experts, hidden, inner, kind),
                 gate_up_bias=some.expand(experts, 2 * inner) if biased else None,
                 down_bias=some.expand(experts, hidden) if biased else None,
                 activation="swiglu_oai" if biased else "silu",
@@ -240,6 +245,17 @@ def mixtures(dtype: torch.dtype) -> Callable[[], object]:
                 mix_experts(x, torch.empty(tokens, experts, dtype=dtype), mixture)
 
     return calls
+
+
+def of_experts(
+    experts: int, outputs: int, inputs: int, dtype: torch.dtype | None
+) -> torch.Tensor | Float4Weight:
+    """Weights that take no memory; None: of 4 bits."""
+    if dtype is not None:
+        return torch.empty(1, dtype=dtype).expand(experts, outputs, inputs)
+    words, scales = torch.empty(4, dtype=torch.int32), torch.empty(1, dtype=torch.uint8)
+    places = experts, inputs // 32, outputs
+    return Float4Weight(words.expand(*places, 4), scales.expand(places))
 
 
 def quantised(dtype: torch.dtype) -> Callable[[], object]:
@@ -282,7 +298,8 @@ def cases(chosen: argparse.Namespace, fp8: bool) -> Iterator[tuple[dict[str, Any
         if "products" in chosen.parts:
             yield {"dtype": name}, products(DTYPES[name])
         if "mixtures" in chosen.parts:
-            yield {"dtype": name}, mixtures(DTYPES[name])
+            yield {"dtype": name, "experts": "plain"}, mixtures(DTYPES[name], plain=True)
+            yield {"dtype": name, "experts": "4 bits"}, mixtures(DTYPES[name], plain=False)
         if "quantised" in chosen.parts:
             yield {"dtype": name}, quantised(DTYPES[name])
             if fp8:
