@@ -25,7 +25,7 @@ test-triton: venv
 # On a machine with a GPU, with the python that is there: no virtual environment is made.
 test-gpu:
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -p no:benchmark --confcutdir tests/kernels -n 14 -m "" -k "(triton or norm_rope_store) and not ahead" tests/kernels
-	$(PYTHON) -m pytest -p no:benchmark --confcutdir tests/engine tests/engine/test_on_gpu.py tests/engine/test_staging.py
+	$(PYTHON) -m pytest -p no:benchmark --confcutdir tests/engine tests/engine/test_on_gpu.py tests/engine/test_quantised_on_gpu.py tests/engine/test_staging.py
 
 # There, too: the suite of kernels under NVIDIA's memcheck and racecheck.
 test-sanitized:
