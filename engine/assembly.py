@@ -23,7 +23,7 @@ from engine.parameters import NORM_NAMES
 from engine.quantised_linear import Int8Linear, QuantisedLinear
 from kernels import Attention, Kernels
 from kernels.mixture import Mixture
-from kernels.weights import Float4Weight, KeptWeight
+from kernels.weights import ExpertsWeight, Float4Weight, Float8Experts, KeptWeight
 
 
 class Assembly:
@@ -38,7 +38,7 @@ class Assembly:
         *,
         parameters: MutableMapping[str, Tensor],
         quantised: MutableMapping[str, KeptWeight],
-        stacks: Mapping[str, Tensor | Float4Weight],
+        stacks: Mapping[str, Tensor | ExpertsWeight],
         device: str,
         int8: bool,
     ) -> None:
@@ -88,7 +88,7 @@ class Assembly:
         weight, bias = self._parameters.pop(f"{name}.weight"), self._parameters.pop(f"{name}.bias", None)
         kept = self._quantised.pop(f"{name}.weight", None)
         if kept is not None:
-            assert not isinstance(kept, Float4Weight)  # those are of stacks
+            assert not isinstance(kept, Float4Weight | Float8Experts)  # those are of stacks
             return QuantisedLinear(kept, bias, self._kernels)
         return self.linear(weight, bias, plain=name.endswith(".mlp.gate"))
 
@@ -145,6 +145,7 @@ class Assembly:
         for expert in range(moe.num_experts):
             for name in ("gate_up_proj", "down_proj"):
                 del self._parameters[f"{part}.{expert}.{name}.weight"]
+                self._quantised.pop(f"{part}.{expert}.{name}.weight", None)
                 self._parameters.pop(f"{part}.{expert}.{name}.bias", None)
         for name in ("gate_up_proj", "down_proj"):
             self._quantised.pop(f"{part}.{name}.weight", None)  # the same as in `stacks`
@@ -163,7 +164,7 @@ class Assembly:
     def _biases(self, name: str) -> Tensor | None:
         """Of all experts, `[E, out]`, if they have some."""
         found = self._stacks.get(f"{name}.bias")
-        assert not isinstance(found, Float4Weight)
+        assert found is None or isinstance(found, Tensor)
         return found
 
     def _one_mlp(self, part: str) -> MLP:

@@ -20,7 +20,7 @@ from engine.linear import Linear
 from engine.mlp import MLP
 from kernels import Kernels
 from kernels.mixture import MixExperts, Mixture
-from kernels.weights import Float4Weight
+from kernels.weights import ExpertsWeight
 
 
 class Experts:
@@ -121,8 +121,8 @@ class FirstExpert(Linear):
         return self._mix(x, x.new_zeros(x.shape[0], 1), self._mixture)
 
 
-def _first(weight: Tensor | Float4Weight) -> Tensor | Float4Weight:
-    return weight.experts(0, 1) if isinstance(weight, Float4Weight) else weight[:1]
+def _first(weight: Tensor | ExpertsWeight) -> Tensor | ExpertsWeight:
+    return weight[:1] if isinstance(weight, Tensor) else weight.experts(0, 1)
 
 
 AllExperts: TypeAlias = Experts | MixedExperts

@@ -1,8 +1,9 @@
 """Kept weights: which parameters of a decoder stay quantised as the checkpoint stores them.
 
 Owns the choice, by what the kernel set multiplies with and what the checkpoint's modules are. All parts of a merged
-parameter must be stored alike; experts of 4 bits stay so where all of a layer are one tensor. What is not chosen is
-made plain when it is loaded. Knows no bits and no bytes (`packed_module`, `float8_module`, `float4_module`).
+parameter must be stored alike. Experts of a layer that are floats lie side by side: of 4 bits where they are one
+tensor, of 8 where all are stored alike. What is not chosen is made plain when it is loaded. Knows no bits and no
+bytes (`packed_module`, `float8_module`, `float4_module`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from engine.parameters import expert_stacks, parameter_shapes
 from engine.placement import canonical_name, weight_targets
 from engine.quantised_source import QuantisedModule, QuantisedSource
 from engine.weight_source import WeightSource
-from kernels.weights import BLOCK, Float4Weight, Float8Weight, Int4Weight, KeptWeight
+from kernels.weights import BLOCK, Float4Weight, Float8Experts, Float8Weight, Int4Weight, KeptWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,19 @@ class Float4Format:
         return Float4Weight.empty(experts, outputs, inputs, device=device)
 
 
-WeightFormat = Int4Format | Float8Format | Float4Format
+@dataclass(frozen=True, slots=True)
+class Float8ExpertsFormat:
+    """How `Float8Experts` are made, but for their size."""
+
+    blocks: bool
+
+    def empty(self, shape: tuple[int, ...], device: str) -> Float8Experts:
+        """Uninitialised memory. `shape`: (experts, outputs, inputs)."""
+        experts, outputs, inputs = shape
+        return Float8Experts.empty(experts, outputs, inputs, blocks=self.blocks, device=device)
+
+
+WeightFormat = Int4Format | Float8Format | Float4Format | Float8ExpertsFormat
 
 
 def kept_formats(
@@ -88,7 +101,25 @@ def kept_formats(
                 found = _float8(modules)
             if found is not None:
                 formats[name] = found
-    return formats | (_float4(source, stored, config) if Float4Weight in keeps else {})
+    if Float4Weight in keeps:
+        formats |= _float4(source, stored, config)
+    return _side_by_side(formats, config) if Float8Experts in keeps else formats
+
+
+def _side_by_side(formats: dict[str, WeightFormat], config: ModelConfig) -> dict[str, WeightFormat]:
+    """The same, where experts of 8 bits are stacks. Kernels mix all experts of a model or none: where some are kept
+    otherwise, nothing changes."""
+    if not config.gated_mlp:
+        return formats
+    found = dict(formats)
+    for name, parts in expert_stacks(config).items():
+        how = {found.pop(part, None) for part in parts}
+        first = how.pop()
+        if how or not isinstance(first, Float8Format | None):
+            return formats
+        if first is not None:
+            found[name] = Float8ExpertsFormat(first.blocks)
+    return found
 
 
 def _float4(

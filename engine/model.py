@@ -28,7 +28,7 @@ from engine.rope import rope_tables
 from engine.step_input import StepInput
 from kernels import Kernels
 from kernels.blocks import FusedBlocks
-from kernels.weights import Float4Weight, KeptWeight
+from kernels.weights import ExpertsWeight, Float4Weight, Float8Experts, KeptWeight
 
 if TYPE_CHECKING:
     from engine.kept_weights import WeightFormat
@@ -72,7 +72,7 @@ class Decoder:
             name: how.empty((shapes | stacks)[name], device) for name, how in kept.items()
         }
         # of experts that the kernels mix: [E, out, in], of biases [E, out]
-        self._stacks: dict[str, Tensor | Float4Weight] = {}
+        self._stacks: dict[str, Tensor | ExpertsWeight] = {}
         self.parameters: dict[str, Tensor] = {}
         alone = int8 or any(".experts." in name for name in kept if name not in stacks)
         if kernels.mix_experts is None or alone:
@@ -81,9 +81,11 @@ class Decoder:
             for name, parts in parts_of.items():
                 whole = self.quantised.get(name)
                 stack = torch.empty(stacks[name], dtype=dtype, device=device if whole is None else "meta")
-                assert whole is None or isinstance(whole, Float4Weight)
+                assert whole is None or isinstance(whole, Float4Weight | Float8Experts)
                 self._stacks[name] = stack if whole is None else whole
                 self.parameters |= zip(parts, stack, strict=True)
+                if isinstance(whole, Float8Experts):  # a file has them one by one
+                    self.quantised |= {part: whole.expert(number) for number, part in enumerate(parts)}
         self.parameters |= {
             name: torch.empty(shape, dtype=dtype, device="meta" if name in kept else device)
             for name, shape in shapes.items()

@@ -7,8 +7,9 @@ Owns that part of the contract. Knows no set, no model and no checkpoint. Of tok
     made_e = down_e · act_mul(gate_up_e · x + its bias) + its bias, each of the three rounded to the dtype
     result = Σ share_e · made_e over those experts, in fp32 and in the order of the shares, rounded once
 
-(Shazeer et al. 2017). Weights of 4 bits are what they stand for, rounded to the dtype of x; only a set that `keeps`
-them takes them. A token with a logit of NaN, or whose largest is infinite, becomes NaN and harms no other.
+(Shazeer et al. 2017). Weights of 4 bits are what they stand for, rounded to the dtype of x; products with weights of
+8 bits are those of `fp8_matmul`, for which what they multiply is rounded, too. Only a set that `keeps` them takes
+them. A token with a logit of NaN, or whose largest is infinite, becomes NaN and harms no other.
 Nothing is asked of the host: how many tokens an expert gets decides no launch.
 """
 
@@ -20,15 +21,15 @@ from typing import Protocol
 from torch import Tensor
 
 from kernels import GatedActivation
-from kernels.weights import Float4Weight
+from kernels.weights import ExpertsWeight
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Mixture:
     """The experts of one layer, and how they are mixed."""
 
-    gate_up: Tensor | Float4Weight  # [E, 2 · I, hidden], contiguous
-    down: Tensor | Float4Weight  # [E, hidden, I], contiguous
+    gate_up: Tensor | ExpertsWeight  # [E, 2 · I, hidden], contiguous
+    down: Tensor | ExpertsWeight  # [E, hidden, I], contiguous
     gate_up_bias: Tensor | None = None  # [E, 2 · I], contiguous
     down_bias: Tensor | None = None  # [E, hidden], contiguous
     activation: GatedActivation

@@ -249,5 +249,47 @@ class Float4Weight:
         return (floats.flatten(3) * powers[..., None]).transpose(1, 2).flatten(2)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Float8Experts:
+    """`[E, out, in]`, of all experts of a layer, one `Float8Weight` behind the other."""
+
+    floats: Tensor  # [E, out, in] float8_e4m3fn
+    scales: Tensor  # [E, out] fp32, or [E, ⌈out / 128⌉, ⌈in / 128⌉] fp32
+
+    @classmethod
+    def empty(
+        cls, experts: int, outputs: int, inputs: int, *, blocks: bool, device: str | torch.device
+    ) -> Float8Experts:
+        """Uninitialised memory."""
+        shape = (-(-outputs // BLOCK), -(-inputs // BLOCK)) if blocks else (outputs,)
+        return cls(
+            torch.empty(experts, outputs, inputs, dtype=torch.float8_e4m3fn, device=device),
+            torch.empty(experts, *shape, dtype=torch.float32, device=device),
+        )
+
+    @property
+    def blocks(self) -> bool:
+        return self.scales.dim() == 3
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(experts, outputs, inputs)."""
+        experts, outputs, inputs = self.floats.shape
+        return experts, outputs, inputs
+
+    @property
+    def num_bytes(self) -> int:
+        return self.floats.nbytes + self.scales.nbytes
+
+    def experts(self, start: int, end: int) -> Float8Experts:
+        """A view of experts `start` to `end`."""
+        return Float8Experts(self.floats[start:end], self.scales[start:end])
+
+    def expert(self, number: int) -> Float8Weight:
+        """A view of one."""
+        return Float8Weight(self.floats[number], self.scales[number])
+
+
 QuantisedWeight = Int4Weight | Float8Weight  # of one product
-KeptWeight = QuantisedWeight | Float4Weight
+ExpertsWeight = Float4Weight | Float8Experts  # of one product of each expert
+KeptWeight = QuantisedWeight | ExpertsWeight

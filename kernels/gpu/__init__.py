@@ -29,7 +29,7 @@ from kernels.gpu.normalisers import normalisers
 from kernels.gpu.penalties import count_tokens, penalise
 from kernels.gpu.rope import rope
 from kernels.gpu.sampling import sample
-from kernels.weights import Float4Weight, Float8Weight, Int4Weight
+from kernels.weights import Float4Weight, Float8Experts, Float8Weight, Int4Weight
 
 OLDEST = (8, 0)  # the first with bfloat16 in its tensor cores
 OLDEST_FP8 = (8, 9)  # the first that converts and multiplies fp8
@@ -64,7 +64,7 @@ KERNELS = Kernels(
     int4_matmul=int4_matmul,
     fp8_matmul=fp8_matmul,
     mix_experts=mix_experts,
-    keeps=(Int4Weight, Float8Weight, Float4Weight),
+    keeps=(Int4Weight, Float8Weight, Float4Weight, Float8Experts),
     sharing=Sharing(least_tokens=512, least_rows=4, exact=False),  # the first splits are so long
     keys_by_token=True,
 )

@@ -62,6 +62,26 @@ def quantise_kernel(
         tl.store(floats + place, value.to(tl.float8e4nv), mask=place < last)
 
 
+@triton.jit
+def accumulate_fp8(
+    total, x, x_scales, weight, scales, first, last, inputs, held_rows, held_columns, BLOCKS: tl.constexpr
+):
+    """total [ROWS, COLUMNS] plus the products over the blocks `first` until `last`, of 128 inputs each. Pointers: x
+    [ROWS, 128] and weight [128, COLUMNS], at input 0; where BLOCKS, x_scales [ROWS] and scales, one, at block 0."""
+    lane = tl.arange(0, 128)
+    for block in range(first, last):
+        start = block * 128
+        inside = lane < inputs - start
+        a = tl.load(x + start, mask=held_rows[:, None] & inside[None, :], other=0.0)
+        b = tl.load(weight + start, mask=held_columns[None, :] & inside[:, None], other=0.0)
+        part = tl.dot(a, b)
+        if BLOCKS:
+            x_scale = tl.load(x_scales + block, mask=held_rows, other=0.0)
+            part *= x_scale[:, None] * tl.load(scales + block)
+        total += part
+    return total
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def fp8_kernel(
     x, x_scales, weight, scales, bias, out, tokens, inputs, outputs,
@@ -77,18 +97,12 @@ def fp8_kernel(
     held_rows, held_columns = row < tokens - first_row, column < outputs - first_column
     x += first_row * inputs + row[:, None] * inputs + lane[None, :]
     weight += first_column * inputs + column[None, :] * inputs + lane[:, None]
-    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     each, segment = tl.cdiv(blocks, SEGMENTS), tl.program_id(1)
-    for block in range(segment * each, tl.minimum((segment + 1) * each, blocks)):
-        start = block * 128
-        inside = lane < inputs - start
-        a = tl.load(x + start, mask=held_rows[:, None] & inside[None, :], other=0.0)
-        b = tl.load(weight + start, mask=held_columns[None, :] & inside[:, None], other=0.0)
-        part = tl.dot(a, b)
-        if BLOCKS:
-            x_scale = tl.load(x_scales + (first_row + row) * blocks + block, mask=held_rows, other=0.0)
-            part *= x_scale[:, None] * tl.load(scales + first_column // 128 * blocks + block)
-        total += part
+    total = accumulate_fp8(
+        tl.zeros((ROWS, COLUMNS), dtype=tl.float32),
+        x, x_scales + (first_row + row) * blocks, weight, scales + first_column // 128 * blocks,
+        segment * each, tl.minimum((segment + 1) * each, blocks), inputs, held_rows, held_columns, BLOCKS,
+    )  # fmt: skip
     if not BLOCKS:
         x_scale = tl.load(x_scales + first_row + row, mask=held_rows, other=0.0)
         scale = tl.load(scales + first_column + column, mask=held_columns, other=0.0)

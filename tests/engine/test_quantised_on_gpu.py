@@ -21,6 +21,7 @@ from engine.sampling_params import SamplingParams
 from kernels import kernels_for
 from kernels.reference import KERNELS
 from tests.engine.test_alone_equals_crowd import Answers, comparable
+from tests.engine.test_experts_of_8_bits import FORMATS, written
 from tests.engine.test_kept_weights import CASES, multiple_of_blocks, tiny
 from tests.engine.test_mxfp4 import write as write_experts
 from tests.engine.test_on_gpu import KERNELS as SETS
@@ -77,8 +78,8 @@ def test_alone_and_in_a_crowd_the_bits_are_the_same(device: str, tmp_path: Path,
         assert tokens([request]) == {request.id: together[request.id]}
 
 
-def test_experts_in_4_bits_answer_as_plain_ones_do_alone_and_in_a_crowd(device: str, tmp_path: Path) -> None:
-    """Bit for bit: so the chosen tokens and their logprobs are the same. Through graphs, where there is a GPU."""
+def alone_and_in_a_crowd(folder: Path, device: str) -> Answers:
+    """Of a deterministic engine, through graphs where there is a GPU: tokens and logprobs, which are the same."""
     sampling = SamplingParams(temperature=1.0, seed=3, max_tokens=30, ignore_eos=True, logprobs=0)
     requests = [
         Request(
@@ -88,15 +89,24 @@ def test_experts_in_4_bits_answer_as_plain_ones_do_alone_and_in_a_crowd(device: 
         )
         for number in range(40)
     ]
-    found: list[Answers] = []
-    for folder in write_experts(tmp_path):
-        engine = load(folder, device, 1000, deterministic=True, max_num_seqs=64)
-        assert engine.runner.deterministic
-        found.append(comparable(run(engine, requests, poison=False)))
-        for request in requests[::13]:
-            alone = comparable(run(engine, [request], poison=False))
-            assert alone == {request.id: found[-1][request.id]}
-    assert found[0] == found[1]
+    engine = load(folder, device, 1000, deterministic=True, max_num_seqs=64)
+    assert engine.runner.deterministic
+    found = comparable(run(engine, requests, poison=False))
+    for request in requests[::13]:
+        alone = comparable(run(engine, [request], poison=False))
+        assert alone == {request.id: found[request.id]}
+    return found
+
+
+def test_experts_in_4_bits_answer_as_plain_ones_do_alone_and_in_a_crowd(device: str, tmp_path: Path) -> None:
+    """Bit for bit."""
+    quantised, plain = write_experts(tmp_path)
+    assert alone_and_in_a_crowd(quantised, device) == alone_and_in_a_crowd(plain, device)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_experts_in_8_bits_answer_alike_alone_and_in_a_crowd(device: str, tmp_path: Path, name: str) -> None:
+    alone_and_in_a_crowd(written(tmp_path, name)[0], device)
 
 
 @pytest.mark.parametrize("name", ["gptq", "fp8 whole"])

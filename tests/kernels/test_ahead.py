@@ -52,6 +52,7 @@ NAMES = {
     "matmul_kernel",
     "sum_kernel",
     "grouped_kernel",
+    "grouped_fp8_kernel",
     "route_kernel",
     "group_kernel",
     "combine_kernel",
@@ -103,6 +104,10 @@ def test_all_products_of_a_dtype_are_made_by_one_instruction(target: str, instru
         assert only.startswith(instruction)
         grouped = [kernel for kernel in found if kernel["kernel"] == "grouped_kernel"]
         assert {kernel["experts"] for kernel in grouped} == {"plain", "4 bits"}
+        of_8_bits = {
+            tuple(kernel["products"]) for kernel in found if kernel["kernel"] == "grouped_fp8_kernel"
+        }
+        assert len(of_8_bits) == (target != "sm_80")
         if target == "sm_90":
             assert not [kernel for kernel in found if kernel["spilled"]]
 

@@ -34,7 +34,7 @@ from kernels.gpu.fp8_matmul import fp8_matmul
 from kernels.gpu.int4_matmul import int4_matmul, int4_plain
 from kernels.gpu.mixture import mix_experts
 from kernels.mixture import Mixture
-from kernels.weights import Float4Weight, Float8Weight, Int4Weight
+from kernels.weights import ExpertsWeight, Float4Weight, Float8Experts, Float8Weight, Int4Weight
 
 # there the package has its functions under these names
 PRODUCTS, FLOATS = (importlib.import_module(f"kernels.gpu.{name}") for name in ("matmul", "fp8_matmul"))
@@ -220,20 +220,24 @@ PLAIN_MIXTURES = (  # experts, hidden, inner, of which a token takes
     (32, 2880, 2880, 4),
     (1, 1024, 256, 1),  # as the check of products at load asks
 )
-FLOAT4_MIXTURES = ((8, 4096, 14336, 2), (60, 96, 160, 4), (32, 2880, 2880, 4), (1, 2880, 2880, 1))
+MIXTURES = {
+    "plain": PLAIN_MIXTURES,
+    "4 bits": ((8, 4096, 14336, 2), (60, 96, 160, 4), (32, 2880, 2880, 4), (1, 2880, 2880, 1)),
+    "8 bits": ((128, 2048, 768, 8), (60, 112, 48, 4), (32, 2880, 2880, 4), (1, 2048, 768, 1)),
+    "8 bits in blocks": ((128, 2048, 768, 8), (60, 112, 48, 4), (32, 2880, 2880, 4), (1, 2048, 768, 1)),
+}
 
 
-def mixtures(dtype: torch.dtype, *, plain: bool) -> Callable[[], object]:
+def mixtures(dtype: torch.dtype, kind: str) -> Callable[[], object]:
     """Every tile of the products of experts, few of them and many, and what routes to them and back. With biases:
-    those of gpt-oss's shape, since odd widths take all registers already. `plain`: else they are in 4 bits."""
+    those of gpt-oss's shape, since odd widths take all registers already. `kind`: of `MIXTURES`."""
 
     def calls() -> None:
-        for experts, hidden, inner, num_per_token in PLAIN_MIXTURES if plain else FLOAT4_MIXTURES:
+        for experts, hidden, inner, num_per_token in MIXTURES[kind]:
             some, biased = torch.empty(1, dtype=dtype), hidden == inner
-            kind = dtype if plain else None
             mixture = Mixture(
-                gate_up=of_experts(experts, 2 * inner, hidden, kind),
-                down=of_experts(experts, hidden, inner, kind),
+                gate_up=of_experts(experts, 2 * inner, hidden, dtype, kind),
+                down=of_experts(experts, hidden, inner, dtype, kind),
                 gate_up_bias=some.expand(experts, 2 * inner) if biased else None,
                 down_bias=some.expand(experts, hidden) if biased else None,
                 activation="swiglu_oai" if biased else "silu",
@@ -248,14 +252,18 @@ def mixtures(dtype: torch.dtype, *, plain: bool) -> Callable[[], object]:
 
 
 def of_experts(
-    experts: int, outputs: int, inputs: int, dtype: torch.dtype | None
-) -> torch.Tensor | Float4Weight:
-    """Weights that take no memory; None: of 4 bits."""
-    if dtype is not None:
+    experts: int, outputs: int, inputs: int, dtype: torch.dtype, kind: str
+) -> torch.Tensor | ExpertsWeight:
+    """Weights that take no memory."""
+    if kind == "plain":
         return torch.empty(1, dtype=dtype).expand(experts, outputs, inputs)
-    words, scales = torch.empty(4, dtype=torch.int32), torch.empty(1, dtype=torch.uint8)
-    places = experts, inputs // 32, outputs
-    return Float4Weight(words.expand(*places, 4), scales.expand(places))
+    if kind == "4 bits":
+        words, scales = torch.empty(4, dtype=torch.int32), torch.empty(1, dtype=torch.uint8)
+        places = experts, inputs // 32, outputs
+        return Float4Weight(words.expand(*places, 4), scales.expand(places))
+    floats, scale = torch.empty(1, dtype=torch.float8_e4m3fn), torch.empty(1)
+    of_each = (outputs,) if kind == "8 bits" else (-(-outputs // 128), -(-inputs // 128))
+    return Float8Experts(floats.expand(experts, outputs, inputs), scale.expand(experts, *of_each))
 
 
 def quantised(dtype: torch.dtype) -> Callable[[], object]:
@@ -298,8 +306,9 @@ def cases(chosen: argparse.Namespace, fp8: bool) -> Iterator[tuple[dict[str, Any
         if "products" in chosen.parts:
             yield {"dtype": name}, products(DTYPES[name])
         if "mixtures" in chosen.parts:
-            yield {"dtype": name, "experts": "plain"}, mixtures(DTYPES[name], plain=True)
-            yield {"dtype": name, "experts": "4 bits"}, mixtures(DTYPES[name], plain=False)
+            for kind in MIXTURES:
+                if fp8 or not kind.startswith("8"):
+                    yield {"dtype": name, "experts": kind}, mixtures(DTYPES[name], kind)
         if "quantised" in chosen.parts:
             yield {"dtype": name}, quantised(DTYPES[name])
             if fp8:
