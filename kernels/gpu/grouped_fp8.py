@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels.gpu.architectures import capability
 from kernels.gpu.fp8_matmul import SOME, accumulate_fp8, quantise_rows
-from kernels.gpu.groups import group_of
+from kernels.gpu.groups import rows_of
 from kernels.gpu.matmul import TOGETHER, tile_of
 from kernels.weights import BLOCK, Float8Experts
 
@@ -31,9 +31,7 @@ def grouped_fp8_kernel(
     · column tiles."""
     tile, column_tile = tile_of(tl.program_id(0), row_tiles, tl.cdiv(outputs, COLUMNS), TOGETHER)
     first_column = column_tile.to(tl.int64) * COLUMNS
-    group = group_of(tile, starts, groups, ROWS)
-    start, end = tl.load(starts + group), tl.load(starts + group + 1)
-    first_row = start + (tile - start // ROWS - group) * ROWS
+    group, first_row, end = rows_of(tile, starts, groups, ROWS)
     if first_row >= end:
         return
 

@@ -21,3 +21,12 @@ def group_of(block, starts, groups, SIZE: tl.constexpr):
         else:
             above = middle
     return group
+
+
+@triton.jit
+def rows_of(block, starts, groups, SIZE: tl.constexpr):
+    """(group, first row, end of the group's rows) of a block, which is left where the first is no row of the group;
+    starts [groups + 1]."""
+    group = group_of(block, starts, groups, SIZE)
+    start, end = tl.load(starts + group), tl.load(starts + group + 1)
+    return group, start + (block - start // SIZE - group) * SIZE, end
