@@ -23,7 +23,7 @@ from engine.parameters import NORM_NAMES
 from engine.quantised_linear import Int8Linear, QuantisedLinear
 from kernels import Attention, Kernels
 from kernels.mixture import Mixture
-from kernels.weights import ExpertsWeight, Float4Weight, Float8Experts, KeptWeight
+from kernels.weights import ExpertsWeight, KeptWeight
 
 
 class Assembly:
@@ -88,7 +88,7 @@ class Assembly:
         weight, bias = self._parameters.pop(f"{name}.weight"), self._parameters.pop(f"{name}.bias", None)
         kept = self._quantised.pop(f"{name}.weight", None)
         if kept is not None:
-            assert not isinstance(kept, Float4Weight | Float8Experts)  # those are of stacks
+            assert not isinstance(kept, ExpertsWeight)  # those are of stacks
             return QuantisedLinear(kept, bias, self._kernels)
         return self.linear(weight, bias, plain=name.endswith(".mlp.gate"))
 

@@ -1,9 +1,9 @@
 """Kept weights: which parameters of a decoder stay quantised as the checkpoint stores them.
 
 Owns the choice, by what the kernel set multiplies with and what the checkpoint's modules are. All parts of a merged
-parameter must be stored alike. Experts of a layer that are floats lie side by side: of 4 bits where they are one
-tensor, of 8 where all are stored alike. What is not chosen is made plain when it is loaded. Knows no bits and no
-bytes (`packed_module`, `float8_module`, `float4_module`).
+parameter must be stored alike. Experts of a layer lie side by side where kernels mix them: in MXFP4 they do in the
+file, in FP8 and in 4 bits where all are stored alike. What is not chosen is made plain when it is loaded. Knows no
+bits and no bytes (`packed_module`, `float8_module`, `float4_module`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 
@@ -22,7 +23,16 @@ from engine.parameters import expert_stacks, parameter_shapes
 from engine.placement import canonical_name, weight_targets
 from engine.quantised_source import QuantisedModule, QuantisedSource
 from engine.weight_source import WeightSource
-from kernels.weights import BLOCK, Float4Weight, Float8Experts, Float8Weight, Int4Weight, KeptWeight
+from kernels.weights import (
+    BLOCK,
+    Float4Weight,
+    Float8Experts,
+    Float8Weight,
+    Int4Experts,
+    Int4Weight,
+    KeptWeight,
+    StackedWeight,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,18 +74,20 @@ class Float4Format:
 
 
 @dataclass(frozen=True, slots=True)
-class Float8ExpertsFormat:
-    """How `Float8Experts` are made, but for their size."""
+class StackFormat:
+    """How experts side by side are made, but for their size. `of_each`: that of one."""
 
-    blocks: bool
+    of_each: Int4Format | Float8Format
 
-    def empty(self, shape: tuple[int, ...], device: str) -> Float8Experts:
+    def empty(self, shape: tuple[int, ...], device: str) -> StackedWeight:
         """Uninitialised memory. `shape`: (experts, outputs, inputs)."""
-        experts, outputs, inputs = shape
-        return Float8Experts.empty(experts, outputs, inputs, blocks=self.blocks, device=device)
+        how, (experts, outputs, inputs) = self.of_each, shape
+        if isinstance(how, Float8Format):
+            return Float8Experts.empty(experts, outputs, inputs, blocks=how.blocks, device=device)
+        return Int4Experts.empty(experts, outputs, inputs, how.group_size, scale=how.scale, device=device)
 
 
-WeightFormat = Int4Format | Float8Format | Float4Format | Float8ExpertsFormat
+WeightFormat = Int4Format | Float8Format | Float4Format | StackFormat
 
 
 def kept_formats(
@@ -103,23 +115,33 @@ def kept_formats(
                 formats[name] = found
     if Float4Weight in keeps:
         formats |= _float4(source, stored, config)
-    return _side_by_side(formats, config) if Float8Experts in keeps else formats
+    return _side_by_side(formats, config, keeps)
 
 
-def _side_by_side(formats: dict[str, WeightFormat], config: ModelConfig) -> dict[str, WeightFormat]:
-    """The same, where experts of 8 bits are stacks. Kernels mix all experts of a model or none: where some are kept
-    otherwise, nothing changes."""
+def _side_by_side(
+    formats: dict[str, WeightFormat], config: ModelConfig, keeps: tuple[type[KeptWeight], ...]
+) -> dict[str, WeightFormat]:
+    """The same, where experts that are stored alike are stacks. Kernels mix all experts of a model or none: where
+    some are kept otherwise, nothing changes."""
     if not config.gated_mlp:
         return formats
     found = dict(formats)
     for name, parts in expert_stacks(config).items():
         how = {found.pop(part, None) for part in parts}
         first = how.pop()
-        if how or not isinstance(first, Float8Format | None):
+        if how or not (first is None or _stackable(first, keeps)):
             return formats
         if first is not None:
-            found[name] = Float8ExpertsFormat(first.blocks)
+            found[name] = StackFormat(first)
     return found
+
+
+def _stackable(
+    how: WeightFormat, keeps: tuple[type[KeptWeight], ...]
+) -> TypeGuard[Int4Format | Float8Format]:
+    if isinstance(how, Float8Format):
+        return Float8Experts in keeps
+    return isinstance(how, Int4Format) and not how.ordered and Int4Experts in keeps
 
 
 def _float4(

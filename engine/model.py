@@ -28,7 +28,7 @@ from engine.rope import rope_tables
 from engine.step_input import StepInput
 from kernels import Kernels
 from kernels.blocks import FusedBlocks
-from kernels.weights import ExpertsWeight, Float4Weight, Float8Experts, KeptWeight
+from kernels.weights import ExpertsWeight, KeptWeight, StackedWeight
 
 if TYPE_CHECKING:
     from engine.kept_weights import WeightFormat
@@ -81,10 +81,10 @@ class Decoder:
             for name, parts in parts_of.items():
                 whole = self.quantised.get(name)
                 stack = torch.empty(stacks[name], dtype=dtype, device=device if whole is None else "meta")
-                assert whole is None or isinstance(whole, Float4Weight | Float8Experts)
+                assert whole is None or isinstance(whole, ExpertsWeight)
                 self._stacks[name] = stack if whole is None else whole
                 self.parameters |= zip(parts, stack, strict=True)
-                if isinstance(whole, Float8Experts):  # a file has them one by one
+                if isinstance(whole, StackedWeight):  # a file has them one by one
                     self.quantised |= {part: whole.expert(number) for number, part in enumerate(parts)}
         self.parameters |= {
             name: torch.empty(shape, dtype=dtype, device="meta" if name in kept else device)

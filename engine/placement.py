@@ -17,7 +17,7 @@ from engine.model import Decoder
 from engine.model_config import ModelConfig, Storage
 from engine.parameters import parameter_shapes
 from engine.weight_source import WeightSource
-from kernels.weights import Float4Weight, Float8Experts, KeptWeight
+from kernels.weights import ExpertsWeight, KeptWeight
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # what one tensor of all experts holds: the end of its name, the modules that share it, and which part of them it is
@@ -178,7 +178,7 @@ def _place(name: str, names: tuple[str, ...], targets: dict[str, Target], decode
     target = targets[name]
     rows = decoder.parameters[target.name][target.start : target.end]
     if (kept := decoder.quantised.get(target.name)) is not None:
-        assert not isinstance(kept, Float4Weight | Float8Experts)  # those are of all experts
+        assert not isinstance(kept, ExpertsWeight)  # those are of all experts
         return Place((rows,), "rows", kept.rows(target.start, target.end))
     if decoder.config.storage.transposed and name.startswith("model.layers.") and rows.dim() == 2:
         return Place((rows,), "transposed")

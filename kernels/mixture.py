@@ -8,7 +8,8 @@ Owns that part of the contract. Knows no set, no model and no checkpoint. Of tok
     result = Σ share_e · made_e over those experts, in fp32 and in the order of the shares, rounded once
 
 (Shazeer et al. 2017). Weights of 4 bits are what they stand for, rounded to the dtype of x; products with weights of
-8 bits are those of `fp8_matmul`, for which what they multiply is rounded, too. Only a set that `keeps` them takes
+8 bits are those of `fp8_matmul`, for which what they multiply is rounded, too, and with integers of 4 bits those of
+`int4_matmul`. Only a set that `keeps` them takes
 them. A token with a logit of NaN, or whose largest is infinite, becomes NaN and harms no other.
 Nothing is asked of the host: how many tokens an expert gets decides no launch.
 """

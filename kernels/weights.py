@@ -290,6 +290,53 @@ class Float8Experts:
         return Float8Weight(self.floats[number], self.scales[number])
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Int4Experts:
+    """`[E, out, in]`, of all experts of a layer, one `Int4Weight` behind the other, their inputs in order."""
+
+    words: Tensor  # [E, in / 128, 16, out] int32
+    groups: Tensor  # [E, groups, out] int32
+    scale: torch.dtype  # of the scales: fp16 or bf16
+
+    @classmethod
+    def empty(
+        cls,
+        experts: int,
+        outputs: int,
+        inputs: int,
+        group_size: int,
+        *,
+        scale: torch.dtype,
+        device: str | torch.device,
+    ) -> Int4Experts:
+        """Uninitialised memory. Raises `ValueError` where it does not fit (`Int4Weight.fits`)."""
+        if not Int4Weight.fits(inputs, group_size):
+            raise ValueError(f"{inputs} inputs in groups of {group_size} do not fit")
+        return cls(
+            torch.empty(experts, inputs // BLOCK, PIECE, outputs, dtype=torch.int32, device=device),
+            torch.empty(experts, inputs // group_size, outputs, dtype=torch.int32, device=device),
+            scale,
+        )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(experts, outputs, inputs)."""
+        return self.words.shape[0], self.words.shape[3], self.words.shape[1] * BLOCK
+
+    @property
+    def num_bytes(self) -> int:
+        return self.words.nbytes + self.groups.nbytes
+
+    def experts(self, start: int, end: int) -> Int4Experts:
+        """A view of experts `start` to `end`."""
+        return Int4Experts(self.words[start:end], self.groups[start:end], self.scale)
+
+    def expert(self, number: int) -> Int4Weight:
+        """A view of one."""
+        return Int4Weight(self.words[number], self.groups[number], self.scale)
+
+
 QuantisedWeight = Int4Weight | Float8Weight  # of one product
-ExpertsWeight = Float4Weight | Float8Experts  # of one product of each expert
+StackedWeight = Int4Experts | Float8Experts  # of experts that files have one by one
+ExpertsWeight = Float4Weight | StackedWeight  # of one product of each expert
 KeptWeight = QuantisedWeight | ExpertsWeight

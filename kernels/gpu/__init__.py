@@ -29,7 +29,7 @@ from kernels.gpu.normalisers import normalisers
 from kernels.gpu.penalties import count_tokens, penalise
 from kernels.gpu.rope import rope
 from kernels.gpu.sampling import sample
-from kernels.weights import Float4Weight, Float8Experts, Float8Weight, Int4Weight
+from kernels.weights import Float4Weight, Float8Experts, Float8Weight, Int4Experts, Int4Weight
 
 OLDEST = (8, 0)  # the first with bfloat16 in its tensor cores
 OLDEST_FP8 = (8, 9)  # the first that converts and multiplies fp8
@@ -64,7 +64,7 @@ KERNELS = Kernels(
     int4_matmul=int4_matmul,
     fp8_matmul=fp8_matmul,
     mix_experts=mix_experts,
-    keeps=(Int4Weight, Float8Weight, Float4Weight, Float8Experts),
+    keeps=(Int4Weight, Int4Experts, Float8Weight, Float8Experts, Float4Weight),
     sharing=Sharing(least_tokens=512, least_rows=4, exact=False),  # the first splits are so long
     keys_by_token=True,
 )
@@ -89,4 +89,4 @@ def kernels(device: str) -> Kernels:
         )
     if capability >= OLDEST_FP8:
         return KERNELS
-    return replace(KERNELS, quantised=(torch.int8,), keeps=(Int4Weight, Float4Weight))
+    return replace(KERNELS, quantised=(torch.int8,), keeps=(Int4Weight, Int4Experts, Float4Weight))

@@ -50,7 +50,7 @@ def _scales(groups, FP16: tl.constexpr):
 
 
 @triton.jit
-def _segment(
+def accumulate_int4(
     x, words, groups, first, last, outputs, held_rows, held_columns,
     PIECES: tl.constexpr, BLOCKS: tl.constexpr, FP16: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -96,7 +96,7 @@ def int4_kernel(
     out += first_row * outputs + first_column
     if APART:
         segment = tl.program_id(1)
-        total = _segment(
+        total = accumulate_int4(
             x, words, groups, segment * each, tl.minimum((segment + 1) * each, blocks), outputs,
             held_rows, held_columns, PIECES, BLOCKS, FP16, ROWS, COLUMNS,
         )  # fmt: skip
@@ -104,7 +104,7 @@ def int4_kernel(
     else:
         total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
         for segment in range(SEGMENTS):
-            total += _segment(
+            total += accumulate_int4(
                 x, words, groups, segment * each, tl.minimum((segment + 1) * each, blocks), outputs,
                 held_rows, held_columns, PIECES, BLOCKS, FP16, ROWS, COLUMNS,
             )  # fmt: skip
@@ -159,7 +159,7 @@ def int4_tiled(x: Tensor, weight: Int4Weight, bias: Tensor | None, tile: Tile) -
     made = out
     if apart:
         made = torch.empty((segments, tokens, outputs), dtype=torch.float32, device=x.device)
-    pieces, blocks = _grouping(weight)
+    pieces, blocks = grouping(weight.group_size)
     grid = (triton.cdiv(tokens, tile.rows) * triton.cdiv(outputs, tile.columns), segments if apart else 1)
     int4_kernel[grid](
         x, weight.words, weight.groups, None if apart else bias, made,
@@ -176,7 +176,7 @@ def int4_plain(weight: Int4Weight, dtype: torch.dtype) -> Tensor:
     """The weight `[in, out]`, inputs in stored order."""
     outputs, inputs = weight.shape
     out = torch.empty((inputs, outputs), dtype=dtype, device=weight.words.device)
-    pieces, blocks = _grouping(weight)
+    pieces, blocks = grouping(weight.group_size)
     int4_plain_kernel[(triton.cdiv(outputs, 256), inputs // BLOCK)](
         weight.words, weight.groups, out, outputs,
         PIECES=pieces, BLOCKS=blocks, FP16=weight.scale == torch.float16, COLUMNS=256, num_warps=8,
@@ -184,7 +184,6 @@ def int4_plain(weight: Int4Weight, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _grouping(weight: Int4Weight) -> tuple[int, int]:
+def grouping(group_size: int) -> tuple[int, int]:
     """(pieces of a block that share a scale, blocks that do)."""
-    size = weight.group_size
-    return min(size, BLOCK) // PIECE, max(1, size // BLOCK)
+    return min(group_size, BLOCK) // PIECE, max(1, group_size // BLOCK)

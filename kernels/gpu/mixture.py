@@ -9,10 +9,11 @@ from torch import Tensor
 
 from kernels.gpu.activation import act_mul
 from kernels.gpu.grouped_fp8 import grouped_fp8_matmul
+from kernels.gpu.grouped_int4 import grouped_int4_matmul
 from kernels.gpu.grouped_matmul import grouped_matmul
 from kernels.gpu.routing import combine, grouped, route
 from kernels.mixture import Mixture
-from kernels.weights import ExpertsWeight, Float8Experts
+from kernels.weights import ExpertsWeight, Float8Experts, Int4Experts
 
 
 def mix_experts(x: Tensor, logits: Tensor, mixture: Mixture) -> Tensor:
@@ -30,4 +31,6 @@ def _product(
 ) -> Tensor:
     if isinstance(weight, Float8Experts):
         return grouped_fp8_matmul(x, weight, bias, sources, starts)
+    if isinstance(weight, Int4Experts):
+        return grouped_int4_matmul(x, weight, bias, sources, starts)
     return grouped_matmul(x, weight, bias, sources, starts)

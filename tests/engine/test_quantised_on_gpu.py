@@ -21,12 +21,12 @@ from engine.sampling_params import SamplingParams
 from kernels import kernels_for
 from kernels.reference import KERNELS
 from tests.engine.test_alone_equals_crowd import Answers, comparable
-from tests.engine.test_experts_of_8_bits import FORMATS, written
 from tests.engine.test_kept_weights import CASES, multiple_of_blocks, tiny
 from tests.engine.test_mxfp4 import write as write_experts
 from tests.engine.test_on_gpu import KERNELS as SETS
 from tests.engine.test_on_gpu import device as device
 from tests.engine.test_on_gpu import load
+from tests.engine.test_stacked_experts import FORMATS, written
 from tests.support.pressure import run
 from tests.support.quantised import write
 
@@ -105,7 +105,9 @@ def test_experts_in_4_bits_answer_as_plain_ones_do_alone_and_in_a_crowd(device: 
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_experts_in_8_bits_answer_alike_alone_and_in_a_crowd(device: str, tmp_path: Path, name: str) -> None:
+def test_experts_side_by_side_answer_alike_alone_and_in_a_crowd(
+    device: str, tmp_path: Path, name: str
+) -> None:
     alone_and_in_a_crowd(written(tmp_path, name)[0], device)
 
 

@@ -53,6 +53,7 @@ NAMES = {
     "sum_kernel",
     "grouped_kernel",
     "grouped_fp8_kernel",
+    "grouped_int4_kernel",
     "route_kernel",
     "group_kernel",
     "combine_kernel",
@@ -121,8 +122,9 @@ def test_all_products_of_a_dtype_are_made_by_one_instruction(target: str, instru
 )
 def test_integers_are_unpacked_in_registers(target: str) -> None:
     """Into the operands of instructions that take them there, on every architecture, and nothing spills."""
-    found = compiled(target, "--parts quantised --dtypes bf16")
-    found = [kernel for kernel in found if kernel["kernel"] == "int4_kernel"]
+    found = compiled(target, "--parts quantised mixtures --dtypes bf16")
+    found = [kernel for kernel in found if kernel["kernel"] in ("int4_kernel", "grouped_int4_kernel")]
+    assert len({kernel["kernel"] for kernel in found}) == 2
     instructions = {name for kernel in found for name in kernel["products"]}
     assert len(instructions) == 1
     assert instructions.pop().startswith("mma.sync")

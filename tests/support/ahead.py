@@ -34,7 +34,7 @@ from kernels.gpu.fp8_matmul import fp8_matmul
 from kernels.gpu.int4_matmul import int4_matmul, int4_plain
 from kernels.gpu.mixture import mix_experts
 from kernels.mixture import Mixture
-from kernels.weights import ExpertsWeight, Float4Weight, Float8Experts, Float8Weight, Int4Weight
+from kernels.weights import ExpertsWeight, Float4Weight, Float8Experts, Float8Weight, Int4Experts, Int4Weight
 
 # there the package has its functions under these names
 PRODUCTS, FLOATS = (importlib.import_module(f"kernels.gpu.{name}") for name in ("matmul", "fp8_matmul"))
@@ -223,6 +223,7 @@ PLAIN_MIXTURES = (  # experts, hidden, inner, of which a token takes
 MIXTURES = {
     "plain": PLAIN_MIXTURES,
     "4 bits": ((8, 4096, 14336, 2), (60, 96, 160, 4), (32, 2880, 2880, 4), (1, 2880, 2880, 1)),
+    "integers": ((128, 2048, 768, 8), (60, 128, 384, 4), (1, 2048, 768, 1)),
     "8 bits": ((128, 2048, 768, 8), (60, 112, 48, 4), (32, 2880, 2880, 4), (1, 2048, 768, 1)),
     "8 bits in blocks": ((128, 2048, 768, 8), (60, 112, 48, 4), (32, 2880, 2880, 4), (1, 2048, 768, 1)),
 }
@@ -261,6 +262,10 @@ def of_experts(
         words, scales = torch.empty(4, dtype=torch.int32), torch.empty(1, dtype=torch.uint8)
         places = experts, inputs // 32, outputs
         return Float4Weight(words.expand(*places, 4), scales.expand(places))
+    if kind == "integers":  # half a block to a group, or a block
+        words, groups = torch.empty(1, dtype=torch.int32), inputs // (64 if experts == 60 else 128)
+        places = experts, inputs // 128, 16, outputs
+        return Int4Experts(words.expand(places), words.expand(experts, groups, outputs), torch.float16)
     floats, scale = torch.empty(1, dtype=torch.float8_e4m3fn), torch.empty(1)
     of_each = (outputs,) if kind == "8 bits" else (-(-outputs // 128), -(-inputs // 128))
     return Float8Experts(floats.expand(experts, outputs, inputs), scale.expand(experts, *of_each))

@@ -1,4 +1,5 @@
-"""Experts that stay in 8 bits lie side by side: what is kept, and answers as those of experts one by one."""
+"""Quantised experts that files have one by one lie side by side: what is kept, and answers as those of experts that
+are computed one by one."""
 
 from __future__ import annotations
 
@@ -11,19 +12,19 @@ import torch
 from engine import determinism
 from engine.checkpoint import Checkpoint
 from engine.experts import Experts, FirstExpert, MixedExperts
-from engine.kept_weights import Float8ExpertsFormat, Float8Format, kept_formats
+from engine.kept_weights import Float8Format, StackFormat, kept_formats
 from engine.parameters import expert_stacks
 from engine.weight_source import open_source
 from kernels import kernels_for
 from kernels.reference import KERNELS
-from kernels.weights import Float8Experts, Float8Weight, Int4Weight
+from kernels.weights import Float8Experts, Float8Weight, Int4Experts, Int4Weight
 from tests.engine.test_kept_weights import CASES, answers, loaded
 from tests.support.families import write_tiny
 from tests.support.quantised import write
 
 TRITON = kernels_for("cpu", "triton")
 ONE_BY_ONE = dataclasses.replace(TRITON, mix_experts=None, keeps=(Int4Weight, Float8Weight))
-FORMATS = ("fp8 blocks", "channels")
+FORMATS = {"fp8 blocks": Float8Experts, "channels": Float8Experts, "awq": Int4Experts, "gptq": Int4Experts}
 
 
 def written(folder: Path, name: str, *, plain_experts: tuple[str, ...] = ()) -> tuple[Path, Path]:
@@ -40,7 +41,7 @@ def written(folder: Path, name: str, *, plain_experts: tuple[str, ...] = ()) -> 
     write_tiny(folder / "model", "Qwen3MoeForCausalLM", sizes)
     quantiser, config = CASES[name]
     keep = ("lm_head", ".gate.", "self_attn", *plain_experts)
-    told = {} if name == "channels" else {"modules_to_not_convert": list(keep)}
+    told = {"modules_to_not_convert": list(keep)} if config["quant_method"] in ("fp8", "awq") else {}
     return write(folder / "model", quantiser, config | told, keep=keep)
 
 
@@ -52,8 +53,8 @@ def test_they_are_kept_side_by_side_and_mean_the_weights_of_their_formula(tmp_pa
     assert found.quantised.keys() == {*stacks, *(part for parts in stacks.values() for part in parts)}
     for stack, parts in stacks.items():
         whole = found.quantised[stack]
-        assert isinstance(whole, Float8Experts)
-        assert whole.blocks is (name == "fp8 blocks")
+        assert isinstance(whole, FORMATS[name])
+        assert not isinstance(whole, Float8Experts) or whole.blocks is (name == "fp8 blocks")
         for number, part in enumerate(parts):
             assert found.parameters[part].is_meta
             assert torch.equal(whole.expert(number).dequantised(), wanted.parameters[part])
@@ -66,7 +67,7 @@ def test_they_are_kept_side_by_side_and_mean_the_weights_of_their_formula(tmp_pa
     assert isinstance(mlp, MixedExperts)
     first = mlp.products[1]
     assert isinstance(first, FirstExpert)
-    assert isinstance(first._mixture.down, Float8Experts)
+    assert isinstance(first._mixture.down, FORMATS[name])
     assert first._mixture.down.shape == (1, 256, 128)
 
 
@@ -80,6 +81,12 @@ def test_a_model_with_an_expert_that_is_plain_computes_them_one_by_one(tmp_path:
     assert isinstance(decoder._blocks[0].mlp, Experts)
 
 
+def test_experts_whose_inputs_have_an_order_are_computed_one_by_one(tmp_path: Path) -> None:
+    decoder = loaded(written(tmp_path, "gptq act-order")[0], TRITON)
+    assert not decoder.capturable
+    assert all(isinstance(weight, Int4Weight) for weight in decoder.quantised.values())
+
+
 def test_what_is_kept_is_asked_of_the_set(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(str(written(tmp_path, "fp8 blocks")[0]))
     source = open_source(checkpoint, ())
@@ -87,10 +94,13 @@ def test_what_is_kept_is_asked_of_the_set(tmp_path: Path) -> None:
         Float8Format(blocks=True)
     }
     found = kept_formats(source, checkpoint.config, (Float8Weight, Float8Experts))
-    assert found == dict.fromkeys(expert_stacks(checkpoint.config), Float8ExpertsFormat(blocks=True))
+    assert found == dict.fromkeys(expert_stacks(checkpoint.config), StackFormat(Float8Format(blocks=True)))
 
 
-@pytest.mark.parametrize("name", ["fp8 blocks", pytest.param("channels", marks=pytest.mark.interpreted)])
+@pytest.mark.parametrize(
+    "name",
+    ["fp8 blocks", *(pytest.param(one, marks=pytest.mark.interpreted) for one in ("channels", "gptq"))],
+)
 def test_the_tokens_are_those_of_experts_one_by_one(tmp_path: Path, name: str) -> None:
     folder, _ = written(tmp_path, name)
     expected = answers(folder, ONE_BY_ONE)
