@@ -7,6 +7,7 @@ Owns the reading of configuration fields and the refusal of what the decoder can
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 from engine import family_fields
@@ -16,7 +17,7 @@ from engine.family import Family
 from engine.field_kinds import check_kinds
 from engine.model_config import Activation, ModelConfig, StoredDType, UnsupportedCheckpoint
 from engine.rope_settings import rope_settings
-from engine.text_part import text_fields
+from engine.text_part import TEXT_STORAGE, text_fields
 from engine.windows import windows
 
 _ACTIVATIONS: Mapping[str, Activation] = {
@@ -50,7 +51,9 @@ def model_config(config: Mapping[str, Any], generation: Mapping[str, Any] | None
         )
     try:
         if family.text_kinds:
-            config = text_fields(config, family.text_kinds)
+            kind, config = text_fields(config, tuple(family.text_kinds))
+            inside = family.text_kinds[kind]
+            family = replace(inside, flags={**inside.flags, "storage": TEXT_STORAGE})
         check_kinds(config)
         return _decoder(
             architecture, family, {**config, "eos_token_ids": end_tokens(config, generation or {})}

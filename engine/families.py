@@ -13,7 +13,7 @@ from dataclasses import replace
 from engine import family_fields, family_storage
 from engine.family import Family
 from engine.model_config import Storage
-from engine.text_part import TEXT_STORAGE, rotated_by_one_position
+from engine.text_part import rotated_by_one_position
 from engine.windows import all_but_every, all_layers, by_layer_types, every_layer, upper_layers
 
 _LAYER_NORMS = {"norm_kind": "layer", "norm_bias": True, "gated_mlp": False}
@@ -57,7 +57,6 @@ _QWEN2_VL = replace(
         "max_window_layers": 80,
     },
     fields=rotated_by_one_position,
-    flags={"storage": TEXT_STORAGE},
 )
 _QWEN3 = Family(
     defaults={
@@ -69,6 +68,12 @@ _QWEN3 = Family(
     always={"mlp_bias": False},
     flags={"qk_norm": "head"},
     windowed=by_layer_types(upper_layers),
+)
+_QWEN3_VL = replace(
+    _QWEN3,
+    defaults={**_QWEN3.defaults, "max_position_embeddings": 128000, "rope_theta": 500000.0},
+    fields=rotated_by_one_position,
+    windowed=None,
 )
 _GEMMA3 = Family(
     words=family_fields.GEMMA_WORDS,
@@ -95,24 +100,13 @@ FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": Family(),
     "MistralForCausalLM": _MISTRAL,
     "Ministral3ForCausalLM": _MINISTRAL3,
-    "Mistral3ForConditionalGeneration": replace(
-        _MINISTRAL3,
-        fields=family_fields.mistral3_fields,
-        flags={"storage": TEXT_STORAGE},
-        text_kinds=("mistral", "ministral3"),
-    ),
+    # Mistral Small from 3.1 on, and Ministral 3
+    "Mistral3ForConditionalGeneration": Family(text_kinds={"mistral": _MISTRAL, "ministral3": _MINISTRAL3}),
     "Qwen2ForCausalLM": _QWEN2,
-    "Qwen2VLForConditionalGeneration": replace(_QWEN2_VL, text_kinds=("qwen2_vl_text",)),
-    "Qwen2_5_VLForConditionalGeneration": replace(_QWEN2_VL, text_kinds=("qwen2_5_vl_text",)),
+    "Qwen2VLForConditionalGeneration": Family(text_kinds={"qwen2_vl_text": _QWEN2_VL}),
+    "Qwen2_5_VLForConditionalGeneration": Family(text_kinds={"qwen2_5_vl_text": _QWEN2_VL}),
     "Qwen3ForCausalLM": _QWEN3,
-    "Qwen3VLForConditionalGeneration": replace(
-        _QWEN3,
-        defaults={**_QWEN3.defaults, "max_position_embeddings": 128000, "rope_theta": 500000.0},
-        fields=rotated_by_one_position,
-        flags={**_QWEN3.flags, "storage": TEXT_STORAGE},
-        windowed=None,
-        text_kinds=("qwen3_vl_text",),
-    ),
+    "Qwen3VLForConditionalGeneration": Family(text_kinds={"qwen3_vl_text": _QWEN3_VL}),
     "Olmo2ForCausalLM": Family(
         defaults={"rms_norm_eps": 1e-5},
         always={"mlp_bias": False},
@@ -178,11 +172,10 @@ FAMILIES: Mapping[str, Family] = {
         windowed=by_layer_types(all_but_every(2)),
     ),
     "Gemma3ForCausalLM": _GEMMA3,
-    "Gemma3ForConditionalGeneration": replace(
-        _GEMMA3,
-        defaults={**_GEMMA3.defaults, **family_fields.GEMMA3_SIZES},
-        flags={**_GEMMA3.flags, "storage": TEXT_STORAGE},
-        text_kinds=("gemma3_text",),
+    "Gemma3ForConditionalGeneration": Family(
+        text_kinds={
+            "gemma3_text": replace(_GEMMA3, defaults={**_GEMMA3.defaults, **family_fields.GEMMA3_SIZES})
+        }
     ),
     "GlmForCausalLM": Family(
         defaults=family_fields.GLM_DEFAULTS,

@@ -22,8 +22,8 @@ class Family:
     say. `only`: fields that change what is computed, each with the one value that is supported. `flags`: those of
     `ModelConfig` that follow from the name. `read_flags`: those that it reads from fields of its own. `windowed`:
     which layers attend within `sliding_window`; None: no layer, whatever the fields say. `text_kinds`: of an
-    architecture that sees as well, what `model_type` of its `text_config` may be (`text_part`); empty: config.json is
-    that of a text model.
+    architecture that sees as well, what its text model is, by `model_type` of its `text_config` (`text_part`), and
+    nothing else counts; empty: config.json is that of a text model.
     """
 
     words: Mapping[str, str] = field(default_factory=dict)
@@ -34,4 +34,4 @@ class Family:
     flags: Mapping[str, Any] = field(default_factory=dict)
     read_flags: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: {}
     windowed: Windowed | None = None
-    text_kinds: tuple[str, ...] = ()
+    text_kinds: Mapping[str, Family] = field(default_factory=dict)

@@ -155,13 +155,6 @@ def ministral3_fields(config: Fields) -> Fields:
     }
 
 
-def mistral3_fields(config: Fields) -> Fields:
-    """Mistral Small's text model is a Mistral, whose window has a default, Ministral 3's has none."""
-    if config.get("model_type") == "ministral3":
-        return ministral3_fields(config)
-    return {"sliding_window": config.get("sliding_window", 4096)}
-
-
 def original_positions(config: Fields) -> Fields:
     """Ministral 3 scales queries by their position beyond the original context. That is not computed here, so a
     sequence ends with it."""

@@ -7,17 +7,13 @@ Knows no architecture by name (`families` does).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.model_config import Storage, UnsupportedCheckpoint
 
-_OUTER = (
-    "dtype",
-    "torch_dtype",
-    "bos_token_id",
-    "eos_token_id",
-)  # where both say it, the whole model's counts
+# where both say it, the whole model's counts
+_OUTER = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id")
 _TOWERS = r"^(model\.)?(vision_tower|vision_model|visual|multi_modal_projector)\."
 
 TEXT_STORAGE = Storage(
@@ -30,17 +26,18 @@ TEXT_STORAGE = Storage(
 )
 
 
-def text_fields(config: Mapping[str, Any], kinds: tuple[str, ...]) -> dict[str, Any]:
-    """Those of the text model. They are in `text_config`, or, as Qwen's were first published, beside the others.
+def text_fields(config: Mapping[str, Any], kinds: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """The kind of the text model, and its fields. They are in `text_config`, or, as Qwen's were first published,
+    beside the others.
 
-    `kinds`: what its `model_type` may be. Raises KeyError where there are none, `UnsupportedCheckpoint` for a
-    text model of another kind.
+    `kinds`: what its `model_type` may be, the first where it is left out. Raises KeyError where there are no fields,
+    `UnsupportedCheckpoint` for a text model of another kind.
     """
     text = config.get("text_config")
     if text is None:
         if "hidden_size" not in config:
             raise KeyError("text_config")
-        return dict(config)
+        return kinds[0], dict(config)
     if not isinstance(text, Mapping):
         raise UnsupportedCheckpoint(
             f"config.json has a value of the wrong kind: text_config must be an object, not {text!r}"
@@ -51,7 +48,7 @@ def text_fields(config: Mapping[str, Any], kinds: tuple[str, ...]) -> dict[str, 
             f"text_config: model_type {kind!r} is not supported here; allowed: {', '.join(kinds)}"
         )
     outer = {name: config[name] for name in _OUTER if config.get(name) is not None}
-    return {**text, **outer, **_tied(config, text)}
+    return kind, {**text, **outer, **_tied(config, text)}
 
 
 def _tied(config: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,7 +56,7 @@ def _tied(config: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
     are tied; so there a false does not count where the text model says true."""
     name = "tie_word_embeddings"
     said = [where[name] for where in (config, text) if where.get(name) is not None]
-    return {name: any(said)} if said else {}
+    return {name: next((one for one in said if one is not False), False)} if said else {}
 
 
 def rotated_by_one_position(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -183,6 +183,7 @@ def test_which_of_both_says_that_the_head_is_tied(
         (MISTRAL_SMALL, {"text_config": "mistral"}, "text_config must be an object"),
         (MISTRAL_SMALL, {"text_config": {"model_type": "mistral"}}, "lacks num_attention_heads"),
         (GEMMA3_4B, {"text_config": {"hidden_size": "many"}}, "hidden_size must be a number"),
+        (MISTRAL_SMALL, {"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false"),
         (GEMMA3_4B, {"text_config": {"use_bidirectional_attention": True}}, "use_bidirectional_attention"),
         (QWEN2_5_VL_7B, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
     ],
