@@ -33,9 +33,8 @@ class Limits:
         check_vocabulary(request, self.model.vocab_size, self.model.eos_token_ids)
         check_generated(request)
         max_tokens = self._most(request, self._room(request))
-        if (
-            num_prompt + max_tokens - 1 > self.num_slots
-        ):  # the last token drawn is never computed: it needs no slot
+        # the last token drawn is never computed: it needs no slot
+        if num_prompt + max_tokens - 1 > self.num_slots:
             raise Rejected(
                 "kv_capacity_exceeded",
                 f"a prompt of {num_prompt} and an output of {max_tokens} tokens need more KV memory than the"

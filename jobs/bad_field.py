@@ -89,9 +89,8 @@ def _complaint(error: Any) -> BadField:
 def in_plain_words(message: str) -> str:
     """What pydantic says of a value, to be read behind the field's name."""
     message = message.partition(", unable to parse")[0]  # which says the same once more
-    if message.startswith(
-        "Value should have"
-    ):  # behind a check of ours it does not know that it counts characters
+    # behind a check of ours pydantic does not know that it counts characters
+    if message.startswith("Value should have"):
         message = message.partition(" after validation")[0].replace(" item", " character")
     message = message[0].lower() + message[1:]
     for theirs in ("input", "string", "list", "dictionary", "value"):
