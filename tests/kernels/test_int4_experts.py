@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +11,7 @@ from kernels.gpu.grouped_int4 import grouped_int4_matmul
 from kernels.gpu.int4_matmul import FP32, MANY, int4_tiled
 from kernels.weights import Int4Experts, Int4Weight
 from tests.kernels.test_mixture import DEVICE
+from tests.support.grouped import assert_each_is_as_alone
 from tests.support.hopping import triton_kernels
 
 SHAPES = [  # rows of each group, outputs, inputs of a group and in all
@@ -58,23 +57,8 @@ def test_the_bits_are_those_of_each_product_alone(
     scale: torch.dtype,
     biased: bool,
 ) -> None:
-    weight, rows = weight_of(len(counts), outputs, width, group_size, scale), sum(counts)
-    generator = torch.Generator().manual_seed(rows)
-    x = torch.randn(rows + 3, width + 16, generator=generator).to(DEVICE, dtype)[:, :width]
-    sources = torch.randint(rows + 3, (rows,), generator=generator).to(DEVICE, torch.int32)
-    bias = torch.randn(len(counts), outputs, generator=generator).to(DEVICE, dtype) if biased else None
-    x[int(sources[0])] = float("nan")
-    starts = torch.tensor([0, *counts], device=DEVICE).cumsum(0).to(torch.int32)
-    gathered = x[sources.long()]
-    found = grouped_int4_matmul(x, weight, bias, sources, starts)
-    direct = grouped_int4_matmul(gathered, weight, bias, None, starts)
-    for group, (start, end) in enumerate(pairwise(starts.tolist())):
-        if start < end:
-            one = None if bias is None else bias[group]
-            wanted = alone(gathered[start:end], weight.expert(group), one)
-            for made in (found, direct):
-                assert torch.equal(made[start:end].nan_to_num(9.0), wanted.nan_to_num(9.0))
-    assert found.isnan().any(dim=1).tolist() == (sources == sources[0]).tolist()
+    weight = weight_of(len(counts), outputs, width, group_size, scale)
+    assert_each_is_as_alone(grouped_int4_matmul, alone, weight, counts, dtype, DEVICE, biased=biased)
 
 
 def test_experts_of_a_weight_are_a_view() -> None:
