@@ -123,7 +123,7 @@ FAMILIES: Mapping[str, Family] = {
         defaults={"num_key_value_heads": 32, "rms_norm_eps": 1e-5, "sliding_window": 4096},
         always={**_NO_BIAS, "use_sliding_window": True},
         flags={"qk_norm": "head", "norm_position": "after"},
-        read_flags=family_fields.rotated_within_windows,
+        read_flags=family_fields.exaone4_flags,
         windowed=family_fields.exaone4_windows,
     ),
     "SmolLM3ForCausalLM": Family(

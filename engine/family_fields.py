@@ -7,7 +7,7 @@ tensors (`family_storage`). Raises KeyError, TypeError or ValueError for a value
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.model_config import MixtureOfExperts, UnsupportedCheckpoint
@@ -192,16 +192,20 @@ exaone4_windows = by_layer_types(
 cohere2_windows = by_layer_types(all_but_every(4))
 
 
-def rotated_within_windows(config: Fields) -> Fields:
-    """Where layers have windows, those that see everything rotate nothing."""
-    inside = exaone4_windows(config)
-    return {"no_rope_layers": tuple(i for i, within in enumerate(inside) if any(inside) and not within)}
+def exaone4_flags(config: Fields) -> Fields:
+    """Where config.json has a window, only layers with it rotate."""
+    return {} if config["sliding_window"] is None else _rotated_within(exaone4_windows(config))
 
 
 def cohere2_flags(config: Fields) -> Fields:
     """Only layers with a window rotate; logits are multiplied by a number, not divided."""
-    no_rope = tuple(i for i, within in enumerate(cohere2_windows(config)) if not within)
-    return {"no_rope_layers": no_rope, "logits_scaling": 1.0 / float(config["logit_scale"])}
+    scaling = 1.0 / float(config["logit_scale"])
+    return {"logits_scaling": scaling, **_rotated_within(cohere2_windows(config))}
+
+
+def _rotated_within(inside: Sequence[bool]) -> Fields:
+    """`inside`: whether each layer has a window."""
+    return {"no_rope_layers": tuple(i for i, within in enumerate(inside) if not within)}
 
 
 def _softcap(config: Fields, name: str) -> float | None:

@@ -172,6 +172,7 @@ MODELS: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "Exaone4ForCausalLM": (
         {"num_hidden_layers": 4, "sliding_window": 14, "sliding_window_pattern": 2, "head_dim": 24},
+        {"sliding_window": 20, "layer_types": ["full_attention"] * 2},  # then no layer rotates
         {
             "sliding_window": None,
             "layer_types": ["full_attention"] * 2,
