@@ -62,11 +62,16 @@ class Watched(EngineProcess):
         return any(sum(m.num_generated.values()) for m in self.heard if isinstance(m, Progress))
 
 
-@pytest.fixture
-def engine(folder: Path) -> Iterator[Watched]:
+def started(folder: Path) -> Watched:
     made = Watched(folder)
     made.start()
     made.wait_ready(30)
+    return made
+
+
+@pytest.fixture
+def engine(folder: Path) -> Iterator[Watched]:
+    made = started(folder)
     yield made
     made.kill()
     assert made.wait_exit(10) is not None
@@ -77,9 +82,7 @@ def engine(folder: Path) -> Iterator[Watched]:
 @pytest.fixture(scope="module")
 def living(folder: Path) -> Iterator[Watched]:
     """For tests that leave nothing in it."""
-    made = Watched(folder)
-    made.start()
-    made.wait_ready(30)
+    made = started(folder)
     yield made
     made.kill()
     assert made.wait_exit(10) is not None
